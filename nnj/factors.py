@@ -1,0 +1,281 @@
+"""B = V J: what columns V of the loss become at a parameter, one (N, *p) for each column, kept as lazily as J allows.
+
+A GGN is sum over columns k and samples n of B[k, n]^T B[k, n]. Its diagonal and its blocks are asked of the *structure* of B,
+which mostly never stands in memory: `Places` holds the two thin factors of B, `Lookup` its few rows that are not zero.
+"""
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
+
+
+class Owner:
+    """Which of `n` samples each entry of a tangent (K, R, *outputs) belongs to.
+
+    `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that broadcasts against
+    (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0 of the tangent is (K * n): every column
+    is that of one sample, and all its entries are that sample's.
+    """
+
+    def __init__(self, n: int, of: Tensor | None = None, explicit: bool = False):
+        self.n, self.of, self.explicit = n, of, explicit
+
+    def rows(self, count: int, device: torch.device) -> Tensor | None:
+        """The owner of each row (R,), or None where a row holds entries of several samples."""
+        if self.of is None:
+            return torch.arange(count, device=device) // (count // self.n)
+        flat = self.of.reshape(self.of.shape[0], -1)
+        if not bool((flat == flat[:, :1]).all()):
+            return None
+        return flat[:, 0].expand(count)
+
+    def sum(self, t: Tensor) -> Tensor | None:
+        """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one sample."""
+        if self.of is None:
+            r = t.shape[1]
+            return t if r == self.n else t.unflatten(1, (self.n, r // self.n)).sum(2)
+        rows = self.rows(t.shape[1], t.device)
+        if rows is None:
+            return None
+        alive = (rows >= 0).nonzero()[:, 0]
+        out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
+        return out.index_add_(1, rows[alive], t[:, alive])
+
+    def split(self, v: Tensor) -> Tensor:
+        """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other samples' entries zero."""
+        of = self.of
+        if of is None:
+            of = self.rows(v.shape[1], v.device)
+            of = of.reshape(-1, *[1] * (v.dim() - 2))  # type: ignore[union-attr]
+        sample = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (v.dim() - 1))
+        return (v[:, None] * (of == sample)).flatten(0, 1)
+
+
+class Factor:
+    """B of shape (K, N, *shape). Must define `dense` and `columns`; may override the rest, for speed alone."""
+
+    k: int
+    n: int
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def dense(self) -> Tensor:
+        """B itself, (K, N, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} must define dense")
+
+    def columns(self, which: slice) -> Factor:
+        """The same for some of the columns."""
+        raise NotImplementedError(f"{type(self).__name__} must define columns")
+
+    def chunks(self) -> list[Factor]:
+        """Groups of columns of which the dense form is small."""
+        step = max(1, CHUNK // max(1, self.n * math.prod(self.shape)))
+        return [self.columns(slice(i, min(i + step, self.k))) for i in range(0, self.k, step)]
+
+    def inner(self, other: Factor) -> Tensor:
+        """sum over k and n of B * B', entry by entry: (*shape)."""
+        if isinstance(other, Lookup):
+            return other.inner(self)
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // max(1, self.n * math.prod(self.shape)))
+        for i in range(0, self.k, step):
+            part = slice(i, min(i + step, self.k))
+            total += (self.columns(part).dense() * other.columns(part).dense()).sum((0, 1))
+        return total
+
+    def square_sum(self) -> Tensor:
+        """sum over k and n of B^2: the diagonal of the GGN, (*shape)."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for part in self.chunks():
+            total += part.dense().square().sum((0, 1))
+        return total
+
+    def entries(self, sample: Tensor, index: Tensor) -> Tensor:
+        """B[:, sample, index] for paired samples and indices of the first axis: (K, M, *shape[1:])."""
+        return self.dense()[:, sample, index]
+
+    def gram(self, other: Factor) -> Tensor:
+        """sum over k and n of the outer products of B and B': the block of the GGN, (P, P')."""
+        p, q = math.prod(self.shape), math.prod(other.shape)
+        total = torch.zeros(p, q, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // max(1, self.n * (p + q)))
+        for i in range(0, self.k, step):
+            part = slice(i, min(i + step, self.k))
+            a = self.columns(part).dense().reshape(-1, p)
+            b = a if other is self else other.columns(part).dense().reshape(-1, q)
+            total.addmm_(a.mT, b)
+        return total
+
+
+class Explicit(Factor):
+    """B as it stands, b of (K, N, *shape)."""
+
+    def __init__(self, b: Tensor):
+        self.b = b
+        self.k, self.n, self.shape = b.shape[0], b.shape[1], tuple(b.shape[2:])
+        self.device, self.dtype = b.device, b.dtype
+
+    def dense(self) -> Tensor:
+        return self.b
+
+    def columns(self, which: slice) -> Factor:
+        return Explicit(self.b[which])
+
+
+class Places(Factor):
+    """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], with v of (K, N, G, O, L) and u of (N, G, I, L).
+
+    Linear, convolutions and biases are of this form. Two uses of one weight are more places.
+    """
+
+    def __init__(self, u: Tensor, v: Tensor, shape: Sequence[int]):
+        self.u, self.v, self.shape = u, v, tuple(shape)
+        self.k, self.n = v.shape[0], v.shape[1]
+        self.device, self.dtype = v.device, v.dtype
+
+    def dense(self) -> Tensor:
+        return (self.v @ self.u.mT).reshape(self.k, self.n, *self.shape)
+
+    def columns(self, which: slice) -> Factor:
+        return Places(self.u, self.v[which], self.shape)
+
+    def entries(self, sample: Tensor, index: Tensor) -> Tensor:
+        g, o = self.v.shape[2:4]
+        i = self.u.shape[2]
+        if self.shape != (o, i) or g != 1:
+            return super().entries(sample, index)
+        return torch.einsum("kml,mil->kmi", self.v[:, sample, 0, index], self.u[sample, 0])
+
+    def square_sum(self) -> Tensor:
+        # The three ways of DESIGN's cost table; the choice compares their multiply-adds.
+        k, n, g, o, l = self.v.shape
+        i = self.u.shape[2]
+        if l == 1:
+            v2 = self.v.square().sum(0)[..., 0].permute(1, 2, 0)
+            return (v2 @ self.u.square()[..., 0].transpose(0, 1)).reshape(self.shape)
+        if l * (k + i) < k * (i + 8):  # 8: squares are written and read, not only multiplied
+            return self._by_gram()
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // (n * g * o * i))
+        ut = self.u.mT
+        for a in range(0, k, step):
+            b = self.v[a : a + step] @ ut
+            total += b.square_().sum((0, 1)).reshape(self.shape)
+        return total
+
+    def _by_gram(self) -> Tensor:
+        """diag(U K U^T) with K = V^T V over the columns (L x L): no entry of B is ever formed."""
+        k, n, g, o, l = self.v.shape
+        i = self.u.shape[2]
+        left, right = torch.triu_indices(l, l, device=self.device)
+        twice = torch.where(left == right, 1.0, 2.0).to(self.dtype)  # K is symmetric: half of it, off-diagonals twice
+        total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // (g * l * l * (o + i)))
+        for a in range(0, n, step):
+            v, u = self.v[:, a : a + step], self.u[a : a + step]
+            kernel = v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
+            kernel = (kernel[..., left, right] * twice).permute(1, 2, 0, 3).flatten(2)
+            pairs = (u[..., left] * u[..., right]).permute(1, 0, 3, 2).flatten(1, 2)
+            total += kernel @ pairs
+        return total.reshape(self.shape)
+
+    def gram(self, other: Factor) -> Tensor:
+        one = isinstance(other, Places) and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
+        if not one or self.k == 1:
+            return super().gram(other)
+        # One place: the block is sum_n (V^T V)_n (x) u_n u'_n^T, without B.
+        a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]  # type: ignore[attr-defined]
+        x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]  # type: ignore[attr-defined]
+        o, q, i, j = a.shape[2], b.shape[2], x.shape[1], y.shape[1]
+        total = torch.zeros(o * q, i * j, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // (o * q + i * j))
+        for s in range(0, self.n, step):
+            left = a[:, s : s + step].permute(1, 2, 0) @ b[:, s : s + step].permute(1, 0, 2)
+            right = x[s : s + step, :, None] * y[s : s + step, None, :]
+            total.addmm_(left.flatten(1).mT, right.flatten(1))
+        return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
+
+
+class Lookup(Factor):
+    """Rows of B that are not zero: v[k, m] stands at B[k, sample[m], row[m]]; every pair (sample, row) occurs once."""
+
+    def __init__(self, v: Tensor, sample: Tensor, row: Tensor, n: int, shape: Sequence[int]):
+        self.v, self.sample, self.row = v, sample, row
+        self.k, self.n, self.shape = v.shape[0], n, tuple(shape)
+        self.device, self.dtype = v.device, v.dtype
+
+    @classmethod
+    def build(cls, v: Tensor, sample: Tensor, row: Tensor, n: int, shape: Sequence[int]) -> Lookup:
+        """From v of (K, M, *shape[1:]) in which pairs may repeat, and a negative sample means nobody's."""
+        keep = (sample >= 0).nonzero()[:, 0]
+        pair, where = torch.unique(sample[keep] * shape[0] + row[keep], return_inverse=True)
+        total = v.new_zeros(v.shape[0], len(pair), *v.shape[2:]).index_add_(1, where, v[:, keep])
+        return cls(total, pair // shape[0], pair % shape[0], n, shape)
+
+    def dense(self) -> Tensor:
+        out = self.v.new_zeros(self.k, self.n, *self.shape)
+        out[:, self.sample, self.row] = self.v
+        return out
+
+    def columns(self, which: slice) -> Factor:
+        return Lookup(self.v[which], self.sample, self.row, self.n, self.shape)
+
+    def inner(self, other: Factor) -> Tensor:
+        theirs = self.v if other is self else other.entries(self.sample, self.row)
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return total.index_add_(0, self.row, (self.v * theirs).sum(0))
+
+    def square_sum(self) -> Tensor:
+        return self.inner(self)
+
+
+class Sum(Factor):
+    """B1 + B2 + ...: the uses of one parameter. They are added before anything is squared."""
+
+    def __init__(self, parts: Sequence[Factor]):
+        self.parts = list(parts)
+        first = self.parts[0]
+        self.k, self.n, self.shape, self.device, self.dtype = first.k, first.n, first.shape, first.device, first.dtype
+
+    def dense(self) -> Tensor:
+        return torch.stack([part.dense() for part in self.parts]).sum(0)
+
+    def columns(self, which: slice) -> Factor:
+        return Sum([part.columns(which) for part in self.parts])
+
+    def entries(self, sample: Tensor, index: Tensor) -> Tensor:
+        return torch.stack([part.entries(sample, index) for part in self.parts]).sum(0)
+
+    def square_sum(self) -> Tensor:
+        if not any(isinstance(part, Lookup) for part in self.parts):
+            return super().square_sum()
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for a, first in enumerate(self.parts):
+            total += first.square_sum()
+            for second in self.parts[a + 1 :]:
+                total += 2 * first.inner(second)
+        return total
+
+
+def add(parts: Sequence[Factor]) -> Factor:
+    """One factor for all uses of a parameter."""
+    if len(parts) == 1:
+        return parts[0]
+    forms = {(p.v.shape[2], p.v.shape[3], p.u.shape[2]) if isinstance(p, Places) else None for p in parts}
+    if len(forms) == 1 and None not in forms:
+        places = [p for p in parts if isinstance(p, Places)]
+        u, v = torch.cat([p.u for p in places], -1), torch.cat([p.v for p in places], -1)
+        return Places(u, v, parts[0].shape)
+    if all(isinstance(p, Lookup) for p in parts):
+        found = [p for p in parts if isinstance(p, Lookup)]
+        v, sample, row = (torch.cat([getattr(p, name) for p in found], d) for name, d in (("v", 1), ("sample", 0), ("row", 0)))
+        return Lookup.build(v, sample, row, parts[0].n, parts[0].shape)
+    sparse = [p for p in parts if isinstance(p, Lookup)]
+    rest = [p for p in parts if not isinstance(p, Lookup)]
+    return Sum([*([add(rest)] if rest else []), *([add(sparse)] if sparse else [])])

@@ -1,0 +1,351 @@
+"""J: the Jacobian of one layer in one slot, as a linear operator on every row of the batch, and the closed set of its structures.
+
+Shapes, said once. A tangent is shaped like what it is a tangent of, with one free axis K in front: (K, N, *inputs) forward,
+(K, N, *outputs) backward. A direction v of a parameter is (K, N, *p), or (K, 1, *p) when the batch shares it. Metrics are
+over flattened tangents: (N, d, d).
+"""
+from __future__ import annotations
+
+import math
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nnj.factors import Explicit, Factor, Lookup, Owner, Places
+
+
+class Jacobian:
+    """A linear operator per row. A subclass defines `dense`, or both `jvp` and `vjp`; all else follows.
+
+    What follows may be overridden for speed, never for meaning.
+
+    Args:
+        inputs: the shape of one row's input (or of the parameter).
+        outputs: the shape of one row's output.
+        like: a tensor with the batch in axis 0, and the dtype and device of the tangents.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], like: Tensor):
+        self.inputs, self.outputs, self.like = tuple(inputs), tuple(outputs), like
+        self.n = like.shape[0]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        base = Jacobian
+        if cls.dense is base.dense and (cls.jvp is base.jvp or cls.vjp is base.vjp):
+            raise TypeError(f"{cls.__name__} must define dense, or both jvp and vjp")
+
+    # -- primitives: each from the other --------------------------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """The matrix, (N, out, in) over flattened outputs and inputs."""
+        d = math.prod(self.outputs)
+        eye = torch.eye(d, dtype=self.like.dtype, device=self.like.device).reshape(d, 1, *self.outputs)
+        return self.vjp(eye.expand(d, self.n, *self.outputs)).reshape(d, self.n, -1).transpose(0, 1)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (K, N, *inputs) -> (K, N, *outputs)."""
+        out = self.dense() @ v.flatten(2).permute(1, 2, 0)
+        return out.permute(2, 0, 1).unflatten(2, self.outputs or (1,)).reshape(v.shape[0], self.n, *self.outputs)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """u J: (K, N, *outputs) -> (K, N, *inputs), for each row on its own, also when the slot is a parameter."""
+        out = u.reshape(*u.shape[:2], -1).transpose(0, 1) @ self.dense()
+        return out.transpose(0, 1).reshape(*u.shape[:2], *self.inputs)
+
+    # -- products of matrices and metrics --------------------------------------------------------------------------------
+
+    def jmp(self, m: Tensor) -> Tensor:
+        """J M: (N, in, c) -> (N, out, c)."""
+        columns = m.permute(2, 0, 1).reshape(m.shape[2], m.shape[0], *self.inputs)
+        return self.jvp(columns).reshape(m.shape[2], self.n, -1).permute(1, 2, 0)
+
+    def mjp(self, m: Tensor) -> Tensor:
+        """M J: (N, r, out) -> (N, r, in)."""
+        rows = m.transpose(0, 1).reshape(m.shape[1], m.shape[0], *self.outputs)
+        return self.vjp(rows).reshape(m.shape[1], self.n, -1).transpose(0, 1)
+
+    def jmjTp(self, m: Tensor) -> Tensor:
+        """J M J^T: (N, in, in) -> (N, out, out)."""
+        return self.jmp(self.jmp(m).mT).mT
+
+    def jTmjp(self, m: Tensor) -> Tensor:
+        """J^T M J: (N, out, out) -> (N, in, in). Right for M that is not symmetric, too."""
+        return self.mjp(self.mjp(m).mT).mT
+
+    def square(self) -> Jacobian:
+        """The operator whose entries are those of J squared: diag(J^T diag(m) J) = (J o J)^T m."""
+        return Dense(self.dense().square(), self.inputs, self.outputs)
+
+    # -- what a quantity asks at a parameter ------------------------------------------------------------------------------
+
+    def pullback(self, u: Tensor, owner: Owner) -> Factor:
+        """u J added up for each sample, as a `Factor` (K, n, *p): `owner` says whose the entries of u are."""
+        if not owner.explicit:
+            factor = self.factor(u, owner)
+            if factor is not None:
+                return factor
+            u = owner.split(u)  # an entry of each row for another sample: one column for each sample, always exact
+        b = self.explicit(u)
+        return Explicit(b.reshape(-1, owner.n, *b.shape[1:]))
+
+    def factor(self, u: Tensor, owner: Owner) -> Factor | None:
+        """`pullback` where a structure can tell samples apart; None where a row holds entries of several samples."""
+        b = owner.sum(self.vjp(u))
+        return None if b is None else Explicit(b)
+
+    def explicit(self, u: Tensor) -> Tensor:
+        """u J added over all rows: (K, R, *outputs) -> (K, *inputs)."""
+        return self.vjp(u).sum(1)
+
+
+class Dense(Jacobian):
+    """J given entry by entry: j of (N, out, in)."""
+
+    def __init__(self, j: Tensor, inputs: Sequence[int], outputs: Sequence[int]):
+        super().__init__(inputs, outputs, j)
+        self.j = j
+
+    def dense(self) -> Tensor:
+        return self.j
+
+
+class Diagonal(Jacobian):
+    """An elementwise map: d = f'(x), of (N, *shape)."""
+
+    def __init__(self, d: Tensor):
+        super().__init__(d.shape[1:], d.shape[1:], d)
+        self.d = d
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v * self.d
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return u * self.d
+
+    def square(self) -> Jacobian:
+        return Diagonal(self.d.square())
+
+
+class Identity(Jacobian):
+    """The same numbers in another shape."""
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v.reshape(*v.shape[:2], *self.outputs)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return u.reshape(*u.shape[:2], *self.inputs)
+
+    def square(self) -> Jacobian:
+        return self
+
+
+class LinearMap(Jacobian):
+    """A linear map given by itself and its adjoint, both on a plain batch (B, ...): pooling, padding, a convolution's input.
+
+    Args:
+        forward: (B, *inputs) -> (B, *outputs).
+        adjoint: (B, *outputs) -> (B, *inputs).
+        squared: makes the map with squared entries, if that is cheaper than squaring the dense matrix.
+        per_row: the maps differ from row to row and take (K, N, ...) as it is.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], inputs: Sequence[int],
+                 outputs: Sequence[int], like: Tensor, *, squared: Callable[[], Jacobian] | None = None,
+                 per_row: bool = False):
+        super().__init__(inputs, outputs, like)
+        self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.forward(v) if self.per_row else self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self.adjoint(u) if self.per_row else self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+
+    def square(self) -> Jacobian:
+        return super().square() if self.squared is None else self.squared()
+
+
+class _Fold:
+    """(…, *outputs) <-> (…, G, O, L): the channels of an output in groups, its other axes in one axis of places."""
+
+    def __init__(self, outputs: Sequence[int], channels: int, groups: int, last: bool):
+        self.outputs, self.channels, self.groups, self.last = tuple(outputs), channels, groups, last
+
+    def __call__(self, t: Tensor, lead: int = 2) -> Tensor:
+        shape, o = t.shape[:lead], self.channels // self.groups
+        if self.last:
+            return t.reshape(*shape, -1, self.groups, o).movedim(lead, -1)
+        return t.reshape(*shape, self.groups, o, -1)
+
+    def undo(self, t: Tensor) -> Tensor:
+        return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
+
+
+def _grouped(u: Tensor, v: Tensor, fold: _Fold, owner: Owner, shape: Sequence[int]) -> Places | None:
+    """Rows (R) and places (L) regrouped as samples (n) and their places: u (R, G, I, L), v (K, R, G, O, L)."""
+    if owner.of is None:
+        n, k = owner.n, u.shape[0] // owner.n
+        if k > 1:
+            v = v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2)
+            u = u.unflatten(0, (n, k)).movedim(1, -2).flatten(-2)
+        return Places(u, v, shape)
+    of = fold(owner.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
+    if not bool((of == of[:, :1, :1]).all()):
+        return None
+    flat = of[:, 0, 0].reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    order = order[(flat < 0).sum() :]
+    sample = flat[order]
+    counts = torch.bincount(sample, minlength=owner.n)
+    slot = torch.arange(len(order), device=flat.device) - (counts.cumsum(0) - counts)[sample]
+    most = max(1, int(counts.max()) if len(order) else 1)
+    u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)  # (R*L, G, I), (K, R*L, G, O)
+    grouped_u = u.new_zeros(owner.n, most, *u.shape[1:]).index_put((sample, slot), u[order])
+    grouped_v = v.new_zeros(v.shape[0], owner.n, most, *v.shape[2:])
+    grouped_v[:, sample, slot] = v[:, order]
+    return Places(grouped_u.movedim(1, -1), grouped_v.movedim(2, -1), shape)
+
+
+class Affine(Jacobian):
+    """A weight: y = W U, with the input of each row seen in patches U of (N, G, I, L).
+
+    W.reshape(G, O, I) meets G groups of I inputs at L places. `patches` makes U when it is asked for, so that building
+    the operator costs nothing.
+
+    Args:
+        patches: makes U, (N, G, I, L).
+        inputs: the shape of W, which reshapes to (G, O, I).
+        outputs: the shape of one row's output: channels last (*places, G*O), or first (G*O, *places).
+        like: a tensor with the batch in axis 0.
+        groups: G.
+        last: whether the channels of the output are its last axis.
+    """
+
+    def __init__(self, patches: Callable[[], Tensor], inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
+                 groups: int = 1, last: bool = True):
+        super().__init__(inputs, outputs, like)
+        self.patches, self.groups = patches, groups
+        self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
+        self.matrix = (groups, self.fold.channels // groups, math.prod(self.inputs) // self.fold.channels)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.fold.undo(v.reshape(*v.shape[:2], *self.matrix) @ self.patches())
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return (self.fold(u) @ self.patches().mT).reshape(*u.shape[:2], *self.inputs)
+
+    def square(self) -> Jacobian:
+        return Affine(lambda: self.patches().square(), self.inputs, self.outputs, self.like, groups=self.groups,
+                      last=self.fold.last)
+
+    def factor(self, u: Tensor, owner: Owner) -> Factor | None:
+        return _grouped(self.patches(), self.fold(u), self.fold, owner, self.inputs)
+
+    def explicit(self, u: Tensor) -> Tensor:
+        # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
+        v, p = self.fold(u), self.patches()
+        return (v.movedim(1, -2).flatten(-2) @ p.movedim(0, -2).flatten(-2).mT).reshape(-1, *self.inputs)
+
+
+class Scale(Jacobian):
+    """A factor that all places share: y = w * m + …, the affine parameters of a norm. Without m, J = 1: a bias.
+
+    Args:
+        inputs: the shape of the parameter.
+        outputs: the shape of one row's output: (*places, *inputs), or with `last` false (*inputs, *places).
+        like: a tensor with the batch in axis 0.
+        m: makes the multiplier, (N, *outputs).
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
+                 m: Callable[[], Tensor] | None = None, last: bool = True):
+        super().__init__(inputs, outputs, like)
+        self.m = m
+        self.fold = _Fold(outputs, math.prod(self.inputs), 1, last)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        places = math.prod(self.outputs) // self.fold.channels
+        spread = v.reshape(*v.shape[:2], 1, -1, 1).expand(v.shape[0], self.n, 1, self.fold.channels, places)
+        out = self.fold.undo(spread)
+        return out if self.m is None else out * self.m()
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self._weighted(u).sum(-1).reshape(*u.shape[:2], *self.inputs)
+
+    def _weighted(self, u: Tensor) -> Tensor:
+        return self.fold(u if self.m is None else u * self.m())
+
+    def square(self) -> Jacobian:
+        m = self.m
+        return Scale(self.inputs, self.outputs, self.like, m=None if m is None else (lambda: m().square()),
+                     last=self.fold.last)
+
+    def factor(self, u: Tensor, owner: Owner) -> Factor | None:
+        # A place of width one that holds 1; the sum over a sample's places can be taken at once.
+        v = self._weighted(u)
+        if owner.of is None:
+            total: Tensor | None = owner.sum(v.sum(-1))
+        else:
+            of = self.fold(owner.of.expand(u.shape[1], *self.outputs), 1)  # (R, 1, D, L)
+            if not bool((of == of[:, :, :1]).all()):
+                return None
+            whose = Owner(owner.n, of[:, 0, 0].reshape(-1))
+            total = whose.sum(v.movedim(-1, 2).flatten(1, 2))
+        if total is None:
+            return None
+        return Places(total.new_ones(owner.n, 1, 1, 1), total[..., None], self.inputs)
+
+
+class Select(Jacobian):
+    """Rows of a table: y = W[index], with `index` of (N, *places); no row is touched where `keep` is false (padding).
+
+    The whole of one row of the table stands in y, so J is a matrix of zeros and ones.
+    """
+
+    def __init__(self, index: Tensor, inputs: Sequence[int], like: Tensor, *, keep: Tensor | None = None):
+        super().__init__(inputs, (*index.shape[1:], *inputs[1:]), like)
+        self.index, self.keep = index, keep
+
+    def jvp(self, v: Tensor) -> Tensor:
+        if v.shape[1] == 1:
+            out = v[:, 0][:, self.index]
+        else:
+            out = v[:, torch.arange(self.n, device=v.device).reshape(-1, *[1] * (self.index.dim() - 1)), self.index]
+        return out if self.keep is None else out * self._mask(out)
+
+    def _mask(self, t: Tensor) -> Tensor:
+        assert self.keep is not None
+        return self.keep.reshape(*self.keep.shape, *[1] * (t.dim() - 1 - self.keep.dim()))
+
+    def _pairs(self, u: Tensor, owner: Owner) -> Factor | None:
+        """u (K, R, *outputs) as the rows of a table for each of owner.n samples."""
+        u = u if self.keep is None else u * self._mask(u)
+        places = self.index.dim()
+        if owner.of is None:
+            whose = owner.rows(u.shape[1], u.device).reshape(-1, *[1] * (places - 1))  # type: ignore[union-attr]
+        else:
+            whole = owner.of.expand(u.shape[1], *self.outputs).flatten(places) if len(self.inputs) > 1 else \
+                owner.of.expand(u.shape[1], *self.outputs)[..., None]
+            if not bool((whole == whole[..., :1]).all()):
+                return None
+            whose = whole[..., 0]
+        sample = whose.expand(self.index.shape).reshape(-1)
+        return Lookup.build(u.flatten(1, places), sample, self.index.reshape(-1), owner.n, self.inputs)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        found = self._pairs(u, Owner(u.shape[1]))
+        assert found is not None
+        return found.dense()
+
+    def factor(self, u: Tensor, owner: Owner) -> Factor | None:
+        return self._pairs(u, owner)
+
+    def explicit(self, u: Tensor) -> Tensor:
+        found = self._pairs(u, Owner(1))
+        assert found is not None
+        return found.dense()[:, 0]
+
+    def square(self) -> Jacobian:
+        return self

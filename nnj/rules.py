@@ -1,0 +1,86 @@
+"""Which rule describes a module, and what it says at a point: lookups are made once, answers are checked."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nnj.errors import PluginError
+from nnj.operators import Jacobian
+from nnj.plugins import Entry, manager
+
+# What a subclass may override without becoming another layer.
+_HARMLESS = {"extra_repr", "reset_parameters", "train", "eval", "state_dict", "load_state_dict", "forward_features"}
+_HARMLESS |= {"__init__", "__repr__", "__doc__", "__module__", "__annotations__", "__constants__", "__dir__", "__setstate__",
+              "__getstate__", "__static_attributes__", "__firstlineno__", "__qualname__", "__orig_bases__", "__parameters__"}
+
+
+def describes(entry: Entry, module: nn.Module) -> bool:
+    """Whether the class that was registered still says what this module computes."""
+    if "forward" in module.__dict__ or "__call__" in module.__dict__:
+        return False
+    if parametrize.is_parametrized(module):
+        return False
+    if any(not isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None):
+        return False
+    if entry.key is nn.Module:
+        return True
+    for cls in type(module).__mro__:
+        if cls is entry.key:
+            return True
+        if any(name not in _HARMLESS and hasattr(entry.key, name) for name in vars(cls)):
+            return False
+    return False
+
+
+def find_rule(module: nn.Module) -> Entry | None:
+    """The rule for a module, or None: then what it computes goes through autograd's own nodes."""
+    entry = manager().find("layer", type(module))
+    return entry if entry is not None and describes(entry, module) else None
+
+
+def blame(entry: Entry, module: nn.Module, path: str) -> str:
+    """Subject of an error about a rule."""
+    return f"plugin {entry.source} (layer '{path or type(module).__name__}')"
+
+
+def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = "") -> dict[str, Jacobian] | None:
+    """The Jacobians of a module at a point; None where the rule declines, or leaves out a parameter that it must know.
+
+    Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of parameters.
+    """
+    who = blame(entry, module, path)
+    try:
+        slots = entry.rule(module, x if "x" in entry.uses else _shape_of(x), y if "y" in entry.uses else _shape_of(y))
+    except NotImplementedError:
+        return None
+    except Exception as error:
+        raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}") from error
+    if not isinstance(slots, dict):
+        raise PluginError(f"{who}: the rule returned {type(slots).__name__}, expected a dict of Jacobians")
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for slot, j in slots.items():
+        if slot != "input" and slot not in own:
+            raise PluginError(f"{who}: the rule names {slot!r}, which is neither 'input' nor a parameter of the layer")
+        if not isinstance(j, Jacobian):
+            raise PluginError(f"{who}: {slot!r} is {type(j).__name__}, expected a nnj.Jacobian")
+        shape = tuple(x.shape[1:]) if slot == "input" else tuple(own[slot].shape)
+        if j.inputs != shape or j.outputs != tuple(y.shape[1:]) or j.n != y.shape[0]:
+            raise PluginError(f"{who}: {slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
+                              f"expected {shape} to {tuple(y.shape[1:])} for {y.shape[0]}")
+    known = {id(own[name]) for name in slots if name != "input"}
+    return None if any(p.requires_grad and id(p) not in known for p in own.values()) else slots
+
+
+def _shape_of(t: Tensor) -> Any:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+
+def checked(what: str, out: Any, shape: tuple[int, ...], who: str) -> Tensor:
+    """`out` if it has the shape that the contract of a rule asks for. Errors: `PluginError`."""
+    if not isinstance(out, Tensor) or tuple(out.shape) != shape:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise PluginError(f"{who}: {what} returned {found}, expected {shape}")
+    return out

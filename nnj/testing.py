@@ -1,0 +1,141 @@
+"""Checks for plugin authors and users: a rule, a loss and a whole model against dense derivatives in float64."""
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from nnj.factors import Factor, Owner
+from nnj.operators import Jacobian
+from nnj.plugins import manager
+from nnj.rules import apply_rule, blame, checked, find_rule
+
+TOLERANCE = dict(rtol=1e-8, atol=1e-9)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().double() if value.is_floating_point() else value.detach().clone()
+    return value
+
+
+def _same(name: str, found: Tensor, expected: Tensor) -> None:
+    try:
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    except AssertionError as error:
+        raise AssertionError(f"{name} is wrong: {error}") from None
+
+
+def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The dense Jacobian of each slot by `torch.func.jacrev`, (N, out, in); the oracle of `check_layer`.
+
+    Errors: AssertionError if one row's output depends on another row's input.
+    """
+    params = dict(module.named_parameters())
+    run = lambda p, z: functional_call(module, p, (z.clone(),))
+    y = run(params, x)
+    n = y.shape[0]
+    found = {}
+    for name, p in params.items():
+        j = jacrev(lambda q, name=name: run({**params, name: q}, x))(p)
+        found[name] = j.reshape(n, -1, p.numel())
+    if x.is_floating_point():
+        j = jacrev(lambda z: run(params, z))(x).reshape(n, -1, n, x[0].numel())
+        own = torch.stack([j[i, :, i] for i in range(n)])
+        cross = torch.stack([j[i, :, m] for i in range(n) for m in range(n) if i != m]) if n > 1 else own[:0]
+        assert not cross.any(), f"{type(module).__name__}: rows of the batch influence one another"
+        found["input"] = own
+    return {name: j.detach() for name, j in found.items()}
+
+
+def check_layer(module: nn.Module, x: Tensor) -> None:
+    """Check every slot and every product of the rule for `module` at `x` against a dense Jacobian, in float64.
+
+    jvp, vjp, jmp, mjp, jmjTp and jTmjp (with metrics that are not symmetric), square, dense, the shared direction of a
+    parameter, and what quantities ask: diagonal, block and per-sample gradient, with several rows for each sample in several
+    orders. The module is copied, x is not changed. Any plugin author can call it in a test of one line.
+
+    Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes the module.
+    """
+    module, x = copy.deepcopy(module).double(), _double(x)
+    entry = find_rule(module)
+    if entry is None:
+        raise manager().unsupported(module, type(module).__name__)
+    oracle = layer_jacobians(module, x)
+    with torch.no_grad():
+        point = x.clone()
+        y = module(point)
+        if "x" in entry.uses:
+            point = x.clone()
+        slots = apply_rule(entry, module, point, y.clone())
+        assert slots is not None, f"{type(module).__name__}: its rule declines it, or leaves out a parameter"
+        missing = set(oracle) - set(slots)
+        assert not missing, f"{type(module).__name__}: its rule leaves out {sorted(missing)}"
+        for slot in oracle:
+            who = f"{blame(entry, module, type(module).__name__)} '{slot}'"
+            _check_products(who, slots[slot], oracle[slot])
+            _check_pullback(who, slots[slot], oracle[slot])
+
+
+def _check_products(who: str, j: Jacobian, dense: Tensor) -> None:
+    n, out, into = dense.shape
+    v = torch.randn(3, n, *j.inputs, dtype=dense.dtype)
+    u = torch.randn(3, n, *j.outputs, dtype=dense.dtype)
+    jvp = lambda t: torch.einsum("noi,kni->kno", dense, t.reshape(3, -1, into).expand(3, n, into)).reshape(3, n, *j.outputs)
+    _same(f"{who}: dense", j.dense(), dense)
+    _same(f"{who}: jvp", checked("jvp", j.jvp(v), (3, n, *j.outputs), who), jvp(v))
+    _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]) if n != 1 else j.jvp(v), jvp(v[:, :1])) \
+        if not who.endswith("'input'") else None
+    expected = torch.einsum("noi,kno->kni", dense, u.reshape(3, n, out)).reshape(3, n, *j.inputs)
+    _same(f"{who}: vjp", checked("vjp", j.vjp(u), (3, n, *j.inputs), who), expected)
+    for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
+        a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
+        _same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
+        _same(f"{who}: {name}mjp", op.mjp(b[:, :2]), b[:, :2] @ matrix)
+        _same(f"{who}: {name}jmjTp", op.jmjTp(a), matrix @ a @ matrix.mT)
+        _same(f"{who}: {name}jTmjp", op.jTmjp(b), matrix.mT @ b @ matrix)
+
+
+def _owners(n: int, outputs: tuple[int, ...]) -> dict[str, tuple[Owner, Tensor]]:
+    """Ways in which entries can belong to samples, each with the owner of every entry written out."""
+    whole = lambda rows: rows.reshape(n, *[1] * len(outputs)).expand(n, *outputs)
+    rows = {"one row a sample": (n, torch.arange(n))}
+    if n % 2 == 0:
+        rows["sample-major"] = (n // 2, torch.arange(n) // 2)
+    ways = {name: (Owner(m), whole(of)) for name, (m, of) in rows.items()}
+    m = max(1, n // 2)
+    ways["token-major"] = (Owner(m, (torch.arange(n) % m).reshape(n, *[1] * len(outputs))), whole(torch.arange(n) % m))
+    ragged = torch.randint(-1, 3, (n,))
+    ways["any order"] = (Owner(3, ragged.reshape(n, *[1] * len(outputs))), whole(ragged))
+    for axis in range(len(outputs)):
+        shape = [1] * (len(outputs) + 1)
+        shape[axis + 1] = outputs[axis]
+        of = torch.randint(-1, 2, (outputs[axis],)).reshape(shape)
+        ways[f"samples along axis {axis + 1}"] = (Owner(2, of), of.expand(n, *outputs))
+    return ways
+
+
+def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
+    n = dense.shape[0]
+    u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
+    rows = torch.einsum("noi,ksno->ksni", dense, torch.stack([u.reshape(4, n, -1)], 1))[:, 0]
+    for way, (owner, of) in _owners(n, j.outputs).items():
+        per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(owner.n)]
+        expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
+        name = f"{who}: pullback ({way})"
+        factor = j.pullback(u, owner)
+        _check_factor(name, factor, expected.reshape(4, owner.n, *j.inputs))
+        split = torch.stack(per, 1).reshape(4 * owner.n, n, *j.outputs)
+        _check_factor(f"{name}, explicit", j.pullback(split, Owner(owner.n, explicit=True)), expected.reshape(4, -1, *j.inputs))
+    del rows
+
+
+def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
+    flat = expected.reshape(-1, factor.dense()[0, 0].numel())
+    _same(f"{name}, per sample", factor.dense(), expected)
+    _same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
+    _same(f"{name}, block", factor.gram(factor), flat.T @ flat)
+    _same(f"{name}, some columns", factor.columns(slice(1, 3)).square_sum(), expected[1:3].square().sum((0, 1)))

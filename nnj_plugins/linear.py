@@ -1,0 +1,24 @@
+"""y = x W^T + b, on any number of sequence axes."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import nnj
+
+
+def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = dx W^T;  dy = x dW^T, which is affine with the places of the sequence;  dy = db at every place."""
+    w, inputs, outputs = m.weight.detach(), x.shape[1:], y.shape[1:]
+    by = lambda w: nnj.LinearMap(lambda v: v @ w.mT, lambda u: u @ w, inputs, outputs, x, squared=lambda: by(w.square()))
+    patches = lambda: x.reshape(len(x), -1, m.in_features).mT[:, None]
+    slots: dict[str, nnj.Jacobian] = {"input": by(w), "weight": nnj.Affine(patches, w.shape, outputs, x)}
+    if m.bias is not None:
+        slots["bias"] = nnj.Scale(m.bias.shape, outputs, x)
+    return slots
+
+
+@nnj.hookimpl
+def nnj_register_layers(register):
+    register(nn.Linear, linear, uses="x")
+
+
