@@ -5,7 +5,7 @@ A plugin is a module (or object) behind an entry point of the group `nnj`. It im
 """
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import pluggy
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import pluggy
 
@@ -15,19 +16,19 @@ from nnj.errors import PluginError, UnsupportedLayer
 
 GROUP = "nnj"
 DISABLED = "NNJ_DISABLED_PLUGINS"
+HOOKS = {"layer": "nnj_register_layers", "loss": "nnj_register_losses", "quantity": "nnj_register_quantities"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a claim comes from."""
+    """Where a claim comes from: the name of an entry point, and its distribution ("" for a plugin registered by hand)."""
 
     plugin: str
-    distribution: str
-    version: str
+    distribution: str = ""
+    version: str = ""
 
     def __str__(self) -> str:
-        origin = f" ({self.distribution} {self.version})" if self.distribution else ""
-        return f"'{self.plugin}'{origin}"
+        return f"'{self.plugin}' ({self.distribution} {self.version})" if self.distribution else f"'{self.plugin}'"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,17 @@ class Entry:
     rule: Callable[..., Any]
     source: Source
     uses: str = "xy"
+    table: str = "layer"
+    replace: bool = False
+
+
+Tables = dict[str, dict[Any, Entry]]
 
 
 def full_name(key: Any) -> str:
     """The name under which an error or a table shows a class or a quantity."""
     if not isinstance(key, type):
-        return repr(key)
+        return str(key)
     name = f"{key.__module__}.{key.__qualname__}"
     return f"torch.nn.{key.__qualname__}" if name.startswith("torch.nn.modules.") else name
 
@@ -51,134 +57,78 @@ def full_name(key: Any) -> str:
 class PluginManager:
     """Tables of layers, losses and quantities, filled from entry points at first use. A fresh one knows nothing of others.
 
-    Errors: `PluginError` naming plugin, distribution and version, with all plugins that are broken in one message.
+    Errors: `PluginError` naming plugin, distribution and version, with all plugins that are broken in one message. After
+    one, the tables are what they were, and the next use tries again.
+
+    Args:
+        load: whether to load the installed plugins; without, the manager knows only what `register` is given.
     """
 
     def __init__(self, load: bool = True):
-        self._tables: dict[str, dict[Any, Entry]] = {"layer": {}, "loss": {}, "quantity": {}}
-        self._replaced: dict[str, set[Any]] = {"layer": set(), "loss": set(), "quantity": set()}
-        self._resolved: dict[tuple[str, type], Entry | None] = {}
+        self._claims: list[Entry] = []
+        self._tables: Tables = {table: {} for table in HOOKS}
         self._lock = threading.RLock()
-        self._loaded = not load
+        self._loaded, self._loading = not load, False
         self.disabled: list[str] = []
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def _entry_points(self) -> list[metadata.EntryPoint]:
-        points = {(p.name, p.value): p for p in metadata.entry_points(group=GROUP)}  # one twice on sys.path is one
-        return sorted(points.values(), key=lambda p: p.name)
-
     def load(self) -> None:
         """Import every installed plugin and call its hooks. Called at first use; harmless to call again."""
+        if self._loaded:
+            return
         with self._lock:
             if self._loaded:
                 return
-            wanted = [name.strip() for name in os.environ.get(DISABLED, "").split(",") if name.strip()]
-            broken, seen = [], {}
-            points = self._entry_points()
-            unknown = sorted(set(wanted) - {p.name for p in points})
-            if unknown:
-                warnings.warn(f"{DISABLED} names plugins that are not installed: {', '.join(unknown)}", stacklevel=3)
-            for point in points:
-                if point.name in wanted:
-                    self.disabled.append(point.name)
-                    continue
-                dist = point.dist
-                source = Source(point.name, dist.name if dist else "", dist.version if dist else "")
-                try:
-                    if point.name in seen:
-                        raise PluginError(f"plugin {source} has the same entry name as {seen[point.name]}. Entry names begin "
-                                          f"with the name of the distribution; rename one of them")
-                    seen[point.name] = source
-                    self.register(self._import(point, source), source)
-                except PluginError as error:
-                    broken.append(str(error))
-            if broken:
-                for table in self._tables.values():
-                    table.clear()
-                raise PluginError("\n".join(broken))
-            self._loaded = True
+            if self._loading:
+                raise PluginError("nnj was asked for its tables while its plugins were being loaded. A plugin only "
+                                  "registers; let it use nnj in its rules, not while it is imported")
+            self._loading = True
+            try:
+                self._load()
+            finally:
+                self._loading = False
 
-    @staticmethod
-    def _import(point: metadata.EntryPoint, source: Source) -> Any:
-        try:
-            return point.load()
-        except Exception as error:
-            origin = f", from {source.distribution} {source.version}" if source.distribution else ""
-            raise PluginError(f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {error}. "
-                              f"Disable it with {DISABLED}={point.name}") from error
+    def _load(self) -> None:
+        points = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
+        disabled = {name.strip() for name in os.environ.get(DISABLED, "").split(",")} - {""}
+        unknown = disabled - {point.name for point in points}
+        if unknown:
+            warnings.warn(f"{DISABLED} names plugins that are not installed: {', '.join(sorted(unknown))}", stacklevel=2)
+        claims, broken = list(self._claims), []
+        seen: dict[str, Source] = {}
+        for point in points:
+            if point.name in disabled:
+                continue
+            source = Source(point.name, point.dist.name, point.dist.version) if point.dist else Source(point.name)
+            try:
+                if point.name in seen:
+                    raise PluginError(f"plugin {source} has the same entry name as {seen[point.name]}. Entry names begin "
+                                      f"with the name of the distribution; rename one of them")
+                seen[point.name] = source
+                claims += _ask(_import(point, source), source)
+            except PluginError as error:
+                broken.append(error)
+        tables, conflicts = _settle(claims)
+        _raise(broken + conflicts)
+        self._claims, self._tables, self._loaded = claims, tables, True
+        self.disabled = sorted(disabled - unknown)
 
     def register(self, plugin: Any, source: Source | str = "unnamed") -> None:
         """Take in one plugin, a module or an object with hooks. Errors: `PluginError`; nothing is kept of a broken one."""
-        source = Source(source, "", "") if isinstance(source, str) else source
-        manager = pluggy.PluginManager(GROUP)
-        manager.add_hookspecs(hookspecs)
-        remedy = f"Disable it with {DISABLED}={source.plugin}"
-        try:
-            manager.register(plugin, name=source.plugin)
-            manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin {source} does not fit the hooks of nnj: {error}. {remedy}") from error
-        claims: list[tuple[str, Entry, bool]] = []
-        hooks = (("layer", manager.hook.nnj_register_layers), ("loss", manager.hook.nnj_register_losses),
-                 ("quantity", manager.hook.nnj_register_quantities))
-        for table, hook in hooks:
-            try:
-                hook(register=self._registrar(table, source, claims))
-            except PluginError:
-                raise
-            except Exception as error:
-                raise PluginError(f"plugin {source} failed while it registered a {table}: "
-                                  f"{type(error).__name__}: {error}. {remedy}") from error
-        if not claims:
-            warnings.warn(f"plugin {source} registers nothing: does it implement a hook of nnj.hookspecs with "
-                          f"@nnj.hookimpl?", stacklevel=2)
         with self._lock:
-            for table, entry, replace in claims:
-                self._claim(table, entry, replace)
-            self._resolved.clear()
-
-    @staticmethod
-    def _registrar(table: str, source: Source, claims: list[tuple[str, Entry, bool]]) -> Callable[..., None]:
-        def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False) -> None:
-            good = isinstance(key, str) and key.isidentifier() if table == "quantity" else isinstance(key, type)
-            if not good:
-                what = "an identifier" if table == "quantity" else "a class"
-                raise PluginError(f"plugin {source} registers a {table} under {key!r}, which is not {what}")
-            if not callable(rule):
-                raise PluginError(f"plugin {source} registers {full_name(key)} with {rule!r}, which cannot be called")
-            if not set(uses) <= {"x", "y"}:
-                raise PluginError(f"plugin {source} registers {full_name(key)} with uses={uses!r}; it may hold x and y")
-            claims.append((table, Entry(key, rule, source, uses), replace))
-
-        return register
-
-    def _claim(self, table: str, entry: Entry, replace: bool) -> None:
-        known, replaced = self._tables[table], self._replaced[table]
-        other = known.get(entry.key)
-        if other is None or replace or entry.key in replaced:
-            # A replacement wins whichever of the two is loaded first; two replacements are a conflict.
-            if replace and entry.key in replaced:
-                raise PluginError(f"{full_name(entry.key)} is replaced twice: by {known[entry.key].source} and by "
-                                  f"{entry.source}. Disable one of them with {DISABLED}")
-            if replace or other is None:
-                known[entry.key] = entry
-            if replace:
-                replaced.add(entry.key)
-            return
-        raise PluginError(f"{full_name(entry.key)} is claimed twice: by {other.source} and by {entry.source}. Disable one "
-                          f"with {DISABLED}={entry.source.plugin}, or let it register with replace=True")
+            claims = self._claims + _ask(plugin, Source(source) if isinstance(source, str) else source)
+            tables, conflicts = _settle(claims)
+            _raise(conflicts)
+            self._claims, self._tables = claims, tables
 
     # -- looking up ---------------------------------------------------------------------------------------------------
 
     def find(self, table: str, cls: type) -> Entry | None:
         """The claim of the nearest class in the MRO of `cls`."""
         self.load()
-        key = (table, cls)
-        if key not in self._resolved:
-            known = self._tables[table]
-            self._resolved[key] = next((known[base] for base in cls.__mro__ if base in known), None)
-        return self._resolved[key]
+        known = self._tables[table]
+        return next((known[base] for base in cls.__mro__ if base in known), None)
 
     def quantity(self, name: str) -> Entry | None:
         """The claim of a quantity's name."""
@@ -186,7 +136,7 @@ class PluginManager:
         return self._tables["quantity"].get(name)
 
     def entries(self, table: str) -> Iterator[Entry]:
-        """All claims of a table, sorted by name."""
+        """All claims of a table that hold, sorted by name."""
         self.load()
         return iter(sorted(self._tables[table].values(), key=lambda entry: full_name(entry.key)))
 
@@ -194,8 +144,100 @@ class PluginManager:
         """The error for a layer that nobody knows."""
         names = ", ".join(sorted({entry.source.plugin for entry in self.entries("layer")})) or "none"
         off = f" (disabled: {', '.join(self.disabled)})" if self.disabled else ""
+        enable = "Enable nnj-fallback, or write" if "nnj-fallback" in self.disabled else "Write"
         return UnsupportedLayer(f"no plugin knows {type(module).__name__} ('{path}'). Installed: {names}{off}. "
-                                f"Enable nnj-fallback, or write a rule for it (see nnj.hookspecs)")
+                                f"{enable} a rule for it (see nnj.hookspecs)")
+
+
+def _import(point: metadata.EntryPoint, source: Source) -> Any:
+    try:
+        return point.load()
+    except Exception as error:
+        origin = f", from {source.distribution} {source.version}" if source.distribution else ""
+        raise PluginError(f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {_fact(error)}."
+                          f"{_remedy(source)}") from error
+
+
+def _ask(plugin: Any, source: Source) -> list[Entry]:
+    """What one plugin claims: its hooks are called with a `register` that takes notes."""
+    manager = pluggy.PluginManager(GROUP)  # one for each plugin, so that one that is broken spoils no other
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(plugin, name=source.plugin)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"plugin {source} does not fit the hooks of nnj: {error}.{_remedy(source)}") from error
+    claims: list[Entry] = []
+    for table, hook in HOOKS.items():
+        try:
+            getattr(manager.hook, hook)(register=_registrar(table, source, claims))
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"plugin {source} failed in {hook}: {_fact(error)}.{_remedy(source)}") from error
+    if not claims:
+        warnings.warn(f"plugin {source} registers nothing: does it implement a hook of nnj.hookspecs with @nnj.hookimpl?",
+                      stacklevel=2)
+    return claims
+
+
+def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
+    def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False) -> None:
+        fault = ""
+        if table == "quantity" and not (isinstance(key, str) and key.isidentifier()):
+            fault = "its name is not an identifier"
+        elif table != "quantity" and not isinstance(key, type):
+            fault = "it is not a class"
+        elif not callable(rule):
+            fault = f"its rule {rule!r} cannot be called"
+        elif uses not in ("", "x", "y", "xy"):
+            fault = f"uses={uses!r}, expected 'x', 'y', 'xy' or ''"
+        if fault:
+            raise PluginError(f"plugin {source} registers the {table} {full_name(key)}, but {fault}.{_remedy(source)}")
+        claims.append(Entry(key, rule, source, uses, table, replace))
+
+    return register
+
+
+def _settle(claims: Iterable[Entry]) -> tuple[Tables, list[PluginError]]:
+    """Who has what, and the conflicts. The order of the claims is of no account: a replacement always wins."""
+    rivals: dict[tuple[str, Any], list[Entry]] = {}
+    for entry in claims:
+        rivals.setdefault((entry.table, entry.key), []).append(entry)
+    tables: Tables = {table: {} for table in HOOKS}
+    conflicts = []
+    for (table, key), every in rivals.items():
+        best = [entry for entry in every if entry.replace] or every
+        tables[table][key] = best[0]
+        if len(best) > 1:
+            conflicts.append(_conflict(best))
+    return tables, conflicts
+
+
+def _conflict(rivals: list[Entry]) -> PluginError:
+    verb = "replaced" if rivals[0].replace else "claimed"
+    times = "twice" if len(rivals) == 2 else f"{len(rivals)} times"
+    by = " and ".join(f"by {entry.source}" for entry in rivals)
+    names = " or ".join(f"{DISABLED}={name}" for name in dict.fromkeys(e.source.plugin for e in rivals if e.source.distribution))
+    remedy = f". Disable one of them with {names}" if names else ""
+    other = "" if rivals[0].replace else ". A plugin that means to take over a class registers with replace=True"
+    return PluginError(f"{full_name(rivals[0].key)} is {verb} {times}: {by}{remedy}{other}")
+
+
+def _fact(error: Exception) -> str:
+    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+
+
+def _remedy(source: Source) -> str:
+    return f" Disable it with {DISABLED}={source.plugin}" if source.distribution else ""
+
+
+def _raise(errors: list[PluginError]) -> None:
+    """All errors as one."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise PluginError("\n".join(map(str, errors))) from errors[0]
 
 
 _manager = PluginManager()
