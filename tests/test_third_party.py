@@ -1,0 +1,78 @@
+"""A stranger's package teaches nnj a layer: examples/third_party, built, installed and used as pip leaves it."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+USE = """
+import nnj, nnj_siren, torch
+
+calls, rule = [], nnj_siren.sine
+nnj_siren.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)  # the hook has not run yet: loading is lazy
+
+torch.manual_seed(0)
+x, y = torch.randn(6, 2, dtype=torch.float64), torch.randint(3, (6,))
+net = torch.nn.Sequential(torch.nn.Linear(2, 5), nnj_siren.Sine(5, frequency=2.0), torch.nn.Linear(5, 3)).double()
+model = nnj.extend(net)
+loss_func = nnj.extend(torch.nn.CrossEntropyLoss())
+with nnj.collect("ggn_diag", "ggn_block"):
+    loss_func(model(x), y).backward()
+assert model[1] in calls, "the rule has not run"
+
+params = dict(model.named_parameters())
+j = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(params)
+p = model(x).detach().softmax(-1)
+h = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(x)
+for name, param in params.items():
+    flat = j[name].detach().reshape(6, 3, -1)
+    ggn = torch.einsum("noi,nop,npj->ij", flat, h, flat)
+    torch.testing.assert_close(param.ggn_diag.flatten(), ggn.diagonal(), rtol=1e-9, atol=1e-12)
+    if name == "1.weight":
+        torch.testing.assert_close(model[1].ggn_block, ggn, rtol=1e-9, atol=1e-12)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """`python(*args)`: run in an interpreter that finds nnj as here, and the package where pip has put it."""
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
+        pytest.skip("building a package without a network needs pip and setuptools (extra 'test')")
+    folder = tmp_path_factory.mktemp("third_party")
+    source, target = folder / "source", folder / "target"
+    shutil.copytree(ROOT / "examples" / "third_party", source)  # pip leaves build folders in what it builds
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*install, "--target", str(target), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = os.pathsep.join(filter(None, [str(target), str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+
+    def run(*args: str) -> str:
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_it_is_listed(python):
+    lines = [line.split() for line in python("-m", "nnj").splitlines()]
+    assert ["nnj_siren.Sine", "sine", "nnj-siren", "nnj-siren", "0.1"] in lines
+
+
+def test_its_own_test_passes(python):
+    test = ROOT / "examples" / "third_party" / "test_nnj_siren.py"
+    assert "1 passed" in python("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(test))
+
+
+def test_it_is_used_and_exact(python):
+    if not any(point.value == "nnj.quantities" for point in metadata.entry_points(group="nnj")):
+        pytest.skip("nnj is not installed, so its own plugins have no entry points: pip install -e .")
+    python("-c", USE)
