@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nnj.errors import PluginError
+from nnj.errors import NNJError, PluginError
 from nnj.operators import Jacobian
 from nnj.plugins import Entry, manager
 
@@ -49,13 +49,17 @@ def blame(entry: Entry, module: nn.Module, path: str) -> str:
 def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = "") -> dict[str, Jacobian] | None:
     """The Jacobians of a module at a point; None where the rule declines, or leaves out a parameter that it must know.
 
-    Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of parameters.
+    Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of parameters;
+    `NNJError` with the path of the layer if the rule refuses.
     """
     who = blame(entry, module, path)
     try:
         slots = entry.rule(module, x if "x" in entry.uses else _shape_of(x), y if "y" in entry.uses else _shape_of(y))
     except NotImplementedError:
         return None
+    except NNJError as error:  # a refusal, not a fault: say where
+        error.args = (f"layer '{path or type(module).__name__}': {error}",)
+        raise
     except Exception as error:
         raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}") from error
     if not isinstance(slots, dict):
@@ -70,6 +74,8 @@ def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str 
         if j.inputs != shape or j.outputs != tuple(y.shape[1:]) or j.n != y.shape[0]:
             raise PluginError(f"{who}: {slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
                               f"expected {shape} to {tuple(y.shape[1:])} for {y.shape[0]}")
+        if j.like.is_meta:  # a rule that reads neither x nor y knows no device
+            j.like = x if y.is_meta and x.is_floating_point() else y
     known = {id(own[name]) for name in slots if name != "input"}
     return None if any(p.requires_grad and id(p) not in known for p in own.values()) else slots
 

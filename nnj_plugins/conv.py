@@ -1,0 +1,78 @@
+"""y[o, p] = b[o] + sum over c and offsets k of w[o, c, k] pad(x)[c, s p + d k], on any number of spatial axes."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import grad
+
+import nnj
+
+CONVOLVE = {1: (F.conv1d, grad.conv1d_input), 2: (F.conv2d, grad.conv2d_input), 3: (F.conv3d, grad.conv3d_input)}
+
+
+def edges(m: nn.Conv2d) -> list[tuple[int, int]]:
+    """What is put before and after each spatial axis. "same" puts the odd one after."""
+    if m.padding == "valid":
+        return [(0, 0)] * len(m.kernel_size)
+    if m.padding == "same":
+        total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+        return [(t // 2, t - t // 2) for t in total]
+    return [(int(p), int(p)) for p in m.padding]
+
+
+def pad(v: Tensor, by: list[tuple[int, int]], mode: str) -> Tensor:
+    """(B, C, *space) -> (B, C, *padded)."""
+    flat = [p for pair in reversed(by) for p in pair]
+    return F.pad(v, flat, mode="constant" if mode == "zeros" else mode) if any(flat) else v
+
+
+def unpad(u: Tensor, by: list[tuple[int, int]], mode: str, space: torch.Size) -> Tensor:
+    """The adjoint of `pad`: every padded entry goes back to the one that it is a copy of."""
+    if mode == "zeros" or not any(a or b for a, b in by):
+        return pad(u, [(-a, -b) for a, b in by], "zeros")
+    source = torch.arange(space.numel(), dtype=torch.float64).reshape(1, 1, *space)
+    source = pad(source, by, mode).flatten().to(u.device, torch.long)
+    return u.new_zeros(*u.shape[:2], space.numel()).index_add_(2, source, u.flatten(2)).unflatten(2, space)
+
+
+def patches(m: nn.Conv2d, x: Tensor) -> Tensor:
+    """U of (N, G, I, L): what each of the L places of y sees of x."""
+    seen = pad(x, edges(m), m.padding_mode)
+    for axis, (k, s, d) in enumerate(zip(m.kernel_size, m.stride, m.dilation, strict=True), start=2):
+        seen = seen.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    space = len(m.kernel_size)
+    places = tuple(range(2, 2 + space))
+    seen = seen.permute(0, 1, *(a + space for a in places), *places)  # (N, C, *kernel, *places)
+    return seen.reshape(len(x), m.groups, -1, seen.shape[-space:].numel())
+
+
+def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = w * pad(dx);  dy = dw U, which is affine with the patches U of pad(x);  dy = db at every place."""
+    if x.dim() != m.weight.dim():
+        raise NotImplementedError("a convolution of one sample without a batch axis")
+    w, by, mode, inputs, outputs = m.weight.detach(), edges(m), m.padding_mode, x.shape[1:], y.shape[1:]
+    convolve, convolve_input = CONVOLVE[x.dim() - 2]
+    inside = mode == "zeros" and all(a == b for a, b in by)  # torch's convolution pads by itself
+    own, around = ([a for a, _ in by], []) if inside else ([0] * len(by), by)
+    wide = [s + a + b for s, (a, b) in zip(x.shape[2:], around or [(0, 0)] * len(by), strict=True)]
+    options = m.stride, own, m.dilation, m.groups
+
+    def through(w: Tensor) -> nnj.Jacobian:
+        forward = lambda v: convolve(pad(v, around, mode), w, None, *options)
+        back = lambda u: convolve_input((len(u), x.shape[1], *wide), w, u, *options)
+        adjoint = lambda u: unpad(back(u), around, mode, x.shape[2:])
+        squared = (lambda: through(w.square())) if mode == "zeros" else None  # a copied entry meets several weights
+        return nnj.LinearMap(forward, adjoint, inputs, outputs, x, squared=squared)
+
+    weight = nnj.Affine(lambda: patches(m, x), w.shape, outputs, x, groups=m.groups, last=False)
+    slots: dict[str, nnj.Jacobian] = {"input": through(w), "weight": weight}
+    if m.bias is not None:
+        slots["bias"] = nnj.Scale(m.bias.shape, outputs, x, last=False)
+    return slots
+
+
+@nnj.hookimpl
+def nnj_register_layers(register):
+    for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        register(cls, conv, uses="x")

@@ -1,0 +1,79 @@
+"""y[n] = f(x[n:n + 1])[0], with f any module: torch.func differentiates it for each sample on its own."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import nnj
+
+Run = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+class PerSample(nnj.Jacobian):
+    """J[n] is the derivative of run(state, x[n]) with respect to x[n], or to one entry of `state`."""
+
+    def __init__(self, run: Run, state: dict[str, Tensor], slot: str, x: Tensor, y: Tensor):
+        super().__init__(x.shape[1:] if slot == "input" else state[slot].shape, y.shape[1:], y)
+        self.run, self.state, self.slot, self.x = run, state, slot, x
+
+    def _at(self, row: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """A function of the slot alone, and where it is differentiated."""
+        if self.slot == "input":
+            return lambda z: self.run(self.state, z), row
+        return lambda p: self.run({**self.state, self.slot: p}, row), self.state[self.slot]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        def of(row: Tensor, v: Tensor) -> Tensor:
+            f, at = self._at(row)
+            return vmap(lambda t: jvp(f, (at,), (t,))[1])(v)
+
+        shared = v.shape[1] != self.n
+        return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(self.x, v[:, 0] if shared else v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        def of(row: Tensor, u: Tensor) -> Tensor:
+            return vmap(lambda t: vjp(*self._at(row))[1](t)[0])(u)
+
+        return vmap(of, in_dims=(0, 1), out_dims=1)(self.x, u)
+
+    def explicit(self, u: Tensor) -> Tensor:
+        if self.slot == "input":
+            return super().explicit(u)
+        rows = lambda p: vmap(lambda row: self._at(row)[0](p))(self.x)
+        _, back = vjp(rows, self.state[self.slot])
+        return vmap(lambda t: back(t)[0])(u)
+
+
+def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy[n] = df(x[n]) for the input and for each parameter, provided that f, run on each sample alone, gives y.
+
+    So what couples samples, draws random numbers or updates buffers is declined: it raises under vmap, or gives another y.
+    """
+    state: dict[str, Tensor] = {name: p.detach() for name, p in m.named_parameters()}
+    state |= {name: b.clone() if m.training else b for name, b in m.named_buffers()}
+
+    def run(state: dict[str, Tensor], row: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no forward derivative
+            return functional_call(m, state, (row[None],))[0]
+
+    try:  # the y of the call is the test of all that is assumed here
+        alone: Any = vmap(lambda row: run(state, row))(x)
+    except Exception as error:
+        raise NotImplementedError(f"torch.func cannot run it for each sample: {error}") from error
+    if not isinstance(alone, Tensor) or alone.shape != y.shape:
+        raise NotImplementedError("its output does not have the batch in axis 0")
+    tolerance = torch.finfo(y.dtype).eps ** 0.5 * y.abs().max()
+    if bool(((alone - y).abs() > tolerance).any()):
+        raise NotImplementedError("run on each sample alone it gives something else than on the batch")
+    slots = [name for name, _ in m.named_parameters()] + (["input"] if x.is_floating_point() else [])
+    return {slot: PerSample(run, state, slot, x, y) for slot in slots}
+
+
+@nnj.hookimpl
+def nnj_register_layers(register):
+    register(nn.Module, fallback)

@@ -1,0 +1,128 @@
+"""y[p] = x[argmax over the window of p], or y[p] = sum over the window of x / size: each window a box, so one matrix an axis."""
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nnj
+
+
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """An option of torch's, one number or one for each axis, as one for each axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))
+
+
+def batched(x: Tensor, axes: int) -> None:
+    if x.dim() != axes + 2:
+        raise NotImplementedError("pooling of one sample without a batch axis")
+
+
+# -- the largest of a window ---------------------------------------------------------------------------------------------
+
+
+def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.Jacobian]:
+    """dy = dx[where], a matrix of zeros and ones; its adjoint adds u up at `where`, (N, C, *places), flat over the space."""
+    where = functools.cache(where)
+    space, places = x.shape[2:], y.shape[2:]
+
+    def forward(v: Tensor) -> Tensor:
+        index = where().flatten(2).expand(*v.shape[:3], -1)
+        return v.flatten(3).gather(3, index).unflatten(3, places)
+
+    def adjoint(u: Tensor) -> Tensor:
+        index = where().flatten(2).expand(*u.shape[:3], -1)
+        return u.new_zeros(*u.shape[:3], space.numel()).scatter_add_(3, index, u.flatten(3)).unflatten(3, space)
+
+    j = nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=lambda: j, per_row=True)
+    return {"input": j}
+
+
+def max_pool(m: nn.MaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+    """dy[p] = dx[argmax of the window of p]."""
+    batched(x, axes)
+    if m.return_indices:
+        raise NotImplementedError("return_indices=True: the output is not one tensor")
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
+    return largest(x, y, lambda: pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, return_indices=True)[1])
+
+
+def adaptive_max_pool(m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+    """dy[p] = dx[argmax of the window of p]."""
+    batched(x, axes)
+    if m.return_indices:
+        raise NotImplementedError("return_indices=True: the output is not one tensor")
+    pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[axes - 1]
+    return largest(x, y, lambda: pool(x, y.shape[2:], return_indices=True)[1])
+
+
+# -- the mean of a window ------------------------------------------------------------------------------------------------
+
+
+def boxes(x: Tensor, y: Tensor, window: Callable[[int, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+          ) -> dict[str, nnj.Jacobian]:
+    """dy = (A1 x A2 x ...) dx, one matrix A_i for each spatial axis: 1 / size from start to end of each place's window.
+
+    Args:
+        window: gives start, end and size of the windows, from the number of the axis, the places and the length of it.
+    """
+
+    def matrix(i: int, like: Tensor) -> Tensor:
+        places, length = torch.arange(y.shape[2 + i], device=like.device), x.shape[2 + i]
+        start, end, size = window(i, places, length)
+        at = torch.arange(length, device=like.device)
+        return ((at >= start[:, None]) & (at < end[:, None])).to(like.dtype) / size.clamp(min=1)[:, None]
+
+    def apply(v: Tensor, power: int, back: bool) -> Tensor:
+        for i in reversed(range(v.dim() - 2)):
+            a = matrix(i, v).pow(power)
+            v = (v.movedim(2 + i, -1) @ (a if back else a.mT)).movedim(-1, 2 + i)
+        return v
+
+    def by(power: int) -> nnj.Jacobian:
+        forward, adjoint = (lambda v: apply(v, power, False)), (lambda u: apply(u, power, True))
+        return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=lambda: by(2 * power))
+
+    return {"input": by(1)}
+
+
+def avg_pool(m: nn.AvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+    """dy[p] = sum of dx in [p s - a, p s - a + k) / size, the size clipped to the padded or to the bare input."""
+    batched(x, axes)
+    kernel, stride, padding = (per_axis(value, axes) for value in (m.kernel_size, m.stride, m.padding))
+    divisor = getattr(m, "divisor_override", None)
+
+    def window(i: int, places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        start = places * stride[i] - padding[i]
+        end = (start + kernel[i]).clamp(max=length + padding[i])
+        size = end - start if m.count_include_pad else end.clamp(max=length) - start.clamp(min=0)
+        if divisor is not None:
+            size = torch.full_like(start, divisor if i == 0 else 1)
+        return start, end, size
+
+    return boxes(x, y, window)
+
+
+def adaptive_avg_pool(m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+    """dy[p] = mean of dx in [floor(p i / o), ceil((p + 1) i / o)) for i entries and o places."""
+    batched(x, axes)
+
+    def window(i: int, places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        start, end = places * length // len(places), -((places + 1) * -length // len(places))
+        return start, end, end - start
+
+    return boxes(x, y, window)
+
+
+@nnj.hookimpl
+def nnj_register_layers(register):
+    rules = {"MaxPool": max_pool, "AdaptiveMaxPool": adaptive_max_pool, "AvgPool": avg_pool,
+             "AdaptiveAvgPool": adaptive_avg_pool}
+    for (name, rule), axes in itertools.product(rules.items(), (1, 2, 3)):
+        uses = "x" if "Max" in name else ""
+        register(getattr(nn, f"{name}{axes}d"), functools.partial(rule, axes=axes), uses=uses)
