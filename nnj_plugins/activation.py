@@ -18,8 +18,7 @@ def known_if(fact: bool, reason: str) -> None:
         raise NotImplementedError(reason)
 
 
-# -- f' told from y, which in-place activations leave alone ------------------------------------------------------------------
-# At a kink f' is what torch's own backward takes.
+# -- f' told from y, which in-place activations leave alone. At a kink f' is what torch's own backward takes. --------------
 
 
 def leaky(y: Tensor, slope: float) -> Tensor:
@@ -60,7 +59,7 @@ FROM_Y: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Tanh: lambda m, y: 1 - y.square(),
 }
 
-# -- f' told from x ------------------------------------------------------------------------------------------------------------
+# -- f' told from x --------------------------------------------------------------------------------------------------------
 
 FROM_X: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.GELU: lambda m, x: aten.gelu_backward(torch.ones_like(x), x, approximate=m.approximate),
@@ -99,7 +98,7 @@ def prelu(m: nn.PReLU, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     return {"input": nnj.Diagonal(torch.where(x > 0, torch.ones_like(w), w)), "weight": weight}
 
 
-# -- softmax -------------------------------------------------------------------------------------------------------------------
+# -- softmax ---------------------------------------------------------------------------------------------------------------
 
 
 class Softmax(nnj.Jacobian):

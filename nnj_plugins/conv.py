@@ -47,26 +47,33 @@ def patches(m: nn.Conv2d, x: Tensor) -> Tensor:
     return seen.reshape(len(x), m.groups, -1, seen.shape[-space:].numel())
 
 
+def through(m: nn.Conv2d, w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
+    """dy = w * pad(dx)."""
+    by, mode, space = edges(m), m.padding_mode, x.shape[2:]
+    convolve, convolve_input = CONVOLVE[len(space)]
+    inside = mode == "zeros" and all(a == b for a, b in by)  # torch's convolution pads by itself
+    own, around = ([a for a, _ in by], [(0, 0)] * len(by)) if inside else ([0] * len(by), by)
+    options = m.stride, own, m.dilation, m.groups
+    wide = [s + a + b for s, (a, b) in zip(space, around, strict=True)]
+
+    def forward(v: Tensor) -> Tensor:
+        return convolve(pad(v, around, mode), w, None, *options)
+
+    def adjoint(u: Tensor) -> Tensor:
+        return unpad(convolve_input((len(u), m.in_channels, *wide), w, u, *options), around, mode, space)
+
+    # With other modes a copied entry meets several weights, and the square of a sum is not the sum of squares.
+    squared = (lambda: through(m, w.square(), x, y)) if mode == "zeros" else None
+    return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared)
+
+
 def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w * pad(dx);  dy = dw U, which is affine with the patches U of pad(x);  dy = db at every place."""
     if x.dim() != m.weight.dim():
         raise NotImplementedError("a convolution of one sample without a batch axis")
-    w, by, mode, inputs, outputs = m.weight.detach(), edges(m), m.padding_mode, x.shape[1:], y.shape[1:]
-    convolve, convolve_input = CONVOLVE[x.dim() - 2]
-    inside = mode == "zeros" and all(a == b for a, b in by)  # torch's convolution pads by itself
-    own, around = ([a for a, _ in by], []) if inside else ([0] * len(by), by)
-    wide = [s + a + b for s, (a, b) in zip(x.shape[2:], around or [(0, 0)] * len(by), strict=True)]
-    options = m.stride, own, m.dilation, m.groups
-
-    def through(w: Tensor) -> nnj.Jacobian:
-        forward = lambda v: convolve(pad(v, around, mode), w, None, *options)
-        back = lambda u: convolve_input((len(u), x.shape[1], *wide), w, u, *options)
-        adjoint = lambda u: unpad(back(u), around, mode, x.shape[2:])
-        squared = (lambda: through(w.square())) if mode == "zeros" else None  # a copied entry meets several weights
-        return nnj.LinearMap(forward, adjoint, inputs, outputs, x, squared=squared)
-
+    w, outputs = m.weight.detach(), y.shape[1:]
     weight = nnj.Affine(lambda: patches(m, x), w.shape, outputs, x, groups=m.groups, last=False)
-    slots: dict[str, nnj.Jacobian] = {"input": through(w), "weight": weight}
+    slots: dict[str, nnj.Jacobian] = {"input": through(m, w, x, y), "weight": weight}
     if m.bias is not None:
         slots["bias"] = nnj.Scale(m.bias.shape, outputs, x, last=False)
     return slots

@@ -45,7 +45,7 @@ class PerSample(nnj.Jacobian):
         if self.slot == "input":
             return super().explicit(u)
         rows = lambda p: vmap(lambda row: self._at(row)[0](p))(self.x)
-        _, back = vjp(rows, self.state[self.slot])
+        back: Any = vjp(rows, self.state[self.slot])[1]
         return vmap(lambda t: back(t)[0])(u)
 
 

@@ -6,12 +6,17 @@ from torch import Tensor, nn
 import nnj
 
 
+def through(w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
+    """dy = dx W^T."""
+    return nnj.LinearMap(lambda v: v @ w.mT, lambda u: u @ w, x.shape[1:], y.shape[1:], x,
+                         squared=lambda: through(w.square(), x, y))
+
+
 def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = dx W^T;  dy = x dW^T, which is affine with the places of the sequence;  dy = db at every place."""
-    w, inputs, outputs = m.weight.detach(), x.shape[1:], y.shape[1:]
-    by = lambda w: nnj.LinearMap(lambda v: v @ w.mT, lambda u: u @ w, inputs, outputs, x, squared=lambda: by(w.square()))
+    w, outputs = m.weight.detach(), y.shape[1:]
     patches = lambda: x.reshape(len(x), -1, m.in_features).mT[:, None]
-    slots: dict[str, nnj.Jacobian] = {"input": by(w), "weight": nnj.Affine(patches, w.shape, outputs, x)}
+    slots: dict[str, nnj.Jacobian] = {"input": through(w, x, y), "weight": nnj.Affine(patches, w.shape, outputs, x)}
     if m.bias is not None:
         slots["bias"] = nnj.Scale(m.bias.shape, outputs, x)
     return slots

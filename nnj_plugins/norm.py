@@ -1,8 +1,9 @@
-"""y = w z + b with z = (x - mean) / sqrt(var + eps): a diagonal if the statistics are fixed, a projection if they are x's own."""
+"""y = w z + b, z = (x - mean) / sqrt(var + eps): a diagonal if the statistics are fixed, a projection if they are x's."""
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +61,15 @@ def affine(m: nn.Module, x: Tensor, z: Callable[[], Tensor], *, last: bool) -> d
     return slots
 
 
-def along(p: Tensor | None, x: Tensor) -> Tensor | None:
+def per_channel(p: Any, x: Tensor) -> Any:
     """One number for each channel, shaped to meet (N, C, *places)."""
     return None if p is None else p.detach().reshape(-1, *[1] * (x.dim() - 2))
 
 
-def fixed(m: nn.BatchNorm2d, x: Tensor) -> dict[str, nnj.Jacobian]:
+def fixed(m: Any, x: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w r dx;  dy = dw z;  dy = db: the statistics are those that the module has stored."""
-    mean, r = along(m.running_mean, x), along((m.running_var + m.eps).rsqrt(), x)
-    d = r if m.weight is None else r * along(m.weight, x)
+    mean, r = per_channel(m.running_mean, x), per_channel((m.running_var + m.eps).rsqrt(), x)
+    d = r if m.weight is None else r * per_channel(m.weight, x)
     return {"input": nnj.Diagonal(d.expand(x.shape)), **affine(m, x, lambda: (x - mean) * r, last=False)}
 
 
@@ -78,8 +79,8 @@ def batch_norm(m: nn.BatchNorm2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobia
         why = "in training mode" if m.training else "without running statistics"
         remedy = ("call model.eval(), or freeze this layer with module.eval()" if m.running_mean is not None else
                   "use track_running_stats=True and model.eval(), or another norm")
-        raise nnj.NNJError(f"{type(m).__name__} {why} makes the samples of a batch influence one another, so no sample has a "
-                           f"Jacobian of its own; {remedy}")
+        raise nnj.NNJError(f"{type(m).__name__} {why} makes the samples of a batch influence one another, so no sample "
+                           f"has a Jacobian of its own; {remedy}")
     return fixed(m, x)
 
 
@@ -112,7 +113,7 @@ def rms_norm(m: nn.RMSNorm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 def group_norm(m: nn.GroupNorm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """A group is C / G channels with all their places."""
-    return own(m, x, m.num_groups, along(m.weight, x), last=False, eps=m.eps)
+    return own(m, x, m.num_groups, per_channel(m.weight, x), last=False, eps=m.eps)
 
 
 def instance_norm(m: nn.InstanceNorm2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
@@ -121,15 +122,15 @@ def instance_norm(m: nn.InstanceNorm2d, x: Tensor, y: Tensor, axes: int) -> dict
         raise NotImplementedError("a norm of one sample without a batch axis")
     if m.track_running_stats and not m.training:
         return fixed(m, x)
-    return own(m, x, x.shape[1], along(m.weight, x), last=False, eps=m.eps)
+    return own(m, x, x.shape[1], per_channel(m.weight, x), last=False, eps=m.eps)
 
 
 @nnj.hookimpl
 def nnj_register_layers(register):
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         register(cls, batch_norm, uses="x")
-    for axes, cls in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), start=1):
-        register(cls, functools.partial(instance_norm, axes=axes), uses="x")
+    for axes, instance in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), start=1):
+        register(instance, functools.partial(instance_norm, axes=axes), uses="x")
     register(nn.LayerNorm, layer_norm, uses="x")
     register(nn.RMSNorm, rms_norm, uses="x")
     register(nn.GroupNorm, group_norm, uses="x")

@@ -1,4 +1,4 @@
-"""y[p] = x[argmax over the window of p], or y[p] = sum over the window of x / size: each window a box, so one matrix an axis."""
+"""y[p] = max of x over the window of p, or y[p] = sum of x / size, where a window is a box: one matrix for each axis."""
 from __future__ import annotations
 
 import functools
@@ -23,12 +23,11 @@ def batched(x: Tensor, axes: int) -> None:
         raise NotImplementedError("pooling of one sample without a batch axis")
 
 
-# -- the largest of a window ---------------------------------------------------------------------------------------------
+# -- the largest of a window --------------------------------------------------------------------------------------------
 
 
 def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.Jacobian]:
     """dy = dx[where], a matrix of zeros and ones; its adjoint adds u up at `where`, (N, C, *places), flat over the space."""
-    where = functools.cache(where)
     space, places = x.shape[2:], y.shape[2:]
 
     def forward(v: Tensor) -> Tensor:
@@ -39,8 +38,8 @@ def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.
         index = where().flatten(2).expand(*u.shape[:3], -1)
         return u.new_zeros(*u.shape[:3], space.numel()).scatter_add_(3, index, u.flatten(3)).unflatten(3, space)
 
-    j = nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=lambda: j, per_row=True)
-    return {"input": j}
+    squared = lambda: largest(x, y, where)["input"]
+    return {"input": nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared, per_row=True)}
 
 
 def max_pool(m: nn.MaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
@@ -49,7 +48,8 @@ def max_pool(m: nn.MaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.
     if m.return_indices:
         raise NotImplementedError("return_indices=True: the output is not one tensor")
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
-    return largest(x, y, lambda: pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, return_indices=True)[1])
+    options = m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode
+    return largest(x, y, functools.cache(lambda: pool(x, *options, return_indices=True)[1]))
 
 
 def adaptive_max_pool(m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
@@ -58,18 +58,21 @@ def adaptive_max_pool(m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int) 
     if m.return_indices:
         raise NotImplementedError("return_indices=True: the output is not one tensor")
     pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[axes - 1]
-    return largest(x, y, lambda: pool(x, y.shape[2:], return_indices=True)[1])
+    return largest(x, y, functools.cache(lambda: pool(x, y.shape[2:], return_indices=True)[1]))
 
 
-# -- the mean of a window ------------------------------------------------------------------------------------------------
+# -- the mean of a window -----------------------------------------------------------------------------------------------
 
 
-def boxes(x: Tensor, y: Tensor, window: Callable[[int, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-          ) -> dict[str, nnj.Jacobian]:
+Window = Callable[[int, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def boxes(x: Tensor, y: Tensor, window: Window, power: int = 1) -> dict[str, nnj.Jacobian]:
     """dy = (A1 x A2 x ...) dx, one matrix A_i for each spatial axis: 1 / size from start to end of each place's window.
 
     Args:
-        window: gives start, end and size of the windows, from the number of the axis, the places and the length of it.
+        window: gives start, end and size of the windows, from the number of the axis, its places and its length.
+        power: of the entries of the matrices.
     """
 
     def matrix(i: int, like: Tensor) -> Tensor:
@@ -78,17 +81,15 @@ def boxes(x: Tensor, y: Tensor, window: Callable[[int, Tensor, int], tuple[Tenso
         at = torch.arange(length, device=like.device)
         return ((at >= start[:, None]) & (at < end[:, None])).to(like.dtype) / size.clamp(min=1)[:, None]
 
-    def apply(v: Tensor, power: int, back: bool) -> Tensor:
+    def apply(v: Tensor, back: bool) -> Tensor:
         for i in reversed(range(v.dim() - 2)):
             a = matrix(i, v).pow(power)
             v = (v.movedim(2 + i, -1) @ (a if back else a.mT)).movedim(-1, 2 + i)
         return v
 
-    def by(power: int) -> nnj.Jacobian:
-        forward, adjoint = (lambda v: apply(v, power, False)), (lambda u: apply(u, power, True))
-        return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=lambda: by(2 * power))
-
-    return {"input": by(1)}
+    squared = lambda: boxes(x, y, window, 2 * power)["input"]
+    return {"input": nnj.LinearMap(lambda v: apply(v, False), lambda u: apply(u, True), x.shape[1:], y.shape[1:], x,
+                                   squared=squared)}
 
 
 def avg_pool(m: nn.AvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
@@ -121,8 +122,9 @@ def adaptive_avg_pool(m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int) 
 
 @nnj.hookimpl
 def nnj_register_layers(register):
-    rules = {"MaxPool": max_pool, "AdaptiveMaxPool": adaptive_max_pool, "AvgPool": avg_pool,
-             "AdaptiveAvgPool": adaptive_avg_pool}
+    rules: dict[str, Callable[..., Any]] = {
+        "MaxPool": max_pool, "AdaptiveMaxPool": adaptive_max_pool, "AvgPool": avg_pool,
+        "AdaptiveAvgPool": adaptive_avg_pool}
     for (name, rule), axes in itertools.product(rules.items(), (1, 2, 3)):
         uses = "x" if "Max" in name else ""
         register(getattr(nn, f"{name}{axes}d"), functools.partial(rule, axes=axes), uses=uses)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import nnj
 
 
-def identity(m: nn.Identity, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+def identity(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = dx."""
     return {"input": nnj.Identity(x.shape[1:], y.shape[1:], y)}
 

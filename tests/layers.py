@@ -1,4 +1,4 @@
-"""The table of layers: (name, module, input), with the options that are easily got wrong. tests/test_layers.py runs over it."""
+"""The table of layers, (name, module, input), with options that are easily got wrong; tests/test_layers.py runs over it."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -34,6 +34,17 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gain + torch.sin(self.inner(x)) * self.inner.weight.sum() + self.shift
+
+
+class Attention(nn.Module):
+    """Its kernels for speed cannot be differentiated forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*(x @ self.weight)[:, None].chunk(3, -1))[:, 0]
 
 
 Case = tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]
@@ -183,8 +194,9 @@ FALLBACK: list[Case] = [
     ("fallback-bilinear-upsampling", lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: r(2, 1, 2, 3)),
     ("fallback-transposed-convolution", lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), lambda: r(2, 2, 2, 2)),
     ("fallback-glu", lambda: nn.GLU(1), lambda: r(2, 4, 2)),
-    ("fallback-encoder-layer", lambda: nn.TransformerEncoderLayer(2, 1, 3, batch_first=True).eval(), lambda: r(2, 2, 2)),
-    ("fallback-batchnorm-eval", lambda: settled(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())), lambda: r(4, 2)),
+    ("fallback-attention", Attention, lambda: r(2, 3, 2)),
+    ("fallback-batchnorm-eval", lambda: settled(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())),
+     lambda: r(4, 2)),
 ]
 
 CASES: list[Case] = [*AFFINE, *POOLING, *SHAPE, *NORM, *EMBEDDING, *ACTIVATION, *FALLBACK]
