@@ -1,12 +1,15 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
+from nnj.collection import collect
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
 from nnj.factors import Factor
+from nnj.hooks import extend, retract
 from nnj.hookspecs import hookimpl
 from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select
 from nnj.plugins import PluginManager
+from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
     "Affine", "Dense", "Diagonal", "Factor", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError",
-    "PluginManager", "Scale", "Select", "UnsupportedLayer", "hookimpl",
+    "PluginManager", "Quantity", "Scale", "Select", "UnsupportedLayer", "collect", "extend", "hookimpl", "retract",
 ]

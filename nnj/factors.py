@@ -73,6 +73,10 @@ class Factor:
         """The same for some of the columns."""
         raise NotImplementedError(f"{type(self).__name__} must define columns")
 
+    def to(self, dtype: torch.dtype) -> Factor:
+        """The same in another precision."""
+        return Explicit(self.dense().to(dtype))
+
     def chunks(self) -> list[Factor]:
         """Groups of columns of which the dense form is small."""
         step = max(1, CHUNK // max(1, self.n * math.prod(self.shape)))
@@ -144,6 +148,9 @@ class Places(Factor):
 
     def columns(self, which: slice) -> Factor:
         return Places(self.u, self.v[which], self.shape)
+
+    def to(self, dtype: torch.dtype) -> Factor:
+        return Places(self.u.to(dtype), self.v.to(dtype), self.shape)
 
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
         g, o = self.v.shape[2:4]
@@ -225,6 +232,9 @@ class Lookup(Factor):
 
     def columns(self, which: slice) -> Factor:
         return Lookup(self.v[which], self.sample, self.row, self.n, self.shape)
+
+    def to(self, dtype: torch.dtype) -> Factor:
+        return Lookup(self.v.to(dtype), self.sample, self.row, self.n, self.shape)
 
     def inner(self, other: Factor) -> Tensor:
         theirs = self.v if other is self else other.entries(self.sample, self.row)

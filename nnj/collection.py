@@ -1,0 +1,186 @@
+"""nnj.collect: what is open, what each backward pass adds to it, and where results stand."""
+from __future__ import annotations
+
+import difflib
+import inspect
+import threading
+from typing import Any, Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nnj import hooks
+from nnj.contribution import Contribution, contribute
+from nnj.errors import NNJError
+from nnj.hooks import LossCall
+from nnj.plugins import manager
+from nnj.quantities.base import Quantity
+
+_open: dict[int, list[collect]] = {}  # for each thread, outermost first
+_staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}  # for each thread and graph task
+_published: dict[str, WeakIdKeyDictionary] = {}
+
+
+class collect:  # noqa: N801
+    """Collect quantities during the backward passes inside the `with`.
+
+    Args:
+        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of installed plugins.
+        modules: collect at the parameters of these modules alone; the sweep walks no further back than it must.
+        memory: bytes that columns may take while they walk; more of them are walked in turns.
+        options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
+
+    Results are attributes under the quantity's name: on each parameter that requires grad (of its shape; None if no backward
+    pass reached it), or on modules. They belong to exactly the scalar on which `.backward()` was called. Passes add
+    up, as .grad does; per-sample quantities are concatenated. They stay after the `with`; entering anew removes them.
+
+    Errors: `NNJError` for an unknown quantity or option; for anything that cannot be exact (after the backward pass, whose
+    gradients are intact); on exit, if no extended loss took part in any backward pass.
+    """
+
+    def __init__(self, *quantities: str, modules: Iterable[nn.Module] | None = None, memory: int = 2**28, **options: Any):
+        if not quantities:
+            raise NNJError("nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')")
+        self.quantities = _make(quantities, options)
+        self.modules = None if modules is None else _checked_modules(modules)
+        self.memory = memory
+        self.results: dict[str, WeakIdKeyDictionary] = {}
+        self.samples = 0
+        self.passes = 0
+        self.refused = False
+
+    def __enter__(self) -> collect:
+        self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
+        self.samples, self.passes, self.refused = 0, 0, False
+        for name in self.quantities:
+            for holder in list(_published.get(name, {})):
+                vars(holder).pop(name, None)
+            _published[name] = WeakIdKeyDictionary()
+        _open.setdefault(threading.get_ident(), []).append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        thread = threading.get_ident()
+        _open[thread].remove(self)
+        if not _open[thread]:
+            del _open[thread]
+            _staged.pop(thread, None)
+        if kind is None:
+            if self.passes == 0 and not self.refused:
+                names = ", ".join(self.quantities)
+                raise NNJError(f"nothing was collected for {names}: no extended loss took part in a backward pass inside the "
+                               f"`with`. Extend the loss, too (loss_func = nnj.extend(loss_func)), and call backward inside")
+            self.publish()
+
+    # -- results --------------------------------------------------------------------------------------------------------
+
+    def commit(self, contributions: list[Contribution]) -> None:
+        """Take in what one backward pass has contributed."""
+        self.passes += 1
+        merged = Contribution.merge(contributions, {name for name, q in self.quantities.items() if q.per_sample})
+        for name, quantity in self.quantities.items():
+            known = self.results[name]
+            if quantity.per_sample:
+                self._concatenate(name, known, merged)
+                continue
+            for holder in merged.holders(quantity.of_modules):
+                value = merged.value(name, holder)
+                there = known.get(holder)
+                known[holder] = there if value is None else value if there is None else there + value
+        self.samples += merged.n
+        self.publish()
+
+    def _concatenate(self, name: str, known: WeakIdKeyDictionary, merged: Contribution) -> None:
+        before, count = self.samples, merged.n
+        reached = {id(h): h for h in [*known, *merged.holders(False)]}
+        for holder in reached.values():
+            there, value = known.get(holder), merged.value(name, holder)
+            if there is None and value is None:
+                known[holder] = None
+                continue
+            shape, like = holder.shape, there if there is not None else value
+            assert like is not None
+            there = like.new_zeros(before, *shape) if there is None else there
+            value = like.new_zeros(count, *shape) if value is None else value
+            known[holder] = torch.cat([there, value])
+
+    def publish(self) -> None:
+        """Set the attributes."""
+        for name, known in self.results.items():
+            for holder, value in known.items():
+                dtype = next((p.dtype for p in holder.parameters(recurse=False)), None) if isinstance(holder, nn.Module) \
+                    else holder.dtype
+                vars(holder)[name] = value if value is None or dtype is None else value.to(dtype)
+                _published.setdefault(name, WeakIdKeyDictionary())[holder] = True
+
+
+def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    found: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+    for module in found:
+        if not isinstance(module, nn.Module):
+            raise NNJError(f"modules= takes torch.nn.Modules, not {type(module).__name__}")
+    return found
+
+
+def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
+    """Quantities by name, each with the options that it declares."""
+    made: dict[str, Quantity] = {}
+    declared: dict[str, str] = {}
+    for name in names:
+        entry = manager().quantity(name) if isinstance(name, str) else None
+        if entry is None:
+            known = sorted(e.key for e in manager().entries("quantity"))
+            raise NNJError(f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}")
+        accepted = [p for p in inspect.signature(entry.rule).parameters if p not in ("args", "kwargs")]
+        declared.update({option: name for option in accepted})
+        made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
+    for option in options:
+        if option not in declared:
+            known = sorted({*declared, "modules", "memory"})
+            raise NNJError(f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: {', '.join(known)}")
+    return made
+
+
+def _close(word: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _arrived(call: LossCall, scale: Tensor) -> None:
+    """A loss's gradient has arrived: walk now, while every saved tensor is there, and hand over when the pass is done."""
+    collections = _open.get(call.thread)
+    if not collections:
+        return
+    task = torch._C._current_graph_task_id()
+    staged = _staged.setdefault(call.thread, {})
+    if task not in staged:
+        staged[task] = []
+        finish = _finisher(call.thread, task, list(collections))
+        torch.autograd.Variable._execution_engine.queue_callback(finish)
+    try:
+        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+            staged[task].append(contribute(call, scale, collections))
+    except NNJError as error:
+        staged[task].append(error)
+    except Exception as error:
+        wrapped = NNJError(f"the sweep failed with {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        staged[task].append(wrapped)
+
+
+def _finisher(thread: int, task: int, collections: list[collect]) -> Callable[[], None]:
+    def finish() -> None:
+        parts = _staged.get(thread, {}).pop(task, [])
+        errors = [part for part in parts if isinstance(part, Exception)]
+        if errors:
+            for c in collections:
+                c.refused = True
+            raise errors[0]
+        for c in collections:
+            c.commit([part[id(c)] for part in parts if isinstance(part, dict)])
+
+    return finish
+
+
+hooks.listeners.append(_arrived)

@@ -1,0 +1,164 @@
+"""The columns that a loss sends back: its exact factor, random combinations of it, and its gradient."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor
+
+from nnj.curvature import Curvature, check_outputs, twice
+from nnj.errors import NNJError
+from nnj.factors import Owner
+from nnj.hooks import Edge, LossCall
+from nnj.plugins import manager
+from nnj.rules import describes
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Some columns on the root edges, and which of them are whose: {"exact": slice, "signs": …, "gradient": …}."""
+
+    roots: dict[Edge, Tensor]
+    k: int
+    parts: dict[str, slice]
+
+
+class LossColumns:
+    """What one loss contributes to the scalar: its curvature, and the columns in chunks.
+
+    Args:
+        call: the call of the loss.
+        scale: the gradient that arrived at its value, which multiplies everything.
+
+    Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that is not convex in its output.
+    """
+
+    def __init__(self, call: LossCall, scale: Tensor):
+        self.call, self.scale = call, scale.detach()
+        self.name = type(call.module).__name__
+        if any(t._version != version for t, version in call.versions):
+            raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it before the change")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise NNJError(f"{self.name}: the factor of the loss is not finite; the loss or what was made of it has overflowed")
+        if bool((self.scale < 0).any()):
+            raise NNJError(f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN is not positive "
+                           f"semi-definite. Collect without that term, or call backward on it alone")
+        self.outputs = [call.leaves[i] for i in call.outputs]
+        check_outputs(self.name, self.outputs)
+        self._curvature: Curvature | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.outputs[0].shape[0] if self.outputs[0].dim() else 1
+
+    @property
+    def curvature(self) -> Curvature:
+        if self._curvature is None:
+            self._curvature = self._by_rule() or twice(self._value, tuple(self.outputs))
+        return self._curvature
+
+    def _by_rule(self) -> Curvature | None:
+        module = self.call.module
+        entry = manager().find("loss", type(module))
+        args, kwargs = self.call.arguments(self.outputs)
+        if entry is None:
+            raise manager().unsupported(module, self.name)
+        if not describes(entry, module) or len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
+            return None
+        try:
+            return entry.rule(module, self.scale, *args)
+        except NotImplementedError:
+            return None
+
+    def _value(self, *outputs: Tensor) -> Tensor:
+        args, kwargs = self.call.arguments(list(outputs))
+        return (self.call.module.forward(*args, **kwargs) * self.scale).sum()
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient of the scalar in each output."""
+        with torch.enable_grad():
+            outputs = [t.detach().requires_grad_() for t in self.outputs]
+            found = torch.autograd.grad(self._value(*outputs), outputs, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True)]
+
+    # -- the layout of columns ------------------------------------------------------------------------------------------
+
+    def roots(self, parts: tuple[Tensor, ...] | list[Tensor]) -> dict[Edge, Tensor]:
+        """Columns on the root edges; an output given twice to the loss has its columns added."""
+        found: dict[Edge, Tensor] = {}
+        for edge, t in zip(self.call.edges, parts, strict=True):
+            found[edge] = found[edge] + t if edge in found else t
+        return found
+
+    def slots(self, owner: Owner) -> Tensor | None:
+        """The number of each row among the rows of its sample; None where every sample has one row."""
+        curvature = self.curvature
+        if curvature.rows == owner.n and owner.of is None or owner.n == curvature.rows == 1:
+            return None
+        whose = owner.rows(curvature.rows, self.scale.device)
+        assert whose is not None
+        slot = torch.zeros_like(whose)
+        for s in whose.unique():
+            mine = (whose == s).nonzero()[:, 0]
+            slot[mine] = torch.arange(len(mine), device=whose.device)
+        return slot
+
+    def chunks(self, wants: dict[str, Any], owner: Owner, size: int) -> Iterator[Chunk]:
+        """All columns that are wanted, `size` at a time at most.
+
+        Rows of one sample, and places of one row, are factorised on their own, so each has columns to itself.
+
+        Args:
+            wants: the quantities by the source of their columns; "exact" and "gradient" are shared.
+            owner: whose the rows are.
+            size: how many columns may walk together.
+        """
+        extra: list[tuple[str, list[Tensor]]] = []
+        if "gradient" in wants:
+            extra.append(("gradient", [g[None] for g in self.gradient()]))
+        for name, quantity in wants.items():
+            if quantity.source == "signs":
+                signs = self.curvature.sample(quantity.draws, quantity.generator)
+                extra.append((name, list(self.curvature.place(signs))))
+        exact = self._exact(owner, size) if "exact" in wants else iter(())
+        for first in exact:
+            yield self._join([("exact", list(self.curvature.place(first))), *extra])
+            extra = []
+        for name, parts in extra:
+            for a in range(0, parts[0].shape[0], size):
+                yield self._join([(name, [t[a : a + size] for t in parts])])
+
+    def _join(self, groups: list[tuple[str, list[Tensor]]]) -> Chunk:
+        parts, start = {}, 0
+        for name, tensors in groups:
+            k = tensors[0].shape[0]
+            parts[name] = slice(start, start + k)
+            start += k
+        joined = [torch.cat([t.to(g[0].dtype) for t in g]) for g in zip(*[tensors for _, tensors in groups], strict=True)]
+        return Chunk(self.roots(joined), start, parts)
+
+    def _exact(self, owner: Owner, size: int) -> Iterator[Tensor]:
+        """Columns of S, (k, R, D, B), no two of which belong to different rows of one sample or places of one row."""
+        curvature = self.curvature
+        slot = self.slots(owner)
+        slots = 1 if slot is None else int(slot.max()) + 1
+        pairs = [(s, d) for s in range(slots) for d in range(curvature.places)]
+        if len(pairs) == 1:
+            for a in range(0, curvature.rank, size):
+                yield curvature.columns(a, min(a + size, curvature.rank))
+            return
+        step = min(size, curvature.rank)
+        together = max(1, size // step)
+        for a in range(0, curvature.rank, step):
+            s = curvature.columns(a, min(a + step, curvature.rank))
+            k, rows, places, block = s.shape
+            for p in range(0, len(pairs), together):
+                group = pairs[p : p + together]
+                out = s.new_zeros(len(group), k, rows, places, block)
+                for i, (row_slot, place) in enumerate(group):
+                    part = s[:, :, place]
+                    if slot is not None:
+                        part = part * (slot == row_slot)[None, :, None]
+                    out[i, :, :, place] = part
+                yield out.flatten(0, 1)

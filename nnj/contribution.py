@@ -1,0 +1,229 @@
+"""What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities take their share."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nnj.columns import LossColumns
+from nnj.errors import NNJError
+from nnj.factors import Factor, Owner
+from nnj.graph import Graph, edge_shape
+from nnj.hooks import CallMark, Edge, LossCall, extended_roots
+from nnj.operators import Affine, Scale, Select
+from nnj.quantities.base import Quantity
+from nnj.samples import Coupled
+from nnj.sweep import Sweep
+
+if TYPE_CHECKING:
+    from nnj.collection import collect
+
+
+class Contribution:
+    """Values of one collection from one loss, or from all losses of one backward pass."""
+
+    def __init__(self, calls: frozenset[int], n: int):
+        self.calls, self.n = calls, n  # the forward calls that made the samples, and their number
+        self.values: dict[str, dict[int, Tensor]] = {}
+        self.known: dict[int, Any] = {}  # every parameter and module that may hold a result
+
+    def add(self, name: str, holder: Any, value: Tensor) -> None:
+        mine = self.values.setdefault(name, {})
+        mine[id(holder)] = mine[id(holder)] + value if id(holder) in mine else value
+
+    def value(self, name: str, holder: Any) -> Tensor | None:
+        return self.values.get(name, {}).get(id(holder))
+
+    def holders(self, modules: bool) -> list[Any]:
+        return [h for h in self.known.values() if isinstance(h, nn.Module) == modules]
+
+    @staticmethod
+    def merge(parts: list[Contribution], per_sample: set[str]) -> Contribution:
+        """The sum over the losses of one pass; per-sample values of different forward calls are put one behind the other."""
+        groups: list[Contribution] = []
+        for part in sorted(parts, key=lambda c: max(c.calls, default=0)):
+            same = next((g for g in groups if g.n == part.n and (g.calls & part.calls or g.calls == part.calls)), None)
+            if same is None:
+                groups.append(part)
+                continue
+            same.calls |= part.calls
+            same.known |= part.known
+            for name, values in part.values.items():
+                for key, value in values.items():
+                    same.add(name, part.known[key], value)
+        whole = Contribution(frozenset().union(*[g.calls for g in groups]), sum(g.n for g in groups))
+        for group in groups:
+            whole.known |= group.known
+        for name in {name for g in groups for name in g.values}:
+            for key in {key for g in groups for key in g.values.get(name, {})}:
+                found = [(g, g.values.get(name, {}).get(key)) for g in groups]
+                if name in per_sample:
+                    like = next(v for _, v in found if v is not None)
+                    value = torch.cat([like.new_zeros(g.n, *like.shape[1:]) if v is None else v for g, v in found])
+                    whole.add(name, whole.known[key], value)
+                    continue
+                for _, v in found:
+                    if v is not None:
+                        whole.add(name, whole.known[key], v)
+        return whole
+
+
+class Target:
+    """One open collection as a sweep sees it: its parameters, its modules, its quantities."""
+
+    def __init__(self, collection: collect, roots: list[nn.Module]):
+        self.collection = collection
+        tops = roots if collection.modules is None else collection.modules
+        self.modules = list({id(m): m for top in tops for m in top.modules()}.values())
+        self.params = {id(p): p for m in self.modules for p in m.parameters(recurse=False) if p.requires_grad}
+        self.own = {id(m): [p for _, p in m.named_parameters(recurse=False) if p.requires_grad] for m in self.modules}
+        self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
+        self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
+        self.pending: dict[int, dict[int, Factor]] = {}
+
+    def check(self, reached: set[int], paths: dict[int, str]) -> None:
+        for quantity in self.blocks.values():
+            for m in self.modules:
+                if any(id(p) in reached for p in self.own[id(m)]):
+                    quantity.check(m, self.own[id(m)], paths.get(id(m), ""))
+
+    def take(self, into: Contribution, p: Tensor, factor: Factor, parts: dict[str, slice], reached: set[int]) -> None:
+        """The factor of one parameter has arrived, with the columns of all sources in it."""
+        if id(p) not in self.params:
+            return
+        for name, quantity in self.points.items():
+            which = parts.get(self.source(name, quantity))
+            if which is not None:
+                into.add(name, p, quantity.parameter(factor.columns(which)))
+        if not self.blocks:
+            return
+        for m in self.modules:
+            own = self.own[id(m)]
+            if any(q is p for q in own):
+                there = self.pending.setdefault(id(m), {})
+                there[id(p)] = factor
+                if len(there) == len({id(q) for q in own} & reached):
+                    self._module(into, m, self.pending.pop(id(m)), parts)
+
+    def _module(self, into: Contribution, m: nn.Module, factors: dict[int, Factor], parts: dict[str, slice]) -> None:
+        own = self.own[id(m)]
+        for name, quantity in self.blocks.items():
+            which = parts.get(self.source(name, quantity))
+            if which is not None:
+                cut = {key: f.columns(which) for key, f in factors.items()}
+                into.add(name, m, quantity.module([cut.get(id(p)) for p in own], own))
+
+    def source(self, name: str, quantity: Quantity) -> str:
+        """Draws are a quantity's own; exact columns and the gradient are shared."""
+        return f"signs {id(self.collection)} {name}" if quantity.source == "signs" else quantity.source
+
+
+def _executed(p: Tensor) -> bool:
+    """Whether this backward pass accumulates a gradient for p (`inputs=` restricts it)."""
+    node = torch.autograd.graph.get_gradient_edge(p).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return True  # captured by torch.autograd.grad
+
+
+def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dict[int, Contribution]:
+    """Walk once for all open collections. Errors: `NNJError` wherever a number would not be exact."""
+    columns = LossColumns(call, scale)
+    roots = extended_roots()
+    paths = {id(m): name for root in roots for name, m in root.named_modules()}
+    targets = [Target(c, roots) for c in collections]
+    executed: dict[int, bool] = {}
+
+    def wanted(p: Tensor) -> bool:
+        if not any(id(p) in t.params for t in targets):
+            return False
+        if id(p) not in executed:
+            executed[id(p)] = _executed(p)
+        return executed[id(p)]
+
+    graph = Graph(list(dict.fromkeys(call.edges)), wanted, paths)
+    reached = {id(p) for u in graph.units for _, p in u.params} | {id(u.leaf) for u in graph.units if u.leaf is not None}
+    calls = frozenset(mark.order for mark in graph.marks)
+    for target in targets:
+        target.check(reached, paths)
+    sweep, owner = _plan(graph, columns) if graph.units else (None, Owner(columns.rows))
+    found = {id(t.collection): Contribution(calls, owner.n) for t in targets}
+    for target in targets:
+        _holders(target, found[id(target.collection)], roots, graph, reached)
+    if sweep is None:
+        return found
+    wants: dict[str, Any] = {}
+    for target in targets:
+        for name, quantity in target.collection.quantities.items():
+            wants[target.source(name, quantity)] = quantity
+    size = _columns_at_once(sweep, min(c.memory for c in collections))
+    for chunk in columns.chunks(wants, owner, size):
+        def sink(p: Tensor, factor: Factor, parts: dict[str, slice] = chunk.parts) -> None:
+            for target in targets:
+                target.take(found[id(target.collection)], p, factor, parts, reached)
+
+        sweep.run(chunk.roots, chunk.k, sink)
+    return found
+
+
+def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]) -> None:
+    """All that may hold a result: what belongs to a model that took part, reached or not."""
+    called = {id(mark.module) for mark in graph.marks}
+    if target.collection.modules is None:
+        tops = [r for r in roots if id(r) in called or any(id(p) in reached for p in r.parameters())]
+    else:
+        tops = target.collection.modules
+    for top in tops:
+        for m in top.modules():
+            own = target.own[id(m)]
+            if own:
+                into.known[id(m)] = m
+            for p in own:
+                into.known[id(p)] = p
+
+
+def _candidates(rows: int, mark: CallMark | None, device: torch.device) -> Iterator[tuple[int, Owner]]:
+    """How rows of the loss can belong to samples, likeliest first."""
+    n = None if mark is None else mark.n
+    if n and rows != n and rows % n == 0:
+        order = [Owner(n), Owner(n, torch.arange(rows, device=device) % n)]
+        for owner in order if mark is None or mark.batch_axis == 0 else order[::-1]:
+            yield n, owner
+    yield rows, Owner(rows)
+
+
+def _plan(graph: Graph, columns: LossColumns) -> tuple[Sweep, Owner]:
+    """The sweep under the first reading of the loss's rows in which samples do not influence one another."""
+    mark = max(graph.marks, key=lambda m: m.order, default=None)
+    refusal: NNJError | None = None
+    for n, owner in _candidates(columns.rows, mark, columns.scale.device):
+        owners: dict[Edge, Owner] = {}
+        for edge in graph.roots:
+            dims = len(edge_shape(edge))
+            owners[edge] = owner if owner.of is None else Owner(n, owner.of.reshape(-1, *[1] * (dims - 1)))
+        try:
+            return Sweep(graph, n, owners), owner
+        except Coupled as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _columns_at_once(sweep: Sweep, memory: int) -> int:
+    """How many columns may walk together: the largest unit's share of each, with what is formed on the way."""
+    most = 1
+    for unit in sweep.graph.units:
+        times = sweep.n if unit in sweep.explicit else 1
+        size = sum(math.prod(edge_shape(e)) for e in unit.into) * times
+        for i, edge in enumerate(unit.out):
+            if edge is not None:
+                size += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
+        for slot, p in unit.params:
+            if times > 1 or not isinstance(unit.slots[slot], (Affine, Scale, Select)):
+                size += p.numel() * sweep.n
+        most = max(most, size)
+    return max(1, memory // (8 * 3 * most))

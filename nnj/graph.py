@@ -1,0 +1,188 @@
+"""Autograd's graph as the sweep sees it: units (records and raw nodes), their edges, and how a node is called on columns."""
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from nnj.errors import NNJError
+from nnj.hooks import MARK, RECORD, CallMark, Edge, Record
+from nnj.operators import Jacobian
+from nnj.rules import apply_rule
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor on an edge."""
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
+
+
+def edge_dtype(edge: Edge) -> torch.dtype:
+    """The dtype of the tensor on an edge."""
+    return edge[0]._input_metadata[edge[1]].dtype
+
+
+def node_name(node: Any) -> str:
+    """The name of a node without its number: 'Add' for AddBackward0."""
+    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+
+
+@dataclass(eq=False)
+class Unit:
+    """One step of the walk: the edges on which columns arrive, and those on which they leave (None: nobody needs them)."""
+
+    node: Any
+    record: Record | None
+    slots: dict[str, Jacobian]
+    into: list[Edge]
+    out: list[Edge | None]
+    leaf: Tensor | None = None
+    dtype: torch.dtype | None = None  # in which a record works
+    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)  # wanted parameters of a record
+    records_above: bool = False  # whether a record with wanted parameters lies further on
+
+    @property
+    def name(self) -> str:
+        return type(self.record.module).__name__ if self.record else node_name(self.node)
+
+
+class Graph:
+    """The units between the outputs of a loss and the wanted parameters, in topological order.
+
+    Args:
+        roots: the edges of the outputs.
+        wanted: whether a parameter is to be reached.
+        paths: the name of each module, for errors.
+    """
+
+    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str]):
+        self.roots, self.wanted, self.paths = roots, wanted, paths
+        self.marks: list[CallMark] = []
+        self._units: dict[Any, Unit] = {}
+        self._needed: dict[Unit, bool] = {}
+        order = self._visit(roots)
+        self.units = [unit for unit in order if self._needed[unit]]
+        for unit in self.units:
+            unit.out = [e if e is not None and self._needed[self._unit(e)] else None for e in unit.out]
+
+    def _unit(self, edge: Edge) -> Unit:
+        node, nr = edge
+        if "CompiledFunction" in node.name():
+            raise NNJError("the model runs under torch.compile, which leaves no calls of layers in the graph. Collect with the "
+                           "model that was given to torch.compile (model._orig_mod)")
+        if edge in self._units:
+            return self._units[edge]
+        if node in self._units:
+            unit = self._units[node]
+        else:
+            record = None
+            if not hasattr(node, "variable"):
+                found = node.metadata
+                mark = found.get((MARK, nr))
+                if mark is not None:
+                    self.marks.append(mark)
+                record = found.get((RECORD, nr))
+            made = self._from_record(node, record) if record is not None else None
+            if made is not None:
+                self._units[edge] = made
+                made.into.append(edge)
+                return made
+            leaf = node.variable if hasattr(node, "variable") else None
+            unit = Unit(node, None, {}, [], [None if n is None else (n, i) for n, i in node.next_functions], leaf)
+            self._units[node] = unit
+        self._units[edge] = unit
+        unit.into.append(edge)
+        return unit
+
+    def _from_record(self, node: Any, record: Record) -> Unit | None:
+        """A record as a unit, if its rule still describes the call."""
+        if record.x.stale or record.y.stale:
+            return None
+        point = working_point(record)
+        if point is None:
+            return None
+        x, y = point
+        slots = apply_rule(record.entry, record.module, x, y, self.paths.get(id(record.module), ""))
+        if slots is None or (record.edge is not None and "input" not in slots):
+            return None
+        own = dict(record.module.named_parameters(remove_duplicate=False))
+        params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
+        return Unit(node, record, slots, [], [record.edge], None, y.dtype, params)
+
+    def _visit(self, roots: list[Edge]) -> list[Unit]:
+        """Units in topological order (reversed postorder of a depth-first walk), with what each of them leads to."""
+        order: list[Unit] = []
+        done: set[Unit] = set()
+        for root in roots:
+            stack: list[tuple[Unit, bool]] = [(self._unit(root), False)]
+            while stack:
+                unit, leaving = stack.pop()
+                if leaving:
+                    children = [self._unit(e) for e in unit.out if e is not None]
+                    leaf = unit.leaf is not None and self.wanted(unit.leaf)
+                    self._needed[unit] = leaf or bool(unit.params) or any(self._needed[c] for c in children)
+                    unit.records_above = any(c.records_above or c.params for c in children)
+                    order.append(unit)
+                elif unit not in done:
+                    done.add(unit)
+                    stack.append((unit, True))
+                    stack += [(self._unit(e), False) for e in unit.out if e is not None]
+        return order[::-1]
+
+
+def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
+    """x and y of a call in one dtype; where autocast has mixed precisions, the widest. None if parameters are narrower."""
+    x, y = record.x.tensor(), record.y.tensor()
+    dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
+    own = {p.dtype for p in record.module.parameters()}
+    for other in own:
+        dtype = torch.promote_types(dtype, other)
+    if own - {dtype}:
+        return None
+    return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
+
+
+def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
+    """A node's backward on k columns: autograd's own formula under vmap, column by column where vmap cannot take it."""
+    call = node
+    if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
+        # A function in Python is given zeros where nothing arrived, as the engine does.
+        call = node.apply
+        metadata = getattr(node, "_input_metadata")  # noqa: B009 (unknown to the stubs)
+        like = next(t for t in arrived if t is not None)
+        arrived = [like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
+                   for t, m in zip(arrived, metadata, strict=True)]
+    which = [i for i, t in enumerate(arrived) if t is not None]
+
+    def run(*given: Tensor) -> Any:
+        args: list[Tensor | None] = [None] * len(arrived)
+        for i, t in zip(which, given, strict=True):
+            args[i] = t
+        out = call(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+    given = [t for t in arrived if t is not None]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vmap tells of slow paths inside formulas that are not ours
+            return _vmapped(run, given)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+    columns = [run(*[t[c] for t in given]) for c in range(k)]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def _vmapped(run: Callable[..., tuple[Any, ...]], given: list[Tensor]) -> list[Tensor | None]:
+    present: list[bool] = []
+
+    def inner(*g: Tensor) -> tuple[Tensor, ...]:
+        out = run(*g)
+        present[:] = [t is not None for t in out]
+        return tuple(t for t in out if t is not None)
+
+    found = iter(torch.vmap(inner)(*given))
+    return [next(found) if there else None for there in present]

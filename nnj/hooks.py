@@ -1,0 +1,337 @@
+"""The hook manager: extend() and retract(), and the record of one call of one module.
+
+A record lives in the metadata of the autograd node that made the module's output, so it lives exactly as long as the graph.
+Nothing is stored on modules or parameters, and nothing happens where no graph is made.
+"""
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from nnj.errors import NNJError
+from nnj.plugins import Entry, manager
+from nnj.rules import find_rule
+
+RECORD, MARK = "nnj.record", "nnj.call"
+Edge = tuple[Any, int]  # (grad_fn, output_nr)
+
+
+@dataclass(eq=False)
+class Point:
+    """A tensor of a call, detached, and the version that it had; only its shape where the rule does not read it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    value: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, t: Tensor, keep: bool) -> Point:
+        return cls(t.shape, t.dtype, t.detach() if keep else None, t._version)
+
+    def tensor(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
+
+    @property
+    def stale(self) -> bool:
+        """Whether something was written over the value after the call."""
+        return self.value is not None and self.value._version != self.version
+
+
+@dataclass(eq=False)
+class Record:
+    """One call of a module with a rule: from the edge of its output straight to the edge of its input."""
+
+    module: nn.Module
+    entry: Entry
+    x: Point
+    y: Point
+    edge: Edge | None
+
+
+@dataclass(eq=False)
+class CallMark:
+    """An outermost call of an extended module: its batch says what a sample is."""
+
+    module: nn.Module
+    n: int | None
+    batch_axis: int
+    order: int
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+
+
+@dataclass(eq=False)
+class _Frame:
+    module: nn.Module
+    x: Tensor | None
+    version: int
+    edge: Edge | None
+    batch: int | None
+
+
+_local = _Local()
+_order = itertools.count()
+_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def extended_roots() -> list[nn.Module]:
+    """The modules that were given to `extend` and are still alive."""
+    return list(_roots)
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    """The gradient edge of a tensor; None where no gradient flows."""
+    if not t.requires_grad:
+        return None
+    if t.grad_fn is not None:
+        return t.grad_fn, t.output_nr
+    found = torch.autograd.graph.get_gradient_edge(t)
+    return found.node, found.output_nr
+
+
+def write(node: Any, key: tuple[str, int], value: Any) -> None:
+    """Put something on a node of autograd's graph."""
+    node.metadata[key] = value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and objects with fields."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors(v)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [t for name in value.__dataclass_fields__ for t in tensors(getattr(value, name))]
+    return []
+
+
+def _inert() -> bool:
+    """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
+    return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_compiling())
+
+
+class _Before:
+    """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last of all pre-hooks."""
+
+    def __init__(self, batch_axis: int):
+        self.batch_axis = batch_axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _inert():
+            return
+        given = [*args, *kwargs.values()]
+        x = given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
+        batch = None
+        if not _local.frames:
+            first = next((t for t in tensors(given) if t.dim() > self.batch_axis), None)
+            batch = None if first is None else first.shape[self.batch_axis]
+        edge = None if x is None else edge_of(x)
+        _local.frames.append(_Frame(module, x, 0 if x is None else x._version, edge, batch))
+
+
+class _After:
+    """Forward hook: stores the record on the output. Comes first of all hooks; called also when forward raises."""
+
+    def __init__(self, batch_axis: int):
+        self.batch_axis = batch_axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        frames = _local.frames
+        while frames:  # frames above ours belong to calls that raised
+            frame = frames.pop()
+            if frame.module is module:
+                break
+        else:
+            return
+        if _inert() or output is None:
+            return
+        if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
+            self._record(module, frame, output)
+        if not frames:
+            mark = CallMark(module, frame.batch, self.batch_axis, next(_order))
+            _roots.add(module)  # a copy of an extended model is known by its first call
+            for t in tensors(output):
+                if t.grad_fn is not None:
+                    write(t.grad_fn, (MARK, t.output_nr), mark)
+
+    def _record(self, module: nn.Module, frame: _Frame, y: Tensor) -> None:
+        x = frame.x
+        assert x is not None and y.grad_fn is not None
+        if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0] or not _sees_forward(module):
+            return
+        if y is x and frame.edge is not None and frame.edge[0] is y.grad_fn:
+            return  # nothing was computed
+        entry = find_rule(module)
+        if entry is None or (entry.key is nn.Module and not _is_leaf_layer(module)):
+            return
+        x_point = Point.of(x, "x" in entry.uses)
+        x_point.version = frame.version
+        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, Point.of(y, "y" in entry.uses), frame.edge))
+
+
+def _sees_forward(module: nn.Module) -> bool:
+    """Whether what our hooks see is what `forward` takes and gives: no other hook stands between."""
+    if torch_module._global_forward_hooks:
+        return False
+    first = next(iter(module._forward_hooks.values()))
+    last = next(reversed(module._forward_pre_hooks.values()))
+    return isinstance(first, _After) and isinstance(last, _Before)
+
+
+def _is_leaf_layer(module: nn.Module) -> bool:
+    """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes and they do better."""
+    if next(module.parameters(), None) is None:
+        return False
+    return all(entry is None or entry.key is nn.Module or not list(child.parameters())
+               for child in module.modules() if child is not module
+               for entry in [manager().find("layer", type(child))])
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One call of an extended loss: its arguments, detached, and the edges of those that are outputs of a model."""
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+    outputs: list[int]  # which leaves are outputs of a model
+    edges: list[Edge]
+    versions: list[tuple[Tensor, int]]
+    thread: int
+    packed: bool  # saved tensors went through hooks (checkpointing, offloading)
+
+    def arguments(self, outputs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """(args, kwargs) of the call with other outputs in place of the model's."""
+        leaves = list(self.leaves)
+        for index, t in zip(self.outputs, outputs, strict=True):
+            leaves[index] = t
+        return tree_unflatten(leaves, self.spec)
+
+
+listeners: list[Callable[[LossCall, Tensor], None]] = []  # told when the gradient of a loss arrives; collection.py is one
+
+
+class LossHook:
+    """Forward hook of a loss: asks autograd to tell us when the gradient of its value arrives.
+
+    That is before any node of the model has run, so every saved tensor is there, and the gradient is the scale.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        if _inert() or not isinstance(value, Tensor) or value.grad_fn is None:
+            return
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        leaves, spec = tree_flatten((list(bound.args), dict(bound.kwargs)))
+        outputs, edges = [], []
+        for index, leaf in enumerate(leaves):
+            edge = edge_of(leaf) if isinstance(leaf, Tensor) else None
+            if edge is not None:
+                outputs.append(index)
+                edges.append(edge)
+        held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
+        packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), packed)
+
+        def arrived(scale: Tensor) -> None:
+            for listener in listeners:
+                listener(call, scale)
+
+        value.register_hook(arrived)
+
+
+class FunctionLoss(nn.Module):
+    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def is_loss(module: nn.Module) -> bool:
+    """Whether a loss rule knows the class, or it is one of torch's losses."""
+    if isinstance(module, (FunctionLoss, nn.modules.loss._Loss)):
+        return True
+    entry = manager().find("loss", type(module))
+    return entry is not None and entry.key is not nn.Module
+
+
+def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
+    """Put nnj's hooks on a model or a loss; the same object comes back, and computes what it did.
+
+    Args:
+        module: a model, a loss module, a module that contains losses, or a plain function of (output, target, ...), which
+            comes back as a module.
+        loss: True for a module of your own that is a loss; by default torch's losses and those with a loss rule are.
+        batch_axis: where the samples are in the model's first input; 1 for sequence-first models.
+
+    Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies, pickles and state dicts of an
+    extended model are as usual.
+
+    Errors: `NNJError` for a compiled module; TypeError for what is neither a module nor callable.
+    """
+    if not isinstance(module, nn.Module):
+        if not callable(module) or isinstance(module, type):
+            raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
+        module, loss = FunctionLoss(module), True
+    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
+        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
+                       "torch.compile, and collect with that one (model._orig_mod)")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
+    if loss and not is_loss(module):
+        _remove(module)
+        module.register_forward_hook(LossHook(), with_kwargs=True)
+        return module
+    for part in module.modules():
+        if is_loss(part):
+            if not any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
+                part.register_forward_hook(LossHook(), with_kwargs=True)
+        elif not isinstance(part, torch.jit.ScriptModule):
+            if any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
+                continue
+            _remove(part)
+            part.register_forward_pre_hook(_Before(batch_axis), with_kwargs=True)
+            part.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
+    _roots.add(module)
+    return module
+
+
+def retract(module: nn.Module) -> nn.Module:
+    """Take away every hook that `extend` has put on a module and its parts; the same object comes back."""
+    for part in module.modules():
+        _remove(part)
+    _roots.discard(module)
+    return module
+
+
+def _remove(module: nn.Module) -> None:
+    tables = ((module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+              (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)))
+    for hooks, flags in tables:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Before, _After, LossHook))]:
+            del hooks[key]
+            for flag in flags:
+                flag.pop(key, None)

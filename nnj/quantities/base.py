@@ -1,0 +1,45 @@
+"""What a quantity is: which columns it wants, and what it asks of their factors at a parameter or a module."""
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from nnj.factors import Factor
+
+
+class Quantity:
+    """One thing to collect. A subclass names its columns and defines `parameter` or `module`.
+
+    Options are the keyword arguments of `__init__`; `nnj.collect` passes on those that it is given.
+
+    Attributes:
+        source: where its columns come from: "exact" (the factor of the loss's Hessian), "signs" (`draws` random combinations
+            of it, each an unbiased factor) or "gradient" (one column, the gradient of the loss).
+        per_sample: results have the samples in axis 0; those of several backward passes are concatenated, not added.
+    """
+
+    source: ClassVar[str] = "exact"
+    per_sample: ClassVar[bool] = False
+    draws: int = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if (cls.parameter is Quantity.parameter) == (cls.module is Quantity.module):
+            raise TypeError(f"{cls.__name__} must define either parameter or module")
+
+    @property
+    def of_modules(self) -> bool:
+        """Whether results stand on modules."""
+        return type(self).module is not Quantity.module
+
+    def parameter(self, factor: Factor) -> Tensor:
+        """The contribution of some columns at one parameter; contributions add up."""
+        raise NotImplementedError(f"{type(self).__name__} must define parameter")
+
+    def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Tensor:
+        """The contribution of some columns at a module's own parameters (factor None: not reached)."""
+        raise NotImplementedError(f"{type(self).__name__} must define module")
+
+    def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
+        """Called before any column walks. Errors: `NNJError` for what cannot be collected there."""

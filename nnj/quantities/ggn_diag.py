@@ -1,0 +1,16 @@
+"""diag(J^T H J): the diagonal of the generalised Gauss-Newton matrix."""
+from torch import Tensor
+
+from nnj.factors import Factor
+from nnj.quantities.base import Quantity
+
+
+class GGNDiag(Quantity):
+    """`p.ggn_diag`, of the shape of p: the exact diagonal of J^T H J, with J the Jacobian of the model's output in p.
+
+    H is the Hessian, in the output, of exactly the scalar on which `.backward()` was called: the reduction of the loss and
+    any factor before it count. Several backward passes in one `collect` add up. (Schraudolph 2002; Martens 2014, section 8.)
+    """
+
+    def parameter(self, factor: Factor) -> Tensor:
+        return factor.square_sum()

@@ -1,0 +1,31 @@
+"""An unbiased estimate of diag(J^T H J) from random combinations of the exact columns."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnj.errors import NNJError
+from nnj.factors import Factor
+from nnj.quantities.base import Quantity
+
+
+class GGNDiagMC(Quantity):
+    """`p.ggn_diag_mc`, of the shape of p: `ggn_diag` estimated with `samples` backward columns for each sample.
+
+    With S S^T = H and independent random signs e, E[(S e)(S e)^T] = H (Hutchinson 1990). This is unbiased for any number of
+    draws, and its variance falls as 1 / samples. Scaling as in `ggn_diag`.
+
+    Args:
+        samples: how many columns to draw.
+        generator: a `torch.Generator` on the device of the model's output.
+    """
+
+    source = "signs"
+
+    def __init__(self, samples: int = 1, generator: torch.Generator | None = None):
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise NNJError(f"samples={samples!r}: the number of draws is a whole number, at least 1")
+        self.draws, self.generator = samples, generator
+
+    def parameter(self, factor: Factor) -> Tensor:
+        return factor.square_sum() / self.draws

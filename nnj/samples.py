@@ -1,0 +1,157 @@
+"""Which entry on which edge belongs to which sample: known from the names of autograd's nodes, or found out by a probe.
+
+An edge is *plain* when its axis 0 holds the n samples in order, R / n rows each. Nodes listed here keep that; for any other
+node the sweep asks the numbers themselves (`Probe`).
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnj.errors import NNJError
+from nnj.factors import Owner
+from nnj.graph import Unit, node_name
+
+# Every entry of the result depends on the entry at the same place, or on one that is broadcast there.
+ELEMENTWISE = set("""Abs Acos Add Addcdiv Addcmul Alias Asin Atan Atan2 Celu Clamp ClampMax ClampMin Clone Copy Cos Cosh Div
+    Elu Erf Erfc Erfinv Exp Expm1 Exp2 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log Log1P Log2 Log10 LogSigmoid
+    Logaddexp MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow Prelu Reciprocal Relu Rsqrt Rsub Sigmoid Silu
+    Sin Sinh Softplus Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Where XLogY""".split())
+# Operands of these may be broadcast, and the node's result is then not yet summed to the operand's shape.
+BROADCASTING = set("Add Addcdiv Addcmul Atan2 Div Lerp Logaddexp Maximum Minimum Mul Pow Rsub Sub Where XLogY".split())
+# They work along the axes that they have saved, and leave the others alone.
+ALONG = set("""Softmax LogSoftmax Sum Mean Cat Split SplitWithSizes Select Slice Unbind Max Min Amax Amin Logsumexp Cumsum Flip
+    LinalgVectorNorm Norm Std Var StdMean VarMean Gather Prod Sort Topk""".split())
+# The batch of their first operand is axis 0, whatever else they do (their other operands are weights).
+BATCHED = {name: 0 for name in """Convolution ConvolutionOverrideable MkldnnConvolution MaxPool2DWithIndices
+    MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D UpsampleNearest1D
+    UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle
+    PixelUnshuffle NativeGroupNorm Im2Col Col2Im Mm""".split()} | {"Addmm": 1}
+_ATTENTION = "ScaledDotProduct"
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
+
+
+def _axes(saved: Any, dims: int) -> set[int]:
+    """Saved axes, which autograd shows as unsigned numbers, from 0 to dims - 1."""
+    values = saved if isinstance(saved, (tuple, list)) else [saved]
+    return {(v - 2**64 if v >= 2**63 else v) % max(dims, 1) for v in values}
+
+
+def keeps_rows(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...], n: int) -> bool:
+    """Whether plain columns of shape `out` leave the node plain at its operand number `child`, of shape `into`."""
+    if not into or not out or into[0] % n or out[0] % n:
+        return False
+    name, same = node_name(node), into[0] == out[0]
+    if name in ELEMENTWISE:
+        return same and len(into) == len(out)
+    if name in _VIEWS:
+        return True  # sample-major chunks of a contiguous tensor stay such
+    if name in ALONG:
+        saved = getattr(node, "_saved_dim", None)
+        if name == "Flip":
+            saved = node._saved_dims
+        return saved is not None and saved != () and same and 0 not in _axes(saved, len(into))
+    if name in ("Transpose", "Swapaxes"):
+        return 0 not in _axes((node._saved_dim0, node._saved_dim1), len(into))
+    if name == "Permute":
+        first = node._saved_dims[0]
+        return same and _axes(first, len(into)) == {0}
+    if name == "T":
+        return False
+    if name in ("Unsqueeze", "Stack"):
+        return same and 0 not in _axes(node._saved_dim, len(out))
+    if name == "Squeeze":
+        saved = getattr(node, "_saved_dim", None)
+        return saved is not None and same and 0 not in _axes(saved, len(into))
+    if name == "ConstantPadNd":
+        return same and len(node._saved_pad) <= 2 * (len(into) - 1)
+    if name == "Expand":
+        return same and len(into) == len(out)
+    if name == "Bmm":
+        return same
+    if name == "NativeLayerNorm":
+        return child == 0 and same and len(node._saved_normalized_shape) < len(into)
+    if name in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
+        return child == 0 and same and not node._saved_training
+    if name.startswith(_ATTENTION):
+        return child < 3 and same and len(into) == 4
+    return BATCHED.get(name) == child and same and len(into) >= 2
+
+
+def broadcast_operand(node: Any, out: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether an operand of shape `into` is broadcast along the batch, with the result not yet summed to its shape."""
+    if node_name(node) not in BROADCASTING | {"Expand"} or not out or len(into) > len(out):
+        return False
+    aligned = (1,) * (len(out) - len(into)) + into
+    fits = all(a == b or a == 1 for a, b in zip(aligned, out, strict=True))
+    return fits and aligned[0] == 1
+
+
+def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
+    """Sum the broadcast axes of t away, behind `free` leading axes, as the engine does."""
+    extra = t.dim() - free - len(shape)
+    if extra > 0:
+        t = t.sum(tuple(range(free, free + extra)))
+    axes = tuple(free + i for i, s in enumerate(shape) if s == 1 and t.shape[free + i] != 1)
+    return t.sum(axes, keepdim=True) if axes else t
+
+
+def split(v: Tensor, owner: Owner) -> Tensor:
+    """Each column once for each sample: (K, *shape) -> (K * n, *shape), with the other samples' entries zero."""
+    return v if owner.explicit else owner.split(v)
+
+
+class Probe:
+    """Numbers the samples and lets the sweep carry the bits of the numbers backwards.
+
+    With one random cotangent, column 2b holds the samples whose number has bit b, column 2b + 1 the others. An entry of any
+    edge is non-zero in exactly the columns that spell its owner; both columns of a pair mean that samples influence
+    one another. 2 ceil(log2 n) columns tell all owners of a graph at once, in any order of rows.
+    """
+
+    def __init__(self, n: int, owner: Owner, shape: tuple[int, ...], like: Tensor):
+        self.bits = max(1, math.ceil(math.log2(n)))
+        self.n = n
+        if owner.of is None:
+            of = owner.rows(shape[0], like.device)
+            assert of is not None
+            of = of.reshape(-1, *[1] * (len(shape) - 1))
+        else:
+            of = owner.of
+        # Signs and sizes are random and bounded away from zero, so that sums do not cancel and small ones do not vanish.
+        seed = torch.Generator().manual_seed(0x6E6E6A)
+        u = torch.rand(shape, generator=seed, dtype=torch.float64)
+        cotangent = ((u - 0.5).sign() * (0.5 + u)).to(device=like.device, dtype=like.dtype)
+        columns = []
+        for bit in range(self.bits):
+            has = (of >> bit) & 1 == 1
+            columns += [cotangent * (has & (of >= 0)), cotangent * (~has & (of >= 0))]
+        self.columns = torch.stack(columns)
+
+    def owner(self, v: Tensor, who: str) -> Owner:
+        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another."""
+        there = v != 0
+        one, zero = there[0::2], there[1::2]
+        if bool((one & zero).any()):
+            raise Coupled(f"samples influence one another (seen at {who}): the GGN is then not a sum over samples. If the "
+                          f"samples are not in axis 0 of the model's input, say so with nnj.extend(model, batch_axis=...)")
+        weights = (2 ** torch.arange(self.bits, device=v.device)).reshape(-1, *[1] * (v.dim() - 1))
+        number = (one * weights).sum(0)
+        return Owner(self.n, torch.where((one | zero).all(0), number, -1))
+
+
+class Coupled(NNJError):
+    """Samples influence one another."""
+
+
+def describe(unit: Unit, paths: dict[int, str]) -> str:
+    """The name of a unit for a sentence."""
+    if unit.record is not None:
+        path = paths.get(id(unit.record.module), "")
+        return f"layer '{path or type(unit.record.module).__name__}'"
+    return f"autograd's {node_name(unit.node)}"
+
+

@@ -1,0 +1,250 @@
+"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become factors at the parameters.
+
+Three ways in which columns can stand on an edge: plain (K, R, ...) with the samples in order along axis 0; owned, in any other
+order, which a probe finds out; explicit (K * n, ...), one column for each sample, where an operand has no batch at all
+(a bare parameter). The first two cost the same. What stands where is decided once, before any column walks.
+"""
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from nnj.errors import NNJError
+from nnj.factors import Explicit, Factor, Owner, add
+from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape
+from nnj.hooks import Edge
+from nnj.rules import blame, checked
+from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split, sum_to
+
+Sink = Callable[[Tensor, Factor], None]
+
+
+class Sweep:
+    """The plan of one walk: for each edge whose entries are whose, for each unit what it does with them.
+
+    Args:
+        graph: the units.
+        n: the number of samples.
+        owners: for each root edge, whose its entries are.
+
+    Errors: `NNJError` if samples influence one another.
+    """
+
+    def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner]):
+        self.graph, self.n = graph, n
+        plain = Owner(n)
+        self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
+        self.leaving: dict[tuple[Unit, int], Owner | None] = {}
+        self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
+        self.explicit: set[Unit] = set()  # units that are given one column for each sample
+        self.plain = plain
+        for edge, owner in owners.items():
+            self._arrive(edge, Owner(n, explicit=True) if n == 1 else owner)
+        for unit in graph.units:
+            self._plan(unit)
+        self.uses: dict[int, int] = {}
+        for unit in graph.units:
+            for _, p in unit.params:
+                self.uses[id(p)] = self.uses.get(id(p), 0) + 1
+            if unit.leaf is not None:
+                self.uses[id(unit.leaf)] = self.uses.get(id(unit.leaf), 0) + 1
+        if None in self.state.values():
+            self._find_owners(owners)
+
+    # -- planning -----------------------------------------------------------------------------------------------------
+
+    def _arrive(self, edge: Edge, owner: Owner | None) -> None:
+        if edge not in self.state:
+            self.state[edge] = owner
+            return
+        there = self.state[edge]
+        if (there is not None and there.explicit) != (owner is not None and owner.explicit):
+            unit = self.graph._unit(edge)
+            if unit.records_above or unit.params:
+                raise Coupled(f"samples influence one another (seen at {describe(unit, self.graph.paths)}): the same tensor "
+                              f"is used for each sample and across samples. The GGN is then not a sum over samples")
+            self.state[edge] = Owner(self.n, explicit=True)
+        elif there is not owner:
+            self.state[edge] = None
+
+    def _plan(self, unit: Unit) -> None:
+        states = [self.state[e] for e in unit.into]
+        if any(s is not None and s.explicit for s in states) or unit.leaf is not None:
+            self.explicit.add(unit)
+        whole = unit in self.explicit
+        if not whole and unit.record is None and not unit.records_above and self._only_splits(unit, states):
+            self.explicit.add(unit)
+            whole = True
+        for i, edge in enumerate(unit.out):
+            if edge is None:
+                continue
+            leaving = Owner(self.n, explicit=True) if whole else self._leaving(unit, i, edge, states)
+            self.leaving[unit, i] = leaving
+            self._arrive(edge, leaving)
+
+    def _only_splits(self, unit: Unit, states: list[Owner | None]) -> bool:
+        """Whether a node that leads to bare parameters must be walked sample by sample: no operand keeps or lacks the batch."""
+        return any(e is not None and not self._reducible(unit, e) and not self._keeps(unit, i, e, states)
+                   for i, e in enumerate(unit.out))
+
+    def _reducible(self, unit: Unit, edge: Edge) -> bool:
+        return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
+
+    def _keeps(self, unit: Unit, i: int, edge: Edge, states: list[Owner | None]) -> bool:
+        if any(s is not self.plain for s in states):
+            return False
+        return all(keeps_rows(unit.node, i, edge_shape(e), edge_shape(edge), self.n) for e in unit.into)
+
+    def _leaving(self, unit: Unit, i: int, edge: Edge, states: list[Owner | None]) -> Owner | None:
+        """Whose the entries are that leave a unit on one edge; None if only a probe can say."""
+        if unit.record is not None:
+            rows = edge_shape(edge)[0]
+            return self.plain if states[0] is self.plain and rows % self.n == 0 else None
+        if self._reducible(unit, edge):
+            self.reduced.add((unit, i))
+            return Owner(self.n, explicit=True)
+        return self.plain if self._keeps(unit, i, edge, states) else None
+
+    def _find_owners(self, roots: dict[Edge, Owner]) -> None:
+        """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
+        found: dict[Edge, Owner] = {}
+        values: dict[Edge, Tensor] = {}
+        probe = None
+        for edge, owner in roots.items():
+            like = torch.empty((), dtype=edge_dtype(edge), device=self._device(edge))
+            probe = Probe(self.n, owner, edge_shape(edge), like)
+            values[edge] = probe.columns
+        assert probe is not None
+        for unit in self.graph.units:
+            if unit in self.explicit:
+                self._settle(unit, values, found, probe)
+                continue
+            if unit.params or any((unit, i) in self.reduced for i in range(len(unit.out))):
+                self._settle(unit, values, found, probe)
+            self._step(unit, values, probe.columns.shape[0], None, probing=True)
+        for edge, owner in found.items():
+            self.state[edge] = owner
+
+    def _settle(self, unit: Unit, values: dict[Edge, Tensor], found: dict[Edge, Owner], probe: Probe) -> None:
+        for edge in unit.into:
+            if self.state[edge] is None and edge in values:
+                found[edge] = probe.owner(values[edge], describe(unit, self.graph.paths))
+        for edge in unit.into:
+            if unit in self.explicit:
+                values.pop(edge, None)
+
+    @staticmethod
+    def _device(edge: Edge) -> torch.device:
+        return edge[0]._input_metadata[edge[1]].device
+
+    # -- walking ------------------------------------------------------------------------------------------------------
+
+    def run(self, roots: dict[Edge, Tensor], k: int, sink: Sink) -> None:
+        """Let k columns walk from the roots; `sink` is given each parameter with the factor of all its uses.
+
+        Args:
+            roots: for each root edge its columns, (K, *shape).
+            k: K.
+            sink: called once for each parameter that was reached.
+        """
+        values = dict(roots)
+        pending: dict[int, list[Factor]] = {}
+
+        def use(p: Tensor, factor: Factor) -> None:
+            parts = pending.setdefault(id(p), [])
+            parts.append(factor)
+            if len(parts) == self.uses[id(p)]:
+                sink(p, add(pending.pop(id(p))))
+
+        for unit in self.graph.units:
+            self._step(unit, values, k, use)
+
+    def _step(self, unit: Unit, values: dict[Edge, Tensor], k: int, use: Sink | None, probing: bool = False) -> None:
+        arrived = {e: values.pop(e) for e in unit.into if e in values}
+        if not arrived:
+            return
+        if unit in self.explicit and not probing:
+            arrived = {e: split(v, self._owner(e, unit)) for e, v in arrived.items()}
+        if unit.leaf is not None:
+            self._leaf(unit, arrived, k, use)
+        elif unit.record is not None:
+            self._record(unit, arrived, values, use)
+        else:
+            self._node(unit, arrived, values, probing)
+
+    def _owner(self, edge: Edge, unit: Unit) -> Owner:
+        owner = self.state[edge]
+        if owner is None:
+            raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
+        return owner
+
+    def _leaf(self, unit: Unit, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
+        (v,) = arrived.values()
+        if use is not None and unit.leaf is not None:
+            use(unit.leaf, _wide(Explicit(v.reshape(k, self.n, *unit.leaf.shape))))
+
+    def _record(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], use: Sink | None) -> None:
+        (edge, v), = arrived.items()
+        record = unit.record
+        assert record is not None
+        who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
+        v = v.to(unit.dtype)
+        if use is not None:
+            for slot, p in unit.params:
+                factor = unit.slots[slot].pullback(v, self._owner(edge, unit))
+                if factor.shape != tuple(p.shape):
+                    checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
+                use(p, _wide(factor))
+        out = unit.out[0]
+        if out is not None:
+            back = checked("vjp of 'input'", unit.slots["input"].vjp(v), (v.shape[0], *record.x.shape), who)
+            self._send(unit, 0, back, values)
+
+    def _node(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], probing: bool) -> None:
+        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        for (_, nr), v in arrived.items():
+            args[nr] = v
+        rows = next(iter(arrived.values())).shape[0]
+        for i, (edge, back) in enumerate(zip(unit.out, call_node(unit.node, args, rows), strict=False)):
+            if edge is None or back is None:
+                continue
+            if (unit, i) in self.reduced:
+                if not probing:
+                    (source, v), = arrived.items()
+                    self._send(unit, i, self._reduce(v if unit.name == "Expand" else back, source, edge, unit), values)
+            else:
+                self._send(unit, i, sum_to(back, edge_shape(edge), 1), values)
+
+    def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, unit: Unit) -> Tensor:
+        """An operand without the batch: each sample's share of what arrived, summed to the operand's shape."""
+        if tuple(unreduced.shape[1:]) != edge_shape(source):
+            raise NNJError(f"autograd's {unit.name} gave {tuple(unreduced.shape[1:])}, expected {edge_shape(source)}")
+        owner = self._owner(source, unit)
+        k = unreduced.shape[0]
+        if owner.of is None and not owner.explicit:
+            r = unreduced.shape[1]
+            parts = unreduced.unflatten(1, (self.n, r // self.n)).flatten(0, 1)
+        else:
+            parts = split(unreduced, owner)
+        shape = edge_shape(edge)
+        return sum_to(parts, shape, 1).reshape(k * self.n, *shape)
+
+    def _send(self, unit: Unit, i: int, v: Tensor, values: dict[Edge, Tensor]) -> None:
+        edge = unit.out[i]
+        assert edge is not None
+        v = v.to(edge_dtype(edge))
+        state, leaving = self.state[edge], self.leaving[unit, i]
+        if state is not None and state.explicit and not (leaving is not None and leaving.explicit):
+            # Explicit columns arrive there too, and only bare parameters follow.
+            if leaving is None:
+                raise NNJError(f"nnj could not find out whose the rows behind {describe(unit, self.graph.paths)} are")
+            v = split(v, leaving)
+        there = values.get(edge)
+        values[edge] = v if there is None else there + v
+
+
+def _wide(factor: Factor) -> Factor:
+    """Sums over samples and columns are taken in 32 bits at least."""
+    return factor.to(torch.float32) if factor.dtype in (torch.float16, torch.bfloat16) else factor
