@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from functools import partial
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from nnj.errors import NNJError
 from nnj.hooks import MARK, RECORD, CallMark, Edge, Record
 from nnj.operators import Jacobian
 from nnj.rules import apply_rule
+
+T = TypeVar("T")
 
 
 def edge_shape(edge: Edge) -> tuple[int, ...]:
@@ -166,14 +170,40 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
 
     given = [t for t in arrived if t is not None]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # vmap tells of slow paths inside formulas that are not ours
+        with _quiet():
             return _vmapped(run, given)
     except RuntimeError as error:
         if "second time" in str(error):
             raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
-    columns = [run(*[t[c] for t in given]) for c in range(k)]
+    columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the user after the pass."""
+    before = torch._C._functorch._is_vmap_fallback_warning_enabled() if hasattr(
+        torch._C._functorch, "_is_vmap_fallback_warning_enabled") else True
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(before)
+
+
+def own_task(run: Callable[[], T]) -> T:
+    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in each."""
+    result: list[T] = []
+
+    def hook(_: Tensor) -> None:
+        with torch.no_grad():
+            result.append(run())
+
+    with torch.enable_grad():
+        start = torch.zeros((), requires_grad=True) * 1
+        start.register_hook(hook)
+        torch.autograd.backward(start)
+    return result[0]
 
 
 def _vmapped(run: Callable[..., tuple[Any, ...]], given: list[Tensor]) -> list[Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor, Owner, add
-from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape
+from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape, own_task
 from nnj.hooks import Edge
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split, sum_to
@@ -38,6 +38,7 @@ class Sweep:
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
+        self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
         self.explicit: set[Unit] = set()  # units that are given one column for each sample
         self.plain = plain
         for edge, owner in owners.items():
@@ -51,7 +52,7 @@ class Sweep:
             if unit.leaf is not None:
                 self.uses[id(unit.leaf)] = self.uses.get(id(unit.leaf), 0) + 1
         if None in self.state.values():
-            self._find_owners(owners)
+            own_task(lambda: self._find_owners(owners))
 
     # -- planning -----------------------------------------------------------------------------------------------------
 
@@ -74,20 +75,12 @@ class Sweep:
         if any(s is not None and s.explicit for s in states) or unit.leaf is not None:
             self.explicit.add(unit)
         whole = unit in self.explicit
-        if not whole and unit.record is None and not unit.records_above and self._only_splits(unit, states):
-            self.explicit.add(unit)
-            whole = True
         for i, edge in enumerate(unit.out):
             if edge is None:
                 continue
             leaving = Owner(self.n, explicit=True) if whole else self._leaving(unit, i, edge, states)
             self.leaving[unit, i] = leaving
             self._arrive(edge, leaving)
-
-    def _only_splits(self, unit: Unit, states: list[Owner | None]) -> bool:
-        """Whether a node that leads to bare parameters must be walked sample by sample: no operand keeps or lacks the batch."""
-        return any(e is not None and not self._reducible(unit, e) and not self._keeps(unit, i, e, states)
-                   for i, e in enumerate(unit.out))
 
     def _reducible(self, unit: Unit, edge: Edge) -> bool:
         return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
@@ -105,7 +98,13 @@ class Sweep:
         if self._reducible(unit, edge):
             self.reduced.add((unit, i))
             return Owner(self.n, explicit=True)
-        return self.plain if self._keeps(unit, i, edge, states) else None
+        if self._keeps(unit, i, edge, states):
+            return self.plain
+        above = self.graph._unit(edge)
+        if above.records_above or above.params:
+            return None
+        self.split.add((unit, i))
+        return Owner(self.n, explicit=True)
 
     def _find_owners(self, roots: dict[Edge, Owner]) -> None:
         """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
@@ -121,7 +120,7 @@ class Sweep:
             if unit in self.explicit:
                 self._settle(unit, values, found, probe)
                 continue
-            if unit.params or any((unit, i) in self.reduced for i in range(len(unit.out))):
+            if unit.params or any((unit, i) in self.reduced | self.split for i in range(len(unit.out))):
                 self._settle(unit, values, found, probe)
             self._step(unit, values, probe.columns.shape[0], None, probing=True)
         for edge, owner in found.items():
@@ -158,8 +157,11 @@ class Sweep:
             if len(parts) == self.uses[id(p)]:
                 sink(p, add(pending.pop(id(p))))
 
-        for unit in self.graph.units:
-            self._step(unit, values, k, use)
+        def walk() -> None:
+            for unit in self.graph.units:
+                self._step(unit, values, k, use)
+
+        own_task(walk)
 
     def _step(self, unit: Unit, values: dict[Edge, Tensor], k: int, use: Sink | None, probing: bool = False) -> None:
         arrived = {e: values.pop(e) for e in unit.into if e in values}
@@ -203,19 +205,29 @@ class Sweep:
             self._send(unit, 0, back, values)
 
     def _node(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], probing: bool) -> None:
+        k = next(iter(arrived.values())).shape[0]
+        apart = {i for i in range(len(unit.out)) if (unit, i) in self.split}
+        plain = k if any(e is not None and i not in apart for i, e in enumerate(unit.out)) else 0
         args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
-        for (_, nr), v in arrived.items():
-            args[nr] = v
-        rows = next(iter(arrived.values())).shape[0]
-        for i, (edge, back) in enumerate(zip(unit.out, call_node(unit.node, args, rows), strict=False)):
-            if edge is None or back is None:
+        for edge, v in arrived.items():
+            shares = [split(v, self._owner(edge, unit))] if apart and not probing else []
+            args[edge[1]] = torch.cat([v[:plain], *shares]) if shares else v
+        if probing and not plain:
+            return
+        rows = next(t.shape[0] for t in args if t is not None)
+        for i, (out, back) in enumerate(zip(unit.out, call_node(unit.node, args, rows), strict=False)):
+            if out is None or back is None:
                 continue
-            if (unit, i) in self.reduced:
+            if i in apart:
+                if not probing:
+                    self._send(unit, i, sum_to(back[plain:], edge_shape(out), 1), values)
+            elif (unit, i) in self.reduced:
                 if not probing:
                     (source, v), = arrived.items()
-                    self._send(unit, i, self._reduce(v if unit.name == "Expand" else back, source, edge, unit), values)
+                    share = self._reduce(v if unit.name == "Expand" else back[:plain], source, out, unit)
+                    self._send(unit, i, share, values)
             else:
-                self._send(unit, i, sum_to(back, edge_shape(edge), 1), values)
+                self._send(unit, i, sum_to(back[:plain], edge_shape(out), 1), values)
 
     def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, unit: Unit) -> Tensor:
         """An operand without the batch: each sample's share of what arrived, summed to the operand's shape."""
