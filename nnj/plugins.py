@@ -140,11 +140,11 @@ class PluginManager:
         self.load()
         return iter(sorted(self._tables[table].values(), key=lambda entry: full_name(entry.key)))
 
-    def unsupported(self, module: Any, path: str) -> UnsupportedLayer:
-        """The error for a layer that nobody knows."""
-        names = ", ".join(sorted({entry.source.plugin for entry in self.entries("layer")})) or "none"
+    def unsupported(self, module: Any, path: str, table: str = "layer") -> UnsupportedLayer:
+        """The error for a layer (or a loss) that nobody knows."""
+        names = ", ".join(sorted({entry.source.plugin for entry in self.entries(table)})) or "none"
         off = f" (disabled: {', '.join(self.disabled)})" if self.disabled else ""
-        enable = "Enable nnj-fallback, or write" if "nnj-fallback" in self.disabled else "Write"
+        enable = "Enable what is disabled, or write" if self.disabled else "Write"
         return UnsupportedLayer(f"no plugin knows {type(module).__name__} ('{path}'). Installed: {names}{off}. "
                                 f"{enable} a rule for it (see nnj.hookspecs)")
 

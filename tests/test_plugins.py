@@ -505,9 +505,12 @@ def test_an_unknown_layer(fakes, monkeypatch):
     fakes.claim("nnj-linear")
     fakes.claim("nnj-fallback", "torch.nn.Module")
     monkeypatch.setenv(DISABLED, "nnj-fallback")
-    error = load().unsupported(nn.GELU(), "encoder.3.act")
-    assert str(error) == ("no plugin knows GELU ('encoder.3.act'). Installed: nnj-linear (disabled: nnj-fallback). Enable "
-                          "nnj-fallback, or write a rule for it (see nnj.hookspecs)")
+    manager = load()
+    error = manager.unsupported(nn.GELU(), "encoder.3.act")
+    assert str(error) == ("no plugin knows GELU ('encoder.3.act'). Installed: nnj-linear (disabled: nnj-fallback). Enable what "
+                          "is disabled, or write a rule for it (see nnj.hookspecs)")
+    error = manager.unsupported(nn.HuberLoss(), "HuberLoss", "loss")
+    assert str(error).startswith("no plugin knows HuberLoss ('HuberLoss'). Installed: none (disabled: ")
     assert isinstance(error, nnj.UnsupportedLayer) and isinstance(error, NotImplementedError)
 
 
