@@ -112,6 +112,9 @@ class Graph:
         slots = apply_rule(record.entry, record.module, x, y, self.paths.get(id(record.module), ""))
         if slots is None or (record.edge is not None and "input" not in slots):
             return None
+        for j in slots.values():
+            if j.like.device.type == "meta":  # the rule reads neither x nor y: only the node knows where they were
+                j.like = torch.empty(j.n, 0, dtype=y.dtype, device=node._input_metadata[0].device)
         own = dict(record.module.named_parameters(remove_duplicate=False))
         params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
         return Unit(node, record, slots, [], [record.edge], None, y.dtype, params)

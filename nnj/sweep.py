@@ -34,15 +34,14 @@ class Sweep:
 
     def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner]):
         self.graph, self.n = graph, n
-        plain = Owner(n)
+        self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
         self.explicit: set[Unit] = set()  # units that are given one column for each sample
-        self.plain = plain
         for edge, owner in owners.items():
-            self._arrive(edge, Owner(n, explicit=True) if n == 1 else owner)
+            self._arrive(edge, self.apart if n == 1 else owner if owner.of is not None else self.plain)
         for unit in graph.units:
             self._plan(unit)
         self.uses: dict[int, int] = {}
@@ -66,7 +65,7 @@ class Sweep:
             if unit.records_above or unit.params:
                 raise Coupled(f"samples influence one another (seen at {describe(unit, self.graph.paths)}): the same tensor "
                               f"is used for each sample and across samples. The GGN is then not a sum over samples")
-            self.state[edge] = Owner(self.n, explicit=True)
+            self.state[edge] = self.apart
         elif there is not owner:
             self.state[edge] = None
 
@@ -78,7 +77,7 @@ class Sweep:
         for i, edge in enumerate(unit.out):
             if edge is None:
                 continue
-            leaving = Owner(self.n, explicit=True) if whole else self._leaving(unit, i, edge, states)
+            leaving = self.apart if whole else self._leaving(unit, i, edge, states)
             self.leaving[unit, i] = leaving
             self._arrive(edge, leaving)
 
@@ -97,14 +96,14 @@ class Sweep:
             return self.plain if states[0] is self.plain and rows % self.n == 0 else None
         if self._reducible(unit, edge):
             self.reduced.add((unit, i))
-            return Owner(self.n, explicit=True)
+            return self.apart
         if self._keeps(unit, i, edge, states):
             return self.plain
         above = self.graph._unit(edge)
         if above.records_above or above.params:
             return None
         self.split.add((unit, i))
-        return Owner(self.n, explicit=True)
+        return self.apart
 
     def _find_owners(self, roots: dict[Edge, Owner]) -> None:
         """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
