@@ -62,9 +62,7 @@ class LossColumns:
         module = self.call.module
         entry = manager().find("loss", type(module))
         args, kwargs = self.call.arguments(self.outputs)
-        if entry is None:
-            raise manager().unsupported(module, self.name)
-        if not describes(entry, module) or len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
+        if entry is None or not describes(entry, module) or len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
             return None
         try:
             return entry.rule(module, self.scale, *args)

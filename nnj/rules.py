@@ -43,7 +43,7 @@ def find_rule(module: nn.Module) -> Entry | None:
 
 def blame(entry: Entry, module: nn.Module, path: str) -> str:
     """Subject of an error about a rule."""
-    return f"plugin {entry.source} (layer '{path or type(module).__name__}')"
+    return f"plugin '{entry.source.plugin}' (layer '{path or type(module).__name__}')"
 
 
 def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = "") -> dict[str, Jacobian] | None:
@@ -66,6 +66,8 @@ def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str 
         raise PluginError(f"{who}: the rule returned {type(slots).__name__}, expected a dict of Jacobians")
     own = dict(module.named_parameters(remove_duplicate=False))
     for slot, j in slots.items():
+        if slot != "input" and slot not in own and isinstance(getattr(module, slot, None), Tensor):
+            return None  # pruning and old weight norm put a computed tensor in the parameter's place
         if slot != "input" and slot not in own:
             raise PluginError(f"{who}: the rule names {slot!r}, which is neither 'input' nor a parameter of the layer")
         if not isinstance(j, Jacobian):

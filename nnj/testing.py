@@ -13,7 +13,7 @@ from nnj.operators import Jacobian
 from nnj.plugins import manager
 from nnj.rules import apply_rule, blame, checked, find_rule
 
-TOLERANCE = dict(rtol=1e-8, atol=1e-9)
+TOLERANCE: dict[str, Any] = dict(rtol=1e-8, atol=1e-9)
 
 
 def _double(value: Any) -> Any:
@@ -75,22 +75,28 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
         missing = set(oracle) - set(slots)
         assert not missing, f"{type(module).__name__}: its rule leaves out {sorted(missing)}"
         for slot in oracle:
-            who = f"{blame(entry, module, type(module).__name__)} '{slot}'"
-            _check_products(who, slots[slot], oracle[slot])
-            _check_pullback(who, slots[slot], oracle[slot])
+            who = blame(entry, module, type(module).__name__)
+            _check_products(who, slot, slots[slot], oracle[slot])
+            _check_pullback(f"{who} '{slot}'", slots[slot], oracle[slot])
 
 
-def _check_products(who: str, j: Jacobian, dense: Tensor) -> None:
+def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> None:
     n, out, into = dense.shape
+    who = f"{entry_layer} '{slot}'"
     v = torch.randn(3, n, *j.inputs, dtype=dense.dtype)
     u = torch.randn(3, n, *j.outputs, dtype=dense.dtype)
-    jvp = lambda t: torch.einsum("noi,kni->kno", dense, t.reshape(3, -1, into).expand(3, n, into)).reshape(3, n, *j.outputs)
-    _same(f"{who}: dense", j.dense(), dense)
-    _same(f"{who}: jvp", checked("jvp", j.jvp(v), (3, n, *j.outputs), who), jvp(v))
-    _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]) if n != 1 else j.jvp(v), jvp(v[:, :1])) \
-        if not who.endswith("'input'") else None
+
+    def jvp(t: Tensor) -> Tensor:
+        whole = t.reshape(3, -1, into).expand(3, n, into)
+        return torch.einsum("noi,kni->kno", dense, whole).reshape(3, n, *j.outputs)
+
+    found = checked(f"vjp of '{slot}'", j.vjp(u), (3, n, *j.inputs), entry_layer)
     expected = torch.einsum("noi,kno->kni", dense, u.reshape(3, n, out)).reshape(3, n, *j.inputs)
-    _same(f"{who}: vjp", checked("vjp", j.vjp(u), (3, n, *j.inputs), who), expected)
+    _same(f"{who}: vjp", found, expected)
+    _same(f"{who}: jvp", checked(f"jvp of '{slot}'", j.jvp(v), (3, n, *j.outputs), entry_layer), jvp(v))
+    if slot != "input":
+        _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
+    _same(f"{who}: dense", j.dense(), dense)
     for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
         a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
         _same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
@@ -121,7 +127,6 @@ def _owners(n: int, outputs: tuple[int, ...]) -> dict[str, tuple[Owner, Tensor]]
 def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
     n = dense.shape[0]
     u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
-    rows = torch.einsum("noi,ksno->ksni", dense, torch.stack([u.reshape(4, n, -1)], 1))[:, 0]
     for way, (owner, of) in _owners(n, j.outputs).items():
         per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(owner.n)]
         expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
@@ -130,7 +135,6 @@ def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
         _check_factor(name, factor, expected.reshape(4, owner.n, *j.inputs))
         split = torch.stack(per, 1).reshape(4 * owner.n, n, *j.outputs)
         _check_factor(f"{name}, explicit", j.pullback(split, Owner(owner.n, explicit=True)), expected.reshape(4, -1, *j.inputs))
-    del rows
 
 
 def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
