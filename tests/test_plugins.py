@@ -579,7 +579,7 @@ def test_products_of_another_shape(rules):
 
 def test_a_rule_that_is_wrong(rules):
     rules(Squash, lambda m, x, y: {"input": nnj.Dense(eye(x), (4,), (4,))})
-    with pytest.raises(AssertionError, match=r"plugin 'nnj-squash' .*'input': dense is wrong"):
+    with pytest.raises(AssertionError, match=r"plugin 'nnj-squash' .*'input': vjp is wrong"):
         check_layer(Squash(), torch.randn(5, 4))
 
 
