@@ -1,13 +1,15 @@
 """The columns that a loss sends back: its exact factor, random combinations of it, and its gradient."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnj.curvature import Curvature, check_outputs, twice
+from nnj.curvature import Curvature, check_outputs, rows_of, twice
 from nnj.errors import NNJError
 from nnj.factors import Owner
 from nnj.hooks import Edge, LossCall
@@ -46,23 +48,25 @@ class LossColumns:
                            f"semi-definite. Collect without that term, or call backward on it alone")
         self.outputs = [call.leaves[i] for i in call.outputs]
         check_outputs(self.name, self.outputs)
-        self._curvature: Curvature | None = None
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        return self.outputs[0].shape[0] if self.outputs[0].dim() else 1
+        """How many rows the outputs have; a rule knows best (an output of (C,) is one row for cross entropy)."""
+        return rows_of([t.shape for t in self.outputs]) if self._by_rule is None else self._by_rule.rows
 
-    @property
+    @cached_property
     def curvature(self) -> Curvature:
-        if self._curvature is None:
-            self._curvature = self._by_rule() or twice(self._value, tuple(self.outputs))
-        return self._curvature
+        """The Hessian in the outputs. Errors: `NNJError` if it is not positive semi-definite."""
+        return self._by_rule or twice(self._value, tuple(self.outputs), self.name)
 
+    @cached_property
     def _by_rule(self) -> Curvature | None:
         module = self.call.module
         entry = manager().find("loss", type(module))
         args, kwargs = self.call.arguments(self.outputs)
-        if entry is None or not describes(entry, module) or len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
+        if entry is None or entry.key is torch.nn.Module or not describes(entry, module):
+            return None
+        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
             return None
         try:
             return entry.rule(module, self.scale, *args)
@@ -77,7 +81,11 @@ class LossColumns:
         """The gradient of the scalar in each output."""
         with torch.enable_grad():
             outputs = [t.detach().requires_grad_() for t in self.outputs]
-            found = torch.autograd.grad(self._value(*outputs), outputs, allow_unused=True)
+            value = self._value(*outputs)
+            if not torch.allclose(value, (self.call.value * self.scale).sum(), rtol=1e-3, equal_nan=True):
+                raise NNJError(f"{self.name} gives another value when it is called again: it draws random numbers, or a hook or "
+                               f"something in place has changed it. Draw them outside of the loss and give them as an argument")
+            found = torch.autograd.grad(value, outputs, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True)]
 
     # -- the layout of columns ------------------------------------------------------------------------------------------

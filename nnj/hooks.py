@@ -214,7 +214,7 @@ class LossCall:
     edges: list[Edge]
     versions: list[tuple[Tensor, int]]
     thread: int
-    packed: bool  # saved tensors went through hooks (checkpointing, offloading)
+    value: Tensor
 
     def arguments(self, outputs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """(args, kwargs) of the call with other outputs in place of the model's."""
@@ -246,8 +246,7 @@ class LossHook:
                 edges.append(edge)
         held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), packed)
+        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), value.detach())
 
         def arrived(scale: Tensor) -> None:
             for listener in listeners:
