@@ -117,6 +117,11 @@ class Factor:
         return total
 
 
+def outer(v: Tensor, u: Tensor) -> Tensor:
+    """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
+    return torch.stack([column @ u.mT for column in v])
+
+
 class Explicit(Factor):
     """B as it stands, b of (K, N, *shape)."""
 
@@ -144,7 +149,7 @@ class Places(Factor):
         self.device, self.dtype = v.device, v.dtype
 
     def dense(self) -> Tensor:
-        return (self.v @ self.u.mT).reshape(self.k, self.n, *self.shape)
+        return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
 
     def columns(self, which: slice) -> Factor:
         return Places(self.u, self.v[which], self.shape)
@@ -168,13 +173,14 @@ class Places(Factor):
             return (v2 @ self.u.square()[..., 0].transpose(0, 1)).reshape(self.shape)
         if l * (k + i) < k * (i + 8):  # 8: squares are written and read, not only multiplied
             return self._by_gram()
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        step = max(1, CHUNK // (n * g * o * i))
-        ut = self.u.mT
-        for a in range(0, k, step):
-            b = self.v[a : a + step] @ ut
-            total += b.square_().sum((0, 1)).reshape(self.shape)
-        return total
+        total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
+        u = self.u.contiguous()
+        step = max(1, CHUNK // (g * o * i))
+        for a in range(0, n, step):
+            ut = u[a : a + step].mT
+            for c in range(k):  # by column: a product over all columns at once would copy U for each of them
+                total += (self.v[c, a : a + step] @ ut).square_().sum(0)
+        return total.reshape(self.shape)
 
     def _by_gram(self) -> Tensor:
         """diag(U K U^T) with K = V^T V over the columns (L x L): no entry of B is ever formed."""

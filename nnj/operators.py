@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nnj.factors import Explicit, Factor, Lookup, Owner, Places
+from nnj.factors import Explicit, Factor, Lookup, Owner, Places, outer
 
 
 class Jacobian:
@@ -234,7 +234,7 @@ class Affine(Jacobian):
         return self.fold.undo(v.reshape(*v.shape[:2], *self.matrix) @ self.patches())
 
     def vjp(self, u: Tensor) -> Tensor:
-        return (self.fold(u) @ self.patches().mT).reshape(*u.shape[:2], *self.inputs)
+        return outer(self.fold(u), self.patches().contiguous()).reshape(*u.shape[:2], *self.inputs)
 
     def square(self) -> Jacobian:
         return Affine(lambda: self.patches().square(), self.inputs, self.outputs, self.like, groups=self.groups,
