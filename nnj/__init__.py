@@ -1,5 +1,6 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
 from nnj.collection import collect
+from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature, twice
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
 from nnj.factors import Factor
 from nnj.hooks import extend, retract
@@ -10,6 +11,7 @@ from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "Affine", "Dense", "Diagonal", "Factor", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError",
-    "PluginManager", "Quantity", "Scale", "Select", "UnsupportedLayer", "collect", "extend", "hookimpl", "retract",
+    "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity", "Jacobian",
+    "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select", "SoftmaxCurvature",
+    "UnsupportedLayer", "collect", "extend", "hookimpl", "retract", "twice",
 ]

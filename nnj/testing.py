@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from nnj.curvature import Curvature, twice
 from nnj.factors import Factor, Owner
 from nnj.operators import Jacobian
 from nnj.plugins import manager
-from nnj.rules import apply_rule, blame, checked, find_rule
+from nnj.rules import apply_rule, blame, checked, describes, find_rule
 
 TOLERANCE: dict[str, Any] = dict(rtol=1e-8, atol=1e-9)
 
@@ -143,3 +144,60 @@ def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
     _same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
     _same(f"{name}, block", factor.gram(factor), flat.T @ flat)
     _same(f"{name}, some columns", factor.columns(slice(1, 3)).square_sum(), expected[1:3].square().sum((0, 1)))
+
+
+def loss_curvature(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -> Curvature:
+    """What the rule for `loss` says, and what `nnj.twice` says where there is none that describes it or it declines."""
+    entry = manager().find("loss", type(loss))
+    if entry is not None and describes(entry, loss):
+        try:
+            return entry.rule(loss, scale, output, *args)
+        except NotImplementedError:
+            pass
+    return twice(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), type(loss).__name__)
+
+
+def check_loss(loss: nn.Module, output: Tensor, *args: Any) -> None:
+    """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
+
+    Every reduction that the loss has, under the scale 1 and a random positive one: the factor, in one piece and in slices;
+    where `place` puts it; diagonal, product, combinations of columns; samples, which must be the columns under the signs that
+    the generator gives. Blocks must be all there is: the Hessian between rows, or places, must be zero. The loss is copied.
+
+    Errors: AssertionError naming the loss, its reduction and the product.
+    """
+    output, args = _double(output), tuple(map(_double, args))
+    for reduction in ("mean", "sum", "none") if hasattr(loss, "reduction") else (None,):
+        module: Any = copy.deepcopy(loss).double()
+        if reduction is not None:
+            module.reduction = reduction
+        value = module.forward(output, *args).detach()
+        for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
+            who = f"{type(loss).__name__}{f'(reduction={reduction!r})' if reduction else ''}"
+            dense = jacrev(jacrev(lambda y: (module.forward(y, *args) * scale).sum()))(output)  # noqa: B023
+            _check_curvature(who, loss_curvature(module, scale, output, *args), dense.reshape(output.numel(), -1), output)
+
+
+def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> None:
+    shape = (h.rows, h.places, h.block)
+    assert h.rows * h.places * h.block == output.numel(), f"{who}: {shape} blocks for an output of {tuple(output.shape)}"
+    s = checked("columns", h.columns(0, h.rank), (h.rank, *shape), who)
+    assert s.dtype == output.dtype, f"{who}: columns are {s.dtype}, expected {output.dtype}"
+    for a, b in ((0, 1), (h.rank // 2, h.rank), (0, h.rank // 2)):
+        _same(f"{who}: columns({a}, {b})", h.columns(a, b), s[a:b])
+    mine = torch.eye(h.rows * h.places, dtype=s.dtype).reshape(-1, 1, h.rows, h.places, 1)  # each block by itself
+    (apart,) = h.place((mine * s).flatten(0, 1))
+    checked("place", apart, (mine.shape[0] * h.rank, *output.shape), who)
+    apart = apart.reshape(len(apart), -1)
+    _same(f"{who}: S S^T", apart.T @ apart, dense)
+    (diagonal,) = h.place(checked("diagonal", h.diagonal(), shape, who)[None])
+    _same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
+    v = torch.randn(3, *shape, dtype=s.dtype)
+    found = h.place(checked("product", h.product(v), v.shape, who))[0].reshape(3, -1)
+    _same(f"{who}: product", found, h.place(v)[0].reshape(3, -1) @ dense)
+    c = torch.randn(3, h.rank, *shape[:2], dtype=s.dtype)
+    _same(f"{who}: combine", checked("combine", h.combine(c), v.shape, who), torch.einsum("kjrd,jrdb->krdb", c, s))
+    signs = h.signs(5, torch.Generator().manual_seed(0))
+    assert signs.shape == (5, *c.shape[1:]) and bool((signs.abs() == 1).all()), f"{who}: signs are not +1 or -1 for each column"
+    drawn = checked("sample", h.sample(5, torch.Generator().manual_seed(0)), (5, *shape), who)
+    _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
