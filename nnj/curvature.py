@@ -254,7 +254,8 @@ class _Hessian:
             self.value, again = (call(*[t.clone() for t in self.leaves]) for _ in range(2))
         self.same = torch.allclose(self.value, again, rtol=1e-3, equal_nan=True)
         self.n, self.batched = n, True
-        self.gradient = self._flat(self._grad(self.value, None, create_graph=True), ())
+        with torch.enable_grad():
+            self.gradient = self._flat(self._grad(self.value, None, create_graph=True), ())
 
     def _grad(self, of: Tensor, v: Tensor | None, **options: bool) -> Sequence[Tensor | None]:
         if not of.requires_grad:

@@ -341,6 +341,31 @@ def test_twice_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_twice_in_any_grad_mode(mode):
+    output = z(3, 2)()
+    with mode():
+        h = nnj.twice(lambda o: o.exp().sum(1).square().sum(), (output,))
+    e = output.exp()
+    torch.testing.assert_close(h.diagonal()[:, 0], 2 * e * (e + e.sum(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("rule, function, target", [
+    (CE(label_smoothing=0.1), lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1), y(4, 6)),
+    (nn.MSELoss(), lambda o, t: (o - t).square().mean(), lambda: torch.randn(6, 4)),
+    (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits, lambda: torch.rand(6, 4))])
+def test_rule_and_function_collect_the_same(rule, function, target, manager):
+    manager.register(importlib.import_module("nnj_plugins.linear"), "nnj-linear")
+    manager.register(importlib.import_module("nnj.quantities"), "nnj-quantities")
+    model, x, target, found = nnj.extend(nn.Linear(3, 4)), torch.randn(6, 3), target(), []
+    for loss in (nnj.extend(rule), nnj.extend(function)):
+        with nnj.collect("ggn_diag"):
+            loss(model(x), target).backward()
+        found.append([p.ggn_diag for p in model.parameters()])
+    torch.testing.assert_close(*found)
+    assert found[0][0].any()
+
+
 def test_twice_over_two_outputs():
     a, b = z(3, 2)(), z(3, 1, 2)()
     call = lambda a, b: (a.sum(1) + 2 * b.sum((1, 2))).square().sum() + a.exp().sum()
