@@ -4,7 +4,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import threading
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

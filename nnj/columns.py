@@ -40,7 +40,7 @@ class LossColumns:
         self.call, self.scale = call, scale.detach()
         self.name = type(call.module).__name__
         if any(t._version != version for t, version in call.versions):
-            raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it before the change")
+            raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it first")
         if not bool(torch.isfinite(self.scale).all()):
             raise NNJError(f"{self.name}: the factor of the loss is not finite; the loss or what was made of it has overflowed")
         if bool((self.scale < 0).any()):
@@ -100,7 +100,7 @@ class LossColumns:
     def slots(self, owner: Owner) -> Tensor | None:
         """The number of each row among the rows of its sample; None where every sample has one row."""
         curvature = self.curvature
-        if curvature.rows == owner.n and owner.of is None or owner.n == curvature.rows == 1:
+        if (curvature.rows == owner.n and owner.of is None) or owner.n == curvature.rows == 1:
             return None
         whose = owner.rows(curvature.rows, self.scale.device)
         assert whose is not None

@@ -6,7 +6,7 @@ which mostly never stands in memory: `Places` holds the two thin factors of B, `
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ class Places(Factor):
 
     def _by_gram(self) -> Tensor:
         """diag(U K U^T) with K = V^T V over the columns (L x L): no entry of B is ever formed."""
-        k, n, g, o, l = self.v.shape
+        n, g, o, l = self.v.shape[1:]
         i = self.u.shape[2]
         left, right = torch.triu_indices(l, l, device=self.device)
         twice = torch.where(left == right, 1.0, 2.0).to(self.dtype)  # K is symmetric: half of it, off-diagonals twice

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -185,13 +185,12 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the user after the pass."""
-    before = torch._C._functorch._is_vmap_fallback_warning_enabled() if hasattr(
-        torch._C._functorch, "_is_vmap_fallback_warning_enabled") else True
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(before)
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def own_task(run: Callable[[], T]) -> T:

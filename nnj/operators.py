@@ -7,7 +7,7 @@ over flattened tangents: (N, d, d).
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor

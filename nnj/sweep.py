@@ -6,7 +6,7 @@ order, which a probe finds out; explicit (K * n, ...), one column for each sampl
 """
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class Sweep:
             k: K.
             sink: called once for each parameter that was reached.
         """
-        values = dict(roots)
+        values = {edge: v.to(edge_dtype(edge)) for edge, v in roots.items()}
         pending: dict[int, list[Factor]] = {}
 
         def use(p: Tensor, factor: Factor) -> None:

@@ -1,7 +1,7 @@
 """The quantities that nnj brings, registered like a stranger's."""
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from nnj.hookspecs import hookimpl
 from nnj.quantities.base import Quantity

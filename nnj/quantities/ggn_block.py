@@ -25,8 +25,9 @@ class GGNBlock(Quantity):
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
         size = sum(p.numel() for p in params)
         if size > self.limit:
-            raise NNJError(f"the ggn_block of '{path or type(module).__name__}' ({type(module).__name__}) would be {size} x {size}, "
-                           f"which is {size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond block_limit={self.limit}. "
+            kind = type(module).__name__
+            raise NNJError(f"the ggn_block of '{path or kind}' ({kind}) would be {size} x {size}, which is "
+                           f" {size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond block_limit={self.limit}. "
                            f"Use ggn_diag for it, restrict collect with modules=[...], or raise block_limit")
 
     def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Tensor:
