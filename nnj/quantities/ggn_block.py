@@ -27,7 +27,7 @@ class GGNBlock(Quantity):
         if size > self.limit:
             kind = type(module).__name__
             raise NNJError(f"the ggn_block of '{path or kind}' ({kind}) would be {size} x {size}, which is "
-                           f" {size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond block_limit={self.limit}. "
+                           f"{size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond block_limit={self.limit}. "
                            f"Use ggn_diag for it, restrict collect with modules=[...], or raise block_limit")
 
     def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Tensor:
