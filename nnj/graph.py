@@ -103,7 +103,7 @@ class Graph:
 
     def _from_record(self, node: Any, record: Record) -> Unit | None:
         """A record as a unit, if its rule still describes the call."""
-        if record.x.stale or record.y.stale:
+        if record.stale:
             return None
         point = working_point(record)
         if point is None:

@@ -57,6 +57,28 @@ class Record:
     x: Point
     y: Point
     edge: Edge | None
+    state: list[Any]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the module is no longer as it was in the call, or what the rule reads was written over."""
+        if self.x.stale or self.y.stale:
+            return True
+        now = layer_state(self.module)
+        return len(now) != len(self.state) or any(
+            a is not b if isinstance(a, Tensor) else a != b for a, b in zip(now, self.state, strict=True))
+
+
+def layer_state(module: nn.Module) -> list[Any]:
+    """What a rule reads of a layer beside x and y: its mode, its tensors and their versions."""
+    parts = module.modules() if module._modules else (module,)
+    found: list[Any] = []
+    for part in parts:
+        found.append(part.training)
+        for t in (*part._parameters.values(), *part._buffers.values()):
+            if t is not None:
+                found += (t, t._version)
+    return found
 
 
 @dataclass(eq=False)
@@ -183,7 +205,9 @@ class _After:
             return
         x_point = Point.of(x, "x" in entry.uses)
         x_point.version = frame.version
-        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, Point.of(y, "y" in entry.uses), frame.edge))
+        y_point = Point.of(y, "y" in entry.uses)
+        record = Record(module, entry, x_point, y_point, frame.edge, layer_state(module))
+        write(y.grad_fn, (RECORD, y.output_nr), record)
 
 
 def _sees_forward(module: nn.Module) -> bool:
