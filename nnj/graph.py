@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nnj.attention import attention_backward, fused_attention
 from nnj.errors import NNJError
 from nnj.hooks import MARK, RECORD, CallMark, Edge, Record
 from nnj.operators import Jacobian
@@ -46,7 +47,8 @@ class Unit:
     leaf: Tensor | None = None
     dtype: torch.dtype | None = None  # in which a record works
     params: list[tuple[str, nn.Parameter]] = field(default_factory=list)  # wanted parameters of a record
-    records_above: bool = False  # whether a record with wanted parameters lies further on
+    batch: bool = False  # whether it has the samples in its rows: a record with wanted parameters, or the model's input
+    batch_above: bool = False  # whether such a unit lies further on
 
     @property
     def name(self) -> str:
@@ -60,10 +62,11 @@ class Graph:
         roots: the edges of the outputs.
         wanted: whether a parameter is to be reached.
         paths: the name of each module, for errors.
+        batched: a leaf that is no parameter but the model's input, with the samples in axis 0.
     """
 
-    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str]):
-        self.roots, self.wanted, self.paths = roots, wanted, paths
+    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str], batched: Tensor | None = None):
+        self.roots, self.wanted, self.paths, self.batched = roots, wanted, paths, batched
         self.marks: list[CallMark] = []
         self._units: dict[Any, Unit] = {}
         self._needed: dict[Unit, bool] = {}
@@ -131,7 +134,8 @@ class Graph:
                     children = [self._unit(e) for e in unit.out if e is not None]
                     leaf = unit.leaf is not None and self.wanted(unit.leaf)
                     self._needed[unit] = leaf or bool(unit.params) or any(self._needed[c] for c in children)
-                    unit.records_above = any(c.records_above or c.params for c in children)
+                    unit.batch = bool(unit.params) or (leaf and unit.leaf is self.batched)
+                    unit.batch_above = any(c.batch or c.batch_above for c in children)
                     order.append(unit)
                 elif unit not in done:
                     done.add(unit)
@@ -154,6 +158,10 @@ def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
 
 def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
     """A node's backward on k columns: autograd's own formula under vmap, column by column where vmap cannot take it."""
+    if fused_attention(node) and arrived[0] is not None:
+        found = attention_backward(node, arrived[0])
+        if found is not None:
+            return found
     call = node
     if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
         # A function in Python is given zeros where nothing arrived, as the engine does.

@@ -9,7 +9,8 @@ import inspect
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -336,9 +337,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
         elif not isinstance(part, torch.jit.ScriptModule):
             if any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
                 continue
-            _remove(part)
-            part.register_forward_pre_hook(_Before(batch_axis), with_kwargs=True)
-            part.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
+            _put(part, batch_axis)
     _roots.add(module)
     return module
 
@@ -349,6 +348,26 @@ def retract(module: nn.Module) -> nn.Module:
         _remove(part)
     _roots.discard(module)
     return module
+
+
+@contextmanager
+def temporarily_extended(module: nn.Module) -> Iterator[None]:
+    """Our hooks on a module for one call, where it has none; they are gone afterwards."""
+    parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
+             and not any(isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values())]
+    for part in parts:
+        _put(part, 0)
+    try:
+        yield
+    finally:
+        for part in parts:
+            _remove(part)
+
+
+def _put(module: nn.Module, batch_axis: int) -> None:
+    _remove(module)
+    module.register_forward_pre_hook(_Before(batch_axis), with_kwargs=True)
+    module.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
 
 
 def _remove(module: nn.Module) -> None:

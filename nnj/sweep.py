@@ -62,7 +62,7 @@ class Sweep:
         there = self.state[edge]
         if (there is not None and there.explicit) != (owner is not None and owner.explicit):
             unit = self.graph._unit(edge)
-            if unit.records_above or unit.params:
+            if unit.batch or unit.batch_above:
                 raise Coupled(f"samples influence one another (seen at {describe(unit, self.graph.paths)}): the same tensor "
                               f"is used for each sample and across samples. The GGN is then not a sum over samples")
             self.state[edge] = self.apart
@@ -71,7 +71,7 @@ class Sweep:
 
     def _plan(self, unit: Unit) -> None:
         states = [self.state[e] for e in unit.into]
-        if any(s is not None and s.explicit for s in states) or unit.leaf is not None:
+        if any(s is not None and s.explicit for s in states) or (unit.leaf is not None and unit.leaf is not self.graph.batched):
             self.explicit.add(unit)
         whole = unit in self.explicit
         for i, edge in enumerate(unit.out):
@@ -100,7 +100,7 @@ class Sweep:
         if self._keeps(unit, i, edge, states):
             return self.plain
         above = self.graph._unit(edge)
-        if above.records_above or above.params:
+        if above.batch or above.batch_above:
             return None
         self.split.add((unit, i))
         return self.apart
@@ -119,7 +119,7 @@ class Sweep:
             if unit in self.explicit:
                 self._settle(unit, values, found, probe)
                 continue
-            if unit.params or any((unit, i) in self.reduced | self.split for i in range(len(unit.out))):
+            if unit.params or unit.leaf is not None or any((unit, i) in self.reduced | self.split for i in range(len(unit.out))):
                 self._settle(unit, values, found, probe)
             self._step(unit, values, probe.columns.shape[0], None, probing=True)
         for edge, owner in found.items():
@@ -184,7 +184,23 @@ class Sweep:
     def _leaf(self, unit: Unit, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
         (v,) = arrived.values()
         if use is not None and unit.leaf is not None:
+            if unit.leaf is self.graph.batched:
+                self._input(unit, v, use)
+                return
             use(unit.leaf, _wide(Explicit(v.reshape(k, self.n, *unit.leaf.shape))))
+
+    def _input(self, unit: Unit, v: Tensor, use: Sink) -> None:
+        """Columns at the model's input, where each sample's row is its own."""
+        if unit not in self.explicit:
+            owner = self._owner(unit.into[0], unit)
+            rows = owner.rows(v.shape[1], v.device)
+            if rows is None or not bool(((rows == torch.arange(self.n, device=v.device)) | (rows < 0)).all()):
+                raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
+                              "sample n, in axis 0")
+        elif self.n > 1:
+            v = v.unflatten(0, (-1, self.n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
+        assert unit.leaf is not None
+        use(unit.leaf, Explicit(v))
 
     def _record(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], use: Sink | None) -> None:
         (edge, v), = arrived.items()

@@ -1,0 +1,49 @@
+"""O = softmax(s Q K^T + mask) V, backwards on many columns: the fused kernels take one at a time and cannot be differentiated again."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fused_attention(node: Any) -> bool:
+    """Whether a node is torch's fused attention in a form that `attention_backward` computes."""
+    if "ScaledDotProduct" not in node.name():
+        return False
+    names = ("_saved_query", "_saved_key", "_saved_value", "_saved_is_causal", "_saved_scale", "_saved_dropout_p")
+    if not all(hasattr(node, name) for name in names) or node._saved_dropout_p:
+        return False
+    if hasattr(node, "_saved_attn_bias") or len([n for n, _ in node.next_functions if n is not None]) > 3:
+        return False
+    return True
+
+
+def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
+    """Cotangents (K, N, H, T, d) of the output to those of Q, K and V. None where heads are grouped.
+
+    With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(P o dP)),  dQ = s dS K,  dK = s dS^T Q.
+    """
+    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
+        return None
+    scale = node._saved_scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = (q @ k.mT) * scale
+    mask = getattr(node, "_saved_attn_mask", None)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if node._saved_is_causal:
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~below, -math.inf)
+    p = scores.softmax(-1).nan_to_num(0.0)  # a row that is masked altogether gives zero
+    columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
+    g = g.movedim(0, -3)  # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
+    dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
+    dp = (g.flatten(-3, -2) @ v.mT).unflatten(-2, (columns, t))
+    p = p.unsqueeze(-3)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dq = (ds.flatten(-3, -2) @ k).unflatten(-2, (columns, t)).movedim(-3, 0)
+    dk = (ds.mT.flatten(-3, -2) @ q).unflatten(-2, (columns, s)).movedim(-3, 0)
+    return [dq, dk, dv]

@@ -1,0 +1,191 @@
+"""The sweep the other way: tangents of the input and of parameters walk forward over the same units, each transposed.
+
+A record's operators have jvp; a raw node is transposed by differentiating what it does to a cotangent. Where the backward sweep
+gives each sample a column of its own, tangents come in such columns, and each sample's entries are picked from its own.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnj.errors import NNJError
+from nnj.factors import Owner
+from nnj.graph import Unit, call_node, edge_dtype, edge_shape, own_task
+from nnj.hooks import Edge
+from nnj.samples import describe
+from nnj.sweep import Sweep
+
+
+def pick(t: Tensor, n: int, owner: Owner) -> Tensor:
+    """The transpose of `split`: (K * n, *shape) -> (K, *shape), each entry from the column of the sample it belongs to."""
+    t = t.unflatten(0, (-1, n))
+    if owner.explicit or n == 1:
+        return t[:, 0] if n == 1 else t.flatten(0, 1)
+    if owner.of is None:
+        r = t.shape[2]
+        rows = torch.arange(r, device=t.device)
+        return t[:, rows // (r // n), rows]
+    of = owner.of.expand(t.shape[2:])
+    sample = torch.arange(n, device=t.device).reshape(-1, *[1] * of.dim())
+    return (t * (of == sample)).sum(1)
+
+
+class Forward:
+    """Tangents through the plan of a sweep.
+
+    Args:
+        sweep: the plan; its graph leads to every parameter and input that has a tangent.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self.sweep, self.n = sweep, sweep.n
+
+    def run(self, seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+        """The tangents (K, *shape) of the root edges.
+
+        Args:
+            seeds: by id of a leaf, (K, N, *p) for a parameter, (K, *shape) for an input that has the batch in axis 0.
+            k: K.
+        """
+        return own_task(lambda: self._walk(seeds, k))
+
+    def _walk(self, seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+        tangents: dict[Edge, Tensor] = {}
+        for unit in reversed(self.sweep.graph.units):
+            if unit.leaf is not None:
+                found = self._leaf(unit, seeds, k)
+            elif unit.record is not None:
+                found = self._record(unit, tangents, seeds, k)
+            else:
+                found = self._node(unit, tangents, k)
+            for edge, t in found.items():
+                tangents[edge] = self._at(edge, unit, t)
+        roots = {}
+        for edge in self.sweep.graph.roots:
+            if edge in tangents:
+                t = tangents[edge]
+                roots[edge] = t
+        return roots
+
+    def _explicit(self, unit: Unit) -> bool:
+        return unit in self.sweep.explicit
+
+    def _at(self, edge: Edge, unit: Unit, t: Tensor) -> Tensor:
+        """What a unit gives for an edge, in the way in which columns stand on that edge (the transpose of the split there)."""
+        state = self.sweep.state[edge]
+        if self._explicit(unit) and not (state is not None and state.explicit):
+            return pick(t, self.n, self.sweep._owner(edge, unit))
+        return t
+
+    def _below(self, unit: Unit, i: int, tangents: dict[Edge, Tensor]) -> Tensor | None:
+        """The tangent of operand i as this unit sends columns there: explicit edges that it serves plainly are picked from."""
+        edge = unit.out[i]
+        if edge is None or edge not in tangents:
+            return None
+        t = tangents[edge]
+        state, leaving = self.sweep.state[edge], self.sweep.leaving[unit, i]
+        if state is not None and state.explicit and not (leaving is not None and leaving.explicit):
+            if leaving is None:
+                raise NNJError(f"nnj could not find out whose the rows behind {describe(unit, self.sweep.graph.paths)} are")
+            t = pick(t, self.n, leaving)
+        return t
+
+    def _leaf(self, unit: Unit, seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+        seed = seeds.get(id(unit.leaf))
+        if seed is None:
+            return {}
+        (edge,) = unit.into
+        if not self._explicit(unit):
+            return {edge: seed}
+        return {edge: seed.expand(k, self.n, *edge_shape(edge)).flatten(0, 1)}
+
+    def _record(self, unit: Unit, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+        (edge,) = unit.into
+        parts = []
+        x = self._below(unit, 0, tangents)
+        if x is not None:
+            parts.append(unit.slots["input"].jvp(x.to(unit.dtype)))
+        for slot, p in unit.params:
+            if id(p) in seeds:
+                parts.append(self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k))
+        if not parts:
+            return {}
+        return {edge: torch.stack(parts).sum(0).to(edge_dtype(edge)) if len(parts) > 1 else parts[0].to(edge_dtype(edge))}
+
+    def _parameter(self, unit: Unit, slot: str, v: Tensor, k: int) -> Tensor:
+        """J v for a direction (K, N or 1, *p) of each sample: rows take that of their owner."""
+        j, (edge,) = unit.slots[slot], unit.into
+        owner = self.sweep._owner(edge, unit)
+        if v.shape[1] == 1:
+            out = j.jvp(v)
+            return out.repeat_interleave(self.n, 0) if owner.explicit and self.n > 1 else out
+        if owner.explicit:
+            return j.jvp(v.expand(k, self.n, *j.inputs).flatten(0, 1)[:, None])
+        rows = owner.rows(j.n, v.device)
+        if rows is not None:
+            return j.jvp(v[:, rows.clamp(min=0)] if owner.of is not None or j.n != self.n else v)
+        return pick(torch.stack([j.jvp(v[:, i : i + 1]) for i in range(self.n)], 1).flatten(0, 1), self.n, owner)
+
+    def _node(self, unit: Unit, tangents: dict[Edge, Tensor], k: int) -> dict[Edge, Tensor]:
+        below = {i: t for i in range(len(unit.out)) if (t := self._below(unit, i, tangents)) is not None}
+        if not below:
+            return {}
+        sweep = self.sweep
+        apart = {i: t for i, t in below.items() if (unit, i) in sweep.split}
+        reduced = {i: t for i, t in below.items() if (unit, i) in sweep.reduced}
+        plain = {i: t for i, t in below.items() if i not in apart and i not in reduced}
+        total: dict[Edge, Tensor] = {}
+
+        def add(found: dict[Edge, Tensor]) -> None:
+            for edge, t in found.items():
+                total[edge] = total[edge] + t if edge in total else t
+
+        for i, t in reduced.items():
+            plain[i] = self._spread(unit, i, t)
+        if plain:
+            rows = next(iter(plain.values())).shape[0]
+            add(self._transposed(unit, plain, rows))
+        if apart:
+            found = self._transposed(unit, apart, k * self.n)
+            add({edge: pick(t, self.n, sweep._owner(edge, unit)) for edge, t in found.items()})
+        return total
+
+    def _spread(self, unit: Unit, i: int, t: Tensor) -> Tensor:
+        """The transpose of a broadcast operand's sum: each sample's tangent (K * N, *small) at that sample's entries."""
+        (source,) = unit.into
+        shape = edge_shape(source)
+        owner = self.sweep._owner(source, unit)
+        lead = (1,) * (len(shape) - (t.dim() - 1))
+        return pick(t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(t.shape[0], *shape), self.n, owner)
+
+    def _transposed(self, unit: Unit, below: dict[int, Tensor], rows: int) -> dict[Edge, Tensor]:
+        """Tangents of a node's outputs from those of some operands, by differentiating the node in its cotangents."""
+        node = unit.node
+        metadata = node._input_metadata
+        nrs = [nr for _, nr in unit.into]
+        with torch.enable_grad():
+            cotangents: list[Tensor | None] = [None] * len(metadata)
+            for nr in nrs:
+                m = metadata[nr]
+                cotangents[nr] = torch.zeros(rows, *m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
+            given = [cotangents[nr] for nr in nrs]
+            if unit.name == "Expand" and all((unit, i) in self.sweep.reduced for i in below):
+                back: list[Tensor | None] = [given[0]]
+            else:
+                back = call_node(node, cotangents, rows)
+            outs, ts = [], []
+            for i, t in below.items():
+                b = back[i]
+                if b is not None and b.requires_grad:
+                    outs.append(b)
+                    ts.append(t.to(b.dtype) if b.shape == t.shape else _like(t, b).to(b.dtype))
+            if not outs:
+                return {}
+            found = torch.autograd.grad(outs, given, ts, allow_unused=True)
+        return {(node, nr): g for nr, g in zip(nrs, found, strict=True) if g is not None}
+
+
+def _like(t: Tensor, b: Tensor) -> Tensor:
+    """A tangent broadcast as the operand is in the node (the transpose of `sum_to`)."""
+    lead = (1,) * (b.dim() - t.dim())
+    return t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(b.shape)
