@@ -7,11 +7,13 @@ from nnj.hooks import extend, retract
 from nnj.hookspecs import hookimpl
 from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select
 from nnj.plugins import PluginManager
+from nnj.products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
 from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity", "Jacobian",
-    "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select", "SoftmaxCurvature",
-    "UnsupportedLayer", "collect", "extend", "hookimpl", "retract", "twice",
+    "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity",
+    "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select",
+    "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
+    "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "vjp",
 ]

@@ -28,6 +28,21 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     q, k, v = node._saved_query, node._saved_key, node._saved_value
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
+    p, scale = _probabilities(node)
+    columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
+    g = g.movedim(0, -3)  # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
+    dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
+    dp = (g.flatten(-3, -2) @ v.mT).unflatten(-2, (columns, t))
+    p = p.unsqueeze(-3)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dq = (ds.flatten(-3, -2) @ k).unflatten(-2, (columns, t)).movedim(-3, 0)
+    dk = (ds.mT.flatten(-3, -2) @ q).unflatten(-2, (columns, s)).movedim(-3, 0)
+    return [dq, dk, dv]
+
+
+def _probabilities(node: Any) -> tuple[Tensor, float]:
+    """P of (N, H, T, S), and s."""
+    q, k = node._saved_query, node._saved_key
     scale = node._saved_scale
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q @ k.mT) * scale
@@ -37,13 +52,21 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     if node._saved_is_causal:
         below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~below, -math.inf)
-    p = scores.softmax(-1).nan_to_num(0.0)  # a row that is masked altogether gives zero
-    columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
-    g = g.movedim(0, -3)  # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
-    dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
-    dp = (g.flatten(-3, -2) @ v.mT).unflatten(-2, (columns, t))
-    p = p.unsqueeze(-3)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dq = (ds.flatten(-3, -2) @ k).unflatten(-2, (columns, t)).movedim(-3, 0)
-    dk = (ds.mT.flatten(-3, -2) @ q).unflatten(-2, (columns, s)).movedim(-3, 0)
+    return scores.softmax(-1).nan_to_num(0.0), scale  # a row that is masked altogether gives zero
+
+
+def attention_squares(node: Any, m: Tensor) -> list[Tensor | None]:
+    """(J o J)^T m for m of (K, N, H, T, d).
+
+    dO_tc / dV_sc = P_ts,  dO_tc / dQ_td = s sum_s P_ts (V_sc - O_tc) K_sd,  dO_tc / dK_sd = s P_ts (V_sc - O_tc) Q_td.
+    """
+    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    p, scale = _probabilities(node)
+    o = p @ v
+    dv = p.square().mT @ m
+    apart = v.unsqueeze(-3) - o.unsqueeze(-2)  # (N, H, T, S, d): V_sc - O_tc
+    jq = scale * torch.einsum("...ts,...tsc,...sd->...tcd", p, apart, k)
+    dq = torch.einsum("...tcd,k...tc->k...td", jq.square(), m)
+    weight = torch.einsum("...ts,...tsc,k...tc->k...ts", p.square(), apart.square(), m)
+    dk = scale**2 * (weight.mT @ q.square())
     return [dq, dk, dv]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Owner
-from nnj.graph import Unit, call_node, edge_dtype, edge_shape, own_task
+from nnj.graph import Unit, edge_dtype, edge_shape, own_task
 from nnj.hooks import Edge
 from nnj.samples import describe
 from nnj.sweep import Sweep
@@ -104,7 +104,7 @@ class Forward:
         parts = []
         x = self._below(unit, 0, tangents)
         if x is not None:
-            parts.append(unit.slots["input"].jvp(x.to(unit.dtype)))
+            parts.append(self.sweep.operator(unit, "input").jvp(x.to(unit.dtype)))
         for slot, p in unit.params:
             if id(p) in seeds:
                 parts.append(self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k))
@@ -114,7 +114,7 @@ class Forward:
 
     def _parameter(self, unit: Unit, slot: str, v: Tensor, k: int) -> Tensor:
         """J v for a direction (K, N or 1, *p) of each sample: rows take that of their owner."""
-        j, (edge,) = unit.slots[slot], unit.into
+        j, (edge,) = self.sweep.operator(unit, slot), unit.into
         owner = self.sweep._owner(edge, unit)
         if v.shape[1] == 1:
             out = j.jvp(v)
@@ -162,17 +162,17 @@ class Forward:
         """Tangents of a node's outputs from those of some operands, by differentiating the node in its cotangents."""
         node = unit.node
         metadata = node._input_metadata
-        nrs = [nr for _, nr in unit.into]
+        nrs = sorted(nr for _, nr in unit.into)
         with torch.enable_grad():
             cotangents: list[Tensor | None] = [None] * len(metadata)
             for nr in nrs:
                 m = metadata[nr]
                 cotangents[nr] = torch.zeros(rows, *m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
-            given = [cotangents[nr] for nr in nrs]
+            given = [t for t in cotangents if t is not None]
             if unit.name == "Expand" and all((unit, i) in self.sweep.reduced for i in below):
                 back: list[Tensor | None] = [given[0]]
             else:
-                back = call_node(node, cotangents, rows)
+                back = self.sweep.backward(unit, cotangents, rows)
             outs, ts = [], []
             for i, t in below.items():
                 b = back[i]

@@ -28,11 +28,12 @@ class Linearisation:
         module: extended or not, a layer or a whole model; it is called once.
         x: (N, ...), a single tensor.
         wrt: "input" or "weight".
+        walk: the kind of sweep.
 
     Errors: `NNJError` if y is not one tensor with the samples in axis 0, or where samples influence one another.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, wrt: str):
+    def __init__(self, module: nn.Module, x: Tensor, wrt: str, walk: type[Sweep] = Sweep):
         self.module, self.wrt = module, wrt
         if x.dim() == 0 or x.shape[0] == 0:
             raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
@@ -57,7 +58,7 @@ class Linearisation:
             roots: dict[Edge, Owner] = {self.root: Owner(self.n)}
             graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x)
             if graph.units:
-                self.sweep = Sweep(graph, self.n, roots)
+                self.sweep = walk(graph, self.n, roots)
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor, Owner, add
 from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape, own_task
 from nnj.hooks import Edge
+from nnj.operators import Jacobian
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split, sum_to
 
@@ -137,6 +138,16 @@ class Sweep:
     def _device(edge: Edge) -> torch.device:
         return edge[0]._input_metadata[edge[1]].device
 
+    # -- what a unit is: overridden where something else than J walks ------------------------------------------------
+
+    def operator(self, unit: Unit, slot: str) -> Jacobian:
+        """The operator of a record in one slot."""
+        return unit.slots[slot]
+
+    def backward(self, unit: Unit, args: list[Tensor | None], k: int) -> list[Tensor | None]:
+        """What a raw node sends to its operands for k columns."""
+        return call_node(unit.node, args, k)
+
     # -- walking ------------------------------------------------------------------------------------------------------
 
     def run(self, roots: dict[Edge, Tensor], k: int, sink: Sink) -> None:
@@ -210,13 +221,13 @@ class Sweep:
         v = v.to(unit.dtype)
         if use is not None:
             for slot, p in unit.params:
-                factor = unit.slots[slot].pullback(v, self._owner(edge, unit))
+                factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit))
                 if factor.shape != tuple(p.shape):
                     checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
                 use(p, _wide(factor))
         out = unit.out[0]
         if out is not None:
-            back = checked("vjp of 'input'", unit.slots["input"].vjp(v), (v.shape[0], *record.x.shape), who)
+            back = checked("vjp of 'input'", self.operator(unit, "input").vjp(v), (v.shape[0], *record.x.shape), who)
             self._send(unit, 0, back, values)
 
     def _node(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], probing: bool) -> None:
@@ -230,7 +241,7 @@ class Sweep:
         if probing and not plain:
             return
         rows = next(t.shape[0] for t in args if t is not None)
-        for i, (out, back) in enumerate(zip(unit.out, call_node(unit.node, args, rows), strict=False)):
+        for i, (out, back) in enumerate(zip(unit.out, self.backward(unit, args, rows), strict=False)):
             if out is None or back is None:
                 continue
             if i in apart:

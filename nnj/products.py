@@ -1,0 +1,275 @@
+"""jacobian, jvp, vjp, jmp, mjp, jmjTp, jTmjp of any module: a layer or a whole model, exact, per sample.
+
+With J = dy/dx or dy/dw of each sample, over flattened axes; P counts the parameters that require grad, in the order of
+`parameters()`. A metric is (N, d, d), symmetric or not, or its diagonal (N, d); without the sample axis it serves all samples;
+None is the identity.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnj.diagonal import DiagonalSweep, backward, forward
+from nnj.errors import NNJError
+from nnj.linearisation import Linearisation
+from nnj.sweep import Sweep
+
+ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
+Metric = Tensor | Sequence[Tensor] | None
+
+
+def _slot(wrt: str) -> str:
+    if wrt not in ("input", "weight", "weights"):
+        raise NNJError(f"wrt={wrt!r}; expected 'input' or 'weight'")
+    return "input" if wrt == "input" else "weight"
+
+
+def _given(name: str, t: Any, at: Linearisation, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """t, if it is a tensor of one of the shapes, on the device and in the dtype of y."""
+    if not isinstance(t, Tensor):
+        raise NNJError(f"{name} is {type(t).__name__}, expected a tensor")
+    if tuple(t.shape) not in shapes:
+        expected = " or ".join(str(s) for s in dict.fromkeys(shapes))
+        raise NNJError(f"{name} has shape {tuple(t.shape)}, expected {expected}")
+    if t.dtype != at.y.dtype or t.device != at.y.device:
+        raise NNJError(f"{name} is {t.dtype} on {t.device}, expected {at.y.dtype} on {at.y.device}")
+    return t
+
+
+def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
+    """J: (N, out, in), or (N, out, P) with wrt="weight"."""
+    return Linearisation(module, x, _slot(wrt)).dense()
+
+
+def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
+    """J v: (N, out), for a vector (N, in) or of x's shape; or (N, P), or one (P,) for all samples."""
+    at = Linearisation(module, x, _slot(wrt))
+    shapes = [(at.n, *at.inputs), (at.n, at.size)] if at.wrt == "input" else [(at.n, at.size), (at.size,)]
+    v = _given("vector", vector, at, shapes)
+    v = v.reshape(1, at.n, -1) if v.dim() > 1 else v[None, None]
+    return at.jvp(v).reshape(at.n, -1)
+
+
+def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
+    """v J: (N, in) or (N, P), for a vector (N, out) or of the output's shape."""
+    at = Linearisation(module, x, _slot(wrt))
+    u = _given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
+    return at.vjp(u.reshape(1, at.n, *at.outputs))[0]
+
+
+def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
+    """J M: (N, out, K), for M of (N, in, K) or (N, P, K), or without the sample axis."""
+    at = Linearisation(module, x, _slot(wrt))
+    if matrix is None:
+        return at.dense()
+    k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
+    m = _given("matrix", matrix, at, [(at.n, at.size, k), (at.size, k)])
+    m = m.expand(at.n, -1, -1) if m.dim() == 2 else m
+    return at.jvp(m.permute(2, 0, 1)).reshape(k, at.n, -1).permute(1, 2, 0)
+
+
+def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
+    """M J: (N, K, in) or (N, K, P), for M of (N, K, out), or without the sample axis."""
+    at = Linearisation(module, x, _slot(wrt))
+    if matrix is None:
+        return at.dense()
+    k = matrix.shape[-2] if isinstance(matrix, Tensor) and matrix.dim() > 1 else 0
+    m = _given("matrix", matrix, at, [(at.n, k, at.out), (k, at.out)])
+    m = m.expand(at.n, -1, -1) if m.dim() == 2 else m
+    return at.vjp(m.transpose(0, 1).reshape(k, at.n, *at.outputs)).transpose(0, 1)
+
+
+# -- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def _metric(matrix: Any, at: Linearisation, d: int, from_diag: bool) -> Tensor | None:
+    """A metric over d numbers as (N, d, d), or (N, d) with from_diag; None for the identity."""
+    if matrix is None:
+        return None
+    shapes = [(at.n, d), (d,)] if from_diag else [(at.n, d, d), (d, d)]
+    m = _given("matrix (a diagonal, from_diag=True)" if from_diag else "matrix", matrix, at, shapes)
+    return m.expand(at.n, *m.shape) if m.dim() == len(shapes[1]) else m
+
+
+def _columns(at: Linearisation) -> list[Tensor]:
+    """The unit cotangents in groups so small that J of a group may stand in memory."""
+    step = max(1, ENTRIES // max(1, at.n * at.size))
+    return list(at.basis().split(step))
+
+
+def _rows(at: Linearisation, m: Tensor | None, u: Tensor) -> Tensor:
+    """u M for unit cotangents u (k, N, *outputs): (k, N, *outputs)."""
+    flat = u.reshape(*u.shape[:2], -1)
+    if m is None:
+        return u
+    flat = flat * m if m.dim() == 2 else (flat.transpose(0, 1) @ m).transpose(0, 1)
+    return flat.reshape(u.shape)
+
+
+def owners(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The own parameters that require grad of each module that has any, in the order of `modules()`; shared ones once."""
+    seen: set[int] = set()
+    found = []
+    for part in module.modules():
+        own = [p for p in part.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own:
+            found.append(own)
+    return found
+
+
+def _blocks(at: Linearisation, joint: bool) -> list[list[int]]:
+    """For each block the positions of its parameters in the flattened P."""
+    starts, total = {}, 0
+    for p, size in zip(at.params, at.sizes, strict=True):
+        starts[id(p)] = (total, total + size)
+        total += size
+    if joint:
+        return [list(range(total))]
+    return [[i for p in own for i in range(*starts[id(p)])] for own in owners(at.module)]
+
+
+def _take(j: Tensor, index: list[int]) -> Tensor:
+    """Columns of J; a slice where they follow one another."""
+    if index and index == list(range(index[0], index[-1] + 1)):
+        return j[..., index[0] : index[-1] + 1]
+    return j[..., index]
+
+
+def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str = "input", from_diag: bool = False,
+          to_diag: bool = False, diag_backprop: bool = False, joint: bool = False) -> Any:
+    """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
+
+    With respect to the parameters: the list of the blocks (N, P_l, P_l) of the modules that own parameters, in the order of
+    `modules()`; a bare tensor for a single one; (N, P, P) with `joint`.
+
+    Args:
+        matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; None is the identity.
+        to_diag: the diagonal alone, (N, in) or (N, P); exact, and no full matrix is made.
+        diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so that one backward pass
+            does. It neglects how the inputs of a layer vary together, and where a tensor is used twice, how its uses do:
+            (J2 J1)o2 is not J2o2 J1o2. The metric enters the last layer exactly, and blocks are exact within a layer.
+
+    Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which no diagonal can pass.
+    """
+    at = Linearisation(module, x, _slot(wrt), DiagonalSweep if diag_backprop else Sweep)
+    m = _metric(matrix, at, at.out, from_diag)
+    if diag_backprop:
+        if joint or (at.wrt == "input" and not to_diag):
+            what = "the input" if at.wrt == "input" else "all parameters"
+            raise NNJError(f"diag_backprop keeps only the diagonal between layers, so there is no full matrix on {what}. "
+                           f"Pass to_diag=True, or leave out diag_backprop")
+        return backward(at, m, to_diag)
+    if to_diag:
+        total = at.y.new_zeros(at.n, at.size)
+        for u in _columns(at):
+            left = at.vjp(u)
+            if m is None or m.dim() == 2:
+                weights = 1.0 if m is None else (u.reshape(*u.shape[:2], -1) * m).sum(-1, keepdim=True)
+                total += (left.square() * weights).sum(0)
+            else:
+                total += (left * at.vjp(_rows(at, m, u))).sum(0)
+        return total
+    j = at.dense()
+    mj = j if m is None else m[..., None] * j if m.dim() == 2 else m @ j
+    if at.wrt == "input":
+        return j.mT @ mj
+    found = [_take(j, index).mT @ _take(mj, index) for index in _blocks(at, joint)]
+    return found[0] if len(found) == 1 else found
+
+
+def jmjTp(module: nn.Module, x: Tensor, matrix: Metric = None, wrt: str = "input", from_diag: bool = False,
+          to_diag: bool = False, diag_backprop: bool = False) -> Tensor:
+    """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
+
+    Args:
+        matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of modules as `jTmjp` gives
+            them; (N, in) or (N, P) with from_diag; None is the identity. All of it is used.
+        to_diag: the diagonal alone, (N, out), without the full matrix.
+        diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the metric is kept.
+
+    A posterior variance on the parameters gives the linearised predictive variance of the outputs, without sampling.
+
+    Errors: `NNJError` for shapes that do not fit.
+    """
+    at = Linearisation(module, x, _slot(wrt), DiagonalSweep if diag_backprop else Sweep)
+    blocks = _block_metric(matrix, at, from_diag)
+    if diag_backprop:
+        return forward(at, blocks, to_diag)
+    if to_diag:
+        parts = []
+        for u in _columns(at):
+            j = at.vjp(u).transpose(0, 1)
+            parts.append((_apply(j, blocks) * j).sum(-1))
+        return torch.cat(parts, 1)
+    j = at.dense()
+    return _apply(j, blocks) @ j.mT
+
+
+def _block_metric(matrix: Metric, at: Linearisation, from_diag: bool) -> Any:
+    """A metric on input or parameters: None, (N, d), (N, d, d), or [(positions, (N, P_l, P_l)), …]."""
+    if not isinstance(matrix, (list, tuple)):
+        return _metric(matrix, at, at.size, from_diag)
+    if at.wrt == "input" or from_diag:
+        raise NNJError("matrix is a list of blocks, which is for wrt='weight' without from_diag")
+    index = _blocks(at, joint=False)
+    if len(index) != len(matrix):
+        raise NNJError(f"matrix has {len(matrix)} blocks, expected {len(index)}, one for each module that owns parameters")
+    found = []
+    for number, (i, block) in enumerate(zip(index, matrix, strict=True)):
+        d = len(i)
+        m = _given(f"block {number} of matrix", block, at, [(at.n, d, d), (d, d)])
+        found.append((i, m.expand(at.n, d, d)))
+    return found
+
+
+def _apply(j: Tensor, m: Any) -> Tensor:
+    """J M for J of (N, k, d)."""
+    if m is None:
+        return j
+    if isinstance(m, list):
+        out = torch.zeros_like(j)
+        for index, block in m:
+            out[..., index] = _take(j, index) @ block
+        return out
+    return j * m[:, None] if m.dim() == 2 else j @ m
+
+
+def jTmjp_pair(module: nn.Module, x1: Tensor, x2: Tensor, matrices: Sequence[Tensor] | None = None, wrt: str = "input",
+               from_diag: bool = False, to_diag: bool = False, diag_backprop: bool = False) -> tuple[Any, Any, Any]:
+    """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of outputs, pulled back.
+
+    Args:
+        matrices: (M11, M12, M22), each as in `jTmjp`; None is the identity for each of them.
+        from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp` gives.
+
+    Errors: `NNJError` for shapes that do not fit, and for diag_backprop, under which the mixed term has no meaning.
+    """
+    if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
+        raise NNJError("matrices is (M11, M12, M22) or None")
+    one, two = Linearisation(module, x1, _slot(wrt)), Linearisation(module, x2, _slot(wrt))
+    if one.n != two.n or one.size != two.size or one.out != two.out:
+        raise NNJError(f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and {two.size} numbers")
+    if diag_backprop:
+        raise NNJError("the mixed term of jTmjp_pair has no diagonal between layers; leave out diag_backprop")
+    js = [(one, one), (one, two), (two, two)]
+    dense = {id(one): one.dense(), id(two): two.dense()}
+    results: list[Any] = []
+    for (a, b), m in zip(js, matrices or (None,) * 3, strict=True):
+        metric = _metric(m, one, one.out, from_diag)
+        j, k = dense[id(a)], dense[id(b)]
+        mk = k if metric is None else metric[..., None] * k if metric.dim() == 2 else metric @ k
+        if to_diag:
+            results.append((j * mk).sum(1))
+        elif one.wrt == "input":
+            results.append(j.mT @ mk)
+        else:
+            found = [_take(j, i).mT @ _take(mk, i) for i in _blocks(one, joint=False)]
+            results.append(found[0] if len(found) == 1 else found)
+    return results[0], results[1], results[2]
+
+
+__all__ = ["jTmjp", "jTmjp_pair", "jacobian", "jmjTp", "jmp", "jvp", "mjp", "vjp"]
