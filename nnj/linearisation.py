@@ -78,6 +78,8 @@ class Linearisation:
     def vjp(self, u: Tensor) -> Tensor:
         """u J: (K, N, *outputs) -> (K, N, in or P)."""
         found: dict[int, Tensor] = {}
+        if not u.shape[0]:
+            return u.new_zeros(0, self.n, self.size)
         self.walk(u, lambda p, factor: found.__setitem__(id(p), factor.dense()))
         holders = [self.x] if self.wrt == "input" else self.params
         lead = u.shape[:2]
@@ -89,14 +91,14 @@ class Linearisation:
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (K, N, in or P) -> (K, N, *outputs); (K, 1, P) is one direction for all samples."""
         k = v.shape[0]
+        zero = self.y.new_zeros(k, self.n, *self.outputs)
+        if not k or self.sweep is None or self.root is None:
+            return zero
         if self.wrt == "input":
             seeds = {id(self.x): v.reshape(k, self.n, *self.inputs)}
         else:
             split = v.split(self.sizes, -1)
             seeds = {id(p): t.reshape(k, v.shape[1], *p.shape) for p, t in zip(self.params, split, strict=True)}
-        zero = self.y.new_zeros(k, self.n, *self.outputs)
-        if self.sweep is None or self.root is None:
-            return zero
         return Forward(self.sweep).run(seeds, k).get(self.root, zero)
 
     def dense(self) -> Tensor:

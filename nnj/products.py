@@ -50,7 +50,7 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
     shapes = [(at.n, *at.inputs), (at.n, at.size)] if at.wrt == "input" else [(at.n, at.size), (at.size,)]
     v = _given("vector", vector, at, shapes)
     v = v.reshape(1, at.n, -1) if v.dim() > 1 else v[None, None]
-    return at.jvp(v).reshape(at.n, -1)
+    return at.jvp(v).reshape(at.n, at.out)
 
 
 def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
@@ -68,7 +68,7 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
     k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
     m = _given("matrix", matrix, at, [(at.n, at.size, k), (at.size, k)])
     m = m.expand(at.n, -1, -1) if m.dim() == 2 else m
-    return at.jvp(m.permute(2, 0, 1)).reshape(k, at.n, -1).permute(1, 2, 0)
+    return at.jvp(m.permute(2, 0, 1)).reshape(k, at.n, at.out).permute(1, 2, 0)
 
 
 def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
