@@ -144,11 +144,16 @@ class LossColumns:
         joined = [torch.cat([t.to(g[0].dtype) for t in g]) for g in zip(*[tensors for _, tensors in groups], strict=True)]
         return Chunk(self.roots(joined), start, parts)
 
+    def count(self, owner: Owner) -> int:
+        """The number of exact columns."""
+        slot = self.slots(owner)
+        return self.curvature.rank * self.curvature.places * (1 if slot is None else int(slot.max()) + 1)
+
     def _exact(self, owner: Owner, size: int) -> Iterator[Tensor]:
         """Columns of S, (k, R, D, B), no two of which belong to different rows of one sample or places of one row."""
         curvature = self.curvature
         slot = self.slots(owner)
-        slots = 1 if slot is None else int(slot.max()) + 1
+        slots = self.count(owner) // (curvature.rank * curvature.places)
         pairs = [(s, d) for s in range(slots) for d in range(curvature.places)]
         if len(pairs) == 1:
             for a in range(0, curvature.rank, size):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,12 @@ from nnj.columns import LossColumns
 from nnj.errors import NNJError
 from nnj.factors import Factor, Owner
 from nnj.graph import Graph, edge_shape
+from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
 from nnj.hooks import CallMark, Edge, LossCall, extended_roots
 from nnj.operators import Affine, Scale, Select
 from nnj.quantities.base import Quantity
 from nnj.samples import Coupled
-from nnj.sweep import Sweep
+from nnj.sweep import Sink, Sweep
 
 if TYPE_CHECKING:
     from nnj.collection import collect
@@ -27,12 +28,19 @@ class Contribution:
 
     def __init__(self, calls: frozenset[int], n: int):
         self.calls, self.n = calls, n  # the forward calls that made the samples, and their number
-        self.values: dict[str, dict[int, Tensor]] = {}
+        self.values: dict[str, dict[int, Any]] = {}
         self.known: dict[int, Any] = {}  # every parameter and module that may hold a result
 
-    def add(self, name: str, holder: Any, value: Tensor) -> None:
+    def add(self, name: str, holder: Any, value: Any) -> None:
         mine = self.values.setdefault(name, {})
         mine[id(holder)] = mine[id(holder)] + value if id(holder) in mine else value
+
+    def finish(self, quantities: dict[str, Quantity]) -> None:
+        """Turn sums of contributions into results."""
+        for name, quantity in quantities.items():
+            mine = self.values.get(name, {})
+            for key in mine:
+                mine[key] = quantity.finish(mine[key])
 
     def value(self, name: str, holder: Any) -> Tensor | None:
         return self.values.get(name, {}).get(id(holder))
@@ -83,6 +91,7 @@ class Target:
         self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
         self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
         self.pending: dict[int, dict[int, Factor]] = {}
+        self.in_all: dict[str, int] = {}  # how many columns of each source there will be
 
     def check(self, reached: set[int], paths: dict[int, str]) -> None:
         for quantity in self.blocks.values():
@@ -97,7 +106,7 @@ class Target:
         for name, quantity in self.points.items():
             which = parts.get(self.source(name, quantity))
             if which is not None:
-                into.add(name, p, quantity.parameter(factor.columns(which)))
+                into.add(name, p, quantity.parameter(factor.columns(which), self.in_all.get(self.source(name, quantity), factor.k)))
         if not self.blocks:
             return
         for m in self.modules:
@@ -160,14 +169,55 @@ def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dic
     for target in targets:
         for name, quantity in target.collection.quantities.items():
             wants[target.source(name, quantity)] = quantity
-    size = _columns_at_once(sweep, min(c.memory for c in collections))
-    for chunk in columns.chunks(wants, owner, size):
-        def sink(p: Tensor, factor: Factor, parts: dict[str, slice] = chunk.parts) -> None:
+
+    def sink(parts: dict[str, slice]) -> Sink:
+        def take(p: Tensor, factor: Factor) -> None:
             for target in targets:
                 target.take(found[id(target.collection)], p, factor, parts, reached)
 
-        sweep.run(chunk.roots, chunk.k, sink)
+        return take
+
+    size = _columns_at_once(sweep, min(c.memory for c in collections))
+    if "exact" in wants:
+        for target in targets:
+            target.in_all["exact"] = columns.count(owner)
+        head = HeadColumns(sweep, columns.curvature, _of_several({id(m): m for t in targets for m in t.modules}))
+        if head.useful:
+            del wants["exact"]
+            _walk_behind(head, sweep, size, sink)
+    for chunk in columns.chunks(wants, owner, size):
+        sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
+    for target in targets:
+        found[id(target.collection)].finish(target.points)
     return found
+
+
+def _of_several(modules: dict[int, nn.Module]) -> set[int]:
+    """The parameters that several modules own."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for m in modules.values():
+        own = {id(p) for p in m.parameters(recurse=False)}
+        twice |= own & seen
+        seen |= own
+    return twice
+
+
+def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dict[str, slice]], Sink]) -> None:
+    """Exact columns, where the last layers are linear maps that all samples share."""
+    head.parameters(lambda p, factor: sink({"exact": slice(0, factor.k)})(p, factor))
+    units = sweep.graph.units[len(head.units) :]
+    if not units:
+        return
+    shape = edge_shape(head.edge)
+    k, d = head.k, math.prod(shape[1:])
+    if worth_recompressing(k, sweep.n, d, walk_cost(units)):
+        whole = recompress(torch.cat(list(head.columns(k))))
+        chunks: Iterable[Tensor] = whole.split(size)
+    else:
+        chunks = head.columns(size)
+    for v in chunks:
+        sweep.run({head.edge: v}, v.shape[0], sink({"exact": slice(0, v.shape[0])}), units)
 
 
 def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
+CACHE = 1 << 18  # entries of B that are formed and squared before the next ones are
+KERNELS = 1 << 25  # entries of all kernels of one parameter
 
 
 class Owner:
@@ -165,38 +167,41 @@ class Places(Factor):
         return torch.einsum("kml,mil->kmi", self.v[:, sample, 0, index], self.u[sample, 0])
 
     def square_sum(self) -> Tensor:
-        # The three ways of DESIGN's cost table; the choice compares their multiply-adds.
+        return SquareSum(self).value()
+
+    def by_gram(self, in_all: int) -> bool:
+        """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
+
+        Multiply-adds for each output channel and sample: L^2 (K + I / 2) with kernels, K L I without, where forming B also
+        writes and reads K I squares (8: what a square costs beside a multiply-add).
+        """
+        n, g, o, l = self.v.shape[1:]
+        i = self.u.shape[2]
+        return l > 1 and l * l * (in_all + i / 2) < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS
+
+    def explicit_squares(self) -> Tensor:
+        """The sum over columns of B^2, each B formed: (G, O, I)."""
         k, n, g, o, l = self.v.shape
         i = self.u.shape[2]
         if l == 1:
             v2 = self.v.square().sum(0)[..., 0].permute(1, 2, 0)
-            return (v2 @ self.u.square()[..., 0].transpose(0, 1)).reshape(self.shape)
-        if l * (k + i) < k * (i + 8):  # 8: squares are written and read, not only multiplied
-            return self._by_gram()
+            return v2 @ self.u.square()[..., 0].transpose(0, 1)
         total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
         u = self.u.contiguous()
-        step = max(1, CHUNK // (g * o * i))
+        step = max(1, CACHE // (g * o * i))
         for a in range(0, n, step):
             ut = u[a : a + step].mT
             for c in range(k):  # by column: a product over all columns at once would copy U for each of them
-                total += (self.v[c, a : a + step] @ ut).square_().sum(0)
-        return total.reshape(self.shape)
+                b = self.v[c, a : a + step] @ ut
+                if len(b) == 1:
+                    total.addcmul_(b[0], b[0])
+                else:
+                    total += b.square_().sum(0)
+        return total
 
-    def _by_gram(self) -> Tensor:
-        """diag(U K U^T) with K = V^T V over the columns (L x L): no entry of B is ever formed."""
-        n, g, o, l = self.v.shape[1:]
-        i = self.u.shape[2]
-        left, right = torch.triu_indices(l, l, device=self.device)
-        twice = torch.where(left == right, 1.0, 2.0).to(self.dtype)  # K is symmetric: half of it, off-diagonals twice
-        total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
-        step = max(1, CHUNK // (g * l * l * (o + i)))
-        for a in range(0, n, step):
-            v, u = self.v[:, a : a + step], self.u[a : a + step]
-            kernel = v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
-            kernel = (kernel[..., left, right] * twice).permute(1, 2, 0, 3).flatten(2)
-            pairs = (u[..., left] * u[..., right]).permute(1, 0, 3, 2).flatten(1, 2)
-            total += kernel @ pairs
-        return total.reshape(self.shape)
+    def kernels(self) -> Tensor:
+        """V^T V over the columns for each output channel, (N, G, O, L, L)."""
+        return self.v.permute(1, 2, 3, 4, 0) @ self.v.permute(1, 2, 3, 0, 4)
 
     def gram(self, other: Factor) -> Tensor:
         one = isinstance(other, Places) and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
@@ -213,6 +218,50 @@ class Places(Factor):
             right = x[s : s + step, :, None] * y[s : s + step, None, :]
             total.addmm_(left.flatten(1).mT, right.flatten(1))
         return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
+
+
+class SquareSum:
+    """sum over columns and samples of B^2, of columns that come in turns. Turns add up with +, and `value` is the sum.
+
+    Where kernels are cheaper they add up over the turns, and meet U only once: diag(U (V^T V) U^T), no entry of B is formed.
+    """
+
+    def __init__(self, factor: Factor, in_all: int | None = None):
+        self.shape, self.total, self.kernel = factor.shape, None, None
+        if isinstance(factor, Places) and factor.by_gram(in_all or factor.k):
+            self.kernel, self.u = factor.kernels(), factor.u
+        elif isinstance(factor, Places):
+            self.total = factor.explicit_squares().reshape(self.shape)
+        else:
+            self.total = factor.square_sum()
+
+    def __add__(self, other: SquareSum) -> SquareSum:
+        for name in ("total", "kernel"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                setattr(self, name, theirs if mine is None else mine.add_(theirs))
+                if name == "kernel":
+                    self.u = other.u
+        return self
+
+    def value(self) -> Tensor:
+        """(*shape)."""
+        if self.kernel is None:
+            assert self.total is not None
+            return self.total
+        n, g, o, l = self.kernel.shape[:4]
+        i = self.u.shape[2]
+        left, right = torch.triu_indices(l, l, device=self.u.device)
+        twice = torch.where(left == right, 1.0, 2.0).to(self.u.dtype)  # kernels are symmetric: half of them, twice
+        found = torch.zeros(g, o, i, dtype=self.u.dtype, device=self.u.device)
+        step = max(1, CHUNK // (g * l * l * (o + i)))
+        for a in range(0, n, step):
+            kernel, u = self.kernel[a : a + step], self.u[a : a + step]
+            kernel = (kernel[..., left, right] * twice).permute(1, 2, 0, 3).flatten(2)
+            pairs = (u[..., left] * u[..., right]).permute(1, 0, 3, 2).flatten(1, 2)
+            found += kernel @ pairs
+        found = found.reshape(self.shape)
+        return found if self.total is None else found + self.total
 
 
 class Lookup(Factor):

@@ -150,13 +150,17 @@ class Sweep:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    def run(self, roots: dict[Edge, Tensor], k: int, sink: Sink) -> None:
+    def run(self, roots: dict[Edge, Tensor], k: int, sink: Sink, units: list[Unit] | None = None) -> dict[Edge, Tensor]:
         """Let k columns walk from the roots; `sink` is given each parameter with the factor of all its uses.
 
         Args:
             roots: for each root edge its columns, (K, *shape).
             k: K.
             sink: called once for each parameter that was reached.
+            units: walk through these alone.
+
+        Returns:
+            What stands on edges whose units were not walked.
         """
         values = {edge: v.to(edge_dtype(edge)) for edge, v in roots.items()}
         pending: dict[int, list[Factor]] = {}
@@ -168,10 +172,11 @@ class Sweep:
                 sink(p, add(pending.pop(id(p))))
 
         def walk() -> None:
-            for unit in self.graph.units:
+            for unit in self.graph.units if units is None else units:
                 self._step(unit, values, k, use)
 
         own_task(walk)
+        return values
 
     def _step(self, unit: Unit, values: dict[Edge, Tensor], k: int, use: Sink | None, probing: bool = False) -> None:
         arrived = {e: values.pop(e) for e in unit.into if e in values}

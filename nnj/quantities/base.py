@@ -1,7 +1,7 @@
 """What a quantity is: which columns it wants, and what it asks of their factors at a parameter or a module."""
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,13 +33,17 @@ class Quantity:
         """Whether results stand on modules."""
         return type(self).module is not Quantity.module
 
-    def parameter(self, factor: Factor) -> Tensor:
-        """The contribution of some columns at one parameter; contributions add up."""
+    def parameter(self, factor: Factor, in_all: int) -> Any:
+        """The contribution of some columns at one parameter, of `in_all` that will come. Contributions add up (+)."""
         raise NotImplementedError(f"{type(self).__name__} must define parameter")
 
     def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Tensor:
         """The contribution of some columns at a module's own parameters (factor None: not reached)."""
         raise NotImplementedError(f"{type(self).__name__} must define module")
+
+    def finish(self, value: Any) -> Tensor:
+        """The result of one backward pass, from the sum of the contributions."""
+        return value
 
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
         """Called before any column walks. Errors: `NNJError` for what cannot be collected there."""

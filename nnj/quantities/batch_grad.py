@@ -15,5 +15,5 @@ class BatchGrad(Quantity):
     source = "gradient"
     per_sample = True
 
-    def parameter(self, factor: Factor) -> Tensor:
+    def parameter(self, factor: Factor, in_all: int) -> Tensor:
         return factor.dense()[0]

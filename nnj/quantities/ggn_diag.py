@@ -1,7 +1,7 @@
 """diag(J^T H J): the diagonal of the generalised Gauss-Newton matrix."""
 from torch import Tensor
 
-from nnj.factors import Factor
+from nnj.factors import Factor, SquareSum
 from nnj.quantities.base import Quantity
 
 
@@ -12,5 +12,8 @@ class GGNDiag(Quantity):
     any factor before it count. Several backward passes in one `collect` add up. (Schraudolph 2002; Martens 2014, section 8.)
     """
 
-    def parameter(self, factor: Factor) -> Tensor:
-        return factor.square_sum()
+    def parameter(self, factor: Factor, in_all: int) -> SquareSum:
+        return SquareSum(factor, in_all)
+
+    def finish(self, value: SquareSum) -> Tensor:
+        return value.value()

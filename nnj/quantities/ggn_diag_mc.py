@@ -27,5 +27,5 @@ class GGNDiagMC(Quantity):
             raise NNJError(f"samples={samples!r}: the number of draws is a whole number, at least 1")
         self.draws, self.generator = samples, generator
 
-    def parameter(self, factor: Factor) -> Tensor:
+    def parameter(self, factor: Factor, in_all: int) -> Tensor:
         return factor.square_sum() / self.draws

@@ -1,0 +1,178 @@
+"""The last layer needs no columns, and the first product needs no factor.
+
+With H = sum_c w_c (e_c - m)(e_c - m)^T for each sample, columns behind a linear last layer J are sqrt(w_c) (J_c - m J): its rows
+J_c serve all samples, and S, which is N x C x C, is never made. At the last layer's own parameters H itself is enough.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
+from nnj.factors import Factor, Places
+from nnj.graph import Unit, edge_dtype
+from nnj.hooks import Edge
+from nnj.operators import Affine, Identity, LinearMap, Scale
+from nnj.sweep import Sink, Sweep
+
+
+class Head(Factor):
+    """B = S J at a parameter of the last layer: one place for each sample, u of (N, I), and the curvature H in the place of S."""
+
+    def __init__(self, curvature: Curvature, u: Tensor, shape: tuple[int, ...]):
+        self.curvature, self.u, self.shape = curvature, u, tuple(shape)
+        self.k, self.n, self.device, self.dtype = curvature.rank * curvature.places, u.shape[0], u.device, u.dtype
+
+    def _places(self) -> Places:
+        """The same with columns: (K, N, 1, O, 1)."""
+        c = self.curvature
+        s = c.columns(0, c.rank)
+        if c.places > 1:  # a diagonal: each entry is a column to itself
+            s = torch.diag_embed(s[0, :, :, 0]).movedim(1, 0)
+        else:
+            s = s[:, :, 0]
+        return Places(self.u[:, None, :, None], s[:, :, None, :, None].to(self.dtype), self.shape)
+
+    def dense(self) -> Tensor:
+        return self._places().dense()
+
+    def columns(self, which: slice) -> Factor:
+        return self if which == slice(0, self.k) else self._places().columns(which)
+
+    def to(self, dtype: torch.dtype) -> Factor:
+        return Head(self.curvature, self.u.to(dtype), self.shape)
+
+    def square_sum(self) -> Tensor:
+        h = self.curvature.diagonal().reshape(self.n, -1).to(self.dtype)
+        return (h.mT @ self.u.square()).reshape(self.shape)
+
+    def gram(self, other: Factor) -> Tensor:
+        theirs = other._places() if isinstance(other, Head) else other
+        return self._places().gram(theirs)
+
+
+class HeadColumns:
+    """The units from the output of the loss to the first layer that is not the same linear map for all samples.
+
+    Args:
+        sweep: the plan.
+        curvature: of the loss.
+        shared: ids of parameters that several modules own, whose blocks need columns.
+    """
+
+    def __init__(self, sweep: Sweep, curvature: Curvature, shared: set[int]):
+        self.sweep, self.curvature, self.shared = sweep, curvature, shared
+        self.units: list[Unit] = []
+        self.edge: Edge = sweep.graph.roots[0]
+        self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
+        simple = isinstance(curvature, DiagonalCurvature) or (isinstance(curvature, SoftmaxCurvature) and curvature.places == 1)
+        if len(sweep.graph.roots) > 1 or not simple or curvature.rows != sweep.n or sweep.n == 1:
+            return
+        if sweep.state[self.edge] is not sweep.plain:
+            return
+        for unit in sweep.graph.units:
+            if not self._take(unit):
+                break
+
+    def _take(self, unit: Unit) -> bool:
+        """Go through one more unit, if it is a linear map that all samples share."""
+        out = unit.out[0] if unit.record is not None else None
+        if out is None or unit.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
+            return False
+        j = unit.slots["input"]
+        if not isinstance(j, Identity) and not (isinstance(j, LinearMap) and not j.per_row):
+            return False
+        if unit.params and (self.units or not all(self._one_place(unit, s, p) for s, p in unit.params)):
+            return False
+        if j.n != self.sweep.n or unit.dtype in (torch.float16, torch.bfloat16):
+            return False
+        rows = self.rows
+        if rows is None:
+            rows = torch.eye(self.k, dtype=unit.dtype, device=j.like.device).reshape(self.k, 1, *j.outputs)
+        self.rows = j.vjp(rows)
+        self.units.append(unit)
+        self.edge = out
+        return True
+
+    def _one_place(self, unit: Unit, slot: str, p: Tensor) -> bool:
+        j = unit.slots[slot]
+        if not isinstance(j, (Affine, Scale)) or self.sweep.uses[id(p)] > 1 or id(p) in self.shared or len(j.outputs) != 1:
+            return False
+        return j.matrix[0] == 1 if isinstance(j, Affine) else j.m is None and j.inputs == j.outputs
+
+    @property
+    def useful(self) -> bool:
+        """Whether there is anything to be saved."""
+        return bool(self.units)
+
+    @property
+    def k(self) -> int:
+        """The number of columns: one for each output."""
+        return self.curvature.block * self.curvature.places
+
+    def parameters(self, sink: Sink) -> None:
+        """Give the parameters of the last layer their factors."""
+        for unit in self.units:
+            for slot, p in unit.params:
+                j = unit.slots[slot]
+                u = j.patches()[:, 0, :, 0] if isinstance(j, Affine) else j.like.new_ones(j.n, 1, dtype=unit.dtype)
+                sink(p, Head(self.curvature, u, tuple(p.shape)))
+
+    def columns(self, size: int) -> Iterator[Tensor]:
+        """All columns on `edge`, (k, N, *shape), `size` at a time at most."""
+        assert self.rows is not None
+        rows, classes, dtype = self.rows, self.rows.shape[0], edge_dtype(self.edge)
+        flat = rows.reshape(classes, -1)
+        weight, top, mean = self._weights(flat)
+        for a in range(0, classes, size):
+            part = slice(a, min(a + size, classes))
+            v = flat[part, None] if mean is None else flat[part, None] - (flat[top] + mean)[None]
+            if mean is not None:  # the row of the likeliest class would cancel
+                number = torch.arange(a, part.stop, device=flat.device)
+                v = torch.where((number[:, None] == top)[..., None], -mean, v)
+            yield (v * weight[:, part].mT[..., None]).reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
+
+    def _weights(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """sqrt(w) of (N, C), the likeliest class t of each sample, and sum_c m_c (J_c - J_t), which is small where t is sure."""
+        c = self.curvature
+        if isinstance(c, SoftmaxCurvature):
+            p = c.p[:, 0].to(flat.dtype)
+            top = p.argmax(1)
+            rest = p.scatter(1, top[:, None], 0.0)
+            mean = rest @ flat - rest.sum(1, keepdim=True) * flat[top]
+            return (c.a[:, 0] * c.p[:, 0]).sqrt().to(flat.dtype), top, mean
+        weight = c.diagonal().reshape(c.rows, -1).sqrt().to(flat.dtype)
+        return weight, weight.new_zeros(0), None
+
+
+def recompress(v: Tensor) -> Tensor:
+    """Fewer columns with the same V^T V for each sample: (K, N, *shape) with K > d = prod(shape) -> (d, N, *shape).
+
+    The eigenvectors of V^T V, scaled to a unit diagonal so that small entries keep their accuracy.
+    """
+    flat = v.flatten(2).transpose(0, 1)
+    gram = flat.mT @ flat
+    size = gram.diagonal(dim1=1, dim2=2).sqrt()
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    values, vectors = torch.linalg.eigh(gram * inverse[:, :, None] * inverse[:, None])
+    out = (vectors * values.clamp(min=0).sqrt()[:, None]).mT * size[:, None]
+    return out.transpose(0, 1).reshape(-1, *v.shape[1:])
+
+
+def worth_recompressing(k: int, n: int, d: int, cost: float) -> bool:
+    """Whether the eigenvectors of n matrices d x d cost less than (k - d) columns, each of `cost` multiply-adds."""
+    return k > d and 60.0 * n * d**3 + n * k * d**2 < (k - d) * cost
+
+
+def walk_cost(units: list[Unit]) -> float:
+    """Multiply-adds of one column through some units, by their parameters and places."""
+    total = 0.0
+    for unit in units:
+        for slot, p in unit.params:
+            j = unit.slots[slot]
+            area = math.prod(j.outputs) // j.fold.channels if isinstance(j, Affine) else 1
+            total += 3.0 * j.n * p.numel() * area
+    return max(total, 1.0)
