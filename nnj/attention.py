@@ -1,4 +1,4 @@
-"""O = softmax(s Q K^T + mask) V, backwards on many columns: the fused kernels take one at a time and cannot be differentiated again."""
+"""O = softmax(s Q K^T + mask) V, backwards on many columns at once, which the fused kernels cannot do."""
 from __future__ import annotations
 
 import math
@@ -55,18 +55,24 @@ def _probabilities(node: Any) -> tuple[Tensor, float]:
     return scores.softmax(-1).nan_to_num(0.0), scale  # a row that is masked altogether gives zero
 
 
-def attention_squares(node: Any, m: Tensor) -> list[Tensor | None]:
-    """(J o J)^T m for m of (K, N, H, T, d).
+def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] | None:
+    """(J o J')^T m for m of (K, N, H, T, d), with J' at the node `other`. None where heads are grouped.
 
     dO_tc / dV_sc = P_ts,  dO_tc / dQ_td = s sum_s P_ts (V_sc - O_tc) K_sd,  dO_tc / dK_sd = s P_ts (V_sc - O_tc) Q_td.
     """
-    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    if node._saved_query.shape[:-2] != node._saved_key.shape[:-2]:
+        return None
+    p, jq, jk = _slopes(node)
+    p2, jq2, jk2 = (p, jq, jk) if other is node else _slopes(other)
+    dv = (p * p2).mT @ m
+    dq = torch.einsum("...tcd,k...tc->k...td", jq * jq2, m)
+    weight = torch.einsum("...tsc,k...tc->k...ts", jk * jk2, m)
+    return [dq, weight.mT @ (node._saved_query * other._saved_query), dv]
+
+
+def _slopes(node: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """P (N, H, T, S); dO_tc / dQ_td as (N, H, T, c, d); dO_tc / dK_sd without its factor Q_td, as (N, H, T, S, c)."""
     p, scale = _probabilities(node)
-    o = p @ v
-    dv = p.square().mT @ m
-    apart = v.unsqueeze(-3) - o.unsqueeze(-2)  # (N, H, T, S, d): V_sc - O_tc
-    jq = scale * torch.einsum("...ts,...tsc,...sd->...tcd", p, apart, k)
-    dq = torch.einsum("...tcd,k...tc->k...td", jq.square(), m)
-    weight = torch.einsum("...ts,...tsc,k...tc->k...ts", p.square(), apart.square(), m)
-    dk = scale**2 * (weight.mT @ q.square())
-    return [dq, dk, dv]
+    v = node._saved_value
+    jk = scale * p.unsqueeze(-1) * (v.unsqueeze(-3) - (p @ v).unsqueeze(-2))
+    return p, torch.einsum("...tsc,...sd->...tcd", jk, node._saved_key), jk

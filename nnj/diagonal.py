@@ -1,116 +1,99 @@
 """(J o J)^T m: a metric of which only the diagonal is kept between layers, in one pass whatever the size of the output.
 
 This is the approximation that the original nnj calls diag_backprop: (J2 J1)o2 is not J2o2 J1o2, so what is neglected is how the
-inputs of a layer vary together, and how the uses of one tensor do.
+inputs of a layer vary together, and how the uses of one tensor do. Within the last layer, the first one that the input meets, and
+each layer's own parameters nothing is neglected. With a second point, J o J' stands in the place of J o J.
 """
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnj.attention import attention_squares, fused_attention
 from nnj.errors import NNJError
+from nnj.factors import Owner
 from nnj.forward import Forward
 from nnj.graph import Unit, call_node, edge_dtype, edge_shape, own_task
-from nnj.hooks import Edge
-from nnj.linearisation import Linearisation
+from nnj.linearisation import Linearisation, owners
 from nnj.operators import Jacobian
-from nnj.samples import ELEMENTWISE, describe
+from nnj.records import Edge
+from nnj.samples import describe, sum_to
+from nnj.squares import squared_backward
 from nnj.sweep import Sweep
-
-# Jacobians of zeros and ones are their own squares.
-_COPIES = set("""View UnsafeView ReshapeAlias Permute Transpose T Swapaxes Unsqueeze Squeeze Select Slice Split SplitWithSizes
-    UnsafeSplit Unbind Cat Stack ConstantPadNd Expand Index IndexSelect Gather Flip Roll Repeat AsStrided CopySlices Clone Alias
-    MaxPool2DWithIndices Max Min UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D Embedding PixelShuffle
-    PixelUnshuffle""".split())
-# Each operand's entry feeds one entry of the result: the square is the factor that it is sent back with, twice.
-_SINGLE = ELEMENTWISE | {"Sum", "Mean"}
-
-
-def squared_backward(unit: Unit, m: list[Tensor | None], k: int, paths: dict[int, str]) -> list[Tensor | None]:
-    """(J o J)^T m of a raw node. Errors: `NNJError` with the name of an operation whose squares nnj does not know."""
-    node, name = unit.node, unit.name
-    if name in _COPIES:
-        return call_node(node, m, k)
-    if name in _SINGLE:
-        ones: list[Tensor | None] = [None if t is None else torch.ones_like(t[:1]) for t in m]
-        factors, back = call_node(node, ones, 1), call_node(node, m, k)
-        return [None if c is None or b is None else b * c.detach() for b, c in zip(back, factors, strict=True)]
-    (first, *_) = m
-    assert first is not None
-    if name == "Mm":
-        return _products(node, first, node._saved_self, node._saved_mat2)
-    if name == "Addmm":
-        ones = [torch.ones_like(first[:1])]
-        bias = call_node(node, ones, 1)[0]
-        own = first if bias is None else first * _constant(bias) ** 2
-        left, right = _products(node, first, node._saved_mat1, node._saved_mat2)
-        return [own, left, right]
-    if name == "Bmm":
-        return _products(node, first, node._saved_self, node._saved_mat2)
-    if name == "Softmax":
-        p = node._saved_result
-        axis = _axis(node._saved_dim, p.dim())
-        inner = (p.square() * first).sum(axis - p.dim(), keepdim=True)
-        return [p.square() * (inner + (1 - 2 * p) * first)]
-    if name == "LogSoftmax":
-        p = node._saved_result.exp()
-        axis = _axis(node._saved_dim, p.dim())
-        return [(1 - 2 * p) * first + p.square() * first.sum(axis - p.dim(), keepdim=True)]
-    if fused_attention(node):
-        return attention_squares(node, first)
-    raise NNJError(f"diag_backprop cannot go on at {describe(unit, paths)}: no rule says what the squares of its Jacobian are. "
-                   f"Put the operation into a module with a rule, or leave out diag_backprop")
-
-
-def _constant(t: Tensor) -> Tensor:
-    return t.reshape(-1)[0]
-
-
-def _axis(saved: int, dims: int) -> int:
-    return (saved - 2**64 if saved >= 2**63 else saved) % dims
-
-
-def _products(node: Any, m: Tensor, a: Tensor | None, b: Tensor | None) -> list[Tensor | None]:
-    """y = a b: dy_ij = sum_k da_ik b_kj + a_ik db_kj."""
-    return [None if b is None else m @ b.square().mT, None if a is None else a.square().mT @ m]
 
 
 class DiagonalSweep(Sweep):
     """The sweep with J o J in the place of J: what walks is the diagonal of a metric, (1, N, *shape)."""
 
+    def __init__(self, *args: Any):
+        self.made: dict[tuple[Unit, str], Jacobian] = {}
+        self.partners: dict[Unit, Unit] = {}
+        self.probing = False
+        super().__init__(*args)
+
+    def paired(self, other: DiagonalSweep) -> DiagonalSweep:
+        """The same with J o J', J' being J at another point. Errors: `NNJError` if the model takes another way there."""
+        sweep = copy.copy(self)
+        sweep.made, mine, theirs = {}, self.graph.units, other.graph.units
+        same = len(mine) == len(theirs) and all(_alike(a, b) for a, b in zip(mine, theirs, strict=True))
+        sweep.partners = dict(zip(mine, theirs, strict=True)) if same else {}
+        if not same or any(sweep.partners.get(self.graph._unit(a)) is not other.graph._unit(b)
+                           for one, two in sweep.partners.items() for a, b in zip(one.out, two.out, strict=True)
+                           if a is not None and b is not None):
+            raise NNJError("the model does other operations at x1 than at x2, so diag_backprop has no mixed term there. "
+                           "Leave out diag_backprop")
+        return sweep
+
+    def partner(self, unit: Unit) -> Unit:
+        """The unit at the other point."""
+        return self.partners.get(unit, unit)
+
     def operator(self, unit: Unit, slot: str) -> Jacobian:
-        cache = unit.__dict__.setdefault("squares", {})
-        if slot not in cache:
-            cache[slot] = unit.slots[slot].square()
-        return cache[slot]
+        if (unit, slot) not in self.made:
+            j, other = unit.slots[slot], self.partner(unit).slots[slot]
+            self.made[unit, slot] = j.square() if j is other else j.times(other)
+        return self.made[unit, slot]
 
     def backward(self, unit: Unit, args: list[Tensor | None], k: int) -> list[Tensor | None]:
-        if self._probing:
+        if self.probing:
             return call_node(unit.node, args, k)
-        return squared_backward(unit, args, k, self.graph.paths)
-
-    _probing = False
+        return squared_backward(unit, args, k, self.graph.paths, self.partners.get(unit))
 
     def _find_owners(self, roots: dict[Edge, Any]) -> None:
-        self._probing = True
+        self.probing = True
         try:
             super()._find_owners(roots)
         finally:
-            self._probing = False
+            self.probing = False
+
+
+def _alike(a: Unit, b: Unit) -> bool:
+    """Whether two units do the same at two points."""
+    same = a.record.module is b.record.module if a.record and b.record else a.record is b.record
+    shapes = [edge_shape(e) for e in a.into] == [edge_shape(e) for e in b.into]
+    ways = [e is None for e in a.out] == [e is None for e in b.out]
+    return same and a.name == b.name and shapes and ways and (a.leaf is None) == (b.leaf is None)
 
 
 class _Walk:
-    """One backward pass of a metric on the output."""
+    """One backward pass of a metric on the output, (J^T M J')."""
 
-    def __init__(self, at: Linearisation, to_diag: bool):
-        assert isinstance(at.sweep, DiagonalSweep)
-        self.at, self.sweep, self.to_diag = at, at.sweep, to_diag
+    def __init__(self, at: Linearisation, sweep: DiagonalSweep, to_diag: bool):
+        self.at, self.sweep, self.to_diag = at, sweep, to_diag
         self.diagonals: dict[int, Tensor] = {}
-        self.blocks: dict[int, Tensor] = {}
+        self.blocks: list[Tensor] = []
+        self.places: dict[int, tuple[int, int]] = {}  # of a parameter: which block, and where it begins
+        for number, own in enumerate(owners(at.module) if at.wrt == "weight" and not to_diag else []):
+            size = 0
+            for p in own:
+                self.places[id(p)] = number, size
+                size += p.numel()
+            self.blocks.append(at.y.new_zeros(at.n, size, size))
+        self.near = _nearest(sweep, at) if at.wrt == "input" and not to_diag else None
+        self.full = at.y.new_zeros(at.n, at.size, at.size) if self.near is not None else None
 
     def add(self, p: Tensor, value: Tensor) -> None:
         there = self.diagonals.get(id(p))
@@ -122,6 +105,10 @@ class _Walk:
     def _run(self, m: Tensor | None) -> None:
         at, root = self.at, self.at.root
         assert root is not None
+        if self.near == root:
+            self.full = torch.eye(at.out, dtype=at.y.dtype, device=at.y.device).expand(at.n, -1, -1) if m is None else (
+                m.diag_embed() if m.dim() == 2 else m)
+            return
         values: dict[Edge, Tensor] = {}
         units = list(self.sweep.graph.units)
         if m is None or m.dim() == 2:
@@ -130,14 +117,22 @@ class _Walk:
         else:
             units = self._head(m, units, root, values)
         for unit in units:
-            if not self.to_diag and unit.record is not None and unit.params:
-                (edge,) = unit.into
-                if edge in values:
-                    self._exact_block(unit, values[edge], None)
-            if not self.to_diag and unit.leaf is not None and any(e in values for e in unit.into):
-                raise NNJError("diag_backprop keeps only the diagonal at a parameter that no layer with a rule owns. "
-                               "Use to_diag=True")
+            arrived = [e for e in unit.into if e in values]
+            if arrived and not self.to_diag:
+                self._exactly(unit, arrived, values)
             self.sweep._step(unit, values, 1, lambda p, f: self.add(p, f.dense()[0]))
+
+    def _exactly(self, unit: Unit, arrived: list[Edge], values: dict[Edge, Tensor]) -> None:
+        """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal that has arrived."""
+        if unit.leaf is not None and self.at.wrt == "weight":
+            raise NNJError("diag_backprop keeps only the diagonal at a parameter that no layer with a rule owns. "
+                           "Use to_diag=True")
+        if unit.record is not None and unit.params:
+            self._block(unit, *_columns(values[arrived[0]]))
+        if self.near is None or (self.near not in unit.out and not (unit.leaf is not None and self.near in unit.into)):
+            return
+        for edge in arrived:
+            self._first(unit, edge, *_columns(values[edge]))
 
     def _head(self, m: Tensor, units: list[Unit], root: Edge, values: dict[Edge, Tensor]) -> list[Unit]:
         """A full metric enters exactly: rows of the identity and of M walk as columns down to the last layer."""
@@ -150,74 +145,129 @@ class _Walk:
                 self._exact(unit, left, right, values)
                 return units[i + 1 :]
             plain = len(outs) == 1 and len(unit.into) == 1 and unit not in self.sweep.explicit
+            if unit.leaf is not None and self.near is not None:
+                self._first(unit, edge, left, right)
             if not plain or (unit, outs[0][0]) in self.sweep.reduced | self.sweep.split:
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
             number, after = outs[0]
-            args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
-            args[edge[1]] = torch.cat([left, right])
-            back = call_node(unit.node, args, 2 * at.out)[number]
-            if back is None or tuple(back.shape[1:]) != edge_shape(after):
+            pair = [self._through(u, number, edge[1], t) for u, t in ((unit, left), (self.sweep.partner(unit), right))]
+            if pair[0] is None or pair[1] is None or tuple(pair[0].shape[1:]) != edge_shape(after):
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
-            left, right = back[: at.out], back[at.out :]
+            left, right = pair[0], pair[1]
             edge = after
         return []
 
+    @staticmethod
+    def _through(unit: Unit, number: int, nr: int, t: Tensor) -> Tensor | None:
+        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        args[nr] = t
+        return call_node(unit.node, args, t.shape[0])[number]
+
     def _exact(self, unit: Unit, left: Tensor, right: Tensor, values: dict[Edge, Tensor]) -> None:
-        """The last layer: diag(J^T M J), or the block of its parameters, with all of M."""
+        """The last layer: diag(J^T M J'), or the block of its parameters, with all of M."""
         (edge,) = unit.into
+        other = self.sweep.partner(unit)
         if unit.params and not self.to_diag:
-            self._exact_block(unit, left, right)
+            self._block(unit, left, right)
         for slot, p in unit.params if self.to_diag else []:
             owner = self.sweep._owner(edge, unit)
-            a, b = (unit.slots[slot].pullback(t, owner).dense() for t in (left, right))
+            a, b = (u.slots[slot].pullback(t, owner).dense() for u, t in ((unit, left), (other, right)))
             self.add(p, (a * b).sum(0))
         out = unit.out[0]
         if out is not None:
-            j = unit.slots["input"]
-            values[out] = (j.vjp(left) * j.vjp(right)).sum(0, keepdim=True)
+            if self.near == out:
+                self._first(unit, edge, left, right)
+            a, b = unit.slots["input"].vjp(left), other.slots["input"].vjp(right)
+            values[out] = (a * b).sum(0, keepdim=True)
 
-    def _exact_block(self, unit: Unit, left: Tensor, right: Tensor | None) -> None:
-        """J^T M J over a layer's own parameters, with M diagonal (left) or the pair of the identity's and M's rows."""
+    def _first(self, unit: Unit, edge: Edge, left: Tensor, right: Tensor) -> None:
+        """J^T M J' of the first layer, over the whole input: what arrives at a unit that the input feeds."""
+        owner = self.sweep._owner(edge, unit)
+        if owner.of is not None or (owner.explicit and self.at.n > 1) or left.shape[1] != self.at.n:
+            raise self._rows(unit, "the input")
+        a, b = left, right
+        if unit.leaf is None:
+            a, b = (self._into(u, edge, t) for u, t in ((unit, left), (self.sweep.partner(unit), right)))
+        a, b = (t.reshape(t.shape[0], self.at.n, -1).transpose(0, 1) for t in (a, b))
+        assert self.full is not None
+        self.full = self.full + a.mT @ b
+
+    def _into(self, unit: Unit, edge: Edge, t: Tensor) -> Tensor:
+        """Columns through a unit to the input."""
+        if unit.record is not None:
+            return unit.slots["input"].vjp(t)
+        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        args[edge[1]] = t
+        found = call_node(unit.node, args, t.shape[0])
+        parts = [f for f, e in zip(found, unit.out, strict=False) if e == self.near and f is not None]
+        return torch.stack([sum_to(f, (self.at.n, *self.at.inputs), 1) for f in parts]).sum(0)
+
+    def _rows(self, unit: Unit, what: str) -> NNJError:
+        return NNJError(f"diag_backprop gives a full matrix on {what} only where a layer has one row for each sample, which "
+                        f"{describe(unit, self.sweep.graph.paths)} has not. Use to_diag=True")
+
+    def _block(self, unit: Unit, left: Tensor, right: Tensor) -> None:
+        """J^T M J' over a layer's own parameters, from rows of the identity and of M."""
         assert unit.record is not None
         (edge,) = unit.into
-        owner = self.sweep._owner(edge, unit)
-        if right is None:
-            shape = left.shape[1:]
-            d = math.prod(shape[1:])
-            eye = torch.eye(d, dtype=left.dtype, device=left.device).reshape(d, 1, *shape[1:]).expand(d, *shape)
-            left, right = eye, eye * left
+        owner: Owner = self.sweep._owner(edge, unit)
         if owner.of is not None or (owner.explicit and self.at.n > 1) or left.shape[1] != self.at.n:
-            raise NNJError(f"diag_backprop gives blocks only where a layer has one row for each sample, which "
-                           f"{describe(unit, self.sweep.graph.paths)} has not. Use to_diag=True")
-        order = {id(p): i for i, p in enumerate(unit.record.module.parameters(recurse=False))}
-        params = sorted(unit.params, key=lambda pair: order.get(id(pair[1]), 0))
-        a, b = (torch.cat([unit.slots[s].vjp(t).flatten(2) for s, _ in params], -1).transpose(0, 1) for t in (left, right))
-        block, key = a.mT @ b, id(unit.record.module)
-        self.blocks[key] = self.blocks[key] + block if key in self.blocks else block
+            raise self._rows(unit, "parameters")
+        sides = [[u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in unit.params]
+                 for u, t in ((unit, left), (self.sweep.partner(unit), right))]
+        for (_, p), a in zip(unit.params, sides[0], strict=True):
+            for (_, q), b in zip(unit.params, sides[1], strict=True):
+                (one, i), (two, j) = self.places[id(p)], self.places[id(q)]
+                if one == two:
+                    self.blocks[one][:, i : i + p.numel(), j : j + q.numel()] += a.mT @ b
+
+
+def _columns(m: Tensor) -> tuple[Tensor, Tensor]:
+    """A diagonal (1, N, *shape) as rows of the identity, and the same times the diagonal."""
+    shape = m.shape[1:]
+    d = math.prod(shape[1:])
+    eye = torch.eye(d, dtype=m.dtype, device=m.device).reshape(d, 1, *shape[1:]).expand(d, *shape)
+    return eye, eye * m
 
 
 def _zeros(at: Linearisation, size: int) -> Tensor:
     return at.y.new_zeros(at.n, size)
 
 
-def backward(at: Linearisation, m: Tensor | None, to_diag: bool) -> Any:
-    """diag(J^T M J), (N, in) or (N, P), or the list of blocks, with only the diagonal kept between layers."""
-    walk = _Walk(at, to_diag)
-    if at.sweep is not None:
+def _nearest(sweep: Sweep, at: Linearisation) -> Edge | None:
+    """The edge on which the model takes its input: behind the view that keeps the leaf from being written over."""
+    units = sweep.graph.units
+    leaf = next((u for u in units if u.leaf is at.x), None)
+    views = [u for u in units if leaf is not None and leaf.into[0] in u.out]
+    if leaf is None:
+        return None
+    return views[0].into[0] if len(views) == 1 and views[0].name in ("View", "Alias") else leaf.into[0]
+
+
+def backward(at: Linearisation, m: Tensor | None, to_diag: bool, other: Linearisation | None = None) -> Any:
+    """J^T M J' with only the diagonal kept between layers, J' being J at `other`: on the input (N, in, in) or its diagonal; on
+    the parameters the list of blocks, or the diagonal (N, P)."""
+    sweep = at.sweep
+    if sweep is not None and other is not None and other.sweep is not None:
+        assert isinstance(sweep, DiagonalSweep) and isinstance(other.sweep, DiagonalSweep)
+        sweep = sweep.paired(other.sweep)
+    walk = None
+    if isinstance(sweep, DiagonalSweep):
+        walk = _Walk(at, sweep, to_diag)
         walk.run(m)
+    found = {} if walk is None else walk.diagonals
+    if at.wrt == "input" and not to_diag:
+        return at.y.new_zeros(at.n, at.size, at.size) if walk is None or walk.full is None else walk.full
     if at.wrt == "input":
-        return walk.diagonals.get(id(at.x), _zeros(at, at.size)).reshape(at.n, -1)
+        return found.get(id(at.x), _zeros(at, at.size)).reshape(at.n, -1)
     if to_diag:
-        return torch.cat([walk.diagonals.get(id(p), _zeros(at, p.numel())).reshape(at.n, -1) for p in at.params], 1)
-    found = []
-    for part in at.module.modules():
-        own = [p for p in part.parameters(recurse=False) if p.requires_grad]
-        if own:
-            size = sum(p.numel() for p in own)
-            found.append(walk.blocks.get(id(part), at.y.new_zeros(at.n, size, size)))
-    return found[0] if len(found) == 1 else found
+        parts = [found.get(id(p), _zeros(at, p.numel())).reshape(at.n, -1) for p in at.params]
+        return torch.cat([_zeros(at, 0), *parts], 1)
+    sizes = [sum(p.numel() for p in own) for own in owners(at.module)]
+    blocks = [at.y.new_zeros(at.n, size, size) for size in sizes] if walk is None else walk.blocks
+    return blocks[0] if len(blocks) == 1 else blocks
 
 
 def forward(at: Linearisation, m: Any, to_diag: bool) -> Tensor:

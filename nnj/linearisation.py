@@ -12,13 +12,25 @@ from nnj.errors import NNJError
 from nnj.factors import Factor, Owner
 from nnj.forward import Forward
 from nnj.graph import Graph
-from nnj.hooks import Edge
+from nnj.records import Edge
 from nnj.sweep import Sweep
 
 
 def parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that require grad, each once, in the order of `parameters()`."""
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def owners(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The own parameters that require grad of each module that has any, in the order of `modules()`; shared ones once."""
+    seen: set[int] = set()
+    found = []
+    for part in module.modules():
+        own = [p for p in part.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own:
+            found.append(own)
+    return found
 
 
 class Linearisation:

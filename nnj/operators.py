@@ -78,6 +78,10 @@ class Jacobian:
         """The operator whose entries are those of J squared: diag(J^T diag(m) J) = (J o J)^T m."""
         return Dense(self.dense().square(), self.inputs, self.outputs)
 
+    def times(self, other: Jacobian) -> Jacobian:
+        """The operator whose entries are products of those of J and of `other`, which is that of the same layer at another x."""
+        return Dense(self.dense() * other.dense(), self.inputs, self.outputs)
+
     # -- what a quantity asks at a parameter ------------------------------------------------------------------------------
 
     def pullback(self, u: Tensor, owner: Owner) -> Factor:
@@ -125,7 +129,10 @@ class Diagonal(Jacobian):
         return u * self.d
 
     def square(self) -> Jacobian:
-        return Diagonal(self.d.square())
+        return self.times(self)
+
+    def times(self, other: Jacobian) -> Jacobian:
+        return Diagonal(self.d * other.d) if isinstance(other, Diagonal) else super().times(other)
 
 
 class Identity(Jacobian):
@@ -138,6 +145,9 @@ class Identity(Jacobian):
         return u.reshape(*u.shape[:2], *self.inputs)
 
     def square(self) -> Jacobian:
+        return self
+
+    def times(self, other: Jacobian) -> Jacobian:
         return self
 
 
@@ -165,6 +175,9 @@ class LinearMap(Jacobian):
 
     def square(self) -> Jacobian:
         return super().square() if self.squared is None else self.squared()
+
+    def times(self, other: Jacobian) -> Jacobian:
+        return super().times(other) if self.per_row else self.square()  # the same map at every x
 
 
 class _Fold:
@@ -237,8 +250,13 @@ class Affine(Jacobian):
         return outer(self.fold(u), self.patches().contiguous()).reshape(*u.shape[:2], *self.inputs)
 
     def square(self) -> Jacobian:
-        return Affine(lambda: self.patches().square(), self.inputs, self.outputs, self.like, groups=self.groups,
-                      last=self.fold.last)
+        return self._with(lambda: self.patches().square())
+
+    def times(self, other: Jacobian) -> Jacobian:
+        return self._with(lambda: self.patches() * other.patches()) if isinstance(other, Affine) else super().times(other)
+
+    def _with(self, patches: Callable[[], Tensor]) -> Jacobian:
+        return Affine(patches, self.inputs, self.outputs, self.like, groups=self.groups, last=self.fold.last)
 
     def factor(self, u: Tensor, owner: Owner) -> Factor | None:
         return _grouped(self.patches(), self.fold(u), self.fold, owner, self.inputs)
@@ -278,9 +296,14 @@ class Scale(Jacobian):
         return self.fold(u if self.m is None else u * self.m())
 
     def square(self) -> Jacobian:
-        m = self.m
-        return Scale(self.inputs, self.outputs, self.like, m=None if m is None else (lambda: m().square()),
-                     last=self.fold.last)
+        return self.times(self)
+
+    def times(self, other: Jacobian) -> Jacobian:
+        m, n = self.m, getattr(other, "m", None)
+        if not isinstance(other, Scale) or (m is None) != (n is None):
+            return super().times(other)
+        both = None if m is None or n is None else (lambda: m() * n())
+        return Scale(self.inputs, self.outputs, self.like, m=both, last=self.fold.last)
 
     def factor(self, u: Tensor, owner: Owner) -> Factor | None:
         # A place of width one that holds 1; the sum over a sample's places can be taken at once.
@@ -349,3 +372,11 @@ class Select(Jacobian):
 
     def square(self) -> Jacobian:
         return self
+
+    def times(self, other: Jacobian) -> Jacobian:
+        if not isinstance(other, Select):
+            return super().times(other)
+        keep = self.index == other.index
+        for kept in (self.keep, other.keep):
+            keep = keep if kept is None else keep & kept
+        return Select(self.index, self.inputs, self.like, keep=keep)

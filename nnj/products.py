@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnj.diagonal import DiagonalSweep, backward, forward
 from nnj.errors import NNJError
-from nnj.linearisation import Linearisation
+from nnj.linearisation import Linearisation, owners
 from nnj.sweep import Sweep
 
 ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
@@ -109,18 +109,6 @@ def _rows(at: Linearisation, m: Tensor | None, u: Tensor) -> Tensor:
     return flat.reshape(u.shape)
 
 
-def owners(module: nn.Module) -> list[list[nn.Parameter]]:
-    """The own parameters that require grad of each module that has any, in the order of `modules()`; shared ones once."""
-    seen: set[int] = set()
-    found = []
-    for part in module.modules():
-        own = [p for p in part.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
-        seen |= {id(p) for p in own}
-        if own:
-            found.append(own)
-    return found
-
-
 def _blocks(at: Linearisation, joint: bool) -> list[list[int]]:
     """For each block the positions of its parameters in the flattened P."""
     starts, total = {}, 0
@@ -151,17 +139,17 @@ def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str =
         to_diag: the diagonal alone, (N, in) or (N, P); exact, and no full matrix is made.
         diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so that one backward pass
             does. It neglects how the inputs of a layer vary together, and where a tensor is used twice, how its uses do:
-            (J2 J1)o2 is not J2o2 J1o2. The metric enters the last layer exactly, and blocks are exact within a layer.
+            (J2 J1)o2 is not J2o2 J1o2. The metric enters the last layer exactly; blocks of parameters, and the matrix on the
+            input, are exact within the layer.
 
     Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which no diagonal can pass.
     """
     at = Linearisation(module, x, _slot(wrt), DiagonalSweep if diag_backprop else Sweep)
     m = _metric(matrix, at, at.out, from_diag)
     if diag_backprop:
-        if joint or (at.wrt == "input" and not to_diag):
-            what = "the input" if at.wrt == "input" else "all parameters"
-            raise NNJError(f"diag_backprop keeps only the diagonal between layers, so there is no full matrix on {what}. "
-                           f"Pass to_diag=True, or leave out diag_backprop")
+        if joint:
+            raise NNJError("diag_backprop keeps only the diagonal between layers, so there is no full matrix on all parameters. "
+                           "Leave out joint, or diag_backprop")
         return backward(at, m, to_diag)
     if to_diag:
         total = at.y.new_zeros(at.n, at.size)
@@ -246,20 +234,23 @@ def jTmjp_pair(module: nn.Module, x1: Tensor, x2: Tensor, matrices: Sequence[Ten
         matrices: (M11, M12, M22), each as in `jTmjp`; None is the identity for each of them.
         from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp` gives.
 
-    Errors: `NNJError` for shapes that do not fit, and for diag_backprop, under which the mixed term has no meaning.
+    Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or where the model does other
+    operations at x1 than at x2.
     """
     if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
         raise NNJError("matrices is (M11, M12, M22) or None")
-    one, two = Linearisation(module, x1, _slot(wrt)), Linearisation(module, x2, _slot(wrt))
+    walk = DiagonalSweep if diag_backprop else Sweep
+    one, two = Linearisation(module, x1, _slot(wrt), walk), Linearisation(module, x2, _slot(wrt), walk)
     if one.n != two.n or one.size != two.size or one.out != two.out:
         raise NNJError(f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and {two.size} numbers")
+    metrics = [_metric(m, one, one.out, from_diag) for m in matrices or (None,) * 3]
     if diag_backprop:
-        raise NNJError("the mixed term of jTmjp_pair has no diagonal between layers; leave out diag_backprop")
+        return (backward(one, metrics[0], to_diag), backward(one, metrics[1], to_diag, two),
+                backward(two, metrics[2], to_diag))
     js = [(one, one), (one, two), (two, two)]
     dense = {id(one): one.dense(), id(two): two.dense()}
     results: list[Any] = []
-    for (a, b), m in zip(js, matrices or (None,) * 3, strict=True):
-        metric = _metric(m, one, one.out, from_diag)
+    for (a, b), metric in zip(js, metrics, strict=True):
         j, k = dense[id(a)], dense[id(b)]
         mk = k if metric is None else metric[..., None] * k if metric.dim() == 2 else metric @ k
         if to_diag:

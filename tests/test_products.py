@@ -1,4 +1,4 @@
-"""Every product of every model of the table against dense float64 Jacobians, with each flag and metrics that are not symmetric."""
+"""Every product of each model of the table against dense float64 Jacobians, with each flag and metrics that are not symmetric."""
 from __future__ import annotations
 
 import functools

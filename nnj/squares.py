@@ -1,0 +1,68 @@
+"""(J o J')^T m of autograd's own nodes: the squares of a Jacobian's entries, or their products at two points.
+
+J' is J at another point of the same model (`other`), or J itself. What no formula here covers is refused by its name.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnj.attention import attention_squares, fused_attention
+from nnj.errors import NNJError
+from nnj.graph import Unit, call_node
+from nnj.samples import ELEMENTWISE, describe
+
+# Jacobians of zeros and ones are their own squares: the same ones at every point, or (choices) chosen by the numbers.
+_COPIES = set("""View UnsafeView ReshapeAlias Permute Transpose T Swapaxes Unsqueeze Squeeze Select Slice Split SplitWithSizes
+    UnsafeSplit Unbind Cat Stack ConstantPadNd Expand Flip Roll Repeat AsStrided CopySlices Clone Alias UpsampleNearest1D
+    UpsampleNearest2D UpsampleNearest3D PixelShuffle PixelUnshuffle""".split())
+_CHOICES = set("MaxPool2DWithIndices Max Min Index IndexSelect Gather Embedding".split())
+# Each operand's entry feeds one entry of the result: the square is the factor that it is sent back with, twice.
+_SINGLE = ELEMENTWISE | {"Sum", "Mean"}
+
+
+def squared_backward(unit: Unit, m: list[Tensor | None], k: int, paths: dict[int, str],
+                     other: Unit | None = None) -> list[Tensor | None]:
+    """(J o J')^T m of a raw node. Errors: `NNJError` with the name of an operation whose squares nnj does not know."""
+    node, name = unit.node, unit.name
+    pair = node if other is None else other.node
+    if name in _COPIES or (name in _CHOICES and other is None):
+        return call_node(node, m, k)
+    if name in _SINGLE:
+        ones: list[Tensor | None] = [None if t is None else torch.ones_like(t[:1]) for t in m]
+        factors, back = call_node(pair, ones, 1), call_node(node, m, k)
+        return [None if c is None or b is None else b * c.detach() for b, c in zip(back, factors, strict=True)]
+    (first, *_) = m
+    assert first is not None
+    if name in ("Mm", "Bmm"):
+        return _products(first, (node._saved_self, node._saved_mat2), (pair._saved_self, pair._saved_mat2))
+    if name == "Addmm":
+        bias = call_node(node, [torch.ones_like(first[:1])], 1)[0]
+        own = first if bias is None else first * bias.reshape(-1)[0] ** 2
+        return [own, *_products(first, (node._saved_mat1, node._saved_mat2), (pair._saved_mat1, pair._saved_mat2))]
+    if name == "Softmax":
+        p, q = node._saved_result, pair._saved_result
+        both, axis = p * q, _axis(node._saved_dim, p.dim())
+        return [both * ((both * first).sum(axis, keepdim=True) + (1 - p - q) * first)]
+    if name == "LogSoftmax":
+        p, q = node._saved_result.exp(), pair._saved_result.exp()
+        return [(1 - p - q) * first + p * q * first.sum(_axis(node._saved_dim, p.dim()), keepdim=True)]
+    if fused_attention(node):
+        found = attention_squares(node, first, pair)
+        if found is not None:
+            return found
+    raise NNJError(f"diag_backprop cannot go on at {describe(unit, paths)}: no rule says what the squares of its Jacobian are. "
+                   f"Put the operation into a module with a rule, or leave out diag_backprop")
+
+
+def _axis(saved: int, dims: int) -> int:
+    """An axis of a node, counted from the end."""
+    return (saved - 2**64 if saved >= 2**63 else saved) % dims - dims
+
+
+def _products(m: Tensor, one: tuple[Any, Any], two: tuple[Any, Any]) -> list[Tensor | None]:
+    """y = a b: dy_ij = sum_k da_ik b_kj + a_ik db_kj."""
+    (a, b), (c, d) = one, two
+    return [None if b is None else m @ (b * d).mT, None if a is None else (a * c).mT @ m]
