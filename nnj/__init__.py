@@ -1,8 +1,9 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
 from nnj.collection import collect
-from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature, twice
+from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
 from nnj.factors import Factor
+from nnj.hessian import twice
 from nnj.hooks import extend, retract
 from nnj.hookspecs import hookimpl
 from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select

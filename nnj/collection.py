@@ -14,9 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnj import hooks
 from nnj.contribution import Contribution, contribute
 from nnj.errors import NNJError
-from nnj.hooks import LossCall
 from nnj.plugins import manager
 from nnj.quantities.base import Quantity
+from nnj.records import LossCall
 
 _open: dict[int, list[collect]] = {}  # for each thread, outermost first
 _staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}  # for each thread and graph task

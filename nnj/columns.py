@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnj.curvature import Curvature, check_outputs, rows_of, twice
+from nnj.curvature import Curvature, check_outputs, rows_of
 from nnj.errors import NNJError
 from nnj.factors import Owner
-from nnj.hooks import Edge, LossCall
+from nnj.hessian import twice
 from nnj.plugins import manager
+from nnj.records import Edge, LossCall
 from nnj.rules import describes
 
 

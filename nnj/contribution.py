@@ -13,9 +13,10 @@ from nnj.errors import NNJError
 from nnj.factors import Factor, Owner
 from nnj.graph import Graph, edge_shape
 from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
-from nnj.hooks import CallMark, Edge, LossCall, extended_roots
+from nnj.hooks import extended_roots
 from nnj.operators import Affine, Scale, Select
 from nnj.quantities.base import Quantity
+from nnj.records import CallMark, Edge, LossCall
 from nnj.samples import Coupled
 from nnj.sweep import Sink, Sweep
 
@@ -106,7 +107,8 @@ class Target:
         for name, quantity in self.points.items():
             which = parts.get(self.source(name, quantity))
             if which is not None:
-                into.add(name, p, quantity.parameter(factor.columns(which), self.in_all.get(self.source(name, quantity), factor.k)))
+                in_all = self.in_all.get(self.source(name, quantity), factor.k)
+                into.add(name, p, quantity.parameter(factor.columns(which), in_all))
         if not self.blocks:
             return
         for m in self.modules:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnj.errors import NNJError
 from nnj.factors import Owner
 from nnj.graph import Unit, edge_dtype, edge_shape, own_task
-from nnj.hooks import Edge
+from nnj.records import Edge
 from nnj.samples import describe
 from nnj.sweep import Sweep
 

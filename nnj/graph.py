@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nnj.attention import attention_backward, fused_attention
 from nnj.errors import NNJError
-from nnj.hooks import MARK, RECORD, CallMark, Edge, Record
 from nnj.operators import Jacobian
+from nnj.records import MARK, RECORD, CallMark, Edge, Record
 from nnj.rules import apply_rule
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from torch import Tensor
 from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.factors import Factor, Places
 from nnj.graph import Unit, edge_dtype
-from nnj.hooks import Edge
 from nnj.operators import Affine, Identity, LinearMap, Scale
+from nnj.records import Edge
 from nnj.sweep import Sink, Sweep
 
 

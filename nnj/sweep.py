@@ -14,8 +14,8 @@ from torch import Tensor
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor, Owner, add
 from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape, own_task
-from nnj.hooks import Edge
 from nnj.operators import Jacobian
+from nnj.records import Edge
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split, sum_to
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from nnj.curvature import Curvature, twice
+from nnj.curvature import Curvature
 from nnj.factors import Factor, Owner
+from nnj.hessian import twice
 from nnj.operators import Jacobian
 from nnj.plugins import manager
 from nnj.rules import apply_rule, blame, checked, describes, find_rule
