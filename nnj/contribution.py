@@ -2,22 +2,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nnj.columns import LossColumns
-from nnj.errors import NNJError
 from nnj.factors import Factor, Owner
 from nnj.graph import Graph, edge_shape
+from nnj.grouping import plan
 from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
 from nnj.hooks import extended_roots
 from nnj.operators import Affine, Scale, Select
 from nnj.quantities.base import Quantity
-from nnj.records import CallMark, Edge, LossCall
-from nnj.samples import Coupled
+from nnj.records import LossCall
 from nnj.sweep import Sink, Sweep
 
 if TYPE_CHECKING:
@@ -119,6 +118,12 @@ class Target:
                 if len(there) == len({id(q) for q in own} & reached):
                     self._module(into, m, self.pending.pop(id(m)), parts)
 
+    def flush(self, into: Contribution, parts: dict[str, slice]) -> None:
+        """After a walk: modules to some of whose parameters nothing was sent."""
+        for m in self.modules:
+            if id(m) in self.pending:
+                self._module(into, m, self.pending.pop(id(m)), parts)
+
     def _module(self, into: Contribution, m: nn.Module, factors: dict[int, Factor], parts: dict[str, slice]) -> None:
         own = self.own[id(m)]
         for name, quantity in self.blocks.items():
@@ -161,7 +166,7 @@ def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dic
     calls = frozenset(mark.order for mark in graph.marks)
     for target in targets:
         target.check(reached, paths)
-    sweep, owner = _plan(graph, columns) if graph.units else (None, Owner(columns.rows))
+    sweep, owner = plan(graph, columns.rows, scale.device) if graph.units else (None, Owner(columns.rows))
     found = {id(t.collection): Contribution(calls, owner.n) for t in targets}
     for target in targets:
         _holders(target, found[id(target.collection)], roots, graph, reached)
@@ -179,6 +184,10 @@ def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dic
 
         return take
 
+    def flush(parts: dict[str, slice]) -> None:
+        for target in targets:
+            target.flush(found[id(target.collection)], parts)
+
     size = _columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
         for target in targets:
@@ -186,9 +195,10 @@ def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dic
         head = HeadColumns(sweep, columns.curvature, _of_several({id(m): m for t in targets for m in t.modules}))
         if head.useful:
             del wants["exact"]
-            _walk_behind(head, sweep, size, sink)
+            _walk_behind(head, sweep, size, sink, flush)
     for chunk in columns.chunks(wants, owner, size):
         sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
+        flush(chunk.parts)
     for target in targets:
         found[id(target.collection)].finish(target.points)
     return found
@@ -205,7 +215,8 @@ def _of_several(modules: dict[int, nn.Module]) -> set[int]:
     return twice
 
 
-def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dict[str, slice]], Sink]) -> None:
+def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dict[str, slice]], Sink],
+                 flush: Callable[[dict[str, slice]], None]) -> None:
     """Exact columns, where the last layers are linear maps that all samples share."""
     head.parameters(lambda p, factor: sink({"exact": slice(0, factor.k)})(p, factor))
     units = sweep.graph.units[len(head.units) :]
@@ -219,7 +230,9 @@ def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dic
     else:
         chunks = head.columns(size)
     for v in chunks:
-        sweep.run({head.edge: v}, v.shape[0], sink({"exact": slice(0, v.shape[0])}), units)
+        parts = {"exact": slice(0, v.shape[0])}
+        sweep.run({head.edge: v}, v.shape[0], sink(parts), units)
+        flush(parts)
 
 
 def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]) -> None:
@@ -236,33 +249,6 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
                 into.known[id(m)] = m
             for p in own:
                 into.known[id(p)] = p
-
-
-def _candidates(rows: int, mark: CallMark | None, device: torch.device) -> Iterator[tuple[int, Owner]]:
-    """How rows of the loss can belong to samples, likeliest first."""
-    n = None if mark is None else mark.n
-    if n and rows != n and rows % n == 0:
-        order = [Owner(n), Owner(n, torch.arange(rows, device=device) % n)]
-        for owner in order if mark is None or mark.batch_axis == 0 else order[::-1]:
-            yield n, owner
-    yield rows, Owner(rows)
-
-
-def _plan(graph: Graph, columns: LossColumns) -> tuple[Sweep, Owner]:
-    """The sweep under the first reading of the loss's rows in which samples do not influence one another."""
-    mark = max(graph.marks, key=lambda m: m.order, default=None)
-    refusal: NNJError | None = None
-    for n, owner in _candidates(columns.rows, mark, columns.scale.device):
-        owners: dict[Edge, Owner] = {}
-        for edge in graph.roots:
-            dims = len(edge_shape(edge))
-            owners[edge] = owner if owner.of is None else Owner(n, owner.of.reshape(-1, *[1] * (dims - 1)))
-        try:
-            return Sweep(graph, n, owners), owner
-        except Coupled as error:
-            refusal = refusal or error
-    assert refusal is not None
-    raise refusal
 
 
 def _columns_at_once(sweep: Sweep, memory: int) -> int:

@@ -136,8 +136,7 @@ class Probe:
         there = v != 0
         one, zero = there[0::2], there[1::2]
         if bool((one & zero).any()):
-            raise Coupled(f"samples influence one another (seen at {who}): the GGN is then not a sum over samples. If the "
-                          f"samples are not in axis 0 of the model's input, say so with nnj.extend(model, batch_axis=...)")
+            raise Coupled.at(who)
         weights = (2 ** torch.arange(self.bits, device=v.device)).reshape(-1, *[1] * (v.dim() - 1))
         number = (one * weights).sum(0)
         return Owner(self.n, torch.where((one | zero).all(0), number, -1))
@@ -145,6 +144,12 @@ class Probe:
 
 class Coupled(NNJError):
     """Samples influence one another."""
+
+    @classmethod
+    def at(cls, who: str) -> Coupled:
+        """With the sentence that says where it was seen."""
+        return cls(f"samples influence one another (seen at {who}): the GGN is then not a sum over samples. If the samples are "
+                   f"not in axis 0 of the model's input, say so with nnj.extend(model, batch_axis=...)")
 
 
 def describe(unit: Unit, paths: dict[int, str]) -> str:

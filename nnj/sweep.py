@@ -29,12 +29,13 @@ class Sweep:
         graph: the units.
         n: the number of samples.
         owners: for each root edge, whose its entries are.
+        probed: where it is not known which axis holds the samples, a broadcast operand need not be without samples: ask.
 
     Errors: `NNJError` if samples influence one another.
     """
 
-    def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner]):
-        self.graph, self.n = graph, n
+    def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False):
+        self.graph, self.n, self.probed = graph, n, probed
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
@@ -63,9 +64,8 @@ class Sweep:
         there = self.state[edge]
         if (there is not None and there.explicit) != (owner is not None and owner.explicit):
             unit = self.graph._unit(edge)
-            if unit.batch or unit.batch_above:
-                raise Coupled(f"samples influence one another (seen at {describe(unit, self.graph.paths)}): the same tensor "
-                              f"is used for each sample and across samples. The GGN is then not a sum over samples")
+            if self._batch_behind(edge):
+                raise Coupled.at(describe(unit, self.graph.paths))
             self.state[edge] = self.apart
         elif there is not owner:
             self.state[edge] = None
@@ -82,6 +82,11 @@ class Sweep:
             self.leaving[unit, i] = leaving
             self._arrive(edge, leaving)
 
+    def _batch_behind(self, edge: Edge) -> bool:
+        """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""
+        unit = self.graph._unit(edge)
+        return unit.batch or unit.batch_above
+
     def _reducible(self, unit: Unit, edge: Edge) -> bool:
         return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
 
@@ -95,13 +100,13 @@ class Sweep:
         if unit.record is not None:
             rows = edge_shape(edge)[0]
             return self.plain if states[0] is self.plain and rows % self.n == 0 else None
-        if self._reducible(unit, edge):
+        known = all(s is self.plain for s in states)
+        if self._reducible(unit, edge) and (known or not self.probed or not self._batch_behind(edge)):
             self.reduced.add((unit, i))
             return self.apart
         if self._keeps(unit, i, edge, states):
             return self.plain
-        above = self.graph._unit(edge)
-        if above.batch or above.batch_above:
+        if self._batch_behind(edge):
             return None
         self.split.add((unit, i))
         return self.apart
@@ -163,20 +168,35 @@ class Sweep:
             What stands on edges whose units were not walked.
         """
         values = {edge: v.to(edge_dtype(edge)) for edge, v in roots.items()}
-        pending: dict[int, list[Factor]] = {}
+        pending: dict[int, tuple[Tensor, list[Factor]]] = {}
 
         def use(p: Tensor, factor: Factor) -> None:
-            parts = pending.setdefault(id(p), [])
+            parts = pending.setdefault(id(p), (p, []))[1]
             parts.append(factor)
             if len(parts) == self.uses[id(p)]:
-                sink(p, add(pending.pop(id(p))))
+                sink(p, add(pending.pop(id(p))[1]))
 
         def walk() -> None:
             for unit in self.graph.units if units is None else units:
                 self._step(unit, values, k, use)
+            for p, parts in pending.values():  # to some of its uses nothing was sent
+                sink(p, add(parts))
 
         own_task(walk)
         return values
+
+    def watch(self, roots: dict[Edge, Tensor], k: int, units: list[Unit]) -> list[tuple[Unit, Tensor]]:
+        """What arrives at some records, without any factor."""
+        values, seen = dict(roots), []
+
+        def walk() -> None:
+            for unit in self.graph.units:
+                if unit in units and unit.into[0] in values:
+                    seen.append((unit, values[unit.into[0]]))
+                self._step(unit, values, k, None)
+
+        own_task(walk)
+        return seen
 
     def _step(self, unit: Unit, values: dict[Edge, Tensor], k: int, use: Sink | None, probing: bool = False) -> None:
         arrived = {e: values.pop(e) for e in unit.into if e in values}
