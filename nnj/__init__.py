@@ -1,4 +1,6 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
+from nnj import utils
+from nnj.abstract import AbstractJacobian
 from nnj.collection import collect
 from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
@@ -13,8 +15,8 @@ from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity",
+    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity",
     "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select",
     "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
-    "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "vjp",
+    "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "utils", "vjp",
 ]

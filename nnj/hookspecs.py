@@ -15,7 +15,7 @@ hookimpl = pluggy.HookimplMarker("nnj")
 
 @hookspec
 def nnj_register_layers(register: Callable[..., None]) -> None:
-    """Say what layers are: `register(cls, rule, *, uses="xy", replace=False)`.
+    """Say what layers are: `register(cls, rule, *, uses="xy", replace=False, when=None)`.
 
     `rule(module, x, y) -> {"input": J, "weight": J, ...}` gives at the point x, with y = module(x), one `nnj.Jacobian` for
     the input and one for each parameter by its name; both x and y are detached and have the batch in axis 0. Raise
@@ -24,7 +24,8 @@ def nnj_register_layers(register: Callable[..., None]) -> None:
     `uses` names which of x and y the rule *reads* ("x", "y", "xy" or ""). The other one has its shape alone (it is on
     the `meta` device), and may be overwritten in place by what follows without harm.
 
-    The rule holds for `cls` and for subclasses that override none of its methods. `replace=True` takes over a class
+    The rule holds for `cls` and for subclasses that override none of its methods; or, if `cls` is an interface of which each
+    subclass defines `forward`, for those of which `when(module)` says so. `replace=True` takes over a class
     that another plugin has claimed.
     """
 

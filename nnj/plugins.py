@@ -41,6 +41,7 @@ class Entry:
     uses: str = "xy"
     table: str = "layer"
     replace: bool = False
+    when: Callable[[Any], bool] | None = None
 
 
 Tables = dict[str, dict[Any, Entry]]
@@ -182,7 +183,8 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
 
 
 def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
-    def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False) -> None:
+    def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False,
+                 when: Callable[[Any], bool] | None = None) -> None:
         fault = ""
         if table == "quantity" and not (isinstance(key, str) and key.isidentifier()):
             fault = "its name is not an identifier"
@@ -192,9 +194,11 @@ def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[...,
             fault = f"its rule {rule!r} cannot be called"
         elif uses not in ("", "x", "y", "xy"):
             fault = f"uses={uses!r}, expected 'x', 'y', 'xy' or ''"
+        elif when is not None and not callable(when):
+            fault = f"when={when!r} cannot be called"
         if fault:
             raise PluginError(f"plugin {source} registers the {table} {full_name(key)}, but {fault}.{_remedy(source)}")
-        claims.append(Entry(key, rule, source, uses, table, replace))
+        claims.append(Entry(key, rule, source, uses, table, replace, when))
 
     return register
 

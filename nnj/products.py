@@ -21,7 +21,8 @@ ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as
 Metric = Tensor | Sequence[Tensor] | None
 
 
-def _slot(wrt: str) -> str:
+def slot_of(wrt: str) -> str:
+    """"input" or "weight". Errors: `NNJError` for any other wrt."""
     if wrt not in ("input", "weight", "weights"):
         raise NNJError(f"wrt={wrt!r}; expected 'input' or 'weight'")
     return "input" if wrt == "input" else "weight"
@@ -41,12 +42,12 @@ def _given(name: str, t: Any, at: Linearisation, shapes: Sequence[tuple[int, ...
 
 def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
     """J: (N, out, in), or (N, out, P) with wrt="weight"."""
-    return Linearisation(module, x, _slot(wrt)).dense()
+    return Linearisation(module, x, slot_of(wrt)).dense()
 
 
 def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
     """J v: (N, out), for a vector (N, in) or of x's shape; or (N, P), or one (P,) for all samples."""
-    at = Linearisation(module, x, _slot(wrt))
+    at = Linearisation(module, x, slot_of(wrt))
     shapes = [(at.n, *at.inputs), (at.n, at.size)] if at.wrt == "input" else [(at.n, at.size), (at.size,)]
     v = _given("vector", vector, at, shapes)
     v = v.reshape(1, at.n, -1) if v.dim() > 1 else v[None, None]
@@ -55,14 +56,14 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
 
 def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
     """v J: (N, in) or (N, P), for a vector (N, out) or of the output's shape."""
-    at = Linearisation(module, x, _slot(wrt))
+    at = Linearisation(module, x, slot_of(wrt))
     u = _given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
     return at.vjp(u.reshape(1, at.n, *at.outputs))[0]
 
 
 def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
     """J M: (N, out, K), for M of (N, in, K) or (N, P, K), or without the sample axis."""
-    at = Linearisation(module, x, _slot(wrt))
+    at = Linearisation(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
@@ -73,7 +74,7 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
 def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
     """M J: (N, K, in) or (N, K, P), for M of (N, K, out), or without the sample axis."""
-    at = Linearisation(module, x, _slot(wrt))
+    at = Linearisation(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-2] if isinstance(matrix, Tensor) and matrix.dim() > 1 else 0
@@ -144,7 +145,7 @@ def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str =
 
     Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which no diagonal can pass.
     """
-    at = Linearisation(module, x, _slot(wrt), DiagonalSweep if diag_backprop else Sweep)
+    at = Linearisation(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
     m = _metric(matrix, at, at.out, from_diag)
     if diag_backprop:
         if joint:
@@ -183,7 +184,7 @@ def jmjTp(module: nn.Module, x: Tensor, matrix: Metric = None, wrt: str = "input
 
     Errors: `NNJError` for shapes that do not fit.
     """
-    at = Linearisation(module, x, _slot(wrt), DiagonalSweep if diag_backprop else Sweep)
+    at = Linearisation(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
     blocks = _block_metric(matrix, at, from_diag)
     if diag_backprop:
         return forward(at, blocks, to_diag)
@@ -240,7 +241,7 @@ def jTmjp_pair(module: nn.Module, x1: Tensor, x2: Tensor, matrices: Sequence[Ten
     if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
         raise NNJError("matrices is (M11, M12, M22) or None")
     walk = DiagonalSweep if diag_backprop else Sweep
-    one, two = Linearisation(module, x1, _slot(wrt), walk), Linearisation(module, x2, _slot(wrt), walk)
+    one, two = Linearisation(module, x1, slot_of(wrt), walk), Linearisation(module, x2, slot_of(wrt), walk)
     if one.n != two.n or one.size != two.size or one.out != two.out:
         raise NNJError(f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and {two.size} numbers")
     metrics = [_metric(m, one, one.out, from_diag) for m in matrices or (None,) * 3]

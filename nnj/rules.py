@@ -25,6 +25,8 @@ def describes(entry: Entry, module: nn.Module) -> bool:
         return False
     if any(not isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None):
         return False
+    if entry.when is not None:
+        return bool(entry.when(module))
     if entry.key is nn.Module:
         return True
     for cls in type(module).__mro__:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nnj_plugins.layers import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+
 
 def away(*shape: int) -> Tensor:
     """Random numbers, none of them within 0.05 of the usual kinks -3, -1, -0.5, 0, 0.5, 1, 3, 6."""
@@ -190,6 +192,7 @@ ACTIVATION: list[Case] = [
 
 FALLBACK: list[Case] = [
     ("fallback", Residual, lambda: r(4, 3)),
+    ("fallback-skipconnection", lambda: SkipConnection(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), lambda: r(4, 3)),
     ("fallback-sequence", Residual, lambda: r(2, 2, 3)),
     ("fallback-bilinear-upsampling", lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: r(2, 1, 2, 3)),
     ("fallback-transposed-convolution", lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), lambda: r(2, 2, 2, 2)),
@@ -199,4 +202,13 @@ FALLBACK: list[Case] = [
      lambda: r(4, 2)),
 ]
 
-CASES: list[Case] = [*AFFINE, *POOLING, *SHAPE, *NORM, *EMBEDDING, *ACTIVATION, *FALLBACK]
+OWN: list[Case] = [
+    ("sinusoidal", Sinusoidal, lambda: r(2, 3, 2)),
+    ("truncexp", TruncExp, lambda: torch.tensor([[-20.0, -1.0], [3.0, 17.0], [0.0, 1.0], [-15.5, 15.5]])),
+    ("l2norm", L2Norm, lambda: r(4, 3)),
+    ("l2norm-axes", lambda: L2Norm(0.1), lambda: r(2, 2, 3)),
+    ("reshape", lambda: Reshape(3, 2), lambda: r(4, 2, 3)),
+    ("reshape-rest", lambda: Reshape(2, -1, 1), lambda: r(2, 6)),
+]
+
+CASES: list[Case] = [*AFFINE, *POOLING, *SHAPE, *NORM, *EMBEDDING, *ACTIVATION, *OWN, *FALLBACK]

@@ -15,7 +15,8 @@ from nnj import plugins
 from nnj.rules import apply_rule, find_rule
 from nnj.testing import check_layer
 
-FILES = ("linear", "conv", "pooling", "shape", "dropout", "norm", "embedding", "activation", "fallback")
+FILES = ("linear", "conv", "pooling", "shape", "dropout", "norm", "embedding", "activation", "layers", "custom",
+         "fallback")
 
 
 @pytest.fixture(autouse=True)
