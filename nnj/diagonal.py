@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.factors import Owner
-from nnj.forward import Forward
 from nnj.graph import Unit, call_node, edge_dtype, edge_shape, own_task
 from nnj.linearisation import Linearisation, owners
 from nnj.operators import Jacobian
@@ -92,7 +90,7 @@ class _Walk:
                 self.places[id(p)] = number, size
                 size += p.numel()
             self.blocks.append(at.y.new_zeros(at.n, size, size))
-        self.near = _nearest(sweep, at) if at.wrt == "input" and not to_diag else None
+        self.near = nearest(sweep, at) if at.wrt == "input" and not to_diag else None
         self.full = at.y.new_zeros(at.n, at.size, at.size) if self.near is not None else None
 
     def add(self, p: Tensor, value: Tensor) -> None:
@@ -151,19 +149,13 @@ class _Walk:
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
             number, after = outs[0]
-            pair = [self._through(u, number, edge[1], t) for u, t in ((unit, left), (self.sweep.partner(unit), right))]
+            pair = [through(u, number, edge[1], t) for u, t in ((unit, left), (self.sweep.partner(unit), right))]
             if pair[0] is None or pair[1] is None or tuple(pair[0].shape[1:]) != edge_shape(after):
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
             left, right = pair[0], pair[1]
             edge = after
         return []
-
-    @staticmethod
-    def _through(unit: Unit, number: int, nr: int, t: Tensor) -> Tensor | None:
-        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
-        args[nr] = t
-        return call_node(unit.node, args, t.shape[0])[number]
 
     def _exact(self, unit: Unit, left: Tensor, right: Tensor, values: dict[Edge, Tensor]) -> None:
         """The last layer: diag(J^T M J'), or the block of its parameters, with all of M."""
@@ -184,9 +176,7 @@ class _Walk:
 
     def _first(self, unit: Unit, edge: Edge, left: Tensor, right: Tensor) -> None:
         """J^T M J' of the first layer, over the whole input: what arrives at a unit that the input feeds."""
-        owner = self.sweep._owner(edge, unit)
-        if owner.of is not None or (owner.explicit and self.at.n > 1) or left.shape[1] != self.at.n:
-            raise self._rows(unit, "the input")
+        one_row_each(self.sweep, unit, edge, "Use to_diag=True")
         a, b = left, right
         if unit.leaf is None:
             a, b = (self._into(u, edge, t) for u, t in ((unit, left), (self.sweep.partner(unit), right)))
@@ -204,17 +194,11 @@ class _Walk:
         parts = [f for f, e in zip(found, unit.out, strict=False) if e == self.near and f is not None]
         return torch.stack([sum_to(f, (self.at.n, *self.at.inputs), 1) for f in parts]).sum(0)
 
-    def _rows(self, unit: Unit, what: str) -> NNJError:
-        return NNJError(f"diag_backprop gives a full matrix on {what} only where a layer has one row for each sample, which "
-                        f"{describe(unit, self.sweep.graph.paths)} has not. Use to_diag=True")
-
     def _block(self, unit: Unit, left: Tensor, right: Tensor) -> None:
         """J^T M J' over a layer's own parameters, from rows of the identity and of M."""
         assert unit.record is not None
         (edge,) = unit.into
-        owner: Owner = self.sweep._owner(edge, unit)
-        if owner.of is not None or (owner.explicit and self.at.n > 1) or left.shape[1] != self.at.n:
-            raise self._rows(unit, "parameters")
+        one_row_each(self.sweep, unit, edge, "Use to_diag=True")
         sides = [[u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in unit.params]
                  for u, t in ((unit, left), (self.sweep.partner(unit), right))]
         for (_, p), a in zip(unit.params, sides[0], strict=True):
@@ -222,6 +206,21 @@ class _Walk:
                 (one, i), (two, j) = self.places[id(p)], self.places[id(q)]
                 if one == two:
                     self.blocks[one][:, i : i + p.numel(), j : j + q.numel()] += a.mT @ b
+
+
+def one_row_each(sweep: Sweep, unit: Unit, edge: Edge, remedy: str) -> None:
+    """Errors: `NNJError` unless a unit has one row for each sample, in order."""
+    owner = sweep._owner(edge, unit)
+    if owner.of is not None or (owner.explicit and sweep.n > 1) or edge_shape(edge)[0] != sweep.n:
+        raise NNJError(f"diag_backprop takes full matrices only where a layer has one row for each sample, which "
+                       f"{describe(unit, sweep.graph.paths)} has not. {remedy}")
+
+
+def through(unit: Unit, number: int, nr: int, t: Tensor) -> Tensor | None:
+    """Columns at output nr of a raw node, sent to its operand `number`."""
+    args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+    args[nr] = t
+    return call_node(unit.node, args, t.shape[0])[number]
 
 
 def _columns(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +235,7 @@ def _zeros(at: Linearisation, size: int) -> Tensor:
     return at.y.new_zeros(at.n, size)
 
 
-def _nearest(sweep: Sweep, at: Linearisation) -> Edge | None:
+def nearest(sweep: Sweep, at: Linearisation) -> Edge | None:
     """The edge on which the model takes its input: behind the view that keeps the leaf from being written over."""
     units = sweep.graph.units
     leaf = next((u for u in units if u.leaf is at.x), None)
@@ -268,24 +267,3 @@ def backward(at: Linearisation, m: Tensor | None, to_diag: bool, other: Linearis
     sizes = [sum(p.numel() for p in own) for own in owners(at.module)]
     blocks = [at.y.new_zeros(at.n, size, size) for size in sizes] if walk is None else walk.blocks
     return blocks[0] if len(blocks) == 1 else blocks
-
-
-def forward(at: Linearisation, m: Any, to_diag: bool) -> Tensor:
-    """diag(J M J^T), (N, out), with only the diagonal kept between layers; a diagonal metric, or the diagonals of blocks."""
-    if not to_diag:
-        raise NNJError("diag_backprop keeps only the diagonal between layers when a metric goes forward, so to_diag=False is "
-                       "contradictory. Pass to_diag=True, or leave out diag_backprop")
-    if m is None:
-        diagonal = at.y.new_ones(at.n, at.size)
-    elif isinstance(m, list):
-        diagonal = at.y.new_zeros(at.n, at.size)
-        for index, block in m:
-            diagonal[:, index] = block.diagonal(dim1=1, dim2=2)
-    else:
-        diagonal = m if m.dim() == 2 else m.diagonal(dim1=1, dim2=2)
-    if at.sweep is None or at.root is None:
-        return _zeros(at, at.out)
-    seeds = {id(at.x): diagonal.reshape(1, at.n, *at.inputs)} if at.wrt == "input" else {
-        id(p): t.reshape(1, at.n, *p.shape) for p, t in zip(at.params, diagonal.split(at.sizes, 1), strict=True)}
-    found = Forward(at.sweep).run(seeds, 1).get(at.root)
-    return _zeros(at, at.out) if found is None else found.reshape(at.n, -1)

@@ -96,6 +96,8 @@ class Forward:
             return {}
         (edge,) = unit.into
         if not self._explicit(unit):
+            if unit.leaf is self.sweep.graph.batched:
+                self.sweep.check_order(unit, seed.device)
             return {edge: seed}
         return {edge: seed.expand(k, self.n, *edge_shape(edge)).flatten(0, 1)}
 

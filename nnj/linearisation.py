@@ -47,6 +47,10 @@ class Linearisation:
 
     def __init__(self, module: nn.Module, x: Tensor, wrt: str, walk: type[Sweep] = Sweep):
         self.module, self.wrt = module, wrt
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"products are those of a torch.nn.Module, not of {module!r}")
+        if not isinstance(x, Tensor):
+            raise NNJError(f"x is {type(x).__name__}, expected a tensor")
         if x.dim() == 0 or x.shape[0] == 0:
             raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
         self.n = x.shape[0]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnj.diagonal import DiagonalSweep, backward, forward
+from nnj.diagonal import DiagonalSweep, backward
+from nnj.diagonal_forward import forward
 from nnj.errors import NNJError
 from nnj.linearisation import Linearisation, owners
 from nnj.sweep import Sweep
@@ -146,6 +147,8 @@ def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str =
     Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which no diagonal can pass.
     """
     at = Linearisation(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
+    if joint and (to_diag or at.wrt == "input"):
+        raise NNJError("joint asks for the full matrix on all parameters, so it is for wrt='weight' without to_diag")
     m = _metric(matrix, at, at.out, from_diag)
     if diag_backprop:
         if joint:
@@ -178,7 +181,8 @@ def jmjTp(module: nn.Module, x: Tensor, matrix: Metric = None, wrt: str = "input
         matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of modules as `jTmjp` gives
             them; (N, in) or (N, P) with from_diag; None is the identity. All of it is used.
         to_diag: the diagonal alone, (N, out), without the full matrix.
-        diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the metric is kept.
+        diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the metric is kept. It enters the
+            first layer and each layer's own parameters exactly, without what lies between layers, and leaves the last exactly.
 
     A posterior variance on the parameters gives the linearised predictive variance of the outputs, without sampling.
 

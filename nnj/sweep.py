@@ -228,15 +228,18 @@ class Sweep:
     def _input(self, unit: Unit, v: Tensor, use: Sink) -> None:
         """Columns at the model's input, where each sample's row is its own."""
         if unit not in self.explicit:
-            owner = self._owner(unit.into[0], unit)
-            rows = owner.rows(v.shape[1], v.device)
-            if rows is None or not bool(((rows == torch.arange(self.n, device=v.device)) | (rows < 0)).all()):
-                raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
-                              "sample n, in axis 0")
+            self.check_order(unit, v.device)
         elif self.n > 1:
             v = v.unflatten(0, (-1, self.n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
         assert unit.leaf is not None
         use(unit.leaf, Explicit(v))
+
+    def check_order(self, unit: Unit, device: torch.device) -> None:
+        """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the output."""
+        rows = self._owner(unit.into[0], unit).rows(self.n, device)
+        if rows is None or not bool(((rows == torch.arange(self.n, device=device)) | (rows < 0)).all()):
+            raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
+                          "sample n, in axis 0")
 
     def _record(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], use: Sink | None) -> None:
         (edge, v), = arrived.items()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_products import MODELS, N, bare, case, dense_jacobian, metrics, r, same
+from test_products import MODELS, N, bare, block_index, case, dense_jacobian, metrics, r, same
 from torch import nn
 
 import nnj
@@ -174,3 +174,127 @@ def test_every_model_passes_or_names_the_operation(name):
         for t in nnj.jTmjp_pair(model, x, x, (m, m, m), wrt, to_diag=True, diag_backprop=True):
             same(t, diagonal)
         assert nnj.jTmjp_pair(model, x, x2, None, wrt, to_diag=True, diag_backprop=True)[1].shape == diagonal.shape
+
+
+def pushed(layers, x, m, wrt):
+    """J M J^T with the diagonal alone between layers; m on the input, or the list of the blocks of layers."""
+    xs = points(layers, x)
+    blocks = iter(m if wrt == "weight" else [])
+    now = m if wrt == "input" else None
+    for k, layer in enumerate(layers):
+        j = dense_jacobian(layer, xs[k], "input")
+        now = None if now is None else j @ (cut(now) if k else now) @ j.mT
+        if wrt == "weight" and any(p.requires_grad for p in layer.parameters()):
+            j = dense_jacobian(layer, xs[k], "weight")
+            own = j @ next(blocks) @ j.mT
+            now = own if now is None else now + own
+    return now
+
+
+@on_chains
+def test_forward_on_chains_from_the_input(name):
+    layers, model, x, _ = chain(name)
+    for given, m in metrics(x[0].numel()):
+        expected = pushed(layers, x, m, "input")
+        same(nnj.jmjTp(model, x, diag_backprop=True, **given), expected)
+        same(nnj.jmjTp(model, x, diag_backprop=True, to_diag=True, **given), expected.diagonal(dim1=1, dim2=2))
+
+
+@on_chains
+def test_forward_on_chains_from_the_weights(name):
+    layers, model, x, _ = chain(name)
+    index = block_index(model)
+    given = metrics(sum(map(len, index)))
+    blocks = [r(N, len(i), len(i)) for i in index]
+    whole = torch.zeros_like(given[0][1])
+    for i, block in zip(index, blocks, strict=True):
+        whole[:, torch.tensor(i)[:, None], i] = block
+    for options, m in [*given, ({"matrix": blocks}, whole)]:
+        expected = pushed(layers, x, [m[:, torch.tensor(i)[:, None], i] for i in index], "weight")
+        same(nnj.jmjTp(model, x, wrt="weight", diag_backprop=True, **options), expected)
+        same(nnj.jmjTp(model, x, wrt="weight", diag_backprop=True, to_diag=True, **options), expected.diagonal(dim1=1, dim2=2))
+
+
+class Functional(nn.Module):
+    """x appears in a product of autograd's own, and in a sum."""
+
+    def __init__(self, residual):
+        super().__init__()
+        self.register_buffer("w", torch.randn(3, 3, dtype=torch.float64))
+        self.residual, self.last = residual, nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        h = torch.tanh(x @ self.w)
+        return self.last(h + x if self.residual else h)
+
+
+@pytest.mark.parametrize("residual", (False, True))
+def test_the_first_operation_is_exact_without_a_rule(residual):
+    torch.manual_seed(0)
+    model, x = Functional(residual), r(N, 3)
+    w, last = model.w.T.expand(N, 3, 3), model.last.weight.detach()
+    slope = (1 - torch.tanh(x @ model.w).square()).diag_embed()
+    for given, m in metrics(2):
+        d = cut(last.T @ m @ last)
+        back = cut(slope @ d @ slope)
+        expected = w.mT @ back @ w + (d if residual else 0)
+        same(nnj.jTmjp(model, x, diag_backprop=True, **given), expected)
+        same(nnj.jTmjp(model, x, diag_backprop=True, to_diag=True, **given), expected.diagonal(dim1=1, dim2=2))
+    for given, m in metrics(3):
+        d = slope @ cut(w @ m @ w.mT) @ slope + (cut(m) if residual else 0)
+        expected = last @ d @ last.T
+        same(nnj.jmjTp(model, x, diag_backprop=True, **given), expected)
+
+
+@pytest.mark.parametrize("name", ("softmax", "linear"))
+def test_one_layer_neglects_nothing(name):
+    for wrt in ("input", "weight"):
+        model, x, j = case(name, wrt)
+        m, n = r(N, j.shape[1], j.shape[1]), r(N, j.shape[2], j.shape[2])
+        same(nnj.jTmjp(model, x, m, wrt, diag_backprop=True), j.mT @ m @ j if j.shape[2] else [])
+        same(nnj.jmjTp(model, x, n, wrt, diag_backprop=True), j @ n @ j.mT)
+
+
+@pytest.mark.parametrize("name", ["residual", "densenet", "transformer", "bare-parameters", "called-twice", "tied", "frozen"])
+def test_forward_through_any_model(name):
+    """With diagonals the way forward is the transpose of the way back: m . (J M J^T) = (J^T m J) . M."""
+    for wrt in ("input", "weight"):
+        model, x, j = case(name, wrt)
+        m, v = r(N, j.shape[1]), r(N, j.shape[2])
+        there = nnj.jmjTp(model, x, v, wrt, from_diag=True, to_diag=True, diag_backprop=True)
+        back = nnj.jTmjp(model, x, m, wrt, from_diag=True, to_diag=True, diag_backprop=True)
+        same((there * m).sum(1), (back * v).sum(1))
+
+
+class Cumulative(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x, 1)
+
+
+def test_refusals_name_the_operation():
+    model, x = nn.Sequential(nn.Linear(2, 3), Cumulative(), nn.Linear(3, 2)).double(), r(N, 2)
+    for run in (lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True, diag_backprop=True),
+                lambda: nnj.jmjTp(model, x, diag_backprop=True, to_diag=True)):
+        with pytest.raises(nnj.NNJError, match="diag_backprop cannot go on at .*Cumsum.*: no rule says what the squares"):
+            run()
+    with pytest.raises(nnj.NNJError, match="no full matrix on all parameters. Leave out joint, or diag_backprop"):
+        nnj.jTmjp(model, x, None, "weight", diag_backprop=True, joint=True)
+    with pytest.raises(nnj.NNJError, match="keeps only the diagonal at a parameter that no layer with a rule owns"):
+        nnj.jTmjp(case("bare-parameters", "weight")[0], case("bare-parameters", "weight")[1], None, "weight", diag_backprop=True)
+
+
+class Fork(nn.Module):
+    """Another way for large inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+
+    def forward(self, x):
+        return self.one(x) if x.sum() > 0 else torch.tanh(self.two(x))
+
+
+def test_pairs_on_other_ways_are_refused():
+    model, x = Fork(), r(N, 2).abs()
+    with pytest.raises(nnj.NNJError, match="the model does other operations at x1 than at x2"):
+        nnj.jTmjp_pair(model, x, -x, None, "input", to_diag=True, diag_backprop=True)

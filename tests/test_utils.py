@@ -10,6 +10,8 @@ from test_products import MODELS, N, case, dense_jacobian, r, same
 from torch import nn
 
 import nnj
+from nnj.rules import find_rule
+from nnj.testing import check_layer
 from nnj_plugins.layers import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
 
 
@@ -99,7 +101,7 @@ def test_converted_models(name):
     assert converted is not model and type(converted).__name__ == type(model).__name__ and isinstance(converted, type(model))
     assert all(isinstance(m, nnj.AbstractJacobian) and not isinstance(n, nnj.AbstractJacobian)
                for m, n in zip(converted.modules(), model.modules(), strict=True))
-    assert [nnj.rules.find_rule(m) for m in converted.modules()] == [nnj.rules.find_rule(m) for m in model.modules()]
+    assert [find_rule(m) for m in converted.modules()] == [find_rule(m) for m in model.modules()]
     same(converted(x), model(x))
     assert converted._n_params == j.shape[2]
     if j.shape[2]:
@@ -192,7 +194,7 @@ class Named(Quadratic):
 def test_a_layer_that_gives_its_jacobian(make):
     torch.manual_seed(0)
     layer, x, x2 = make().double(), r(N, 3), r(N, 3)
-    nnj.testing.check_layer(layer, x)
+    check_layer(layer, x)
     for wrt in ("input", "weight"):
         j, k = dense_jacobian(layer, x, wrt), dense_jacobian(layer, x2, wrt)
         layer.asked.clear()
@@ -261,7 +263,7 @@ def test_a_jacobian_of_the_wrong_shape(what):
 
 def test_what_is_refused():
     model, x = nnj.utils.convert_to_nnj(network()), r(N, 3)
-    with pytest.raises(TypeError, match="convert_to_nnj takes a torch.nn.Module, not 3"):
+    with pytest.raises(TypeError, match=r"convert_to_nnj takes a torch\.nn\.Module, not 3"):
         nnj.utils.convert_to_nnj(3)
     with pytest.raises(nnj.NNJError, match=r"val is \(2, 2\), expected the output of the module at x, \(3, ...\), or None"):
         model._jTmjp(x, r(2, 2))
@@ -275,7 +277,7 @@ def test_what_is_refused():
     class Alone(nnj.AbstractJacobian):
         pass
 
-    with pytest.raises(nnj.NNJError, match="Alone is no nn.Module"):
+    with pytest.raises(nnj.NNJError, match=r"Alone is no nn\.Module"):
         Alone().jacobian(x)
 
 
