@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = re.compile(r"^(plain network|Laplace, [a-z -]+?)" + r"\s+(\d+\.\d+)" * 5 + "$", re.MULTILINE)
+ROW = re.compile(r"^(plain network|(?:tempered|Laplace), [a-z -]+?)" + r"\s+(\d+\.\d+)" * 5 + "$", re.MULTILINE)
 READY = find_spec("sklearn") is not None and find_spec("matplotlib") is not None
 
 
@@ -27,7 +27,8 @@ def run(script: str, folder: Path, *args: str) -> str:
 def test_digits(tmp_path):
     out = run("digits.py", tmp_path, "--quick", "--out", "picture.png")
     rows = {name: [float(v) for v in values] for name, *values in ROW.findall(out)}
-    assert list(rows) == ["plain network", "Laplace, marginal likelihood", "Laplace, held-out digits"], out
+    assert list(rows) == ["plain network", "tempered, held-out digits", "Laplace, marginal likelihood",
+                          "Laplace, held-out digits"], out
     for name, (accuracy, nll, ece, rotated, noisy) in rows.items():
         assert 0.75 < accuracy <= 1 and 0 < nll < 2.31 and 0 <= ece <= 1 and 0 <= rotated <= 1 and 0.5 < noisy <= 1, name
     plain, laplace = rows["plain network"], rows["Laplace, held-out digits"]
