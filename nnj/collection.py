@@ -17,10 +17,11 @@ from nnj.errors import NNJError
 from nnj.plugins import manager
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
+from nnj.scalar import check_linear
 
 _open: dict[int, list[collect]] = {}  # for each thread, outermost first
 _staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}  # for each thread and graph task
-_published: dict[str, WeakIdKeyDictionary] = {}
+_published: dict[tuple[int, str], WeakIdKeyDictionary] = {}  # by thread
 
 
 class collect:  # noqa: N801
@@ -55,14 +56,17 @@ class collect:  # noqa: N801
         self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
         self.samples, self.passes, self.refused = 0, 0, False
         for name in self.quantities:
-            for holder in list(_published.get(name, {})):
+            for holder in list(_published.get((threading.get_ident(), name), {})):
                 vars(holder).pop(name, None)
-            _published[name] = WeakIdKeyDictionary()
+            _published[threading.get_ident(), name] = WeakIdKeyDictionary()
         _open.setdefault(threading.get_ident(), []).append(self)
+        self._threads = torch.autograd.set_multithreading_enabled(False)  # hooks then run in this thread, on any device
+        self._threads.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         thread = threading.get_ident()
+        self._threads.__exit__(None, None, None)
         _open[thread].remove(self)
         if not _open[thread]:
             del _open[thread]
@@ -113,7 +117,7 @@ class collect:  # noqa: N801
                 dtype = next((p.dtype for p in holder.parameters(recurse=False)), None) if isinstance(holder, nn.Module) \
                     else holder.dtype
                 vars(holder)[name] = value if value is None or dtype is None else value.to(dtype)
-                _published.setdefault(name, WeakIdKeyDictionary())[holder] = True
+                _published.setdefault((threading.get_ident(), name), WeakIdKeyDictionary())[holder] = True
 
 
 def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -161,7 +165,9 @@ def _arrived(call: LossCall, scale: Tensor) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(finish)
     try:
         with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
-            staged[task].append(contribute(call, scale, collections))
+            node = torch._C._current_autograd_node()
+            check_linear(call, node)
+            staged[task].append(contribute(call, scale, node, collections))
     except NNJError as error:
         staged[task].append(error)
     except Exception as error:

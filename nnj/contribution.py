@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from nnj.columns import LossColumns
 from nnj.factors import Factor, Owner
-from nnj.graph import Graph, edge_shape
+from nnj.graph import Graph
 from nnj.grouping import plan
 from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
 from nnj.hooks import extended_roots
+from nnj.nodes import edge_shape
 from nnj.operators import Affine, Scale, Select
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
+from nnj.scalar import check_arguments
 from nnj.sweep import Sink, Sweep
 
 if TYPE_CHECKING:
@@ -146,12 +148,15 @@ def _executed(p: Tensor) -> bool:
         return True  # captured by torch.autograd.grad
 
 
-def contribute(call: LossCall, scale: Tensor, collections: list[collect]) -> dict[int, Contribution]:
-    """Walk once for all open collections. Errors: `NNJError` wherever a number would not be exact."""
+def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[collect]) -> dict[int, Contribution]:
+    """Walk once for all open collections; `node` is the loss's own. Errors: `NNJError` wherever a number would not be exact."""
     columns = LossColumns(call, scale)
     roots = extended_roots()
     paths = {id(m): name for root in roots for name, m in root.named_modules()}
     targets = [Target(c, roots) for c in collections]
+    check_arguments(call, node, {key for target in targets for key in target.params})
+    if not call.edges:
+        return {id(t.collection): Contribution(frozenset(), 0) for t in targets}
     executed: dict[int, bool] = {}
 
     def wanted(p: Tensor) -> bool:

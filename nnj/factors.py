@@ -172,12 +172,12 @@ class Places(Factor):
     def by_gram(self, in_all: int) -> bool:
         """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: L^2 (K + I / 2) with kernels, K L I without, where forming B also
+        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), K L I without, where B also
         writes and reads K I squares (8: what a square costs beside a multiply-add).
         """
         n, g, o, l = self.v.shape[1:]
         i = self.u.shape[2]
-        return l > 1 and l * l * (in_all + i / 2) < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS
+        return l > 1 and 2 * l * l * (in_all + i / 2) < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS
 
     def explicit_squares(self) -> Tensor:
         """The sum over columns of B^2, each B formed: (G, O, I)."""
@@ -201,7 +201,8 @@ class Places(Factor):
 
     def kernels(self) -> Tensor:
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""
-        return self.v.permute(1, 2, 3, 4, 0) @ self.v.permute(1, 2, 3, 0, 4)
+        v = self.v.double()  # entries of B are differences of kernels: single precision would leave noise, even below zero
+        return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
     def gram(self, other: Factor) -> Tensor:
         one = isinstance(other, Places) and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
@@ -229,7 +230,7 @@ class SquareSum:
     def __init__(self, factor: Factor, in_all: int | None = None):
         self.shape, self.total, self.kernel = factor.shape, None, None
         if isinstance(factor, Places) and factor.by_gram(in_all or factor.k):
-            self.kernel, self.u = factor.kernels(), factor.u
+            self.kernel, self.u, self.dtype = factor.kernels(), factor.u.double(), factor.dtype
         elif isinstance(factor, Places):
             self.total = factor.explicit_squares().reshape(self.shape)
         else:
@@ -241,7 +242,7 @@ class SquareSum:
             if theirs is not None:
                 setattr(self, name, theirs if mine is None else mine.add_(theirs))
                 if name == "kernel":
-                    self.u = other.u
+                    self.u, self.dtype = other.u, other.dtype
         return self
 
     def value(self) -> Tensor:
@@ -260,7 +261,7 @@ class SquareSum:
             kernel = (kernel[..., left, right] * twice).permute(1, 2, 0, 3).flatten(2)
             pairs = (u[..., left] * u[..., right]).permute(1, 0, 3, 2).flatten(1, 2)
             found += kernel @ pairs
-        found = found.reshape(self.shape)
+        found = found.clamp_(min=0).to(self.dtype).reshape(self.shape)
         return found if self.total is None else found + self.total
 
 
@@ -343,4 +344,6 @@ def add(parts: Sequence[Factor]) -> Factor:
         return Lookup.build(v, sample, row, parts[0].n, parts[0].shape)
     sparse = [p for p in parts if isinstance(p, Lookup)]
     rest = [p for p in parts if not isinstance(p, Lookup)]
-    return Sum([*([add(rest)] if rest else []), *([add(sparse)] if sparse else [])])
+    if not sparse or not rest:
+        return Sum(parts)
+    return Sum([add(rest), add(sparse)])

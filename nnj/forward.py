@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Owner
-from nnj.graph import Unit, edge_dtype, edge_shape, own_task
+from nnj.graph import Unit
+from nnj.nodes import edge_dtype, edge_shape, own_task
 from nnj.records import Edge
 from nnj.samples import describe
 from nnj.sweep import Sweep

@@ -1,38 +1,19 @@
-"""Autograd's graph as the sweep sees it: units (records and raw nodes), their edges, and how a node is called on columns."""
+"""Autograd's graph as the sweep sees it: units (records and raw nodes) and their edges, in topological order."""
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnj.attention import attention_backward, fused_attention
 from nnj.errors import NNJError
+from nnj.nodes import node_name
 from nnj.operators import Jacobian
 from nnj.records import MARK, RECORD, CallMark, Edge, Record
 from nnj.rules import apply_rule
-
-T = TypeVar("T")
-
-
-def edge_shape(edge: Edge) -> tuple[int, ...]:
-    """The shape of the tensor on an edge."""
-    return tuple(edge[0]._input_metadata[edge[1]].shape)
-
-
-def edge_dtype(edge: Edge) -> torch.dtype:
-    """The dtype of the tensor on an edge."""
-    return edge[0]._input_metadata[edge[1]].dtype
-
-
-def node_name(node: Any) -> str:
-    """The name of a node without its number: 'Add' for AddBackward0."""
-    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+from nnj.verify import confirmed
 
 
 @dataclass(eq=False)
@@ -80,6 +61,9 @@ class Graph:
         if "CompiledFunction" in node.name():
             raise NNJError("the model runs under torch.compile, which leaves no calls of layers in the graph. Collect with the "
                            "model that was given to torch.compile (model._orig_mod)")
+        if "CheckpointFunctionBackward" in node.name():
+            raise NNJError("torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward pass of its "
+                           "own and adds to .grad. Use use_reentrant=False")
         if edge in self._units:
             return self._units[edge]
         if node in self._units:
@@ -114,6 +98,8 @@ class Graph:
         x, y = point
         slots = apply_rule(record.entry, record.module, x, y, self.paths.get(id(record.module), ""))
         if slots is None or (record.edge is not None and "input" not in slots):
+            return None
+        if record.entry.key is nn.Module and not confirmed(node, record, slots, y):
             return None
         for j in slots.values():
             if j.like.device.type == "meta":  # the rule reads neither x nor y: only the node knows where they were
@@ -156,73 +142,3 @@ def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
     return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
 
 
-def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
-    """A node's backward on k columns: autograd's own formula under vmap, column by column where vmap cannot take it."""
-    if fused_attention(node) and arrived[0] is not None:
-        found = attention_backward(node, arrived[0])
-        if found is not None:
-            return found
-    call = node
-    if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
-        # A function in Python is given zeros where nothing arrived, as the engine does.
-        call = node.apply
-        metadata = getattr(node, "_input_metadata")  # noqa: B009 (unknown to the stubs)
-        like = next(t for t in arrived if t is not None)
-        arrived = [like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
-                   for t, m in zip(arrived, metadata, strict=True)]
-    which = [i for i, t in enumerate(arrived) if t is not None]
-
-    def run(*given: Tensor) -> Any:
-        args: list[Tensor | None] = [None] * len(arrived)
-        for i, t in zip(which, given, strict=True):
-            args[i] = t
-        out = call(*args)
-        return out if isinstance(out, tuple) else (out,)
-
-    given = [t for t in arrived if t is not None]
-    try:
-        with _quiet():
-            return _vmapped(run, given)
-    except RuntimeError as error:
-        if "second time" in str(error):
-            raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
-    columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the user after the pass."""
-    functorch: Any = torch._C._functorch
-    functorch._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_warning_enabled(True)
-
-
-def own_task(run: Callable[[], T]) -> T:
-    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in each."""
-    result: list[T] = []
-
-    def hook(_: Tensor) -> None:
-        with torch.no_grad():
-            result.append(run())
-
-    with torch.enable_grad():
-        start = torch.zeros((), requires_grad=True) * 1
-        start.register_hook(hook)
-        torch.autograd.backward(start)
-    return result[0]
-
-
-def _vmapped(run: Callable[..., tuple[Any, ...]], given: list[Tensor]) -> list[Tensor | None]:
-    present: list[bool] = []
-
-    def inner(*g: Tensor) -> tuple[Tensor, ...]:
-        out = run(*g)
-        present[:] = [t is not None for t in out]
-        return tuple(t for t in out if t is not None)
-
-    found = iter(torch.vmap(inner)(*given))
-    return [next(found) if there else None for there in present]

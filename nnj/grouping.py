@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Owner
-from nnj.graph import Graph, Unit, edge_dtype, edge_shape
+from nnj.graph import Graph, Unit
+from nnj.nodes import edge_dtype, edge_shape
 from nnj.records import CallMark, Edge
 from nnj.samples import Coupled
 from nnj.sweep import Sweep

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.factors import Factor, Places
-from nnj.graph import Unit, edge_dtype
+from nnj.graph import Unit
+from nnj.nodes import edge_dtype
 from nnj.operators import Affine, Identity, LinearMap, Scale
 from nnj.records import Edge
 from nnj.sweep import Sink, Sweep
@@ -153,13 +154,13 @@ def recompress(v: Tensor) -> Tensor:
 
     The eigenvectors of V^T V, scaled to a unit diagonal so that small entries keep their accuracy.
     """
-    flat = v.flatten(2).transpose(0, 1)
+    flat = v.flatten(2).transpose(0, 1).double()  # a root of rounding is far above rounding
     gram = flat.mT @ flat
     size = gram.diagonal(dim1=1, dim2=2).sqrt()
     inverse = torch.where(size > 0, 1 / size, 0.0)
     values, vectors = torch.linalg.eigh(gram * inverse[:, :, None] * inverse[:, None])
     out = (vectors * values.clamp(min=0).sqrt()[:, None]).mT * size[:, None]
-    return out.transpose(0, 1).reshape(-1, *v.shape[1:])
+    return out.transpose(0, 1).reshape(-1, *v.shape[1:]).to(v.dtype)
 
 
 def worth_recompressing(k: int, n: int, d: int, cost: float) -> bool:

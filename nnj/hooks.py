@@ -156,7 +156,7 @@ class LossHook:
                 edges.append(edge)
         held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), value.detach())
+        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), value.detach().clone())
 
         def arrived(scale: Tensor) -> None:
             for listener in listeners:

@@ -57,12 +57,15 @@ class Record:
             a is not b if isinstance(a, Tensor) else a != b for a, b in zip(now, self.state, strict=True))
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
 def layer_state(module: nn.Module) -> list[Any]:
-    """What a rule reads of a layer beside x and y: its mode, its tensors and their versions."""
+    """What a rule reads of a layer beside x and y: its mode and options, its tensors and their versions."""
     parts = module.modules() if module._modules else (module,)
     found: list[Any] = []
     for part in parts:
-        found.append(part.training)
+        found += [v for k, v in part.__dict__.items() if k[0] != "_" and isinstance(v, _PLAIN)]
         for t in (*part._parameters.values(), *part._buffers.values()):
             if t is not None:
                 found += (t, t._version)

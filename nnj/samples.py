@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Owner
-from nnj.graph import Unit, node_name
+from nnj.graph import Unit
+from nnj.nodes import node_name
 
 # Every entry of the result depends on the entry at the same place, or on one that is broadcast there.
 ELEMENTWISE = set("""Abs Acos Add Addcdiv Addcmul Alias Asin Atan Atan2 Celu Clamp ClampMax ClampMin Clone Copy Cos Cosh Div
@@ -90,15 +91,6 @@ def broadcast_operand(node: Any, out: tuple[int, ...], into: tuple[int, ...]) ->
     return fits and aligned[0] == 1
 
 
-def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
-    """Sum the broadcast axes of t away, behind `free` leading axes, as the engine does."""
-    extra = t.dim() - free - len(shape)
-    if extra > 0:
-        t = t.sum(tuple(range(free, free + extra)))
-    axes = tuple(free + i for i, s in enumerate(shape) if s == 1 and t.shape[free + i] != 1)
-    return t.sum(axes, keepdim=True) if axes else t
-
-
 def split(v: Tensor, owner: Owner) -> Tensor:
     """Each column once for each sample: (K, *shape) -> (K * n, *shape), with the other samples' entries zero."""
     return v if owner.explicit else owner.split(v)
@@ -112,29 +104,35 @@ class Probe:
     one another. 2 ceil(log2 n) columns tell all owners of a graph at once, in any order of rows.
     """
 
-    def __init__(self, n: int, owner: Owner, shape: tuple[int, ...], like: Tensor):
+    DRAWS = 3  # cotangents: an entry is nobody's only if it is zero for each of them
+
+    def __init__(self, n: int):
         self.bits = max(1, math.ceil(math.log2(n)))
         self.n = n
+        self.generator = torch.Generator().manual_seed(0x6E6E6A)  # one for all roots, so that they do not cancel
+
+    def columns(self, owner: Owner, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The columns that start at one root edge, (2 * bits * DRAWS, *shape)."""
         if owner.of is None:
             of = owner.rows(shape[0], like.device)
             assert of is not None
             of = of.reshape(-1, *[1] * (len(shape) - 1))
         else:
             of = owner.of
-        # Signs and sizes are random and bounded away from zero, so that sums do not cancel and small ones do not vanish.
-        seed = torch.Generator().manual_seed(0x6E6E6A)
-        u = torch.rand(shape, generator=seed, dtype=torch.float64)
-        cotangent = ((u - 0.5).sign() * (0.5 + u)).to(device=like.device, dtype=like.dtype)
         columns = []
-        for bit in range(self.bits):
-            has = (of >> bit) & 1 == 1
-            columns += [cotangent * (has & (of >= 0)), cotangent * (~has & (of >= 0))]
-        self.columns = torch.stack(columns)
+        for _ in range(self.DRAWS):
+            # Sizes are bounded away from zero, so that small ones do not vanish on the way.
+            u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+            cotangent = ((u - 0.5).sign() * (0.5 + u)).to(device=like.device, dtype=like.dtype)
+            for bit in range(self.bits):
+                has = (of >> bit) & 1 == 1
+                columns += [cotangent * (has & (of >= 0)), cotangent * (~has & (of >= 0))]
+        return torch.stack(columns)
 
     def owner(self, v: Tensor, who: str) -> Owner:
         """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another."""
-        there = v != 0
-        one, zero = there[0::2], there[1::2]
+        there = (v != 0).unflatten(0, (self.DRAWS, self.bits, 2)).any(0)
+        one, zero = there[:, 0], there[:, 1]
         if bool((one & zero).any()):
             raise Coupled.at(who)
         weights = (2 ** torch.arange(self.bits, device=v.device)).reshape(-1, *[1] * (v.dim() - 1))

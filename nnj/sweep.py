@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor, Owner, add
-from nnj.graph import Graph, Unit, call_node, edge_dtype, edge_shape, own_task
+from nnj.graph import Graph, Unit
+from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
 from nnj.records import Edge
 from nnj.rules import blame, checked
-from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split, sum_to
+from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
 
 Sink = Callable[[Tensor, Factor], None]
 
@@ -115,19 +116,18 @@ class Sweep:
         """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
         found: dict[Edge, Owner] = {}
         values: dict[Edge, Tensor] = {}
-        probe = None
+        probe, k = Probe(self.n), 0
         for edge, owner in roots.items():
             like = torch.empty((), dtype=edge_dtype(edge), device=self._device(edge))
-            probe = Probe(self.n, owner, edge_shape(edge), like)
-            values[edge] = probe.columns
-        assert probe is not None
+            values[edge] = probe.columns(owner, edge_shape(edge), like)
+            k = len(values[edge])
         for unit in self.graph.units:
             if unit in self.explicit:
                 self._settle(unit, values, found, probe)
                 continue
             if unit.params or unit.leaf is not None or any((unit, i) in self.reduced | self.split for i in range(len(unit.out))):
                 self._settle(unit, values, found, probe)
-            self._step(unit, values, probe.columns.shape[0], None, probing=True)
+            self._step(unit, values, k, None, probing=True)
         for edge, owner in found.items():
             self.state[edge] = owner
 
@@ -203,7 +203,7 @@ class Sweep:
         if not arrived:
             return
         if unit in self.explicit and not probing:
-            arrived = {e: split(v, self._owner(e, unit)) for e, v in arrived.items()}
+            arrived = {e: split(v, self._owner(e, unit, v)) for e, v in arrived.items()}
         if unit.leaf is not None:
             self._leaf(unit, arrived, k, use)
         elif unit.record is not None:
@@ -211,9 +211,10 @@ class Sweep:
         else:
             self._node(unit, arrived, values, probing)
 
-    def _owner(self, edge: Edge, unit: Unit) -> Owner:
+    def _owner(self, edge: Edge, unit: Unit, v: Tensor | None = None) -> Owner:
         owner = self.state[edge]
-        if owner is None:
+        lost = v is not None and owner is not None and owner.of is not None and bool(((v != 0).any(0) & (owner.of < 0)).any())
+        if owner is None or lost:
             raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
         return owner
 
@@ -249,7 +250,7 @@ class Sweep:
         v = v.to(unit.dtype)
         if use is not None:
             for slot, p in unit.params:
-                factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit))
+                factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
                 if factor.shape != tuple(p.shape):
                     checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
                 use(p, _wide(factor))
@@ -264,7 +265,7 @@ class Sweep:
         plain = k if any(e is not None and i not in apart for i, e in enumerate(unit.out)) else 0
         args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
         for edge, v in arrived.items():
-            shares = [split(v, self._owner(edge, unit))] if apart and not probing else []
+            shares = [split(v, self._owner(edge, unit, v))] if apart and not probing else []
             args[edge[1]] = torch.cat([v[:plain], *shares]) if shares else v
         if probing and not plain:
             return
@@ -287,7 +288,7 @@ class Sweep:
         """An operand without the batch: each sample's share of what arrived, summed to the operand's shape."""
         if tuple(unreduced.shape[1:]) != edge_shape(source):
             raise NNJError(f"autograd's {unit.name} gave {tuple(unreduced.shape[1:])}, expected {edge_shape(source)}")
-        owner = self._owner(source, unit)
+        owner = self._owner(source, unit, unreduced)
         k = unreduced.shape[0]
         if owner.of is None and not owner.explicit:
             r = unreduced.shape[1]

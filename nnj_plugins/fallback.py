@@ -49,11 +49,20 @@ class PerSample(nnj.Jacobian):
         return vmap(lambda t: back(t)[0])(u)
 
 
+def _copy(m: nn.Module) -> nn.Module:
+    """The same module with the same tensors, on which a forward that sets attributes leaves no trace in the user's."""
+    new = object.__new__(type(m))
+    new.__dict__ = {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()}
+    new.__dict__["_modules"] = {k: None if c is None else _copy(c) for k, c in m._modules.items()}
+    return new
+
+
 def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy[n] = df(x[n]) for the input and for each parameter, provided that f, run on each sample alone, gives y.
 
     So what couples samples, draws random numbers or updates buffers is declined: it raises under vmap, or gives another y.
     """
+    m = _copy(m)
     state: dict[str, Tensor] = {name: p.detach() for name, p in m.named_parameters()}
     state |= {name: b.clone() if m.training else b for name, b in m.named_buffers()}
 

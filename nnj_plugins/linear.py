@@ -14,6 +14,8 @@ def through(w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
 
 def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = dx W^T;  dy = x dW^T, which is affine with the places of the sequence;  dy = db at every place."""
+    if x.dim() < 2:
+        raise NotImplementedError("x is one vector, without a batch")
     w, outputs = m.weight.detach(), y.shape[1:]
     patches = lambda: x.reshape(len(x), -1, m.in_features).mT[:, None]
     slots: dict[str, nnj.Jacobian] = {"input": through(w, x, y), "weight": nnj.Affine(patches, w.shape, outputs, x)}

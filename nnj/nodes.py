@@ -1,0 +1,113 @@
+"""Autograd's nodes and edges: their names and shapes, and how a node is called on many columns at once."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nnj.attention import attention_backward, fused_attention
+from nnj.errors import NNJError
+from nnj.records import Edge
+
+T = TypeVar("T")
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor on an edge."""
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
+
+
+def edge_dtype(edge: Edge) -> torch.dtype:
+    """The dtype of the tensor on an edge."""
+    return edge[0]._input_metadata[edge[1]].dtype
+
+
+def node_name(node: Any) -> str:
+    """The name of a node without its number: 'Add' for AddBackward0."""
+    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+
+
+def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
+    """Sum the broadcast axes of t away, behind `free` leading axes, as the engine does."""
+    extra = t.dim() - free - len(shape)
+    if extra > 0:
+        t = t.sum(tuple(range(free, free + extra)))
+    axes = tuple(free + i for i, s in enumerate(shape) if s == 1 and t.shape[free + i] != 1)
+    return t.sum(axes, keepdim=True) if axes else t
+
+
+def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
+    """A node's backward on k columns: autograd's own formula under vmap, column by column where vmap cannot take it."""
+    if fused_attention(node) and arrived[0] is not None:
+        found = attention_backward(node, arrived[0])
+        if found is not None:
+            return found
+    call = node
+    if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
+        # A function in Python is given zeros where nothing arrived, as the engine does.
+        call = node.apply
+        metadata = getattr(node, "_input_metadata")  # noqa: B009 (unknown to the stubs)
+        like = next(t for t in arrived if t is not None)
+        arrived = [like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
+                   for t, m in zip(arrived, metadata, strict=True)]
+    which = [i for i, t in enumerate(arrived) if t is not None]
+
+    def run(*given: Tensor) -> Any:
+        args: list[Tensor | None] = [None] * len(arrived)
+        for i, t in zip(which, given, strict=True):
+            args[i] = t
+        out = call(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+    given = [t for t in arrived if t is not None]
+    try:
+        with _quiet():
+            return _vmapped(run, given)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+    columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the user after the pass."""
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def own_task(run: Callable[[], T]) -> T:
+    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in each."""
+    result: list[T] = []
+
+    def hook(_: Tensor) -> None:
+        with torch.no_grad():
+            result.append(run())
+
+    with torch.enable_grad():
+        start = torch.zeros((), requires_grad=True) * 1
+        start.register_hook(hook)
+        torch.autograd.backward(start)
+    return result[0]
+
+
+def _vmapped(run: Callable[..., tuple[Any, ...]], given: list[Tensor]) -> list[Tensor | None]:
+    present: list[bool] = []
+
+    def inner(*g: Tensor) -> tuple[Tensor, ...]:
+        out = run(*g)
+        present[:] = [t is not None for t in out]
+        return tuple(t for t in out if t is not None)
+
+    found = iter(torch.vmap(inner)(*given))
+    return [next(found) if there else None for there in present]
