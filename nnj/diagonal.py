@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.graph import Unit, call_node, edge_dtype, edge_shape, own_task
+from nnj.graph import Unit
 from nnj.linearisation import Linearisation, owners
+from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
 from nnj.records import Edge
-from nnj.samples import describe, sum_to
+from nnj.samples import describe
 from nnj.squares import squared_backward
 from nnj.sweep import Sweep
 
@@ -260,9 +261,9 @@ def backward(at: Linearisation, m: Tensor | None, to_diag: bool, other: Linearis
     if at.wrt == "input" and not to_diag:
         return at.y.new_zeros(at.n, at.size, at.size) if walk is None or walk.full is None else walk.full
     if at.wrt == "input":
-        return found.get(id(at.x), _zeros(at, at.size)).reshape(at.n, -1)
+        return found[id(at.x)].reshape(at.n, -1) if id(at.x) in found else _zeros(at, at.size)
     if to_diag:
-        parts = [found.get(id(p), _zeros(at, p.numel())).reshape(at.n, -1) for p in at.params]
+        parts = [found[id(p)].reshape(at.n, -1) if id(p) in found else _zeros(at, p.numel()) for p in at.params]
         return torch.cat([_zeros(at, 0), *parts], 1)
     sizes = [sum(p.numel() for p in own) for own in owners(at.module)]
     blocks = [at.y.new_zeros(at.n, size, size) for size in sizes] if walk is None else walk.blocks

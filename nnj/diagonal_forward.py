@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nnj.diagonal import DiagonalSweep, nearest, one_row_each, through
 from nnj.forward import Forward
-from nnj.graph import Unit, edge_dtype, edge_shape, own_task
+from nnj.graph import Unit
 from nnj.linearisation import Linearisation
+from nnj.nodes import edge_dtype, edge_shape, own_task, sum_to
 from nnj.records import Edge
-from nnj.samples import sum_to
 
 REMEDY = "Give a diagonal metric and use to_diag=True"
 

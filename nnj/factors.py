@@ -121,7 +121,7 @@ class Factor:
 
 def outer(v: Tensor, u: Tensor) -> Tensor:
     """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
-    return torch.stack([column @ u.mT for column in v])
+    return (v[0] @ u.mT)[None] if len(v) == 1 else torch.stack([column @ u.mT for column in v])
 
 
 class Explicit(Factor):

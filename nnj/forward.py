@@ -5,6 +5,8 @@ gives each sample a column of its own, tangents come in such columns, and each s
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ class Forward:
                 parts.append(self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k))
         if not parts:
             return {}
-        return {edge: torch.stack(parts).sum(0).to(edge_dtype(edge)) if len(parts) > 1 else parts[0].to(edge_dtype(edge))}
+        return {edge: functools.reduce(torch.add, parts).to(edge_dtype(edge))}
 
     def _parameter(self, unit: Unit, slot: str, v: Tensor, k: int) -> Tensor:
         """J v for a direction (K, N or 1, *p) of each sample: rows take that of their owner."""

@@ -46,31 +46,41 @@ def _on_roots(graph: Graph, owner: Owner) -> dict[Edge, Owner]:
 
 
 def _readings(graph: Graph, rows: int, mark: CallMark | None, device: torch.device) -> Iterator[tuple[int, Owner]]:
-    n = None if mark is None else mark.n
+    n = None if mark is None else _samples(mark, rows)
     if mark is not None and n and rows != n:
         if rows % n == 0:
             order = [Owner(n), Owner(n, torch.arange(rows, device=device) % n)]
             for owner in order if mark.batch_axis == 0 else order[::-1]:
                 yield n, owner
-        touched = _touched(graph, rows, mark)
+        touched = _touched(graph, rows, mark, n)
         if touched is not None:
             yield n, Owner(n, touched)
     yield rows, Owner(rows)
 
 
-def _first(unit: Unit, mark: CallMark) -> bool:
-    """Whether a unit is a layer on the model's own input, in whose rows the samples stand as the user gave them."""
+def _samples(mark: CallMark, rows: int) -> int | None:
+    """The number of samples of a call; None if its arguments do not agree about it."""
+    if rows in mark.sizes or len(mark.sizes) < 2:
+        return rows if rows in mark.sizes else next(iter(mark.sizes), None)
+    fit = [n for n in mark.sizes if n > 1 and rows % n == 0]
+    return fit[0] if len(fit) == 1 else None
+
+
+def _first(unit: Unit, mark: CallMark, n: int) -> bool:
+    """Whether a unit is a layer on what the user gave to the model, in whose rows the samples stand as they were given."""
     record = unit.record
     if record is None or record.edge is not None or not unit.params:
         return False
     axis, shape = mark.batch_axis, record.x.shape
-    return len(shape) > axis and shape[axis] == mark.n and record.y.shape[: axis + 1] == shape[: axis + 1]
+    if record.x.place not in mark.inputs:
+        return False
+    return len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]
 
 
 def _in_order(sweep: Sweep, mark: CallMark) -> bool:
     """Whether the first layers see sample i at place i of the batch axis."""
     for unit in sweep.graph.units:
-        if not _first(unit, mark):
+        if sweep.n == 1 or not _first(unit, mark, sweep.n):
             continue
         owner = sweep.state[unit.into[0]]
         if owner is sweep.plain and mark.batch_axis == 0:
@@ -85,9 +95,9 @@ def _in_order(sweep: Sweep, mark: CallMark) -> bool:
     return True
 
 
-def _touched(graph: Graph, rows: int, mark: CallMark) -> Tensor | None:
+def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row of the loss touches at the first layers, or None if a row touches none or several."""
-    firsts = [unit for unit in graph.units if _first(unit, mark)]
+    firsts = [unit for unit in graph.units if _first(unit, mark, n)]
     if not firsts or len(graph.roots) > 1 or edge_shape(graph.roots[0])[0] != rows:
         return None
     (root,) = graph.roots
@@ -96,7 +106,7 @@ def _touched(graph: Graph, rows: int, mark: CallMark) -> Tensor | None:
     sweep = Sweep(graph, 1, {root: Owner(1)})
     generator = torch.Generator().manual_seed(0x6E6E6A)
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)
-    found = torch.zeros(rows, mark.n or 0, dtype=torch.bool, device=device)
+    found = torch.zeros(rows, n, dtype=torch.bool, device=device)
     step = 64
     for start in range(0, rows, step):
         number = torch.arange(start, min(start + step, rows), device=device)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from nnj.errors import NNJError
 from nnj.plugins import manager
-from nnj.records import MARK, RECORD, CallMark, Edge, LossCall, Point, Record, edge_of, layer_state, tensors, write
+from nnj.records import MARK, RECORD, CallMark, Edge, LossCall, Point, Record, edge_of, layer_state, place_of, tensors, write
 from nnj.rules import find_rule
 
 
@@ -36,7 +38,8 @@ class _Frame:
     x: Tensor | None
     version: int
     edge: Edge | None
-    batch: int | None
+    given: list[Tensor]  # the arguments of an outermost call
+    python: FrameType  # the call in Python that this is the record of
 
 
 _local = _Local()
@@ -66,12 +69,11 @@ class _Before:
             return
         given = [*args, *kwargs.values()]
         x = given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
-        batch = None
-        if not _local.frames:
-            first = next((t for t in tensors(given) if t.dim() > self.batch_axis), None)
-            batch = None if first is None else first.shape[self.batch_axis]
+        python = sys._getframe(1)
+        _drop_finished(python)
+        outer = [] if _local.frames else tensors(given)
         edge = None if x is None else edge_of(x)
-        _local.frames.append(_Frame(module, x, 0 if x is None else x._version, edge, batch))
+        _local.frames.append(_Frame(module, x, 0 if x is None else x._version, edge, outer, python))
 
 
 class _After:
@@ -93,7 +95,9 @@ class _After:
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
             self._record(module, frame, output)
         if not frames:
-            mark = CallMark(module, frame.batch, self.batch_axis, next(_order))
+            axis, given = self.batch_axis, frame.given
+            sizes = list(dict.fromkeys(t.shape[axis] for t in given if t.dim() > axis))
+            mark = CallMark(module, sizes, [place_of(t) for t in given], axis, next(_order))
             _roots.add(module)  # a copy of an extended model is known by its first call
             for t in tensors(output):
                 if t.grad_fn is not None:
@@ -163,6 +167,17 @@ class LossHook:
                 listener(call, scale)
 
         value.register_hook(arrived)
+
+
+def _drop_finished(python: FrameType) -> None:
+    """Forget calls that ended without a word (an interrupt by the keyboard): they are no callers of this one."""
+    while _local.frames:
+        caller: FrameType | None = python
+        while caller is not None and caller is not _local.frames[-1].python:
+            caller = caller.f_back
+        if caller is not None:
+            return
+        _local.frames.pop()
 
 
 class FunctionLoss(nn.Module):

@@ -47,6 +47,8 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         found = attention_backward(node, arrived[0])
         if found is not None:
             return found
+    if k > 1 and node_name(node) == "MaxPool2DWithIndices" and arrived[0] is not None:
+        return [_max_pool_backward(node, arrived[0])]
     call = node
     if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
         # A function in Python is given zeros where nothing arrived, as the engine does.
@@ -66,6 +68,8 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
 
     given = [t for t in arrived if t is not None]
     try:
+        if k == 1:
+            return [None if t is None else t[None] for t in run(*[t[0] for t in given])]
         with _quiet():
             return _vmapped(run, given)
     except RuntimeError as error:
@@ -73,6 +77,14 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
             raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
     columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
+    """Columns (K, …, places) sent to where the largest entries were, which the node has saved once for all columns."""
+    index, shape = node._saved_result1.flatten(-2), node._saved_self.shape
+    g = g.flatten(-2)
+    zero = g.new_zeros(*g.shape[:-1], shape[-2] * shape[-1])
+    return zero.scatter_add(-1, index.expand(g.shape), g).unflatten(-1, shape[-2:])
 
 
 @contextmanager

@@ -234,16 +234,19 @@ class Affine(Jacobian):
         like: a tensor with the batch in axis 0.
         groups: G.
         last: whether the channels of the output are its last axis.
+        shared: y for one W that all rows share, where the layer itself is faster than its patches.
     """
 
     def __init__(self, patches: Callable[[], Tensor], inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
-                 groups: int = 1, last: bool = True):
+                 groups: int = 1, last: bool = True, shared: Callable[[Tensor], Tensor] | None = None):
         super().__init__(inputs, outputs, like)
-        self.patches, self.groups = patches, groups
+        self.patches, self.groups, self.shared = patches, groups, shared
         self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
         self.matrix = (groups, self.fold.channels // groups, math.prod(self.inputs) // self.fold.channels)
 
     def jvp(self, v: Tensor) -> Tensor:
+        if self.shared is not None and v.shape[1] == 1:
+            return torch.stack([self.shared(w[0]) for w in v])
         return self.fold.undo(v.reshape(*v.shape[:2], *self.matrix) @ self.patches())
 
     def vjp(self, u: Tensor) -> Tensor:

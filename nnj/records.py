@@ -14,6 +14,11 @@ RECORD, MARK = "nnj.record", "nnj.call"
 Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
+def place_of(t: Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a tensor are: another tensor with the same place is the same, seen in the same way."""
+    return t.data_ptr(), t.shape, t.stride()
+
+
 @dataclass(eq=False)
 class Point:
     """A tensor of a call, detached, and the version that it had; only its shape where the rule does not read it."""
@@ -22,10 +27,11 @@ class Point:
     dtype: torch.dtype
     value: Tensor | None
     version: int
+    place: tuple[Any, ...]  # where its numbers are
 
     @classmethod
     def of(cls, t: Tensor, keep: bool) -> Point:
-        return cls(t.shape, t.dtype, t.detach() if keep else None, t._version)
+        return cls(t.shape, t.dtype, t.detach() if keep else None, t._version, place_of(t))
 
     def tensor(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
@@ -77,7 +83,8 @@ class CallMark:
     """An outermost call of an extended module: its batch says what a sample is."""
 
     module: nn.Module
-    n: int | None
+    sizes: list[int]  # the lengths of the batch axis of its arguments, each once
+    inputs: list[tuple[Any, ...]]  # where the numbers of its arguments are
     batch_axis: int
     order: int
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nnj.attention import attention_squares, fused_attention
 from nnj.errors import NNJError
-from nnj.graph import Unit, call_node
+from nnj.graph import Unit
+from nnj.nodes import call_node
 from nnj.samples import ELEMENTWISE, describe
 
 # Jacobians of zeros and ones are their own squares: the same ones at every point, or (choices) chosen by the numbers.
@@ -36,6 +37,8 @@ def squared_backward(unit: Unit, m: list[Tensor | None], k: int, paths: dict[int
         return [None if c is None or b is None else b * c.detach() for b, c in zip(back, factors, strict=True)]
     (first, *_) = m
     assert first is not None
+    if name == "MaxPool2DWithIndices":
+        return call_node(node, [first * (node._saved_result1 == pair._saved_result1)], k)
     if name in ("Mm", "Bmm"):
         return _products(first, (node._saved_self, node._saved_mat2), (pair._saved_self, pair._saved_mat2))
     if name == "Addmm":

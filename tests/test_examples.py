@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = re.compile(r"^(plain network|(?:tempered|Laplace), [a-z -]+?)" + r"\s+(\d+\.\d+)" * 5 + "$", re.MULTILINE)
@@ -36,3 +37,26 @@ def test_digits(tmp_path):
     picture = (tmp_path / "picture.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
     assert os.listdir(tmp_path) == ["picture.png"]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_shows_what_is_there():
+    """If this fails: paste the output of `python -m nnj`, or the file, into the README."""
+    done = subprocess.run([sys.executable, "-m", "nnj"], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = re.compile(r" nnj \d")
+    shown = next(block for block in blocks("text") if "torch.nn.Linear" in block)
+    assert [line.split() for line in shown.splitlines() if ours.search(line)] \
+        == [line.split() for line in done.stdout.splitlines() if ours.search(line)]
+    assert (ROOT / "examples" / "third_party" / "nnj_siren.py").read_text() in blocks("python")
+
+
+def test_the_snippet_of_the_readme():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    names = {"model": model, "loader": [(torch.randn(8, 4), torch.randint(3, (8,)))] * 2}
+    exec(blocks("python")[0], names)
+    assert all(p.ggn_diag.shape == p.shape and p.ggn_diag.any() for p in model.parameters())
+    assert model[0].ggn_block.shape == (25, 25)
