@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
+from nnj.factors import Explicit, Factor
 from nnj.graph import Unit
 from nnj.linearisation import Linearisation, owners
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
@@ -82,7 +83,11 @@ class _Walk:
 
     def __init__(self, at: Linearisation, sweep: DiagonalSweep, to_diag: bool):
         self.at, self.sweep, self.to_diag = at, sweep, to_diag
-        self.diagonals: dict[int, Tensor] = {}
+        self.diagonal = at.y.new_empty(at.n, at.size if to_diag else 0)
+        holders = [at.x] if at.wrt == "input" else at.params
+        sizes = [at.size] if at.wrt == "input" else at.sizes
+        self.parts = {id(p): t for p, t in zip(holders, self.diagonal.split(sizes, 1), strict=True)} if to_diag else {}
+        self.written: set[int] = set()
         self.blocks: list[Tensor] = []
         self.places: dict[int, tuple[int, int]] = {}  # of a parameter: which block, and where it begins
         for number, own in enumerate(owners(at.module) if at.wrt == "weight" and not to_diag else []):
@@ -94,12 +99,16 @@ class _Walk:
         self.near = nearest(sweep, at) if at.wrt == "input" and not to_diag else None
         self.full = at.y.new_zeros(at.n, at.size, at.size) if self.near is not None else None
 
-    def add(self, p: Tensor, value: Tensor) -> None:
-        there = self.diagonals.get(id(p))
-        self.diagonals[id(p)] = value if there is None else there + value
+    def add(self, p: Tensor, found: Factor) -> None:
+        if self.to_diag:
+            found.write(self.parts[id(p)], id(p) in self.written)
+            self.written.add(id(p))
 
     def run(self, m: Tensor | None) -> None:
         own_task(lambda: self._run(m))
+        for key, part in self.parts.items():
+            if key not in self.written:
+                part.zero_()
 
     def _run(self, m: Tensor | None) -> None:
         at, root = self.at, self.at.root
@@ -119,7 +128,7 @@ class _Walk:
             arrived = [e for e in unit.into if e in values]
             if arrived and not self.to_diag:
                 self._exactly(unit, arrived, values)
-            self.sweep._step(unit, values, 1, lambda p, f: self.add(p, f.dense()[0]))
+            self.sweep._step(unit, values, 1, self.add)
 
     def _exactly(self, unit: Unit, arrived: list[Edge], values: dict[Edge, Tensor]) -> None:
         """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal that has arrived."""
@@ -167,7 +176,7 @@ class _Walk:
         for slot, p in unit.params if self.to_diag else []:
             owner = self.sweep._owner(edge, unit)
             a, b = (u.slots[slot].pullback(t, owner).dense() for u, t in ((unit, left), (other, right)))
-            self.add(p, (a * b).sum(0))
+            self.add(p, Explicit((a * b).sum(0, keepdim=True)))
         out = unit.out[0]
         if out is not None:
             if self.near == out:
@@ -257,14 +266,10 @@ def backward(at: Linearisation, m: Tensor | None, to_diag: bool, other: Linearis
     if isinstance(sweep, DiagonalSweep):
         walk = _Walk(at, sweep, to_diag)
         walk.run(m)
-    found = {} if walk is None else walk.diagonals
-    if at.wrt == "input" and not to_diag:
-        return at.y.new_zeros(at.n, at.size, at.size) if walk is None or walk.full is None else walk.full
-    if at.wrt == "input":
-        return found[id(at.x)].reshape(at.n, -1) if id(at.x) in found else _zeros(at, at.size)
     if to_diag:
-        parts = [found[id(p)].reshape(at.n, -1) if id(p) in found else _zeros(at, p.numel()) for p in at.params]
-        return torch.cat([_zeros(at, 0), *parts], 1)
+        return _zeros(at, at.size) if walk is None else walk.diagonal
+    if at.wrt == "input":
+        return at.y.new_zeros(at.n, at.size, at.size) if walk is None or walk.full is None else walk.full
     sizes = [sum(p.numel() for p in own) for own in owners(at.module)]
     blocks = [at.y.new_zeros(at.n, size, size) for size in sizes] if walk is None else walk.blocks
     return blocks[0] if len(blocks) == 1 else blocks

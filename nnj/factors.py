@@ -71,6 +71,11 @@ class Factor:
         """B itself, (K, N, *shape)."""
         raise NotImplementedError(f"{type(self).__name__} must define dense")
 
+    def write(self, out: Tensor, more: bool) -> None:
+        """Put the only column into `out` of (N, P), or with `more` add it to what is there."""
+        flat = self.dense()[0].reshape(out.shape)
+        out.add_(flat) if more else out.copy_(flat)
+
     def columns(self, which: slice) -> Factor:
         """The same for some of the columns."""
         raise NotImplementedError(f"{type(self).__name__} must define columns")
@@ -152,6 +157,14 @@ class Places(Factor):
 
     def dense(self) -> Tensor:
         return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
+
+    def write(self, out: Tensor, more: bool) -> None:
+        g, o, i = *self.v.shape[2:4], self.u.shape[2]
+        if g != 1 or out.dtype != self.dtype or out.stride(1) != 1:
+            super().write(out, more)
+            return
+        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT  # large, so formed where it is wanted
+        target.baddbmm_(v, u) if more else torch.bmm(v, u, out=target)
 
     def columns(self, which: slice) -> Factor:
         return Places(self.u, self.v[which], self.shape)
