@@ -45,7 +45,7 @@ def rrelu(m: nn.RReLU, y: Tensor) -> Tensor:
 
 SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717  # Klambauer et al. 2017: lambda and alpha
 FROM_Y: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
-    nn.ReLU: lambda m, y: (y > 0).to(y.dtype),
+    nn.ReLU: lambda m, y: aten.threshold_backward(torch.ones_like(y), y, 0),  # one pass over y
     nn.ReLU6: lambda m, y: ((y > 0) & (y < 6)).to(y.dtype),
     nn.Hardtanh: lambda m, y: ((y > m.min_val) & (y < m.max_val)).to(y.dtype),
     nn.Hardsigmoid: lambda m, y: aten.hardsigmoid_backward(((y > 0) & (y < 1)).to(y.dtype), torch.zeros_like(y)),

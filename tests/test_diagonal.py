@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_products import MODELS, N, bare, block_index, case, dense_jacobian, metrics, r, same
 from torch import nn
 
 import nnj
+from tests.test_products import MODELS, N, bare, block_index, case, dense_jacobian, metrics, r, same
 
 CHAINS = {
     "mlp": (lambda: [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)], (3,)),
@@ -275,9 +275,9 @@ def test_refusals_name_the_operation():
     model, x = nn.Sequential(nn.Linear(2, 3), Cumulative(), nn.Linear(3, 2)).double(), r(N, 2)
     for run in (lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True, diag_backprop=True),
                 lambda: nnj.jmjTp(model, x, diag_backprop=True, to_diag=True)):
-        with pytest.raises(nnj.NNJError, match="diag_backprop cannot go on at .*Cumsum.*: no rule says what the squares"):
+        with pytest.raises(nnj.NNJError, match=r"diag_backprop cannot go on at .*Cumsum.*: no rule says what the squares"):
             run()
-    with pytest.raises(nnj.NNJError, match="no full matrix on all parameters. Leave out joint, or diag_backprop"):
+    with pytest.raises(nnj.NNJError, match=r"no full matrix on all parameters\. Leave out joint, or diag_backprop"):
         nnj.jTmjp(model, x, None, "weight", diag_backprop=True, joint=True)
     with pytest.raises(nnj.NNJError, match="keeps only the diagonal at a parameter that no layer with a rule owns"):
         nnj.jTmjp(case("bare-parameters", "weight")[0], case("bare-parameters", "weight")[1], None, "weight", diag_backprop=True)

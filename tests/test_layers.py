@@ -7,13 +7,13 @@ import weakref
 
 import pytest
 import torch
-from layers import ACTIVATIONS, CASES, INPLACE
 from torch import nn
 
 import nnj
 from nnj import plugins
 from nnj.rules import apply_rule, find_rule
 from nnj.testing import check_layer
+from tests.layers import ACTIVATIONS, CASES, INPLACE
 
 FILES = ("linear", "conv", "pooling", "shape", "dropout", "norm", "embedding", "activation", "layers", "custom",
          "fallback")

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from test_products import N, r
 from torch import nn
 
 import nnj
+from tests.test_products import N, r
 
 OUT, IN, P = 2, 3, 26
 

@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 import torch
-from test_products import MODELS, N, case, dense_jacobian, r, same
 from torch import nn
 
 import nnj
 from nnj.rules import find_rule
 from nnj.testing import check_layer
 from nnj_plugins.layers import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+from tests.test_products import MODELS, N, case, dense_jacobian, r, same
 
 
 def network():
