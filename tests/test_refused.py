@@ -1,4 +1,5 @@
 """Each refusal is a sentence of nnj's own; after it the gradient is intact, and the next `with` works."""
+
 from __future__ import annotations
 
 import copy
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import nnj
 from nnj import plugins, quantities
 from nnj_plugins import losses
-from tests.zoo import Net
+from tests.parts import Net
 
 
 def data():
@@ -43,23 +44,42 @@ def ragged(s, x):
 two = lambda: dict(a=nn.Linear(3, 3), b=nn.Linear(3, 2))
 ce = nn.CrossEntropyLoss
 REFUSED = {
-    "batch norm in training": (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), ce(),
-                               "BatchNorm1d in training mode .* influence one another.*eval"),
-    "functional batch norm": (lambda: Net(lambda s, x: s.b(F.batch_norm(s.a(x), None, None, training=True)), **two()), ce(),
-                              "samples influence one another"),
+    "batch norm in training": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+        ce(),
+        "BatchNorm1d in training mode .* influence one another.*eval",
+    ),
+    "functional batch norm": (
+        lambda: Net(lambda s, x: s.b(F.batch_norm(s.a(x), None, None, training=True)), **two()),
+        ce(),
+        "samples influence one another",
+    ),
     "batch attention": (lambda: Net(batch_attention, **two()), ce(), "samples influence one another"),
     "centred batch": (lambda: Net(centred, **two()), ce(), "samples influence one another"),
-    "contrastive": (lambda: Net(lambda s, x: F.normalize(s.a(x)) @ F.normalize(s.a(x)).T, **two()),
-                    lambda f, y: F.cross_entropy(f, torch.arange(4)), "influence one another"),
+    "contrastive": (
+        lambda: Net(lambda s, x: F.normalize(s.a(x)) @ F.normalize(s.a(x)).T, **two()),
+        lambda f, y: F.cross_entropy(f, torch.arange(4)),
+        "influence one another",
+    ),
     "coupling loss": (linear, lambda f, y: f.sum().square(), "couples rows of the batch"),
     "negative factor": (linear, lambda f, y: f, "negative factor"),
     "not convex": (linear, lambda f, y: -f.square().sum(), "not positive semi-definite"),
-    "not finite": (lambda: Net(lambda s, x: s.a(x) * 1e38 * 1e38, **two()), lambda f, y: f.clamp(-1, 1).square().sum(), "not finite"),
-    "complex": (lambda: Net(lambda s, x: torch.view_as_complex(s.b(x).view(-1, 1, 2)), **two()), lambda f, y: f.abs().square().sum(),
-                "complex"),
+    "not finite": (
+        lambda: Net(lambda s, x: s.a(x) * 1e38 * 1e38, **two()),
+        lambda f, y: f.clamp(-1, 1).square().sum(),
+        "not finite",
+    ),
+    "complex": (
+        lambda: Net(lambda s, x: torch.view_as_complex(s.b(x).view(-1, 1, 2)), **two()),
+        lambda f, y: f.abs().square().sum(),
+        "complex",
+    ),
     "nonlinear use": (linear, lambda f, y: f, "not linear in this loss"),
-    "reentrant checkpoint": (lambda: Net(lambda s, x: s.b(checkpoint(s.a, x.requires_grad_(), use_reentrant=True)), **two()), ce(),
-                             "use_reentrant=False"),
+    "reentrant checkpoint": (
+        lambda: Net(lambda s, x: s.b(checkpoint(s.a, x.requires_grad_(), use_reentrant=True)), **two()),
+        ce(),
+        "use_reentrant=False",
+    ),
     "closure": (linear, lambda f, y: f, "otherwise than through its arguments"),
 }
 
@@ -71,8 +91,11 @@ def run(name, model, loss, x, y):
         return loss(model(x), y).exp()
     if name == "closure":
         f = model(x)
-        outer = nnj.extend(lambda z, t: F.cross_entropy(z, t) + f.square().sum()) if loss is not None else (
-            lambda z, t: F.cross_entropy(z, t) + f.square().sum())
+        outer = (
+            nnj.extend(lambda z, t: F.cross_entropy(z, t) + f.square().sum())
+            if loss is not None
+            else (lambda z, t: F.cross_entropy(z, t) + f.square().sum())
+        )
         return outer(f * 1, y)
     return loss(model(x), y)
 
@@ -150,8 +173,10 @@ def test_a_block_beyond_the_limit_is_refused_before_it_is_allocated():
     x = torch.randn(2, 1000)
     model = nnj.extend(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 2)))  # a block of 3.6 TiB
     loss = nnj.extend(nn.CrossEntropyLoss())
-    with pytest.raises(nnj.NNJError, match=r"ggn_block of '0' \(Linear\) would be 1001000 x 1001000.*block_limit=10000.*ggn_diag"), \
-            nnj.collect("ggn_block"):
+    with (
+        pytest.raises(nnj.NNJError, match=r"ggn_block of '0' \(Linear\) would be 1001000 x 1001000.*block_limit=10000.*ggn_diag"),
+        nnj.collect("ggn_block"),
+    ):
         loss(model(x), torch.tensor([0, 1])).backward()
     with nnj.collect("ggn_block", modules=[model[1]], block_limit=2002):
         loss(model(x), torch.tensor([0, 1])).backward()
@@ -188,8 +213,12 @@ def test_a_rule_that_returns_the_wrong_shape():
     try:
         model = nnj.extend(nn.Sequential(nn.Linear(3, 4), Squash()))
         loss = nnj.extend(nn.CrossEntropyLoss())
-        with pytest.raises(nnj.PluginError, match=r"plugin 'nnj-squash' \(layer '1'\): vjp of 'input' returned .*3\), expected .*4\)"), \
-                nnj.collect("ggn_diag"):
+        with (
+            pytest.raises(
+                nnj.PluginError, match=r"plugin 'nnj-squash' \(layer '1'\): vjp of 'input' returned .*3\), expected .*4\)"
+            ),
+            nnj.collect("ggn_diag"),
+        ):
             loss(model(data()[0]), data()[1]).backward()
     finally:
         plugins.use(former)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import nnj
-from tests.zoo import CASES, Case
 from tests.truth import Truth
+from tests.zoo import CASES, Case
 
 ALL = ("ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad")
 

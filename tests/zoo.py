@@ -1,4 +1,5 @@
 """The table of models: each row is a model, its inputs, and a loss; the tests are products over it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +12,31 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-N, T, D, C = 4, 3, 4, 3
+from tests.parts import (
+    MASK,
+    D,
+    Net,
+    P,
+    Scaled,
+    Sine,
+    T,
+    between,
+    block,
+    conv,
+    dense_net,
+    gated,
+    language_model,
+    masked,
+    residual,
+    segment,
+    sequence_first,
+    slices,
+    time_major,
+    transformer,
+    u_net,
+)
+
+N, C = 4, 3
 
 
 @dataclass
@@ -53,141 +78,6 @@ def images() -> tuple[Any, Any]:
     return (torch.randn(N, 2, 6, 6),), labels(N)
 
 
-class Net(nn.Module):
-    """A model given by its parts and its forward."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any):
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(self, *args, **kwargs)
-
-
-P = lambda *shape: nn.Parameter(torch.randn(*shape))
-conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
-
-
-def residual(s, x):
-    h = s.relu(s.a(x))
-    identity = h
-    out = s.b(h)
-    out += identity
-    return s.head(F.adaptive_avg_pool2d(s.relu(out), 1).flatten(1))
-
-
-def dense_net(s, x):
-    h = torch.cat([x, s.a(x).relu()], 1)
-    h = torch.cat([h, s.b(h).tanh()], 1)
-    return s.head(h.mean((2, 3)))
-
-
-def u_net(s, x):
-    down = s.pool(s.a(x).relu())
-    up = F.interpolate(s.b(down), scale_factor=2, mode="nearest")
-    return s.head(torch.cat([up, x], 1))
-
-
-def attend(s, h):
-    n, t, d = h.shape
-    q, k, v = s.qkv(s.norm(h)).view(n, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
-    a = F.scaled_dot_product_attention(q, k, v, is_causal=s.causal).transpose(1, 2).reshape(n, t, d)
-    h = h + s.scale * s.out(a)
-    return h + s.down(F.gelu(s.up(s.norm2(h))))
-
-
-def transformer(s, x):
-    h = torch.cat([s.token.expand(len(x), 1, D), s.inner(x)], 1) + s.place
-    return s.head(attend(s, h)[:, 0])
-
-
-def block(causal: bool = False) -> dict[str, Any]:
-    return dict(norm=nn.LayerNorm(D), qkv=nn.Linear(D, 3 * D), out=nn.Linear(D, D), norm2=nn.LayerNorm(D), up=nn.Linear(D, 2 * D),
-                down=nn.Linear(2 * D, D), scale=P(D), causal=causal)
-
-
-def language(s, x):
-    h = s.embed(x) + s.place(torch.arange(x.shape[1]))
-    return s.head(attend(s, h))
-
-
-def language_model(tied: bool) -> nn.Module:
-    m = Net(lambda s, x: language(s, x).view(-1, 5), embed=nn.Embedding(5, D), place=nn.Embedding(T, D),
-            head=nn.Linear(D, 5, bias=False), **block(True))
-    if tied:
-        m.head.weight = m.embed.weight
-    return m
-
-
-def between(s, x):
-    h = F.gelu(s.a(x)).view(len(x), 2, D).permute(0, 2, 1).softmax(-1)
-    h = torch.cat([h[:, 0], h[..., 1]], -1) * s.gain + s.shift
-    return s.b(h)
-
-
-def slices(s, x):
-    h = s.a(x) * 1
-    h[:, 0] = h[:, 1].clone() * s.gain[0]
-    h[:, 2:] += s.gain[2:]
-    return s.b(h)
-
-
-class Sine(torch.autograd.Function):
-    """Old style: torch.func cannot take it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g * x.cos()
-
-
-class Scaled(nn.Linear):
-    """A subclass that must not be taken for its parent."""
-
-    def forward(self, x):
-        return super().forward(x) * 2 + x.mean(-1, keepdim=True)
-
-
-def segment(s, x):
-    return s.b(s.a(x).relu())
-
-
-def gated(s, x):
-    route = (x.sum(-1) > 0).long()
-    out = torch.zeros(len(x), D, dtype=x.dtype)
-    for i, expert in enumerate((s.e0, s.e1)):
-        rows = (route == i).nonzero()[:, 0]
-        out = out.index_put((rows,), expert(x[rows]))
-    return s.head(out + x)
-
-
-def time_major(s, x, mix):
-    h = s.a(x).tanh()
-    h = h + h.mean(1, keepdim=True) * mix
-    return s.b(h.permute(1, 0, 2).reshape(-1, D))
-
-
-def masked(s, x):
-    h = s.a(x).tanh()
-    h = h + h.mean(1, keepdim=True)
-    return s.b(h[MASK])
-
-
-MASK = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
-
-
-def sequence_first(s, x):
-    h = s.a(x).tanh()
-    return s.b((h + h.mean(0, keepdim=True)).mean(0))
-
-
 def twin_of(change: Callable[[nn.Module], None]) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
         change(model)
@@ -208,7 +98,9 @@ def frozen_prefix() -> nn.Module:
 
 
 def eval_norm() -> nn.Module:
-    m = nn.Sequential(conv(2, D), nn.BatchNorm2d(D), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, C))
+    m = nn.Sequential(
+        conv(2, D), nn.BatchNorm2d(D), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, C)
+    )
     m[1].running_mean.uniform_(-1, 1)
     m[1].running_var.uniform_(0.5, 2)
     return m.eval()
@@ -223,78 +115,205 @@ regression = lambda: ((torch.randn(N, D),), torch.randn(N, C))
 
 CASES = [
     Case("mlp", lambda: nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C)), vectors),
-    Case("cnn", lambda: nn.Sequential(conv(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2, groups=2), nn.Sigmoid(),
-                                      nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, C)), images),
-    Case("residual, in place", lambda: Net(residual, a=conv(2, 4), b=conv(4, 4), relu=nn.ReLU(inplace=True), head=nn.Linear(4, C)),
-         images),
+    Case(
+        "cnn",
+        lambda: nn.Sequential(
+            conv(2, 4),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 2, groups=2),
+            nn.Sigmoid(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4, C),
+        ),
+        images,
+    ),
+    Case(
+        "residual, in place",
+        lambda: Net(residual, a=conv(2, 4), b=conv(4, 4), relu=nn.ReLU(inplace=True), head=nn.Linear(4, C)),
+        images,
+    ),
     Case("dense net", lambda: Net(dense_net, a=conv(2, 3), b=conv(5, 2), head=nn.Linear(7, C)), images),
-    Case("u-net, extra axes", lambda: Net(u_net, a=conv(2, 3), pool=nn.MaxPool2d(2), b=conv(3, 2), head=nn.Conv2d(4, C, 1)),
-         lambda: ((torch.randn(2, 2, 4, 4),), labels(2, 4, 4))),
-    Case("transformer", lambda: Net(transformer, inner=nn.Linear(D, D), token=P(1, 1, D), place=P(T + 1, D), head=nn.Linear(D, C),
-                                    **block()), tokens),
-    Case("functional calls", lambda: Net(between, a=nn.Linear(D, 2 * D), b=nn.Linear(D + 2, C), gain=P(D + 2), shift=P(1, D + 2)),
-         vectors),
+    Case(
+        "u-net, extra axes",
+        lambda: Net(u_net, a=conv(2, 3), pool=nn.MaxPool2d(2), b=conv(3, 2), head=nn.Conv2d(4, C, 1)),
+        lambda: ((torch.randn(2, 2, 4, 4),), labels(2, 4, 4)),
+    ),
+    Case(
+        "transformer",
+        lambda: Net(transformer, inner=nn.Linear(D, D), token=P(1, 1, D), place=P(T + 1, D), head=nn.Linear(D, C), **block()),
+        tokens,
+    ),
+    Case(
+        "functional calls",
+        lambda: Net(between, a=nn.Linear(D, 2 * D), b=nn.Linear(D + 2, C), gain=P(D + 2), shift=P(1, D + 2)),
+        vectors,
+    ),
     Case("in-place slices", lambda: Net(slices, **two(gain=P(D))), vectors),
     Case("called twice", lambda: Net(lambda s, x: s.b(s.a(s.a(x).tanh())), **two()), vectors),
-    Case("convolution called twice", lambda: Net(lambda s, x: s.h(s.a(s.a(x).tanh()).mean((2, 3))), a=conv(2, 2), h=nn.Linear(2, C)),
-         images),
-    Case("tied language model", lambda: language_model(True), lambda: ((labels(N, T, c=5),), labels(N * T, c=5)),
-         owner=lambda n: torch.arange(n) // T),
-    Case("language model", lambda: language_model(False), lambda: ((labels(N, T, c=5),), labels(N * T, c=5)),
-         owner=lambda n: torch.arange(n) // T),
-    Case("a weight used by a layer and by hand", lambda: Net(lambda s, x: s.b(F.linear(s.a(x).tanh(), s.a.weight)), **two()), vectors),
-    Case("two inputs", lambda: Net(lambda s, x, z: s.b(s.a(x) * s.c(z).sigmoid()), c=nn.Linear(2, D), **two()),
-         lambda: ((torch.randn(N, D), torch.randn(N, 2)), labels(N))),
-    Case("dict output", lambda: Net(lambda s, x: {"logits": s.b(s.a(x).relu()), "aux": s.a(x)}, **two()), vectors,
-         outputs=lambda run, x: [run(x)["logits"]]),
-    Case("siamese", lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C)),
-         lambda: ((torch.randn(N, D), torch.randn(N, D)), None), loss=lambda: lambda f, g: (f - g).square().sum(),
-         outputs=lambda run, x, z: [(run(x), run(z))]),
-    Case("a branch that does not reach the loss", lambda: Net(lambda s, x: (s.b(s.a(x).tanh()), s.c(x))[0], c=nn.Linear(D, 2), **two()),
-         vectors),
-    Case("checkpoint", lambda: Net(lambda s, x: s.b(checkpoint(lambda h: s.c(s.a(h).tanh() * s.gain).relu(), x, use_reentrant=False)),
-                                   c=nn.Linear(D, D), **two(gain=P(D))), vectors,
-         twin=body(lambda s, x: s.b(s.c(s.a(x).tanh() * s.gain).relu()))),
+    Case(
+        "convolution called twice",
+        lambda: Net(lambda s, x: s.h(s.a(s.a(x).tanh()).mean((2, 3))), a=conv(2, 2), h=nn.Linear(2, C)),
+        images,
+    ),
+    Case(
+        "tied language model",
+        lambda: language_model(True),
+        lambda: ((labels(N, T, c=5),), labels(N * T, c=5)),
+        owner=lambda n: torch.arange(n) // T,
+    ),
+    Case(
+        "language model",
+        lambda: language_model(False),
+        lambda: ((labels(N, T, c=5),), labels(N * T, c=5)),
+        owner=lambda n: torch.arange(n) // T,
+    ),
+    Case(
+        "a weight used by a layer and by hand",
+        lambda: Net(lambda s, x: s.b(F.linear(s.a(x).tanh(), s.a.weight)), **two()),
+        vectors,
+    ),
+    Case(
+        "two inputs",
+        lambda: Net(lambda s, x, z: s.b(s.a(x) * s.c(z).sigmoid()), c=nn.Linear(2, D), **two()),
+        lambda: ((torch.randn(N, D), torch.randn(N, 2)), labels(N)),
+    ),
+    Case(
+        "dict output",
+        lambda: Net(lambda s, x: {"logits": s.b(s.a(x).relu()), "aux": s.a(x)}, **two()),
+        vectors,
+        outputs=lambda run, x: [run(x)["logits"]],
+    ),
+    Case(
+        "siamese",
+        lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C)),
+        lambda: ((torch.randn(N, D), torch.randn(N, D)), None),
+        loss=lambda: lambda f, g: (f - g).square().sum(),
+        outputs=lambda run, x, z: [(run(x), run(z))],
+    ),
+    Case(
+        "a branch that does not reach the loss",
+        lambda: Net(lambda s, x: (s.b(s.a(x).tanh()), s.c(x))[0], c=nn.Linear(D, 2), **two()),
+        vectors,
+    ),
+    Case(
+        "checkpoint",
+        lambda: Net(
+            lambda s, x: s.b(checkpoint(lambda h: s.c(s.a(h).tanh() * s.gain).relu(), x, use_reentrant=False)),
+            c=nn.Linear(D, D),
+            **two(gain=P(D)),
+        ),
+        vectors,
+        twin=body(lambda s, x: s.b(s.c(s.a(x).tanh() * s.gain).relu())),
+    ),
     Case("subclass of Linear", lambda: Net(lambda s, x: s.b(s.c(s.a(x))), c=Scaled(D, D), **two()), vectors),
-    Case("weight norm", lambda: Net(lambda s, x: s.b(s.c(s.a(x).tanh())), c=parametrizations.weight_norm(nn.Linear(D, D)), **two()),
-         vectors),
-    Case("spectral norm", lambda: Net(lambda s, x: s.b(s.c(s.a(x).tanh())), c=parametrizations.spectral_norm(nn.Linear(D, D)),
-                                      **two()).eval(), vectors),
-    Case("custom function", lambda: Net(lambda s, x: s.b(Sine.apply(s.a(x))), **two()), vectors,
-         twin=body(lambda s, x: s.b(s.a(x).sin()))),
+    Case(
+        "weight norm",
+        lambda: Net(lambda s, x: s.b(s.c(s.a(x).tanh())), c=parametrizations.weight_norm(nn.Linear(D, D)), **two()),
+        vectors,
+    ),
+    Case(
+        "spectral norm",
+        lambda: Net(lambda s, x: s.b(s.c(s.a(x).tanh())), c=parametrizations.spectral_norm(nn.Linear(D, D)), **two()).eval(),
+        vectors,
+    ),
+    Case(
+        "custom function",
+        lambda: Net(lambda s, x: s.b(Sine.apply(s.a(x))), **two()),
+        vectors,
+        twin=body(lambda s, x: s.b(s.a(x).sin())),
+    ),
     Case("batch norm in eval", eval_norm, images),
-    Case("multi-head attention", lambda: Net(lambda s, x: s.head(s.a(x, x, x)[0][:, 0]), a=nn.MultiheadAttention(D, 2, batch_first=True),
-                                             head=nn.Linear(D, C)), tokens),
-    Case("gru", lambda: Net(lambda s, x: s.head(s.a(x)[0][:, -1]), a=nn.GRU(D, D, batch_first=True), head=nn.Linear(D, C)), tokens),
-    Case("lstm", lambda: Net(lambda s, x: s.head(s.a(x)[0].mean(1)), a=nn.LSTM(D, D, batch_first=True), head=nn.Linear(D, C)), tokens),
-    Case("a list of parameters", lambda: Net(lambda s, x: s.b(torch.tanh(x @ s.p[0] + s.p[1])), p=nn.ParameterList([P(D, D), P(D)]),
-                                             b=nn.Linear(D, C)), vectors),
+    Case(
+        "multi-head attention",
+        lambda: Net(
+            lambda s, x: s.head(s.a(x, x, x)[0][:, 0]), a=nn.MultiheadAttention(D, 2, batch_first=True), head=nn.Linear(D, C)
+        ),
+        tokens,
+    ),
+    Case(
+        "gru", lambda: Net(lambda s, x: s.head(s.a(x)[0][:, -1]), a=nn.GRU(D, D, batch_first=True), head=nn.Linear(D, C)), tokens
+    ),
+    Case(
+        "lstm",
+        lambda: Net(lambda s, x: s.head(s.a(x)[0].mean(1)), a=nn.LSTM(D, D, batch_first=True), head=nn.Linear(D, C)),
+        tokens,
+    ),
+    Case(
+        "a list of parameters",
+        lambda: Net(lambda s, x: s.b(torch.tanh(x @ s.p[0] + s.p[1])), p=nn.ParameterList([P(D, D), P(D)]), b=nn.Linear(D, C)),
+        vectors,
+    ),
     Case("one parameter for each place", lambda: Net(lambda s, x: s.b((s.a(x) * s.m).sum(1)), **two(m=P(T, D))), tokens),
-    Case("conv1d and group norm", lambda: nn.Sequential(nn.Conv1d(T, 4, 2), nn.GroupNorm(2, 4), nn.ELU(), nn.Flatten(), nn.Linear(12, C)),
-         tokens),
+    Case(
+        "conv1d and group norm",
+        lambda: nn.Sequential(nn.Conv1d(T, 4, 2), nn.GroupNorm(2, 4), nn.ELU(), nn.Flatten(), nn.Linear(12, C)),
+        tokens,
+    ),
     Case("experts", lambda: Net(gated, e0=nn.Linear(D, D), e1=nn.Linear(D, D), head=nn.Linear(D, C)), vectors),
-    Case("time-major rows", lambda: Net(lambda s, x: time_major(s, x, 0.0), **two()), lambda: ((torch.randn(N, T, D),), labels(N * T)),
-         owner=lambda n: torch.arange(n) % N),
-    Case("time-major rows that mix", lambda: Net(lambda s, x: time_major(s, x, 1.0), **two()),
-         lambda: ((torch.randn(N, T, D),), labels(N * T)), owner=lambda n: torch.arange(n) % N),
-    Case("masked rows that mix", lambda: Net(masked, **two()), lambda: ((torch.randn(N, T, D),), labels(int(MASK.sum()))),
-         owner=lambda n: MASK.nonzero()[:, 0]),
+    Case(
+        "time-major rows",
+        lambda: Net(lambda s, x: time_major(s, x, 0.0), **two()),
+        lambda: ((torch.randn(N, T, D),), labels(N * T)),
+        owner=lambda n: torch.arange(n) % N,
+    ),
+    Case(
+        "time-major rows that mix",
+        lambda: Net(lambda s, x: time_major(s, x, 1.0), **two()),
+        lambda: ((torch.randn(N, T, D),), labels(N * T)),
+        owner=lambda n: torch.arange(n) % N,
+    ),
+    Case(
+        "masked rows that mix",
+        lambda: Net(masked, **two()),
+        lambda: ((torch.randn(N, T, D),), labels(int(MASK.sum()))),
+        owner=lambda n: MASK.nonzero()[:, 0],
+    ),
     Case("permuted rows", lambda: Net(lambda s, x: s.b(s.a(x).tanh()[torch.tensor([2, 0, 3, 1])]), **two()), vectors),
     Case("sequence first", lambda: Net(sequence_first, **two()), lambda: ((torch.randn(T, N, D),), labels(N)), axis=1),
-    Case("as many places as samples, sequence first", lambda: Net(sequence_first, **two()),
-         lambda: ((torch.randn(N, N, D),), labels(N)), axis=1),
-    Case("two views in one batch", lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C)),
-         lambda: ((torch.randn(N, D), torch.randn(N, D)), None), loss=lambda: lambda f, g: (f - g).square().mean(),
-         outputs=lambda run, x, z: [tuple(run(torch.cat([x, z])).chunk(2))]),
+    Case(
+        "as many places as samples, sequence first",
+        lambda: Net(sequence_first, **two()),
+        lambda: ((torch.randn(N, N, D),), labels(N)),
+        axis=1,
+    ),
+    Case(
+        "two views in one batch",
+        lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C)),
+        lambda: ((torch.randn(N, D), torch.randn(N, D)), None),
+        loss=lambda: lambda f, g: (f - g).square().mean(),
+        outputs=lambda run, x, z: [tuple(run(torch.cat([x, z])).chunk(2))],
+    ),
     Case("frozen parts", frozen_prefix, vectors),
-    Case("segmentation, class weights", lambda: Net(segment, a=conv(2, 3), b=nn.Conv2d(3, C, 1)),
-         lambda: ((torch.randn(2, 2, 3, 3),), labels(2, 3, 3)),
-         loss=lambda: nn.CrossEntropyLoss(torch.rand(C, dtype=torch.float64) + 0.5, reduction="sum", label_smoothing=0.1)),
-    Case("soft targets", lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()), lambda: ((torch.randn(N, D),), torch.rand(N, C).softmax(1))),
+    Case(
+        "segmentation, class weights",
+        lambda: Net(segment, a=conv(2, 3), b=nn.Conv2d(3, C, 1)),
+        lambda: ((torch.randn(2, 2, 3, 3),), labels(2, 3, 3)),
+        loss=lambda: nn.CrossEntropyLoss(torch.rand(C, dtype=torch.float64) + 0.5, reduction="sum", label_smoothing=0.1),
+    ),
+    Case(
+        "soft targets",
+        lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()),
+        lambda: ((torch.randn(N, D),), torch.rand(N, C).softmax(1)),
+    ),
     Case("mse", lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()), regression, loss=nn.MSELoss),
-    Case("binary", lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()), lambda: ((torch.randn(N, D),), torch.rand(N, C)),
-         loss=lambda: nn.BCEWithLogitsLoss(pos_weight=torch.rand(C, dtype=torch.float64) + 0.5)),
-    Case("a plain function", lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()), lambda: ((torch.randn(N, D),), torch.rand(N, C)),
-         loss=lambda: poisson),
-    Case("one sample", lambda: language_model(False), lambda: ((labels(1, T, c=5),), labels(T, c=5)), owner=lambda n: torch.arange(n) // T),
+    Case(
+        "binary",
+        lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()),
+        lambda: ((torch.randn(N, D),), torch.rand(N, C)),
+        loss=lambda: nn.BCEWithLogitsLoss(pos_weight=torch.rand(C, dtype=torch.float64) + 0.5),
+    ),
+    Case(
+        "a plain function",
+        lambda: Net(lambda s, x: s.b(s.a(x).tanh()), **two()),
+        lambda: ((torch.randn(N, D),), torch.rand(N, C)),
+        loss=lambda: poisson,
+    ),
+    Case(
+        "one sample",
+        lambda: language_model(False),
+        lambda: ((labels(1, T, c=5),), labels(T, c=5)),
+        owner=lambda n: torch.arange(n) // T,
+    ),
 ]
