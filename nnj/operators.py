@@ -116,11 +116,25 @@ class Dense(Jacobian):
 
 
 class Diagonal(Jacobian):
-    """An elementwise map: d = f'(x), of (N, *shape)."""
+    """An elementwise map: d = f'(x), of (N, *shape).
 
-    def __init__(self, d: Tensor):
-        super().__init__(d.shape[1:], d.shape[1:], d)
-        self.d = d
+    Args:
+        d: the slopes, or what makes them when they are asked for, so that they stand in memory no longer than they are used.
+        like: a tensor of d's shape and dtype, if d is made.
+    """
+
+    def __init__(self, d: Tensor | Callable[[], Tensor], like: Tensor | None = None):
+        if like is None:
+            if not isinstance(d, Tensor):
+                raise TypeError("Diagonal takes a tensor, or a function that makes it and a tensor that is like it")
+            like = d
+        super().__init__(like.shape[1:], like.shape[1:], like)
+        self._d = d
+
+    @property
+    def d(self) -> Tensor:
+        """The slopes."""
+        return self._d if isinstance(self._d, Tensor) else self._d()
 
     def jvp(self, v: Tensor) -> Tensor:
         return v * self.d
@@ -129,10 +143,10 @@ class Diagonal(Jacobian):
         return u * self.d
 
     def square(self) -> Jacobian:
-        return self.times(self)
+        return Diagonal(lambda: self.d.square(), self.like)
 
     def times(self, other: Jacobian) -> Jacobian:
-        return Diagonal(self.d * other.d) if isinstance(other, Diagonal) else super().times(other)
+        return Diagonal(lambda: self.d * other.d, self.like) if isinstance(other, Diagonal) else super().times(other)
 
 
 class Identity(Jacobian):

@@ -77,7 +77,12 @@ FROM_X: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 def from_y(slope: Callable[[Any, Tensor], Tensor]) -> Rule:
     """dy = f'(x) dx, with f'(x) told from y."""
-    return lambda m, x, y: {"input": nnj.Diagonal(slope(m, y))}
+
+    def rule(m: Any, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+        slope(m, y[:0])  # declines now, if y does not tell
+        return {"input": nnj.Diagonal(lambda: slope(m, y), y)}
+
+    return rule
 
 
 def from_x(slope: Callable[[Any, Tensor], Tensor]) -> Rule:
@@ -85,7 +90,7 @@ def from_x(slope: Callable[[Any, Tensor], Tensor]) -> Rule:
 
     def rule(m: Any, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
         known_if(not getattr(m, "inplace", False), "inplace=True has destroyed x, and y does not tell it")
-        return {"input": nnj.Diagonal(slope(m, x))}
+        return {"input": nnj.Diagonal(lambda: slope(m, x), x)}
 
     return rule
 

@@ -115,12 +115,12 @@ class Normalize(nnj.Jacobian):
 
 def sinusoidal(m: Sinusoidal, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = cos(x) dx."""
-    return {"input": nnj.Diagonal(x.cos())}
+    return {"input": nnj.Diagonal(x.cos, x)}
 
 
 def trunc_exp(m: TruncExp, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = exp(min(max(x, -15), 15)) dx."""
-    return {"input": nnj.Diagonal(slope(x))}
+    return {"input": nnj.Diagonal(lambda: slope(x), x)}
 
 
 def l2_norm(m: L2Norm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
