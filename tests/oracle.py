@@ -10,11 +10,10 @@ import functools
 from typing import Any
 
 import torch
+from tests.cases import CASES, EITHER, Case
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils._pytree import tree_flatten, tree_unflatten
-
-from cases import CASES, Case
 
 
 def build(case: Case, twin: bool = False) -> nn.Module:
@@ -37,14 +36,16 @@ def data_of(case: Case) -> tuple[Any, ...]:
 
 
 def losses_of(case: Case) -> tuple[Any, ...]:
+    torch.manual_seed(3)
     made = case.loss()
     return tuple(l.double() if isinstance(l, nn.Module) else l for l in (made if isinstance(made, tuple) else (made,)))
 
 
-def run(case: Case, model: Any, losses: tuple[Any, ...]) -> Tensor:
+def run(case: Case, model: Any, losses: tuple[Any, ...], data: tuple[Any, ...] | None = None) -> Tensor:
     """The user's code, with its random numbers always the same."""
+    data = data_of(case) if data is None else data
     torch.manual_seed(2)
-    return case.run(model, losses[0] if len(losses) == 1 else losses, *data_of(case))
+    return case.run(model, losses[0] if len(losses) == 1 else losses, *data)
 
 
 class _Notes:
@@ -78,42 +79,55 @@ class _Notes:
 
 
 class Truth:
-    """Dense truth of one case: `diag`, `block` and `batch_grad` by the names of parameters."""
+    """Dense truth of one case: `diag`, `block` and `batch_grad` by the names of parameters.
+
+    Errors: AssertionError if torch.func computes another output (another mask of dropout), or another gradient, than
+    autograd: the case then needs a twin.
+    """
 
     def __init__(self, case: Case):
-        model = build(case, twin=True)
+        model, data = build(case, twin=True), data_of(case)
         notes = _Notes()
         losses = tuple(notes.wrap(loss) for loss in losses_of(case))
-        self.value = run(case, model, losses).detach()
+        self.value = run(case, model, losses, data).detach()
         notes.first = False
-        calls, outs = notes.which, notes.seen
+        outs = notes.seen
         shapes = [t.shape for t in outs]
         params = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
 
-        def outputs(p: dict[str, Tensor]) -> Tensor:
+        def outputs(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             notes.start()
-            run(case, lambda *args, **kwargs: functional_call(model, p, args, kwargs), losses)
-            return torch.cat([t.flatten() for t in notes.seen])
+            run(case, lambda *args, **kwargs: functional_call(model, p, args, kwargs), losses, data)
+            flat = torch.cat([t.flatten() for t in notes.seen])
+            return flat, flat
 
         def scalar(flat: Tensor) -> Tensor:
             parts = [t.reshape(s) for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
             notes.start(parts)
-            return run(case, lambda *args, **kwargs: functional_call(model, params, args, kwargs), losses)
+            return run(case, lambda *args, **kwargs: functional_call(model, params, args, kwargs), losses, data)
 
         z = torch.cat([t.detach().flatten() for t in outs])
-        j = jacrev(outputs)(params)
+        j, again = jacrev(outputs, has_aux=True)(params)
+        assert torch.allclose(again, z, rtol=1e-12, atol=1e-14), f"{case.name}: torch.func computes another output"
         self.jacobian = {name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()}
         self.gradient = jacrev(scalar)(z).detach()
         self.hessian = jacrev(jacrev(scalar))(z).detach()
-        numbers = case.numbers([t.detach() for t in outs], data_of(case))
-        self.owners = torch.cat([w.reshape(-1, *[1] * (t.dim() - 1)).expand(t.shape).flatten()
+        numbers = case.numbers([t.detach() for t in outs], data)
+        self._owners(numbers, outs, case)
+        run(case, model, losses_of(case), data).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                assert torch.allclose(self.batch_grad(name).sum(0), p.grad, rtol=1e-9, atol=1e-12), f"{case.name}: {name}"
+
+    def _owners(self, numbers: list[Tensor], outs: list[Tensor], case: Case) -> None:
+        self.owners = torch.cat([w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
                                  for w, t in zip(numbers, outs, strict=True)])
-        assert len(calls) > 0
+        self.n = int(self.owners.max()) + 1 if case.n is None else case.n
 
     def columns(self, name: str) -> Tensor:
         """The Jacobian of all outputs in one parameter, (D, P)."""
-        return self.jacobian[name].flatten(1)
+        j = self.jacobian[name]
+        return j.reshape(len(j), -1)
 
     def block(self, names: list[str]) -> Tensor:
         j = torch.cat([self.columns(name) for name in names], 1)
@@ -123,20 +137,19 @@ class Truth:
         return self.block([name]).diagonal().reshape(self.jacobian[name].shape[1:])
 
     def batch_grad(self, name: str) -> Tensor:
-        n = int(self.owners.max()) + 1
-        share = torch.zeros(n, len(self.owners), dtype=self.gradient.dtype)
+        share = torch.zeros(self.n, len(self.owners), dtype=self.gradient.dtype)
         at = torch.arange(len(self.owners))
         share[self.owners, at] = self.gradient[at]
-        return (share @ self.columns(name)).reshape(n, *self.jacobian[name].shape[1:])
+        return (share @ self.columns(name)).reshape(self.n, *self.jacobian[name].shape[1:])
 
 
 @functools.cache
 def truth(name: str) -> Truth:
-    return Truth(CASES[name])
+    return Truth((CASES | EITHER)[name])
 
 
 def close(found: Any, expected: Tensor) -> str:
-    """"" if equal to rtol 1e-8 of each entry, or of 1e-4 of the largest; else what is the matter."""
+    """Nothing if equal, to 1e-8 of each entry or 1e-12 of the largest; else what is the matter."""
     if not isinstance(found, Tensor):
         return f"is {found!r}"
     if found.shape != expected.shape:
