@@ -24,9 +24,9 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner]:
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
     for n, owner in _readings(graph, rows, mark, device):
-        for probed in (False, True):
+        for probed, cut in ((False, False), (True, False), (False, True)):
             try:
-                sweep = Sweep(graph, n, _on_roots(graph, owner), probed)
+                sweep = Sweep(graph, n, _on_roots(graph, owner), probed, cut)
             except Coupled as error:
                 refusal = refusal or error
                 continue

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnj.attention import attention_backward, fused_attention
 from nnj.errors import NNJError
+from nnj.names import TRUSTED
 from nnj.records import Edge
 
 T = TypeVar("T")
@@ -67,11 +68,13 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         return out if isinstance(out, tuple) else (out,)
 
     given = [t for t in arrived if t is not None]
+    if k == 1:
+        return [None if t is None else t[None] for t in run(*[t[0] for t in given])]
     try:
-        if k == 1:
-            return [None if t is None else t[None] for t in run(*[t[0] for t in given])]
         with _quiet():
-            return _vmapped(run, given)
+            found = _vmapped(run, given)
+        if node_name(node) in TRUSTED or _confirmed(run, given, found):
+            return found
     except RuntimeError as error:
         if "second time" in str(error):
             raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
@@ -79,12 +82,23 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
-def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
-    """Columns (K, …, places) sent to where the largest entries were, which the node has saved once for all columns."""
-    index, shape = node._saved_result1.flatten(-2), node._saved_self.shape
-    g = g.flatten(-2)
-    zero = g.new_zeros(*g.shape[:-1], shape[-2] * shape[-1])
-    return zero.scatter_add(-1, index.expand(g.shape), g).unflatten(-1, shape[-2:])
+def _confirmed(run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: list[Tensor | None]) -> bool:
+    """Whether a random combination of all columns comes out alone as it does of them under vmap.
+
+    Not every batching rule of torch is right (that of cdist's backward is not); a node is linear in what it is given.
+    """
+    seed = torch.Generator().manual_seed(0x6E6E6A)
+    weights = torch.rand(len(given[0]), generator=seed, dtype=torch.float64) + 0.5
+    mix = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
+    alone = own_task(lambda: run(*[mix(t) for t in given]))
+    for one, columns in zip(alone, found, strict=True):
+        if (one is None) != (columns is None):
+            return False
+        if one is not None and columns is not None and one.numel():
+            tolerance = torch.finfo(one.dtype).eps ** 0.5 * columns.abs().max() * len(columns)
+            if one.shape != columns.shape[1:] or bool(((one - mix(columns)).abs() > tolerance).any()):
+                return False
+    return True
 
 
 @contextmanager
@@ -96,6 +110,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
+    """g of (K, N, C, *pooled) at the places that were the largest: what vmap would do column by column."""
+    x, index = node._saved_self, node._saved_result1
+    back = g.new_zeros(*g.shape[:-2], x.shape[-2] * x.shape[-1])
+    back.scatter_add_(-1, index.flatten(-2).expand(*g.shape[:-2], -1), g.flatten(-2))
+    return back.unflatten(-1, x.shape[-2:])
 
 
 def own_task(run: Callable[[], T]) -> T:

@@ -14,25 +14,8 @@ from torch import Tensor
 from nnj.errors import NNJError
 from nnj.factors import Owner
 from nnj.graph import Unit
+from nnj.names import ALONG, ATTENTION, BATCHED, BROADCASTING, ELEMENTWISE, VIEWS
 from nnj.nodes import node_name
-
-# Every entry of the result depends on the entry at the same place, or on one that is broadcast there.
-ELEMENTWISE = set("""Abs Acos Add Addcdiv Addcmul Alias Asin Atan Atan2 Celu Clamp ClampMax ClampMin Clone Copy Cos Cosh Div
-    Elu Erf Erfc Erfinv Exp Expm1 Exp2 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log Log1P Log2 Log10 LogSigmoid
-    Logaddexp MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow Prelu Reciprocal Relu Rsqrt Rsub Sigmoid Silu
-    Sin Sinh Softplus Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Where XLogY""".split())
-# Operands of these may be broadcast, and the node's result is then not yet summed to the operand's shape.
-BROADCASTING = set("Add Addcdiv Addcmul Atan2 Div Lerp Logaddexp Maximum Minimum Mul Pow Rsub Sub Where XLogY".split())
-# They work along the axes that they have saved, and leave the others alone.
-ALONG = set("""Softmax LogSoftmax Sum Mean Cat Split SplitWithSizes Select Slice Unbind Max Min Amax Amin Logsumexp Cumsum Flip
-    LinalgVectorNorm Norm Std Var StdMean VarMean Gather Prod Sort Topk""".split())
-# The batch of their first operand is axis 0, whatever else they do (their other operands are weights).
-BATCHED = {name: 0 for name in """Convolution ConvolutionOverrideable MkldnnConvolution MaxPool2DWithIndices
-    MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D UpsampleNearest1D
-    UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle
-    PixelUnshuffle NativeGroupNorm Im2Col Col2Im Mm""".split()} | {"Addmm": 1}
-_ATTENTION = "ScaledDotProduct"
-_VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
 
 
 def _axes(saved: Any, dims: int) -> set[int]:
@@ -48,7 +31,7 @@ def keeps_rows(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...
     name, same = node_name(node), into[0] == out[0]
     if name in ELEMENTWISE:
         return same and len(into) == len(out)
-    if name in _VIEWS:
+    if name in VIEWS:
         return True  # sample-major chunks of a contiguous tensor stay such
     if name in ALONG:
         saved = getattr(node, "_saved_dim", None)
@@ -77,7 +60,7 @@ def keeps_rows(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...
         return child == 0 and same and len(node._saved_normalized_shape) < len(into)
     if name in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
         return child == 0 and same and not node._saved_training
-    if name.startswith(_ATTENTION):
+    if name.startswith(ATTENTION):
         return child < 3 and same and len(into) == 4
     return BATCHED.get(name) == child and same and len(into) >= 2
 

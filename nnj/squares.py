@@ -12,8 +12,9 @@ from torch import Tensor
 from nnj.attention import attention_squares, fused_attention
 from nnj.errors import NNJError
 from nnj.graph import Unit
+from nnj.names import ELEMENTWISE
 from nnj.nodes import call_node
-from nnj.samples import ELEMENTWISE, describe
+from nnj.samples import describe
 
 # Jacobians of zeros and ones are their own squares: the same ones at every point, or (choices) chosen by the numbers.
 _COPIES = set("""View UnsafeView ReshapeAlias Permute Transpose T Swapaxes Unsqueeze Squeeze Select Slice Split SplitWithSizes
@@ -32,19 +33,24 @@ def squared_backward(unit: Unit, m: list[Tensor | None], k: int, paths: dict[int
     if name in _COPIES or (name in _CHOICES and other is None):
         return call_node(node, m, k)
     if name in _SINGLE:
-        ones: list[Tensor | None] = [None if t is None else torch.ones_like(t[:1]) for t in m]
+        ones = [None if t is None else torch.ones_like(t[:1]) for t in m]
+        if other is None:  # in one call: what a checkpoint has kept can be asked for once
+            both = call_node(node, [None if t is None or one is None else torch.cat([one, t])
+                                    for t, one in zip(m, ones, strict=True)], k + 1)
+            return [None if b is None else b[1:] * b[:1].detach() for b in both]
         factors, back = call_node(pair, ones, 1), call_node(node, m, k)
         return [None if c is None or b is None else b * c.detach() for b, c in zip(back, factors, strict=True)]
     (first, *_) = m
-    assert first is not None
+    if first is None:
+        raise _refusal(unit, paths)
     if name == "MaxPool2DWithIndices":
         return call_node(node, [first * (node._saved_result1 == pair._saved_result1)], k)
     if name in ("Mm", "Bmm"):
         return _products(first, (node._saved_self, node._saved_mat2), (pair._saved_self, pair._saved_mat2))
     if name == "Addmm":
-        bias = call_node(node, [torch.ones_like(first[:1])], 1)[0]
-        own = first if bias is None else first * bias.reshape(-1)[0] ** 2
-        return [own, *_products(first, (node._saved_mat1, node._saved_mat2), (pair._saved_mat1, pair._saved_mat2))]
+        alpha, beta = node._saved_alpha, node._saved_beta
+        products = _products(first, (node._saved_mat1, node._saved_mat2), (pair._saved_mat1, pair._saved_mat2))
+        return [first * beta**2, *(None if t is None else t * alpha**2 for t in products)]
     if name == "Softmax":
         p, q = node._saved_result, pair._saved_result
         both, axis = p * q, _axis(node._saved_dim, p.dim())
@@ -56,8 +62,12 @@ def squared_backward(unit: Unit, m: list[Tensor | None], k: int, paths: dict[int
         found = attention_squares(node, first, pair)
         if found is not None:
             return found
-    raise NNJError(f"diag_backprop cannot go on at {describe(unit, paths)}: no rule says what the squares of its Jacobian are. "
-                   f"Put the operation into a module with a rule, or leave out diag_backprop")
+    raise _refusal(unit, paths)
+
+
+def _refusal(unit: Unit, paths: dict[int, str]) -> NNJError:
+    return NNJError(f"diag_backprop cannot go on at {describe(unit, paths)}: no rule says what the squares of its Jacobian are. "
+                    f"Put the operation into a module with a rule, or leave out diag_backprop")
 
 
 def _axis(saved: int, dims: int) -> int:

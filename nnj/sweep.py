@@ -30,13 +30,15 @@ class Sweep:
         graph: the units.
         n: the number of samples.
         owners: for each root edge, whose its entries are.
+        cut: an operand beside the batch (the second of a product) has no samples, though layers lie behind it.
         probed: where it is not known which axis holds the samples, a broadcast operand need not be without samples: ask.
 
     Errors: `NNJError` if samples influence one another.
     """
 
-    def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False):
-        self.graph, self.n, self.probed = graph, n, probed
+    def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False,
+                 cut: bool = False):
+        self.graph, self.n, self.probed, self.cut = graph, n, probed, cut
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
@@ -76,12 +78,22 @@ class Sweep:
         if any(s is not None and s.explicit for s in states) or (unit.leaf is not None and unit.leaf is not self.graph.batched):
             self.explicit.add(unit)
         whole = unit in self.explicit
+        if whole and self.cut and self._on_the_batch(unit):
+            raise Coupled.at(describe(unit, self.graph.paths))
         for i, edge in enumerate(unit.out):
             if edge is None:
                 continue
             leaving = self.apart if whole else self._leaving(unit, i, edge, states)
             self.leaving[unit, i] = leaving
             self._arrive(edge, leaving)
+
+    def _on_the_batch(self, unit: Unit) -> bool:
+        """Whether a record stands on what was given to the model, with the samples in its rows."""
+        if unit.record is None or self.n == 1:
+            return False
+        place, shape = unit.record.x.place, unit.record.x.shape
+        return any(place in mark.inputs and len(shape) > mark.batch_axis and shape[mark.batch_axis] == self.n
+                   for mark in self.graph.marks)
 
     def _batch_behind(self, edge: Edge) -> bool:
         """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""
@@ -107,7 +119,7 @@ class Sweep:
             return self.apart
         if self._keeps(unit, i, edge, states):
             return self.plain
-        if self._batch_behind(edge):
+        if self._batch_behind(edge) and not (self.cut and known):
             return None
         self.split.add((unit, i))
         return self.apart

@@ -222,3 +222,26 @@ def test_more_outputs_than_features(loss):
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.ggn_diag, truth.diag(name), rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(model[4].ggn_block, truth.block(["4.weight", "4.bias"]))
+
+
+def test_a_node_whose_batching_rule_in_torch_is_wrong():
+    """vmap over the backward of cdist gives wrong numbers (torch 2.13), and so does jacrev: the truth is taken row by row."""
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.head(torch.exp(-torch.cdist(s.a(x), s.centres))), a=linear(), centres=P(5, 3), head=linear(5)).double()
+    f = model(X)
+    rows = torch.eye(f.numel()).double().reshape(-1, *f.shape)
+    h = torch.func.hessian(lambda z: F.cross_entropy(z.reshape(f.shape), Y))(f.detach().reshape(-1))
+    dense = {n: torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows]) for n, p in model.named_parameters()}
+    nnj.extend(model)
+    with nnj.collect("ggn_diag"):
+        nnj.extend(nn.CrossEntropyLoss())(model(X), Y).backward()
+    for name, p in model.named_parameters():
+        d = dense[name].reshape(len(rows), -1)
+        torch.testing.assert_close(p.ggn_diag, ((h @ d) * d).sum(0).reshape(p.shape))
+
+
+def test_queries_that_all_samples_share_go_through_a_layer():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 3).double()
+    attend = lambda s, x: s.head((s.q(s.queries) @ s.k(x).mT).softmax(-1) @ x).mean(1)
+    compare(Net(attend, q=linear(), k=linear(), queries=P(2, 3), head=linear()), x, owner=torch.arange(4))
