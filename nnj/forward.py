@@ -6,6 +6,7 @@ gives each sample a column of its own, tangents come in such columns, and each s
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -178,19 +179,50 @@ class Forward:
                 back: list[Tensor | None] = [given[0]]
             else:
                 back = self.sweep.backward(unit, cotangents, rows)
-            outs, ts = [], []
-            for i, t in below.items():
-                b = back[i]
-                if b is not None and b.requires_grad:
-                    outs.append(b)
-                    ts.append(t.to(b.dtype) if b.shape == t.shape else _like(t, b).to(b.dtype))
-            if not outs:
-                return {}
-            found = torch.autograd.grad(outs, given, ts, allow_unused=True)
-        return {(node, nr): g for nr, g in zip(nrs, found, strict=True) if g is not None}
+            known = {i: (b, _like(t, b)) for i, t in below.items() if (b := back[i]) is not None}
+            pairs = [(b, t) for b, t in known.values() if b.requires_grad]
+            opaque = len(pairs) < len(known) and self._answers(unit, [i for i, (b, _) in known.items() if not b.requires_grad])
+            try:
+                if not opaque and pairs:
+                    found = torch.autograd.grad([b for b, _ in pairs], given, [t for _, t in pairs], allow_unused=True)
+                    return {(node, nr): g for nr, g in zip(nrs, found, strict=True) if g is not None}
+            except RuntimeError:  # once_differentiable
+                opaque = True
+        return self._entry_by_entry(unit, below, rows) if opaque else {}
+
+    def _answers(self, unit: Unit, operands: list[int]) -> bool:
+        """Whether a node sends anything to the operands: then what autograd does not see there (numpy, say) is not nothing."""
+        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        for _, nr in unit.into:
+            m = unit.node._input_metadata[nr]
+            args[nr] = torch.randn(1, *m.shape, device=m.device).to(m.dtype)
+        back = self.sweep.backward(unit, args, 1)
+        return any(b is not None and bool(b.any()) for b in (back[i] for i in operands))
+
+    def _entry_by_entry(self, unit: Unit, below: dict[int, Tensor], rows: int) -> dict[Edge, Tensor]:
+        """A node that cannot be differentiated: what each entry of its outputs sends back, times the tangents there."""
+        node, total = unit.node, {}
+        for _, nr in unit.into:
+            m = node._input_metadata[nr]
+            out = torch.zeros(rows, math.prod(m.shape), dtype=m.dtype, device=m.device)
+            for entry in range(out.shape[1]):
+                args: list[Tensor | None] = [None] * len(node._input_metadata)
+                args[nr] = torch.zeros(1, out.shape[1], dtype=m.dtype, device=m.device)
+                args[nr][0, entry] = 1  # type: ignore[index]
+                args[nr] = args[nr].reshape(1, *m.shape)  # type: ignore[union-attr]
+                back = self.sweep.backward(unit, args, 1)
+                for i, t in below.items():
+                    b = back[i]
+                    if b is not None:
+                        out[:, entry] += (_like(t, b) * b).flatten(1).sum(1)
+            total[node, nr] = out.reshape(rows, *m.shape)
+        return total
 
 
 def _like(t: Tensor, b: Tensor) -> Tensor:
-    """A tangent broadcast as the operand is in the node (the transpose of `sum_to`)."""
+    """A tangent broadcast and typed as the operand is in the node (the transpose of `sum_to`)."""
+    t = t.to(b.dtype)
+    if t.shape[1:] == b.shape[1:]:
+        return t
     lead = (1,) * (b.dim() - t.dim())
-    return t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(b.shape)
+    return t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(t.shape[0], *b.shape[1:])

@@ -32,8 +32,8 @@ def describes(entry: Entry, module: nn.Module) -> bool:
     for cls in type(module).__mro__:
         if cls is entry.key:
             return True
-        if any(name not in _HARMLESS and hasattr(entry.key, name) for name in vars(cls)):
-            return False
+        if any((name not in _HARMLESS and hasattr(entry.key, name)) or name in module._parameters for name in vars(cls)):
+            return False  # its own method, or its own idea of what a parameter of that name is
     return False
 
 

@@ -33,7 +33,10 @@ class PerSample(nnj.Jacobian):
             return vmap(lambda t: jvp(f, (at,), (t,))[1])(v)
 
         shared = v.shape[1] != self.n
-        return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(self.x, v[:, 0] if shared else v)
+        try:
+            return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(self.x, v[:, 0] if shared else v)
+        except NotImplementedError:  # an operation of torch's that knows no forward derivative
+            return super().jvp(v)
 
     def vjp(self, u: Tensor) -> Tensor:
         def of(row: Tensor, u: Tensor) -> Tensor:
