@@ -6,6 +6,7 @@ where it has k times as many, k rows in order (or every N-th); otherwise each ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nnj.errors import NNJError
 from nnj.factors import Owner
 from nnj.graph import Graph, Unit
 from nnj.nodes import edge_dtype, edge_shape
-from nnj.records import CallMark, Edge
+from nnj.records import CallMark, Edge, place_of
 from nnj.samples import Coupled
 from nnj.sweep import Sweep
 
@@ -66,39 +67,74 @@ def _samples(mark: CallMark, rows: int) -> int | None:
     return fit[0] if len(fit) == 1 else None
 
 
-def _first(unit: Unit, mark: CallMark, n: int) -> bool:
-    """Whether a unit is a layer on what the user gave to the model, in whose rows the samples stand as they were given."""
-    record = unit.record
-    if record is None or record.edge is not None or not unit.params:
-        return False
-    axis, shape = mark.batch_axis, record.x.shape
-    if record.x.place not in mark.inputs:
-        return False
-    return len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]
+class _Evidence(NamedTuple):
+    """Whose the rows of a first layer are: `owners` along one axis of its input and output, -1 where it cannot be told."""
+
+    unit: Unit
+    axis: int
+    owners: Tensor
+
+
+def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
+    """What is known of layers on what the user gave to the model: as it was given, or rows of it in another order."""
+    found = []
+    for unit in graph.units:
+        record = unit.record
+        if record is None or record.edge is not None or not unit.params:
+            continue
+        axis, shape = mark.batch_axis, record.x.shape
+        if record.x.place in map(place_of, mark.inputs):
+            if len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]:
+                found.append(_Evidence(unit, axis, torch.arange(n)))
+        elif record.x.value is not None and record.x.value.device.type != "meta":
+            owners = _rows_of_inputs(record.x.value, mark, n)
+            if owners is not None:
+                found.append(_Evidence(unit, 0, owners))
+    return found
+
+
+def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
+    """The sample of each row of x, if every row is found among the rows of the model's inputs; None if some are not."""
+    rows, size = x.reshape(len(x), -1), x[0].numel()
+    pool, owners = [], []
+    for t in mark.inputs:
+        if t.dim() > mark.batch_axis and t.shape[mark.batch_axis] == n and t.dtype == x.dtype and t.numel() % (n * size) == 0:
+            pool.append(t.movedim(mark.batch_axis, 0).reshape(-1, size))
+            owners.append(torch.arange(n).repeat_interleave(len(pool[-1]) // n))
+    if not pool or (not x.is_floating_point() and x.numel() != sum(t.numel() for t in pool)):
+        return None  # numbers that merely count, such as positions, are found among tokens by chance
+    mix = torch.rand(size, generator=torch.Generator().manual_seed(0x6E6E6A), dtype=torch.float64).to(x.device)
+    known, order = (torch.cat(pool).to(torch.float64) * mix).sum(1).sort()
+    mine, owner = (rows.to(torch.float64) * mix).sum(1), torch.cat(owners)[order.cpu()]
+    slack = 1e-12 * (1 + known.abs())
+    first = torch.searchsorted(known - slack, mine, right=True).clamp(max=len(known)) - 1
+    low = torch.searchsorted(known + slack, mine).cpu()
+    high = first.cpu()
+    if bool((low > high).any()):
+        return None
+    return torch.where(owner[low] == owner[high], owner[low], -1)  # equal rows of several samples tell nothing
 
 
 def _in_order(sweep: Sweep, mark: CallMark) -> bool:
-    """Whether the first layers see sample i at place i of the batch axis."""
-    for unit in sweep.graph.units:
-        if sweep.n == 1 or not _first(unit, mark, sweep.n):
-            continue
-        owner = sweep.state[unit.into[0]]
-        if owner is sweep.plain and mark.batch_axis == 0:
-            continue
-        if owner is None or owner.explicit or owner.of is None:
+    """Whether the first layers see each sample where it was given."""
+    if sweep.n == 1:
+        return True
+    for unit, axis, owners in _evidence(sweep.graph, mark, sweep.n):
+        state, shape = sweep.state[unit.into[0]], edge_shape(unit.into[0])
+        if state is None or state.explicit or (state.of is None and axis > 0):
             return False
-        shape = [1] * owner.of.dim()
-        shape[mark.batch_axis] = sweep.n
-        right = torch.arange(sweep.n, device=owner.of.device).reshape(shape)
-        if not bool(((owner.of == right) | (owner.of < 0)).all()):
+        of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
+        of = of.reshape(-1, *[1] * (len(shape) - 1)) if of.dim() == 1 else of
+        of = of.expand(shape).movedim(axis, 0).flatten(1)
+        if not bool(((of == owners[:, None]) | (of < 0) | (owners[:, None] < 0)).all()):
             return False
     return True
 
 
 def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row of the loss touches at the first layers, or None if a row touches none or several."""
-    firsts = [unit for unit in graph.units if _first(unit, mark, n)]
-    if not firsts or len(graph.roots) > 1 or edge_shape(graph.roots[0])[0] != rows:
+    evidence = {e.unit: e for e in _evidence(graph, mark, n) if bool((e.owners >= 0).all())}
+    if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[0] != rows:
         return None
     (root,) = graph.roots
     shape, dtype = edge_shape(root), edge_dtype(root)
@@ -106,14 +142,14 @@ def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     sweep = Sweep(graph, 1, {root: Owner(1)})
     generator = torch.Generator().manual_seed(0x6E6E6A)
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)
-    found = torch.zeros(rows, n, dtype=torch.bool, device=device)
+    found = torch.zeros(rows, n, dtype=torch.long, device=device)
     step = 64
     for start in range(0, rows, step):
         number = torch.arange(start, min(start + step, rows), device=device)
         columns = cotangent.new_zeros(len(number), *shape)
         columns[number - start, number] = cotangent[number]
-
-        for _, v in sweep.watch({root: columns}, len(number), firsts):
-            axes = tuple(i for i in range(1, v.dim()) if i != mark.batch_axis + 1)
-            found[number] |= (v != 0).any(axes) if axes else v != 0
-    return found.int().argmax(1) if bool((found.sum(1) == 1).all()) else None
+        for unit, v in sweep.watch({root: columns}, len(number), list(evidence)):
+            there = (v != 0).movedim(evidence[unit].axis + 1, 1).flatten(2).any(2).long()
+            found[number] += torch.zeros_like(found[number]).index_add_(1, evidence[unit].owners.to(device), there)
+    touched = found > 0
+    return touched.int().argmax(1) if bool((touched.sum(1) == 1).all()) else None

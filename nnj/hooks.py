@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from nnj.errors import NNJError
 from nnj.plugins import manager
-from nnj.records import MARK, RECORD, CallMark, Edge, LossCall, Point, Record, edge_of, layer_state, place_of, tensors, write
+from nnj.records import MARK, RECORD, CallMark, Edge, LossCall, Point, Record, edge_of, layer_state, tensors, write
 from nnj.rules import find_rule
 
 
@@ -97,7 +97,7 @@ class _After:
         if not frames:
             axis, given = self.batch_axis, frame.given
             sizes = list(dict.fromkeys(t.shape[axis] for t in given if t.dim() > axis))
-            mark = CallMark(module, sizes, [place_of(t) for t in given], axis, next(_order))
+            mark = CallMark(module, sizes, [t.detach() for t in given], axis, next(_order))
             _roots.add(module)  # a copy of an extended model is known by its first call
             for t in tensors(output):
                 if t.grad_fn is not None:

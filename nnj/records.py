@@ -84,7 +84,7 @@ class CallMark:
 
     module: nn.Module
     sizes: list[int]  # the lengths of the batch axis of its arguments, each once
-    inputs: list[tuple[Any, ...]]  # where the numbers of its arguments are
+    inputs: list[Tensor]  # its arguments, detached
     batch_axis: int
     order: int
 

@@ -16,7 +16,7 @@ from nnj.factors import Explicit, Factor, Owner, add
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
-from nnj.records import Edge
+from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
 
@@ -92,7 +92,7 @@ class Sweep:
         if unit.record is None or self.n == 1:
             return False
         place, shape = unit.record.x.place, unit.record.x.shape
-        return any(place in mark.inputs and len(shape) > mark.batch_axis and shape[mark.batch_axis] == self.n
+        return any(place in map(place_of, mark.inputs) and len(shape) > mark.batch_axis and shape[mark.batch_axis] == self.n
                    for mark in self.graph.marks)
 
     def _batch_behind(self, edge: Edge) -> bool:
