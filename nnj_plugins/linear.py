@@ -18,7 +18,8 @@ def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
         raise NotImplementedError("x is one vector, without a batch")
     w, outputs = m.weight.detach(), y.shape[1:]
     patches = lambda: x.reshape(len(x), -1, m.in_features).mT[:, None]
-    slots: dict[str, nnj.Jacobian] = {"input": through(w, x, y), "weight": nnj.Affine(patches, w.shape, outputs, x)}
+    weight = nnj.Affine(patches, w.shape, outputs, x, shared=lambda v: x @ v.mT)
+    slots: dict[str, nnj.Jacobian] = {"input": through(w, x, y), "weight": weight}
     if m.bias is not None:
         slots["bias"] = nnj.Scale(m.bias.shape, outputs, x)
     return slots
