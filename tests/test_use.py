@@ -306,8 +306,10 @@ def test_an_interrupted_forward_leaves_no_trace(pair):
 def test_threads_do_not_meet():
     results = {}
 
+    models = [nnj.extend(net()) for _ in range(4)]
+
     def work(i):
-        model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+        model, loss = models[i], nnj.extend(nn.CrossEntropyLoss())
         for _ in range(5):
             with nnj.collect("ggn_diag"):
                 (loss(model(X), Y) * (i + 1)).backward()
