@@ -96,7 +96,8 @@ class Do(nn.Module):
         super().__init__()
         self.run = run
         for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+            bare = isinstance(part, Tensor) and not isinstance(part, nn.Parameter)
+            setattr(self, name, nn.Parameter(part) if bare else part)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self, *args, **kwargs)
@@ -435,9 +436,17 @@ glue("gather-scatter", lambda s, x: s.head(torch.zeros(len(x), 6).to(x).scatter_
 glue("normalise", lambda s, x: s.head(F.normalize(s.one(x), dim=-1)), vectors, one=linear(4, 3), head=linear(3, 3))
 CENTRES = dict(one=linear(4, 2), centres=lambda: r(3, 2), head=linear(3, 3))
 case("distances", do(distances, **CENTRES), vectors, twin=do(distances_by_hand, **CENTRES))
-case("distances-of-points", do(lambda s, x: s.head(torch.cdist(s.one(x), s.two(x)).flatten(1)), one=linear(4, 2), two=linear(4, 2),
-     head=linear(16, 3)), sequences, twin=do(lambda s, x: s.head((s.one(x)[:, :, None] - s.two(x)[:, None]).square().sum(-1)
-     .sqrt().flatten(1)), one=linear(4, 2), two=linear(4, 2), head=linear(16, 3)))
+case(
+    "distances-of-points",
+    do(lambda s, x: s.head(torch.cdist(s.one(x), s.two(x)).flatten(1)), one=linear(4, 2), two=linear(4, 2), head=linear(16, 3)),
+    sequences,
+    twin=do(
+        lambda s, x: s.head((s.one(x)[:, :, None] - s.two(x)[:, None]).square().sum(-1).sqrt().flatten(1)),
+        one=linear(4, 2),
+        two=linear(4, 2),
+        head=linear(16, 3),
+    ),
+)
 glue("einsum-ensemble", lambda s, x: torch.einsum("enh,eho->eno", torch.tanh(torch.einsum("nd,edh->enh", s.one(x), s.w1)),
      s.w2).mean(0), vectors, one=linear(4, 2), w1=lambda: r(2, 2, 2), w2=lambda: r(2, 2, 3))
 glue("hypernetwork", lambda s, x: torch.bmm(s.hyper(x).view(-1, 3, 4), torch.tanh(s.one(x))[:, :, None]).squeeze(-1), vectors,
@@ -451,8 +460,13 @@ glue("loop-over-images", lambda s, x: s.head(torch.stack([s.conv(image).flatten(
 glue("loop-over-slices", lambda s, x: s.head(torch.cat([s.block(x[i : i + 1]) for i in range(len(x))]).flatten(1)),
      block=lambda: Block(), head=linear(16, 3))
 glue("recurrence-by-hand", state_space, cell=linear(3, 3), drive=linear(4, 3, bias=False), head=linear(3, 3))
-glue("graph-network", lambda s, x: s.head((torch.tensor([[0.0, 1, 1], [1, 0, 0], [0.5, 0, 0]]).to(x) @ torch.relu(s.one(x))).sum(1)),
-     lambda: (r(N, 3, 4), classes()), one=linear(4, 3), head=linear(3, 3))
+glue(
+    "graph-network",
+    lambda s, x: s.head((torch.tensor([[0.0, 1, 1], [1, 0, 0], [0.5, 0, 0]]).to(x) @ torch.relu(s.one(x))).sum(1)),
+    lambda: (r(N, 3, 4), classes()),
+    one=linear(4, 3),
+    head=linear(3, 3),
+)
 glue("lambda-scalars", lambda s, x: s.head(x * s.scale.exp()) / s.temperature + s.shift * s.scale, vectors,
      scale=lambda: torch.tensor(0.3), temperature=lambda: torch.tensor(1.7), shift=lambda: torch.tensor([0.2]), head=linear(4, 3))
 glue("vmap-inside", lambda s, x: s.head(torch.vmap(lambda row: torch.tanh(row @ s.w))(x)), vectors, w=lambda: r(4, 3),
@@ -480,8 +494,16 @@ glue("parameter-as-many-as-samples", lambda s, x: s.head((s.one(s.code) @ x.mT).
      code=lambda: r(3, 4), one=linear(4, 4), head=linear(3, 3))
 glue("functional-layers", lambda s, x: F.linear(F.layer_norm(F.conv1d(x, s.conv, padding=1), (4,), s.g, s.b).flatten(1), s.w),
      conv=lambda: r(2, 4, 3), g=lambda: r(4), b=lambda: r(4), w=lambda: r(3, 8))
-glue("functional-conv-norm", lambda s, x: F.linear(F.prelu(F.group_norm(F.conv2d(x, s.conv, s.b), 2, s.g, s.g), s.a).flatten(1), s.w),
-     images, conv=lambda: r(2, 2, 3, 3), b=lambda: r(2), g=lambda: r(2), a=lambda: r(2).abs(), w=lambda: r(3, 8))
+glue(
+    "functional-conv-norm",
+    lambda s, x: F.linear(F.prelu(F.group_norm(F.conv2d(x, s.conv, s.b), 2, s.g, s.g), s.a).flatten(1), s.w),
+    images,
+    conv=lambda: r(2, 2, 3, 3),
+    b=lambda: r(2),
+    g=lambda: r(2),
+    a=lambda: r(2).abs(),
+    w=lambda: r(3, 8),
+)
 glue("functional-embedding", lambda s, x: s.head(F.embedding(x, s.table).tanh().mean(1)), lambda: (tokens()[0], classes()),
      table=lambda: r(5, 3), head=linear(3, 3))
 glue("indexed-parameter", lambda s, x: s.head(torch.tanh(s.table[x]).sum(1) + s.table.mean(0)), lambda: (tokens()[0], classes()),
@@ -763,7 +785,9 @@ case("autograd-function-one-output-unused", around(lambda: FunctionLayer(lambda 
 
 # -- dropout: the same masks, since the same seed is set before each run -----------------------------------------------
 
-case("dropout-train", lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3)), vectors)
+case(
+    "dropout-train", lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3)), vectors
+)
 case("dropout-inplace", lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4, inplace=True), nn.Linear(4, 3)), vectors)
 case("dropout2d-train", lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout2d(0.4), nn.Flatten(), nn.Linear(12, 3)), images)
 case("alpha-dropout-train", lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.4), nn.Linear(4, 3)), vectors)
@@ -798,8 +822,12 @@ def attended(s: Any, x: Tensor) -> Tensor:
 glue("multihead-attention", attended, attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True), head=linear(4, 3))
 glue("multihead-attention-no-weights", lambda s, x: s.head(s.attention(x, x, x, need_weights=False)[0].flatten(1)),
      attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True), head=linear(16, 3))
-glue("multihead-attention-cross", lambda s, x: s.head(s.attention(x[:, :1], x[:, :, :3], x[:, :, :3], need_weights=False)[0][:, 0]),
-     attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=3, vdim=3, add_bias_kv=True), head=linear(4, 3))
+glue(
+    "multihead-attention-cross",
+    lambda s, x: s.head(s.attention(x[:, :1], x[:, :, :3], x[:, :, :3], need_weights=False)[0][:, 0]),
+    attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=3, vdim=3, add_bias_kv=True),
+    head=linear(4, 3),
+)
 glue("multihead-attention-masked", lambda s, x: s.head(s.attention(x, x, x, key_padding_mask=torch.tensor(
      [[False, False, True, True], [False] * 4, [False, False, False, True]]))[0][:, 0]),
      attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True), head=linear(4, 3))
@@ -811,13 +839,18 @@ glue("lstm-two-layers-both-ways", lambda s, x: s.head(s.cell(x)[1][0].transpose(
 glue("gru", lambda s, x: s.head(s.cell(x)[0].mean(1)), cell=lambda: nn.GRU(4, 2, batch_first=True), head=linear(2, 3))
 glue("rnn-first-hidden", lambda s, x: s.head(s.cell(x, s.h0.expand(-1, len(x), -1).contiguous())[1][0]),
      cell=lambda: nn.RNN(4, 3, batch_first=True), h0=lambda: r(1, 1, 3), head=linear(3, 3))
-glue("gru-inside-batch-first", lambda s, x: s.head(s.cell(x.transpose(0, 1))[0][-1]), cell=lambda: nn.GRU(4, 3), head=linear(3, 3))
+glue(
+    "gru-inside-batch-first", lambda s, x: s.head(s.cell(x.transpose(0, 1))[0][-1]), cell=lambda: nn.GRU(4, 3), head=linear(3, 3)
+)
 glue("lstm-cell", lambda s, x: s.head(s.cell(x[:, 1], s.cell(x[:, 0]))[0]), cell=lambda: nn.LSTMCell(4, 2), head=linear(2, 3))
 case("lstm-packed", do(packed, cell=lambda: nn.LSTM(4, 2, batch_first=True), head=linear(2, 3)), sequences,
      twin=do(lambda s, x: s.head(torch.cat([s.cell(row[None, :t])[0].sum(1) for row, t in zip(x, (2, 4, 3), strict=True)])),
              cell=lambda: nn.LSTM(4, 2, batch_first=True), head=linear(2, 3)))
-case("conv1d", lambda: nn.Sequential(nn.Conv1d(4, 3, 2, padding=1), nn.ReLU(), nn.AdaptiveMaxPool1d(2), nn.Flatten(), nn.Linear(6, 3)),
-     sequences)
+case(
+    "conv1d",
+    lambda: nn.Sequential(nn.Conv1d(4, 3, 2, padding=1), nn.ReLU(), nn.AdaptiveMaxPool1d(2), nn.Flatten(), nn.Linear(6, 3)),
+    sequences,
+)
 case("conv3d", lambda: nn.Sequential(nn.Conv3d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3)),
      lambda: (r(N, 2, 2, 2, 2), classes()))
 case("transposed-conv", lambda: nn.Sequential(nn.ConvTranspose2d(2, 1, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)),
@@ -903,8 +936,13 @@ case("token-major-reshaped", do(token_major, one=linear(4, 3), head=linear(3, 3)
      lambda m, l, x, y: l(m(x).view(4, N, 3).mean(0), y))
 case("sequence-first-mean", do(lambda s, x: s.head(torch.tanh(s.one(x)).mean(0)), one=linear(4, 3), head=linear(3, 3)),
      lambda: (r(4, N, 4), classes()), numbers=by_loss, batch_axis=1)
-case("sequence-first-as-long-as-samples", do(lambda s, x: s.head(torch.tanh(s.one(x)).mean(0)), one=linear(4, 3), head=linear(3, 3)),
-     lambda: (r(3, 3, 4), classes()), numbers=by_loss, batch_axis=1)
+case(
+    "sequence-first-as-long-as-samples",
+    do(lambda s, x: s.head(torch.tanh(s.one(x)).mean(0)), one=linear(4, 3), head=linear(3, 3)),
+    lambda: (r(3, 3, 4), classes()),
+    numbers=by_loss,
+    batch_axis=1,
+)
 case("sequence-first-attention", do(lambda s, x: s.head(s.attention(x, x, x)[0]).mean(0),
      attention=lambda: nn.MultiheadAttention(4, 2), head=linear(4, 3)), lambda: (r(4, N, 4), classes()), numbers=by_loss,
      batch_axis=1)
@@ -935,8 +973,14 @@ case("two-views-compared-in-model", do(lambda s, a, b: (lambda z: s.head(z[:N] *
      head=linear(3, 3)), lambda: (r(N, 4), r(N, 4), classes()), lambda m, l, a, b, y: l(m(a, b), y))
 case("views-averaged", do(lambda s, a, b: s.net(torch.cat([a, b])).view(2, N, 3).mean(0), net=MLP),
      lambda: (r(N, 4), r(N, 4), classes()), lambda m, l, a, b, y: l(m(a, b), y))
-case("repeated-inputs", do(lambda s, x: s.net(x.repeat(2, 1) * s.noise[:, None]), net=MLP, noise=lambda: r(2 * N)),
-     lambda: (r(N, 4), classes(2 * N)), numbers=every)
+case("repeated-inputs", do(lambda s, x: s.net(x.repeat(2, 1)), net=MLP), lambda: (r(N, 4), classes(2 * N)), numbers=every)
+case(
+    "repeated-inputs-with-a-parameter",
+    do(lambda s, x: s.net(x.repeat(2, 1) * s.noise[:, None]), net=MLP, noise=lambda: r(2 * N)),
+    lambda: (r(N, 4), classes(2 * N)),
+    numbers=every,
+    table=EITHER,
+)
 case("repeat-interleave", do(lambda s, x: s.net(x.repeat_interleave(2, 0)), net=MLP), lambda: (r(N, 4), classes(2 * N)))
 case("experts", do(routed, one=linear(4, 3), experts=experts, head=linear(3, 3)),
      lambda: (r(4, 4), two_of_four(), classes(4)), lambda m, l, x, to, y: l(m(x, to), y))
@@ -953,11 +997,108 @@ case("permuted-rows-mixed", do(lambda s, x: s.head(s.block(x)).mean(1), block=Bl
      lambda m, l, x, y: l(m(x)[PERM], y[PERM]), numbers=by_loss)
 case("permuted-in-model", do(lambda s, x: s.head(torch.tanh(s.one(x))[PERM]), one=linear(4, 3), head=linear(3, 3)), vectors,
      numbers=by_loss)
-case("subset-of-rows", MLP, lambda: (r(5, 4), classes(2)), lambda m, l, x, y: l(m(x)[1:3], y), 
+case("subset-of-rows", MLP, lambda: (r(5, 4), classes(2)), lambda m, l, x, y: l(m(x)[1:3], y),
      numbers=rows_of(1, 2), n=5)
 case("transposed-batch", do(lambda s, x: (s.w @ torch.tanh(s.one(x)).T).T, one=linear(4, 3), w=lambda: r(3, 3)), vectors)
 case("batch-in-the-last-axis", do(lambda s, x: s.w2 @ torch.tanh(s.w1 @ x), w1=lambda: r(3, 4), w2=lambda: r(3, 3)),
      lambda: (r(4, N), classes()), lambda m, l, x, y: l(m(x).T, y), numbers=by_loss, batch_axis=1)
+
+# -- what stands before the first layer hides the samples: right, or refused ------------------------------------------------
+
+def either(
+    name: str, run: Callable[..., Any], data: Any, numbers: Any = every, call: Any = plain, **parts: Callable[[], Any]
+) -> None:
+    case(name, do(run, **parts), data, call, numbers=numbers, table=EITHER)
+
+
+def two_equal() -> tuple[Any, ...]:
+    x, y = flat_tokens()
+    x[1] = x[0]
+    return x, y
+
+
+def of_one_row() -> tuple[Any, ...]:
+    return r(1, 1, 4).expand(N, 4, 4).contiguous(), classes(4 * N)
+
+
+def padded() -> tuple[Any, ...]:
+    x, y = flat_tokens()
+    x[:, 2:] = 0.0
+    return x, y
+
+
+PARTS = dict(one=linear(4, 3), head=linear(3, 3))
+NET = dict(net=MLP)
+either("token-major-equal-samples", token_major, two_equal, **PARTS)
+either("token-major-of-one-row", token_major, of_one_row, **PARTS)
+either("token-major-padded", token_major, padded, **PARTS)
+either("token-major-scaled", lambda s, x: token_major(s, 2 * x + 1), flat_tokens, **PARTS)
+either("token-major-normalised", lambda s, x: token_major(s, F.layer_norm(x, (4,))), flat_tokens, **PARTS)
+either("token-major-with-places", lambda s, x: token_major(s, x + s.places), flat_tokens, places=lambda: r(4, 4), **PARTS)
+either("token-major-as-many-scaled", lambda s, x: token_major(s, 2 * x), lambda: (r(3, 3, 4), classes(9)), **PARTS)
+either(
+    "token-major-integers",
+    lambda s, x: s.head(torch.tanh(s.table(x.T.reshape(-1)))),
+    lambda: (torch.randint(5, (N, 4)), classes(4 * N)),
+    table=lambda: nn.Embedding(5, 3),
+    head=linear(3, 3),
+)
+either("token-major-integers-shifted", lambda s, x: s.head(torch.tanh(s.table((x + 1).T.reshape(-1)))),
+       lambda: (torch.randint(5, (N, 4)), classes(4 * N)), table=lambda: nn.Embedding(6, 3), head=linear(3, 3))
+either("token-major-one-hot", lambda s, x: s.head(torch.tanh(s.one(F.one_hot(x, 5).double().transpose(0, 1).reshape(-1, 5)))),
+       lambda: (torch.randint(5, (N, 4)), classes(4 * N)), one=linear(5, 3), head=linear(3, 3))
+either("token-major-patches", lambda s, x: s.head(torch.relu(s.one(F.unfold(x, 2, stride=2).permute(2, 0, 1).reshape(-1, 8)))),
+       lambda: (r(N, 2, 4, 4), classes(4 * N)), one=linear(8, 3), head=linear(3, 3))
+either("sample-major-scaled", lambda s, x: s.head(torch.tanh(s.one((2 * x).reshape(-1, 4)))), flat_tokens, in_order, **PARTS)
+either("sample-major-patches", lambda s, x: s.head(torch.relu(s.one(F.unfold(x, 2, stride=2).transpose(1, 2).reshape(-1, 8)))),
+       lambda: (r(N, 2, 4, 4), classes(4 * N)), in_order, one=linear(8, 3), head=linear(3, 3))
+either("two-views-scaled", lambda s, x: s.net(torch.cat([2 * x, -x])), lambda: (r(N, 4), classes(2 * N)), **NET)
+either("two-views-flipped", lambda s, x: s.net(torch.cat([x, x.flip(1)])), lambda: (r(N, 4), classes(2 * N)), **NET)
+either(
+    "two-views-with-noise",
+    lambda s, x: s.net(torch.cat([x, x + torch.randn(x.shape).double()])),
+    lambda: (r(N, 4), classes(2 * N)),
+    **NET,
+)
+either(
+    "two-views-interleaved",
+    lambda s, x: s.net(torch.stack([x, 2 * x], 1).flatten(0, 1)),
+    lambda: (r(N, 4), classes(2 * N)),
+    in_order,
+    **NET,
+)
+either(
+    "two-views-of-equal-samples",
+    lambda s, a, b: s.net(torch.cat([a, b])),
+    lambda: (r(1, 4).repeat(N, 1), r(N, 4), classes(2 * N)),
+    call=lambda m, l, a, b, y: l(m(a, b), y),
+    **NET,
+)
+either(
+    "two-views-the-second-turned-round",
+    lambda s, a, b: s.net(torch.cat([a, b.flip(0)])),
+    lambda: (r(N, 4), r(N, 4), classes(2 * N)),
+    lambda outs, data: [torch.tensor([0, 1, 2, 2, 1, 0])],
+    lambda m, l, a, b, y: l(m(a, b), y),
+    **NET,
+)
+either("shuffled-before-the-first-layer", lambda s, x: s.net(x[PERM]), vectors, by_loss, **NET)
+either("shuffled-and-scaled-before-the-first-layer", lambda s, x: s.net(2 * x[PERM]), vectors, by_loss, **NET)
+either("shuffled-and-back", lambda s, x: s.net(2 * x[PERM])[PERM.argsort()], vectors, in_order, **NET)
+either(
+    "masked-before-the-first-layer",
+    lambda s, x: s.head(torch.tanh(s.one(x[MASK]))),
+    lambda: (r(N, 4, 4), classes(6)),
+    MASKED,
+    **PARTS,
+)
+either(
+    "masked-and-scaled-before-the-first-layer",
+    lambda s, x: s.head(torch.tanh(s.one(2 * x[MASK]))),
+    lambda: (r(N, 4, 4), classes(6)),
+    MASKED,
+    **PARTS,
+)
 
 # -- losses ------------------------------------------------------------------------------------------------------------
 
@@ -1062,13 +1203,27 @@ loss_case("module-of-losses", Total, lambda: (*vectors(), r(N, 3)), lambda m, l,
 loss_case("two-heads", lambda: (nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")), lambda: (*vectors(), r(N, 2)),
           lambda m, l, x, y, t: (lambda z: l[0](z[0], y) + l[1](z[1], t))(m(x)),
           make=do(lambda s, x: (s.a(torch.tanh(s.one(x))), s.b(s.one(x))), one=linear(4, 3), a=linear(3, 3), b=linear(3, 2)))
-loss_case("deep-supervision", ce(), vectors, lambda m, l, x, y: sum(l(z, y) * w for z, w in zip(m(x), (1.0, 0.5), strict=True)),
-          make=do(lambda s, x: (lambda h: (s.head(h), s.head(torch.tanh(s.two(h)))))(s.one(x)), one=linear(4, 3), two=linear(3, 3),
-                  head=linear(3, 3)))
+loss_case(
+    "deep-supervision",
+    ce(),
+    vectors,
+    lambda m, l, x, y: sum(l(z, y) * w for z, w in zip(m(x), (1.0, 0.5), strict=True)),
+    make=do(
+        lambda s, x: (lambda h: (s.head(h), s.head(torch.tanh(s.two(h)))))(s.one(x)),
+        one=linear(4, 3),
+        two=linear(3, 3),
+        head=linear(3, 3),
+    ),
+)
 loss_case("two-forward-passes", ce(), lambda: (*vectors(), r(2, 4), classes(2)), lambda m, l, x, y, a, b: l(m(x), y) + l(m(a), b),
           numbers=one_behind_the_other)
-loss_case("two-forward-passes-of-as-many", ce(), lambda: (*vectors(), *vectors()), lambda m, l, x, y, a, b: l(m(x), y) + 2 * l(m(a), b),
-          numbers=one_behind_the_other)
+loss_case(
+    "two-forward-passes-of-as-many",
+    ce(),
+    lambda: (*vectors(), *vectors()),
+    lambda m, l, x, y, a, b: l(m(x), y) + 2 * l(m(a), b),
+    numbers=one_behind_the_other,
+)
 loss_case("of-two-outputs", lambda: lambda a, b, y: ((a.sum(1) + b.sum(1) - y) ** 2).mean(), lambda: (r(N, 4), r(N)),
           lambda m, l, x, y: l(*m(x), y),
           make=do(lambda s, x: (s.one(x), s.two(torch.tanh(s.one(x)))), one=linear(4, 3), two=linear(3, 2)))

@@ -10,10 +10,11 @@ import functools
 from typing import Any
 
 import torch
-from tests.cases import CASES, EITHER, Case
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tests.cases import CASES, EITHER, Case
 
 
 def build(case: Case, twin: bool = False) -> nn.Module:
