@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.columns import LossColumns
+from nnj.errors import NNJError
 from nnj.factors import Factor, Owner
 from nnj.graph import Graph
 from nnj.grouping import plan
@@ -171,10 +172,17 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
     calls = frozenset(mark.order for mark in graph.marks)
     for target in targets:
         target.check(reached, paths)
-    sweep, owner = plan(graph, columns.rows, scale.device) if graph.units else (None, Owner(columns.rows))
+    sweep, owner, known = plan(graph, columns.rows, scale.device) if graph.units else (None, Owner(columns.rows), True)
+    each = [name for c in collections for name, quantity in c.quantities.items() if quantity.per_sample]
+    if each and not known:
+        raise NNJError(f"{each[0]}: nnj cannot tell which rows of the loss belong to which sample, since the model rearranges "
+                       f"its input before its first layer. Hand the input to that layer as it is given, or give the loss one "
+                       f"row for each sample; sums over samples, such as ggn_diag, do not need to know")
     found = {id(t.collection): Contribution(calls, owner.n) for t in targets}
     for target in targets:
         _holders(target, found[id(target.collection)], roots, graph, reached)
+    if not graph.marks and not any(c.known for c in found.values()):
+        raise NNJError("the loss reaches no parameter of an extended model. Extend the model, too: model = nnj.extend(model)")
     if sweep is None:
         return found
     wants: dict[str, Any] = {}

@@ -16,23 +16,34 @@ from nnj.factors import Owner
 from nnj.graph import Graph, Unit
 from nnj.nodes import edge_dtype, edge_shape
 from nnj.records import CallMark, Edge, place_of
-from nnj.samples import Coupled
+from nnj.samples import Coupled, describe
 from nnj.sweep import Sweep
 
 
-def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner]:
-    """The sweep and the owners of the loss's rows. Errors: `NNJError` if samples influence one another in every reading."""
+def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, bool]:
+    """The sweep, the owners of the loss's rows, and whether samples are known to be those that were given to the model.
+
+    Where they are not known (what the model did to its input before its first layer leaves no trace), any grouping of rows in
+    which samples are independent gives the same GGN, but not the same gradient for each sample.
+
+    Errors: `NNJError` if samples influence one another in every reading.
+    """
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
     for n, owner in _readings(graph, rows, mark, device):
         for probed, cut in ((False, False), (True, False), (False, True)):
+            given = None if mark is None else _samples(mark, rows)
             try:
                 sweep = Sweep(graph, n, _on_roots(graph, owner), probed, cut)
+                in_order = mark is None or given is None or _check_apart(sweep, mark, given)
             except Coupled as error:
                 refusal = refusal or error
                 continue
-            if n == rows or mark is None or _in_order(sweep, mark):
-                return sweep, owner
+            if mark is None or given is None or rows == given:
+                return sweep, owner, True
+            if n == rows or in_order:
+                evidence = _evidence(graph, mark, given)
+                return sweep, owner, bool(evidence) and all(bool((e.owners >= 0).all()) for e in evidence)
             break
     assert refusal is not None
     raise refusal
@@ -82,10 +93,13 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
         record = unit.record
         if record is None or record.edge is not None or not unit.params:
             continue
-        axis, shape = mark.batch_axis, record.x.shape
+        axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
         if record.x.place in map(place_of, mark.inputs):
             if len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]:
                 found.append(_Evidence(unit, axis, torch.arange(n)))
+        elif axis < 2 and any(t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs):
+            if shape[1 - axis] == n and record.y.shape[:2] == shape[:2]:
+                found.append(_Evidence(unit, 1 - axis, torch.arange(n)))
         elif record.x.value is not None and record.x.value.device.type != "meta":
             owners = _rows_of_inputs(record.x.value, mark, n)
             if owners is not None:
@@ -115,26 +129,35 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
     return torch.where(owner[low] == owner[high], owner[low], -1)  # equal rows of several samples tell nothing
 
 
-def _in_order(sweep: Sweep, mark: CallMark) -> bool:
-    """Whether the first layers see each sample where it was given."""
-    if sweep.n == 1:
-        return True
-    for unit, axis, owners in _evidence(sweep.graph, mark, sweep.n):
+def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
+    """Whether sample i of the sweep is what was given to the model at place i, as far as first layers tell.
+
+    Errors: `Coupled` if what was given at one place reaches the loss in two samples.
+    """
+    in_order, to = True, torch.full((n,), -1)
+    for unit, axis, owners in _evidence(sweep.graph, mark, n) if sweep.n > 1 else []:
         state, shape = sweep.state[unit.into[0]], edge_shape(unit.into[0])
-        if state is None or state.explicit or (state.of is None and axis > 0):
+        if state is None:
             return False
+        if state.explicit:
+            raise Coupled.at(describe(unit, sweep.graph.paths))
         of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
         of = of.reshape(-1, *[1] * (len(shape) - 1)) if of.dim() == 1 else of
         of = of.expand(shape).movedim(axis, 0).flatten(1)
-        if not bool(((of == owners[:, None]) | (of < 0) | (owners[:, None] < 0)).all()):
-            return False
-    return True
+        told = (of >= 0) & (owners[:, None] >= 0)
+        given, whose = owners[:, None].expand(of.shape)[told], of[told]
+        unknown = to[given] < 0
+        to[given[unknown]] = whose[unknown]
+        if bool((to[given] != whose).any()):
+            raise Coupled.at(describe(unit, sweep.graph.paths))
+        in_order = in_order and bool((given == whose).all())
+    return in_order
 
 
 def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row of the loss touches at the first layers, or None if a row touches none or several."""
     evidence = {e.unit: e for e in _evidence(graph, mark, n) if bool((e.owners >= 0).all())}
-    if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[0] != rows:
+    if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[:1] != (rows,):
         return None
     (root,) = graph.roots
     shape, dtype = edge_shape(root), edge_dtype(root)

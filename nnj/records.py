@@ -16,7 +16,7 @@ Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 def place_of(t: Tensor) -> tuple[Any, ...]:
     """Where the numbers of a tensor are: another tensor with the same place is the same, seen in the same way."""
-    return (t.data_ptr(), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
+    return (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ order, which a probe finds out; explicit (K * n, ...), one column for each sampl
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -78,7 +79,7 @@ class Sweep:
         if any(s is not None and s.explicit for s in states) or (unit.leaf is not None and unit.leaf is not self.graph.batched):
             self.explicit.add(unit)
         whole = unit in self.explicit
-        if whole and self.cut and self._on_the_batch(unit):
+        if whole and self._on_the_batch(unit):
             raise Coupled.at(describe(unit, self.graph.paths))
         for i, edge in enumerate(unit.out):
             if edge is None:
@@ -88,12 +89,13 @@ class Sweep:
             self._arrive(edge, leaving)
 
     def _on_the_batch(self, unit: Unit) -> bool:
-        """Whether a record stands on what was given to the model, with the samples in its rows."""
+        """Whether a record stands on what was given to the model, or a view of it."""
         if unit.record is None or self.n == 1:
             return False
-        place, shape = unit.record.x.place, unit.record.x.shape
-        return any(place in map(place_of, mark.inputs) and len(shape) > mark.batch_axis and shape[mark.batch_axis] == self.n
-                   for mark in self.graph.marks)
+        storage, seen = unit.record.x.place[0], math.prod(unit.record.x.shape)
+        given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
+        return any(storage == place_of(t)[0] and t.numel() <= seen and t.dim() > axis and t.shape[axis] == self.n
+                   for t, axis in given)
 
     def _batch_behind(self, edge: Edge) -> bool:
         """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""

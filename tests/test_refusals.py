@@ -81,8 +81,6 @@ coupled(
 )
 coupled("batch attention, as many tokens", lambda s, x: s.head(s.attention(x.transpose(0, 1)).transpose(0, 1).mean(1)),
         lambda: (r(3, 3, 4), classes()), attention=lambda: Attention(4, 2), head=linear(4, 3))
-coupled("sequence first without a word", lambda s, x: s.head(s.attention(x, x, x)[0]).mean(0), lambda: (r(3, 3, 4), classes()),
-        attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True), head=linear(4, 3))
 coupled("contrastive", lambda s, x: s.one(x) @ s.one(x).T, one=linear(4, 2))
 coupled("contrastive, two towers", lambda s, a, b: F.normalize(s.one(a)) @ F.normalize(s.two(b)).T,
         lambda: (r(N, 4), r(N, 2), torch.arange(N)), call=lambda m, l, a, b, y: l(m(a, b), y), one=linear(4, 3), two=linear(2, 3))

@@ -227,11 +227,13 @@ def test_more_outputs_than_features(loss):
 def test_a_node_whose_batching_rule_in_torch_is_wrong():
     """vmap over the backward of cdist gives wrong numbers (torch 2.13), and so does jacrev: the truth is taken row by row."""
     torch.manual_seed(0)
-    model = Net(lambda s, x: s.head(torch.exp(-torch.cdist(s.a(x), s.centres))), a=linear(), centres=P(5, 3), head=linear(5)).double()
+    near = lambda s, x: s.head(torch.exp(-torch.cdist(s.a(x), s.centres)))
+    model = Net(near, a=linear(), centres=P(5, 3), head=linear(5)).double()
     f = model(X)
     rows = torch.eye(f.numel()).double().reshape(-1, *f.shape)
     h = torch.func.hessian(lambda z: F.cross_entropy(z.reshape(f.shape), Y))(f.detach().reshape(-1))
-    dense = {n: torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows]) for n, p in model.named_parameters()}
+    by_row = lambda p: torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows])
+    dense = {n: by_row(p) for n, p in model.named_parameters()}
     nnj.extend(model)
     with nnj.collect("ggn_diag"):
         nnj.extend(nn.CrossEntropyLoss())(model(X), Y).backward()
