@@ -11,8 +11,21 @@ from torch.nn.utils import prune
 
 import nnj
 from nnj.testing import check_model
-from tests.test_use import X, Y, net, truth
 from tests.truth import Truth
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+Y = torch.randint(0, 3, (6,), generator=torch.Generator().manual_seed(1))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+
+
+def truth(model=None, x=X, y=Y, scale=1.0, loss=F.cross_entropy):
+    model = net() if model is None else model
+    found = Truth(model, lambda run: [run(x)], lambda f: scale * loss(f[0], y))
+    return {name: found.diag(name) for name in found.names}
 
 
 def changed_output(m):

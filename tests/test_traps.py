@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,25 @@ from torch import nn
 
 import nnj
 from nnj.factors import Places
-from tests.parts import Net, P
 from tests.truth import Truth
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.randint(0, 3, (4,), generator=torch.Generator().manual_seed(1))
 linear = lambda i=3, o=3: nn.Linear(i, o)
+P = lambda *shape: nn.Parameter(torch.randn(*shape))
+
+
+class Net(nn.Module):
+    """A model given by its parts and its forward."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: Any):
+        super().__init__()
+        self.body = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(self, *args, **kwargs)
 
 
 def compare(model, x=X, y=Y, loss=F.cross_entropy, twin=None, owner=None):
