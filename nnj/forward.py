@@ -103,6 +103,11 @@ class Forward:
             if unit.leaf is self.sweep.graph.batched:
                 self.sweep.check_order(unit, seed.device)
             return {edge: seed}
+        if unit.leaf is self.sweep.graph.batched:  # each sample's column moves that sample's row alone
+            apart = seed.new_zeros(k, self.n, *seed.shape[1:])
+            rows = torch.arange(self.n, device=seed.device)
+            apart[:, rows, rows] = seed
+            return {edge: apart.flatten(0, 1)}
         return {edge: seed.expand(k, self.n, *edge_shape(edge)).flatten(0, 1)}
 
     def _record(self, unit: Unit, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:

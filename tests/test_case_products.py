@@ -37,11 +37,17 @@ def products(case: Case, wrt: str) -> dict[str, tuple[Tensor, Tensor]]:
     j = dense_jacobian(twin, x, wrt)
     n, out, d = j.shape
     torch.manual_seed(4)
-    u, v, m, metric = (torch.randn(*s, dtype=j.dtype) for s in ((n, out), (n, d), (n, out, out), (n, d)))
+    shapes = (n, out), (n, d), (n, out, out), (n, d), (n, d, 2), (n, 2, out)
+    u, v, m, metric, w, t = (torch.randn(*s, dtype=j.dtype) for s in shapes)
     found = {
         "jacobian": (seeded(nnj.jacobian, x, wrt), j),
         "vjp": (seeded(nnj.vjp, x, u, wrt), torch.einsum("no,nod->nd", u, j)),
         "jvp": (seeded(nnj.jvp, x, v, wrt), torch.einsum("nod,nd->no", j, v)),
+        "jmp": (seeded(nnj.jmp, x, w, wrt), j @ w),
+        "mjp": (seeded(nnj.mjp, x, t, wrt), t @ j),
+        "jTmjp, full": (seeded(nnj.jTmjp, x, m, wrt, joint=wrt == "weight"), j.mT @ m @ j),
+        "jmjTp, to_diag": (seeded(nnj.jmjTp, x, metric, wrt, from_diag=True, to_diag=True),
+                           (j.square() * metric[:, None]).sum(2)),
         "jTmjp": (seeded(nnj.jTmjp, x, m, wrt, to_diag=True), (j * (m @ j)).sum(1)),
         "jmjTp": (seeded(nnj.jmjTp, x, metric, wrt, from_diag=True), j * metric[:, None] @ j.mT),
     }
