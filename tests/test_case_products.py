@@ -51,8 +51,31 @@ def products(case: Case, wrt: str) -> dict[str, tuple[Tensor, Tensor]]:
         "jTmjp": (seeded(nnj.jTmjp, x, m, wrt, to_diag=True), (j * (m @ j)).sum(1)),
         "jmjTp": (seeded(nnj.jmjTp, x, metric, wrt, from_diag=True), j * metric[:, None] @ j.mT),
     }
+    if wrt == "weight":
+        found |= block_products(model, seeded, x, j, m)
     if model(x).equal(model(x)):  # else another call is another draw
         found["pair"] = seeded(nnj.jTmjp_pair, x, x, None, wrt, to_diag=True)[1], j.square().sum(1)
+    return found
+
+
+def block_products(model, seeded, x: Tensor, j: Tensor, m: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The blocks of modules, in the order of modules(), and a metric given as such blocks; a shared parameter counts once."""
+    places, start = {}, 0
+    for p in model.parameters():
+        if p.requires_grad:
+            places[id(p)] = list(range(start, start + p.numel()))
+            start += p.numel()
+    index = []
+    for module in model.modules():
+        own = [places.pop(id(p)) for p in module.parameters(recurse=False) if id(p) in places]
+        index += [[i for part in own for i in part]] if own else []
+    blocks = seeded(nnj.jTmjp, x, m, "weight")
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    assert len(blocks) == len(index)
+    true = [j[..., i].mT @ m @ j[..., i] for i in index]
+    found = {f"block {number}": pair for number, pair in enumerate(zip(blocks, true, strict=True))}
+    forward = sum(j[..., i] @ b @ j[..., i].mT for i, b in zip(index, true, strict=True))
+    found["jmjTp of blocks"] = seeded(nnj.jmjTp, x, [b.detach() for b in true], "weight"), forward
     return found
 
 
