@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from nnj.columns import LossColumns
 from nnj.errors import NNJError
-from nnj.factors import Factor, Owner
+from nnj.factors import Factor
 from nnj.graph import Graph
 from nnj.grouping import plan
 from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
 from nnj.hooks import extended_roots
 from nnj.nodes import edge_shape
 from nnj.operators import Affine, Scale, Select
+from nnj.owners import Owner
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_arguments

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
-from nnj.factors import Factor, Places
+from nnj.factors import Factor
 from nnj.graph import Unit
 from nnj.nodes import edge_dtype
 from nnj.operators import Affine, Identity, LinearMap, Scale
+from nnj.places import Places
 from nnj.records import Edge
 from nnj.sweep import Sink, Sweep
 

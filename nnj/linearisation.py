@@ -10,9 +10,10 @@ from torch.utils.checkpoint import CheckpointError
 
 from nnj import hooks
 from nnj.errors import NNJError
-from nnj.factors import Factor, Owner
+from nnj.factors import Factor
 from nnj.forward import Forward
 from nnj.graph import Graph
+from nnj.owners import Owner
 from nnj.records import Edge
 from nnj.sweep import Sweep
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.factors import Explicit, Factor, Owner, add
+from nnj.factors import Explicit, Factor
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
+from nnj.owners import Owner
 from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
+from nnj.sums import add
 
 Sink = Callable[[Tensor, Factor], None]
 
