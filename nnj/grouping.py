@@ -94,7 +94,7 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
         if record is None or record.edge is not None or not unit.params:
             continue
         axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
-        if record.x.place in map(place_of, mark.inputs):
+        if record.x.place in [place_of(t) for t in mark.inputs]:
             if len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]:
                 found.append(_Evidence(unit, axis, torch.arange(n)))
         elif axis < 2 and any(t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs):

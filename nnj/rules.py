@@ -19,15 +19,15 @@ _HARMLESS |= {"__init__", "__repr__", "__doc__", "__module__", "__annotations__"
 
 def describes(entry: Entry, module: nn.Module) -> bool:
     """Whether the class that was registered still says what this module computes."""
-    if "forward" in module.__dict__ or "__call__" in module.__dict__:
+    own = module.__dict__
+    if "forward" in own or "__call__" in own or ("parametrizations" in own["_modules"] and parametrize.is_parametrized(module)):
         return False
-    if parametrize.is_parametrized(module):
-        return False
-    if any(not isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None):
-        return False
+    for p in own["_parameters"].values():
+        if not (p is None or isinstance(p, nn.Parameter)):
+            return False
     if entry.when is not None:
         return bool(entry.when(module))
-    if entry.key is nn.Module:
+    if type(module) is entry.key or entry.key is nn.Module:
         return True
     for cls in type(module).__mro__:
         if cls is entry.key:

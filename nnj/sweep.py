@@ -92,7 +92,7 @@ class Sweep:
 
     def _on_the_batch(self, unit: Unit) -> bool:
         """Whether a record stands on what was given to the model, or a view of it."""
-        if unit.record is None or self.n == 1:
+        if unit.record is None or unit.record.x.place is None or self.n == 1:
             return False
         storage, seen = unit.record.x.place[0], math.prod(unit.record.x.shape)
         given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
