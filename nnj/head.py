@@ -5,7 +5,6 @@ J_c serve all samples, and S, which is N x C x C, is never made. At the last lay
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -191,6 +190,5 @@ def walk_cost(units: list[Unit]) -> float:
     for unit in units:
         for slot, p in unit.params:
             j = unit.slots[slot]
-            area = math.prod(j.outputs) // j.fold.channels if isinstance(j, Affine) else 1
-            total += 3.0 * j.n * p.numel() * area
+            total += 3.0 * j.n * p.numel() * (j.places if isinstance(j, Affine) else 1)
     return max(total, 1.0)

@@ -260,6 +260,7 @@ class Affine(Jacobian):
         self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
         self.matrix = (groups, self.fold.channels // groups, math.prod(self.inputs) // self.fold.channels)
         self.patches = Patches(patches, self.n, self.matrix[2])
+        self.places = math.prod(self.outputs) // self.fold.channels
 
     def jvp(self, v: Tensor) -> Tensor:
         if self.shared is not None and v.shape[1] == 1:
