@@ -290,4 +290,4 @@ def _columns_at_once(sweep: Sweep, memory: int) -> int:
         most = max(most, size)
     held = memory // (8 * 3 * most)
     device = sweep.graph.roots[0][0]._input_metadata[0].device
-    return max(1, min(held, (CACHE + patches // 2) // widest) if device.type == "cpu" else held)
+    return max(1, min(held, (CACHE + patches) // widest) if device.type == "cpu" else held)
