@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-import re
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,5 @@ MODES = {"ConstantPad": "zeros", "ZeroPad": "zeros", "ReflectionPad": "reflect",
 
 @nnj.hookimpl
 def nnj_register_layers(register):
-    for name in nn.modules.padding.__all__:
-        kind, axes = re.fullmatch(r"(\w+)([123])d", name).groups()
-        register(getattr(nn, name), functools.partial(padding, mode=MODES[kind], axes=int(axes)), uses="")
+    for (kind, mode), axes in itertools.product(MODES.items(), (1, 2, 3)):
+        register(getattr(nn, f"{kind}{axes}d"), functools.partial(padding, mode=mode, axes=axes), uses="")

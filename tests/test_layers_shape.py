@@ -31,10 +31,10 @@ DROPOUTS = {nn.Dropout: (6,), nn.Dropout1d: (3, 2), nn.Dropout2d: (3, 1, 2), nn.
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("cls", DROPOUTS)
 def test_dropout_in_training_has_the_mask_of_its_call(cls, inplace):
-    """After a ReLU, of which zeros are zeros with any mask; the mask is then known to autograd's node alone."""
+    """After a layer that gives zeros, which are zeros with any mask; the mask is then known to autograd's node alone."""
     torch.manual_seed(0)
     shape, n = DROPOUTS[cls], 5
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(1, shape), cls(0.4, inplace=inplace), nn.Flatten(),
+    model = nn.Sequential(nn.Linear(4, 6), nn.Hardshrink(0.3), nn.Unflatten(1, shape), cls(0.4, inplace=inplace), nn.Flatten(),
                           nn.Linear(6, 3)).double()
     x, y = torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))
 
