@@ -31,10 +31,10 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, b
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
     for n, owner in _readings(graph, rows, mark, device):
-        for probed, cut in ((False, False), (True, False), (False, True)):
+        for probed, cut, bare in _plans(graph):
             given = None if mark is None else _samples(mark, rows)
             try:
-                sweep = Sweep(graph, n, _on_roots(graph, owner), probed, cut)
+                sweep = Sweep(graph, n, _on_roots(graph, owner), probed, cut, bare)
                 in_order = mark is None or given is None or _check_apart(sweep, mark, given)
             except Coupled as error:
                 refusal = refusal or error
@@ -47,6 +47,12 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, b
             break
     assert refusal is not None
     raise refusal
+
+
+def _plans(graph: Graph) -> list[tuple[bool, bool, bool]]:
+    """What a sweep may take for granted, the cheapest first; rows of bare parameters may not be those of samples."""
+    plans = [(False, False, False), (True, False, False), (False, True, False)]
+    return [(False, False, True), *plans] if any(unit.bare for unit in graph.units) else plans
 
 
 def _on_roots(graph: Graph, owner: Owner) -> dict[Edge, Owner]:

@@ -14,6 +14,7 @@ from nnj.factors import Factor, Owner
 from nnj.forward import Forward
 from nnj.graph import Graph
 from nnj.records import Edge
+from nnj.samples import Coupled
 from nnj.sweep import Sweep
 
 
@@ -32,6 +33,16 @@ def owners(module: nn.Module) -> list[list[nn.Parameter]]:
         if own:
             found.append(own)
     return found
+
+
+def _plan(walk: type[Sweep], graph: Graph, n: int, roots: dict[Edge, Owner]) -> Sweep:
+    """A sweep which takes it that bare parameters meet the samples in rows, if that can be so."""
+    if any(unit.bare for unit in graph.units):
+        try:
+            return walk(graph, n, roots, bare=True)
+        except Coupled:
+            pass
+    return walk(graph, n, roots)
 
 
 class Linearisation:
@@ -73,9 +84,9 @@ class Linearisation:
         self.sweep: Sweep | None = None
         if self.root is not None:
             roots: dict[Edge, Owner] = {self.root: Owner(self.n)}
-            graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x)
+            graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x, walk is Sweep)
             if graph.units:
-                self.sweep = walk(graph, self.n, roots)
+                self.sweep = _plan(walk, graph, self.n, roots)
 
     @property
     def size(self) -> int:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nnj.bare import product_backward
 from nnj.errors import NNJError
-from nnj.factors import Explicit, Factor, Owner, add
+from nnj.factors import Explicit, Factor, Owner
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
+from nnj.pieces import add_uses
 from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
@@ -33,13 +35,14 @@ class Sweep:
         owners: for each root edge, whose its entries are.
         cut: an operand beside the batch (the second of a product) has no samples, though layers lie behind it.
         probed: where it is not known which axis holds the samples, a broadcast operand need not be without samples: ask.
+        bare: products with bare parameters have the samples in their rows, as layers have.
 
     Errors: `NNJError` if samples influence one another.
     """
 
     def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False,
-                 cut: bool = False):
-        self.graph, self.n, self.probed, self.cut = graph, n, probed, cut
+                 cut: bool = False, bare: bool = False):
+        self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
@@ -100,7 +103,7 @@ class Sweep:
     def _batch_behind(self, edge: Edge) -> bool:
         """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""
         unit = self.graph._unit(edge)
-        return unit.batch or unit.batch_above
+        return unit.batch or unit.batch_above or (self.bare and (unit.bare or unit.bare_above))
 
     def _reducible(self, unit: Unit, edge: Edge) -> bool:
         return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
@@ -165,6 +168,8 @@ class Sweep:
 
     def backward(self, unit: Unit, args: list[Tensor | None], k: int) -> list[Tensor | None]:
         """What a raw node sends to its operands for k columns."""
+        if unit.bare and args[0] is not None:
+            return product_backward(unit.node, args[0])
         return call_node(unit.node, args, k)
 
     # -- walking ------------------------------------------------------------------------------------------------------
@@ -188,13 +193,13 @@ class Sweep:
             parts = pending.setdefault(id(p), (p, []))[1]
             parts.append(factor)
             if len(parts) == self.uses[id(p)]:
-                sink(p, add(pending.pop(id(p))[1]))
+                sink(p, add_uses(pending.pop(id(p))[1]))
 
         def walk() -> None:
             for unit in self.graph.units if units is None else units:
                 self._step(unit, values, k, use)
             for p, parts in pending.values():  # to some of its uses nothing was sent
-                sink(p, add(parts))
+                sink(p, add_uses(parts))
 
         own_task(walk)
         return values
@@ -223,7 +228,20 @@ class Sweep:
         elif unit.record is not None:
             self._record(unit, arrived, values, use)
         else:
-            self._node(unit, arrived, values, probing)
+            if unit.bare and use is not None:
+                (edge, v), = arrived.items()
+                self._params(unit, edge, v.to(unit.dtype), use)
+            if any(e is not None for e in unit.out):
+                self._node(unit, arrived, values, probing)
+
+    def _params(self, unit: Unit, edge: Edge, v: Tensor, use: Sink) -> None:
+        """Columns at a unit's own parameters."""
+        for slot, p in unit.params:
+            factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
+            if unit.record is not None and factor.shape != tuple(p.shape):
+                who = blame(unit.record.entry, unit.record.module, self.graph.paths.get(id(unit.record.module), ""))
+                checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
+            use(p, _wide(factor))
 
     def _owner(self, edge: Edge, unit: Unit, v: Tensor | None = None) -> Owner:
         owner = self.state[edge]
@@ -263,11 +281,7 @@ class Sweep:
         who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
         v = v.to(unit.dtype)
         if use is not None:
-            for slot, p in unit.params:
-                factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
-                if factor.shape != tuple(p.shape):
-                    checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
-                use(p, _wide(factor))
+            self._params(unit, edge, v, use)
         out = unit.out[0]
         if out is not None:
             back = checked("vjp of 'input'", self.operator(unit, "input").vjp(v), (v.shape[0], *record.x.shape), who)

@@ -1,0 +1,140 @@
+"""A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what a layer's rule would.
+
+The projections of attention, recurrent cells, adapters and functional models end in such nodes. Where the weight's edge leads
+straight to a parameter, through transposes and chunks of its rows alone, the pullback is that of `nnj.Affine`.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnj.factors import Factor, Owner
+from nnj.nodes import edge_shape, node_name, saved
+from nnj.operators import Affine, Jacobian, Scale
+from nnj.pieces import Rows, Turned
+from nnj.records import Edge
+
+FORMS = {"Addmm": ("mat1", "mat2", 1), "Mm": ("self", "mat2", 0)}  # what y = x M has saved x and M as, and the operand that x is
+
+
+@dataclass(eq=False)
+class Bare:
+    """Operand number `operand` of a node is the parameter p, which the Jacobian is that of."""
+
+    operand: int
+    p: nn.Parameter
+    j: Jacobian
+
+
+class Transposed(Jacobian):
+    """The Jacobian in W^T as that in W."""
+
+    def __init__(self, j: Jacobian):
+        super().__init__(j.inputs[::-1], j.outputs, j.like)
+        self.j = j
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.j.jvp(v.mT)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self.j.vjp(u).mT
+
+    def pullback(self, u: Tensor, owner: Owner) -> Factor:
+        return Turned(self.j.pullback(u, owner))
+
+
+class Chunk(Jacobian):
+    """The Jacobian in rows start to stop of a parameter as that in the whole of it."""
+
+    def __init__(self, j: Jacobian, start: int, count: int):
+        super().__init__((count, *j.inputs[1:]), j.outputs, j.like)
+        self.j, self.start, self.stop = j, start, start + j.inputs[0]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.j.jvp(v[:, :, self.start : self.stop])
+
+    def vjp(self, u: Tensor) -> Tensor:
+        after = self.inputs[0] - self.stop
+        return F.pad(self.j.vjp(u), [0, 0] * (len(self.inputs) - 1) + [self.start, after])
+
+    def pullback(self, u: Tensor, owner: Owner) -> Factor:
+        return Rows([(self.start, self.j.pullback(u, owner))], self.inputs)
+
+
+def product(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
+    """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is computed."""
+    name = node_name(node)
+    if name not in FORMS or any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
+        return []
+    shape, first = tuple(node._input_metadata[0].shape), FORMS[name][2]
+    end = _end(node.next_functions[first + 1], wanted)
+    if end is None or len(shape) != 2 or not node._input_metadata[0].dtype.is_floating_point:
+        return []
+    p, turned, rows = end
+    width = p.shape[0] if turned else p.shape[-1]
+    like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
+    patches = lambda: saved(node, FORMS[name][0]).to(p.dtype)[:, None, :, None]
+    j: Jacobian = Affine(patches, (shape[1], width), shape[1:], like)
+    found = [Bare(first + 1, p, Transposed(j) if turned else _whole(j, rows, p))]
+    end = _end(node.next_functions[0], wanted) if first else None
+    if end is not None and edge_shape(node.next_functions[0]) == shape[1:] and end[0].dtype == p.dtype:
+        b, _, rows = end
+        found.append(Bare(0, b, _whole(Scale(shape[1:], shape[1:], like), rows, b)))
+    wide = torch.promote_types(p.dtype, node._input_metadata[0].dtype) == p.dtype
+    fits = all(math.prod(bare.j.inputs) == bare.p.numel() for bare in found)
+    return found if wide and fits else []
+
+
+def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
+    """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of columns."""
+    _, weight, first = FORMS[node_name(node)]
+    back = None if node.next_functions[first][0] is None else g @ saved(node, weight).mT
+    return [g, back, None] if first else [back, None]
+
+
+def _whole(j: Jacobian, rows: tuple[int, int] | None, p: Tensor) -> Jacobian:
+    return j if rows is None else Chunk(j, rows[0], p.shape[0])
+
+
+def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> tuple[nn.Parameter, bool, tuple[int, int] | None] | None:
+    """The parameter where an edge ends, whether M is it and not its transpose, and which of its rows stand in it."""
+    node, nr = edge
+    turned, rows = True, None
+    while node is not None and not hasattr(node, "variable"):
+        name, dims = node_name(node), len(node._input_metadata[nr].shape)
+        if rows is not None and name != "ToCopy":
+            return None
+        if name == "T" or (name == "Transpose" and dims == 2 and (node._saved_dim0 - node._saved_dim1) % 2):
+            turned = not turned
+        elif name != "ToCopy":
+            rows = _chunk(node, nr)
+            if rows is None or (turned and dims == 2):
+                return None
+        if len(node.next_functions) != 1:
+            return None
+        node, nr = node.next_functions[0]
+    if node is None or not wanted(node.variable):
+        return None
+    p = node.variable
+    return (p, turned and p.dim() == 2, rows) if p.dim() in (1, 2) and p.layout == torch.strided else None
+
+
+def _chunk(node: Any, nr: int) -> tuple[int, int] | None:
+    """Which rows of its operand output nr of a node is: a chunk, a split or a slice along axis 0."""
+    name = node_name(node)
+    if name in ("Split", "SplitWithSizes", "UnsafeSplit") and node._saved_dim == 0:
+        sizes: Sequence[int] = [m.shape[0] for m in node._input_metadata]
+        return sum(sizes[:nr]), sum(sizes[: nr + 1])
+    if name == "Slice" and node._saved_dim == 0 and node._saved_step == 1:
+        count = node._input_metadata[0].shape[0]
+        total = node._saved_self_sym_sizes[0]
+        start = node._saved_start if node._saved_start < 2**63 else node._saved_start - 2**64
+        start = max(0, start + total if start < 0 else start)
+        return start, start + count
+    return None
