@@ -269,8 +269,9 @@ class Sweep:
 
     def check_order(self, unit: Unit, device: torch.device) -> None:
         """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the output."""
-        rows = self._owner(unit.into[0], unit).rows(self.n, device)
-        if rows is None or not bool(((rows == torch.arange(self.n, device=device)) | (rows < 0)).all()):
+        of, own = self._owner(unit.into[0], unit).of, torch.arange(self.n, device=device)
+        own = own if of is None else own.reshape(-1, *[1] * (of.dim() - 1))
+        if of is not None and not bool(((of == own) | (of < 0)).all()):  # an entry may be nobody's, behind a mask
             raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
                           "sample n, in axis 0")
 
