@@ -142,7 +142,8 @@ def _said(path: str, module: nn.Module, entry: Entry, call: _Call) -> tuple[bool
         return False, "declined: a hook, or the shapes of its input and output, hide what its rows are"
     point = None if record.stale else working_point(record)
     if point is None:
-        return False, "declined: in place, its input was written over" if record.stale else "declined: its parameters are narrow"
+        why = "what its rule reads was written over in place" if record.stale else "its parameters are narrower than its tensors"
+        return False, f"declined: {why}"
     try:
         slots = ask_rule(entry, module, *point, path)
     except NNJError as error:
