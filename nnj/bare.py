@@ -70,6 +70,8 @@ class Chunk(Jacobian):
 def product(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is computed."""
     name = node_name(node)
+    if name == "Add":
+        return _bias(node, wanted)
     if name not in FORMS or any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
         return []
     shape, first = tuple(node._input_metadata[0].shape), FORMS[name][2]
@@ -91,8 +93,25 @@ def product(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     return found if wide and fits else []
 
 
+def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
+    """The bare parameters of y = x + b, with b along the last axis; torch adds it apart where the rows of x are scattered."""
+    shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
+    found = []
+    for operand, edge in enumerate(node.next_functions):
+        end = _end(edge, wanted) if edge[0] is not None and len(shape) > 1 and edge_shape(edge) == shape[-1:] else None
+        if end is None or end[0].dtype != dtype or node._saved_alpha != 1:
+            continue
+        p, _, rows = end
+        j = Scale(shape[-1:], shape[1:], torch.empty(shape[0], 0, dtype=p.dtype, device=p.device))
+        if (rows is None and p.shape == shape[-1:]) or (rows is not None and p.dim() == 1):
+            found.append(Bare(operand, p, _whole(j, rows, p)))
+    return found
+
+
 def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
     """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of columns."""
+    if node_name(node) == "Add":
+        return [g, g]
     _, weight, first = FORMS[node_name(node)]
     back = None if node.next_functions[first][0] is None else g @ saved(node, weight).mT
     return [g, back, None] if first else [back, None]
