@@ -36,6 +36,13 @@ class Owner:
             return None
         return flat[:, 0].expand(count)
 
+    def in_order(self) -> bool:
+        """Whether entries that are somebody's stand in rows that are sample-major, as they do without `of`."""
+        if self.of is None or self.explicit or self.of.shape[0] % self.n:
+            return self.of is None and not self.explicit
+        rows = torch.arange(self.of.shape[0], device=self.of.device) // (self.of.shape[0] // self.n)
+        return bool(((self.of == rows.reshape(-1, *[1] * (self.of.dim() - 1))) | (self.of < 0)).all())
+
     def sum(self, t: Tensor) -> Tensor | None:
         """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one sample."""
         if self.of is None:

@@ -45,6 +45,7 @@ class Sweep:
         self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
+        self.found: dict[Edge, Owner] = {}  # what the probe said of edges that are plain after all
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
@@ -146,7 +147,10 @@ class Sweep:
                 self._settle(unit, values, found, probe)
             self._step(unit, values, k, None, probing=True)
         for edge, owner in found.items():
-            self.state[edge] = owner
+            in_order = owner.in_order()
+            if in_order:
+                self.found[edge] = owner
+            self.state[edge] = self.plain if in_order else owner
 
     def _settle(self, unit: Unit, values: dict[Edge, Tensor], found: dict[Edge, Owner], probe: Probe) -> None:
         for edge in unit.into:
@@ -245,7 +249,8 @@ class Sweep:
 
     def _owner(self, edge: Edge, unit: Unit, v: Tensor | None = None) -> Owner:
         owner = self.state[edge]
-        lost = v is not None and owner is not None and owner.of is not None and bool(((v != 0).any(0) & (owner.of < 0)).any())
+        told = self.found.get(edge, owner)
+        lost = v is not None and told is not None and told.of is not None and bool(((v != 0).any(0) & (told.of < 0)).any())
         if owner is None or lost:
             raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
         return owner
