@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnj.bare import product
 from nnj.errors import NNJError
+from nnj.expand import expand
 from nnj.nodes import node_name
 from nnj.operators import Jacobian
 from nnj.records import MARK, RECORD, CallMark, Edge, Record
@@ -56,6 +57,8 @@ class Graph:
         self.marks: list[CallMark] = []
         self._units: dict[Any, Unit] = {}
         self._needed: dict[Unit, bool] = {}
+        self._expanded: dict[Any, list[Edge | None] | None] = {}  # nodes that stand for many, and the edges of their outputs
+        self._aliases: dict[Any, Edge] = {}
         order = self._visit(roots)
         self.units = [unit for unit in order if self._needed[unit]]
         for unit in self.units:
@@ -94,13 +97,27 @@ class Graph:
 
     def _from_node(self, node: Any) -> Unit:
         """A raw node as a unit; the bare parameters of a product are its own, and no columns go there."""
-        out = [None if n is None else (n, i) for n, i in node.next_functions]
+        out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
         unit = Unit(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
         for bare in product(node, self._parameter) if self.products else []:
             unit.bare, unit.dtype, unit.out[bare.operand] = True, bare.p.dtype, None
             unit.slots[str(bare.operand)] = bare.j
             unit.params.append((str(bare.operand), bare.p))
         return unit
+
+    def _resolve(self, edge: Edge) -> Edge | None:
+        """The edge itself, or where it leads when a node that stands for many is taken apart."""
+        node, nr = edge
+        if node in self._aliases:
+            return self._resolve(self._aliases[node])
+        if node_name(node) != "MkldnnRnnLayer":
+            return edge
+        if node not in self._expanded:
+            found = expand(node)
+            self._expanded[node] = None if found is None else found[0]
+            self._aliases.update({} if found is None else found[1])
+        edges = self._expanded[node]
+        return edge if edges is None else edges[nr]
 
     def _parameter(self, leaf: Tensor) -> bool:
         return leaf is not self.batched and self.wanted(leaf)
@@ -125,7 +142,8 @@ class Graph:
                 j.like = torch.empty(j.n, 0, dtype=y.dtype, device=node._input_metadata[0].device)
         own = dict(record.module.named_parameters(remove_duplicate=False))
         params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
-        return Unit(node, record, slots, [], [record.edge], None, y.dtype, params)
+        edge = None if record.edge is None else self._resolve(record.edge)
+        return Unit(node, record, slots, [], [edge], None, y.dtype, params)
 
     def _visit(self, roots: list[Edge]) -> list[Unit]:
         """Units in topological order (reversed postorder of a depth-first walk), with what each of them leads to."""

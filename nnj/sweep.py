@@ -45,7 +45,7 @@ class Sweep:
         self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
-        self.found: dict[Edge, Owner] = {}  # what the probe said of edges that are plain after all
+        self.found: dict[Edge, Owner] = {}  # what the probe said, with entries that are nobody's
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
@@ -147,10 +147,8 @@ class Sweep:
                 self._settle(unit, values, found, probe)
             self._step(unit, values, k, None, probing=True)
         for edge, owner in found.items():
-            in_order = owner.in_order()
-            if in_order:
-                self.found[edge] = owner
-            self.state[edge] = self.plain if in_order else owner
+            self.found[edge], tidy = owner, owner.tidy()
+            self.state[edge] = self.plain if tidy.of is None else tidy
 
     def _settle(self, unit: Unit, values: dict[Edge, Tensor], found: dict[Edge, Owner], probe: Probe) -> None:
         for edge in unit.into:

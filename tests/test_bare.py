@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
+from nnj.expand import ROWS
 from nnj.factors import Explicit, Places
 from nnj.graph import Graph
 from nnj.grouping import plan
@@ -155,18 +156,48 @@ def test_the_fast_path_of_a_frozen_encoder():
     check_model(model, nn.CrossEntropyLoss(), torch.randn(N, T, D), torch.randint(3, (N,)))
 
 
+@pytest.mark.parametrize("n", [N, 2 * ROWS])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrence_in_single_precision(cls):
-    """In float32 the LSTM is one node of oneDNN's, in float64 many: they agree."""
+def test_recurrence_in_single_precision(cls, bias, n):
+    """In float32 the LSTM is one node of oneDNN's, in float64 many: they agree. With many samples it is taken apart."""
     torch.manual_seed(0)
-    model = Around(cls(D, 3, 2, batch_first=True, bidirectional=True), first, 6)
-    x, t = torch.randn(N, T, D), torch.randint(3, (N,))
+    model = Around(cls(D, 3, 2, batch_first=True, bidirectional=True, bias=bias), first, 6)
+    x, t = torch.randn(n, T, D), torch.randint(3, (n,))
     found = []
     for dtype in (torch.float32, torch.float64):
         nnj.extend(model.to(dtype))
         with nnj.collect("ggn_diag", "batch_grad"):
             nnj.extend(nn.CrossEntropyLoss())(model(x.to(dtype)), t).backward()
         found.append([(p.ggn_diag.double(), p.batch_grad.double()) for p in model.parameters()])
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single, double, rtol=2e-3, atol=1e-6)
+
+
+def last_states(m: Any, x: Tensor) -> Tensor:
+    """All that an LSTM gives, from a first state that depends on the input."""
+    h = torch.tanh(x[:, :1, :3]).transpose(0, 1)
+    y, (h, c) = m(x, (h.contiguous(), 2 * h.contiguous()))
+    return torch.stack([y[:, 0], h[0], c[0]], 1)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_lstm_that_is_taken_apart(normed):
+    """Its states, a computed weight, and a call inside a checkpoint; its bits are torch's own."""
+    torch.manual_seed(0)
+    n, cell = 2 * ROWS, nn.LSTM(D, 3, batch_first=True)
+    if normed:
+        torch.nn.utils.parametrizations.weight_norm(cell, "weight_ih_l0")
+    model = Around(cell, lambda m, x: torch.utils.checkpoint.checkpoint(last_states, m, x, use_reentrant=False), 3)
+    x, t, found = torch.randn(n, T, D), torch.randint(3, (n,)), []
+    for dtype in (torch.float32, torch.float64):
+        nnj.extend(model.to(dtype))
+        model.zero_grad()
+        with nnj.collect("ggn_diag", "batch_grad"):
+            nnj.extend(nn.CrossEntropyLoss())(model(x.to(dtype)), t).backward()
+        found.append([(p.ggn_diag.double(), p.batch_grad.double()) for p in model.parameters()])
+        for p in model.parameters():
+            torch.testing.assert_close(p.batch_grad.sum(0), p.grad, rtol=1e-3, atol=1e-6)
     for single, double in zip(*found, strict=True):
         torch.testing.assert_close(single, double, rtol=2e-3, atol=1e-6)
 
