@@ -1,7 +1,8 @@
 """A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what a layer's rule would.
 
-The projections of attention, recurrent cells, adapters and functional models end in such nodes. Where the weight's edge leads
-straight to a parameter, through transposes and chunks of its rows alone, the pullback is that of `nnj.Affine`.
+The projections of attention, recurrent cells, adapters, functional and exported models end in such nodes; so do
+convolutions. Where the weight's edge leads straight to a parameter, through transposes and chunks of its rows alone, the pullback is that of
+`nnj.Affine`.
 """
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ class Chunk(Jacobian):
 def product(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is computed."""
     name = node_name(node)
-    if name == "Add":
-        return _bias(node, wanted)
+    if name in ("Add", "Convolution"):
+        return (_bias if name == "Add" else _convolution)(node, wanted)
     if name not in FORMS or any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
         return []
     shape, first = tuple(node._input_metadata[0].shape), FORMS[name][2]
@@ -108,10 +109,47 @@ def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     return found
 
 
+def _convolution(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
+    """The bare parameters of y = w * x + b on one or two spatial axes, w seen as a matrix and x in patches."""
+    (w, _), b = node.next_functions[1], node.next_functions[2]
+    shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
+    ends = [getattr(end, "variable", None) for end in (w, b[0])]
+    if node._saved_transposed or len(shape) not in (3, 4) or ends[0] is None or (b[0] is not None and ends[1] is None):
+        return []
+    if any(p is not None and (p.dtype != dtype or not wanted(p)) for p in ends):
+        return []
+    groups, kernel = node._saved_groups, ends[0].shape[2:]
+    like = torch.empty(shape[0], 0, dtype=dtype, device=ends[0].device)
+
+    def patches() -> Tensor:
+        x = saved(node, "input")
+        options = [tuple(value) for value in (kernel, node._saved_dilation, node._saved_padding, node._saved_stride)]
+        if len(kernel) == 1:  # as one row of an image
+            x, options = x[:, :, None], [(neutral, *value) for neutral, value in zip((1, 1, 0, 1), options, strict=True)]
+        return F.unfold(x, *options).unflatten(1, (groups, -1))
+
+    found = [Bare(1, ends[0], Affine(patches, ends[0].shape, shape[1:], like, groups=groups, last=False))]
+    if ends[1] is not None:
+        found.append(Bare(2, ends[1], Scale(shape[1:2], shape[1:], like, last=False)))
+    return found
+
+
+def _convolution_backward(node: Any, g: Tensor) -> Tensor:
+    """Columns g of (K, N, O, *space) at the input of a convolution."""
+    n, *shape = edge_shape(node.next_functions[0])
+    like = g.new_empty(len(g) * n, *shape)  # of which only the shape is read
+    found = torch.ops.aten.convolution_backward(
+        g.flatten(0, 1), like, saved(node, "weight"), None, node._saved_stride, node._saved_padding, node._saved_dilation, False,
+        node._saved_output_padding, node._saved_groups, [True, False, False])
+    return found[0].unflatten(0, (len(g), n))
+
+
 def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
     """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of columns."""
     if node_name(node) == "Add":
         return [g, g]
+    if node_name(node) == "Convolution":
+        return [None if node.next_functions[0][0] is None else _convolution_backward(node, g), None, None]
     _, weight, first = FORMS[node_name(node)]
     back = None if node.next_functions[first][0] is None else g @ saved(node, weight).mT
     return [g, back, None] if first else [back, None]

@@ -221,6 +221,24 @@ glue("bare-one-row", lambda s, x: torch.stack([F.linear(row, s.w, s.b) for row i
 glue("bare-batched-product", lambda s, x: torch.bmm(act(s.one(x)), s.w.expand(len(x), -1, -1)).mean(1), one=linear(4, 4),
      w=W(4, 3))
 checkpointed("bare-checkpointed", functional, vectors, w1=W(5, 4), b1=B(5), w2=W(4, 5), w3=W(3, 4), b3=B(3))
+def convolved(s: Any, x: Tensor) -> Tensor:
+    z = torch.tanh(F.conv2d(x, s.w1, s.b1, stride=(2, 1), padding=(1, 2), dilation=(1, 2)))
+    z = torch.tanh(F.conv2d(z, s.w2, None, padding=1, groups=2))
+    return F.conv1d(F.conv1d(z.flatten(2), s.w3, s.b3, stride=2, padding=1, dilation=2), s.w3, s.b3).mean(2)
+
+
+def small_images() -> tuple[Any, ...]:
+    return r(N, 2, 4, 4), classes(N, 2)
+
+
+W4 = lambda *shape: lambda: r(*shape)
+glue("bare-convolutions", convolved, small_images, w1=W4(4, 2, 3, 2), b1=B(4), w2=W4(2, 2, 2, 3), w3=W4(2, 2, 3), b3=B(2))
+glue("bare-convolutions-behind-a-layer", lambda s, x: convolved(s, s.one(x)), small_images, one=linear(4, 4), w1=W4(4, 2, 3, 2),
+     b1=B(4), w2=W4(2, 2, 2, 3), w3=W4(2, 2, 3), b3=B(2))
+glue("bare-convolution-computed", lambda s, x: F.conv2d(act(F.conv2d(s.one(x), s.w1 * 2, s.b1)), s.w2, s.b2 + 1).mean((2, 3)),
+     small_images, one=linear(4, 4), w1=W4(2, 2, 2, 2), b1=B(2), w2=W4(2, 2, 1, 2), b2=B(2))
+glue("bare-convolution-in-three-axes", lambda s, x: F.conv3d(act(s.one(x))[:, :, None], s.w).mean((2, 3, 4)), small_images,
+     one=linear(4, 4), w=W4(2, 2, 1, 2, 2))
 case("bare-token-major", do(lambda s, x: F.linear(act(F.linear(x.transpose(0, 1), s.w, s.b)), s.v).mean(0), w=W(5, 4), b=B(5),
      v=W(3, 5)), sequences)
 case("bare-rows-of-tokens", do(functional, w1=W(5, 4), b1=B(5), w2=W(4, 5), w3=W(3, 4), b3=B(3)),

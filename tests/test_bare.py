@@ -61,6 +61,9 @@ MODELS = {
     "cross-attention": (lambda: Around(attention(), half), {Places, Rows}),
     "kdim": (lambda: Around(attention(kdim=D, vdim=D), half), {Places, Rows}),
     "encoder": (lambda: Around(nn.TransformerEncoderLayer(D, 2, 3, 0.0, batch_first=True), alone), {Places}),
+    "linear": (lambda: Around(nn.Linear(D, D), lambda m, x: F.linear(x, m.weight, m.bias)), {Places}),
+    "transposed": (lambda: Around(nn.Linear(D, D), lambda m, x: x @ m.weight + m.bias), {Places, Turned}),
+    "convolution": (lambda: Around(nn.Conv1d(T, T, 3), lambda m, x: F.conv1d(x, m.weight, m.bias, padding=1)), {Places}),
     "rnn": (lambda: Around(nn.RNN(D, 3, batch_first=True).double(), first, 3), {Places}),
     "gru": (lambda: Around(nn.GRU(D, 3, batch_first=True).double(), first, 3), {Places}),
 }
@@ -79,7 +82,7 @@ def test_matrices_never_stand_in_explicit_columns(name):
     found: dict[str, Any] = {}
     sweep.run({edge_of(y): torch.randn(2, *y.shape, dtype=y.dtype)}, 2, lambda p, factor: found.setdefault(params[id(p)], factor))
     assert set(found) == set(params.values())
-    matrices = {type(factor) for name, factor in found.items() if len(factor.shape) == 2}
+    matrices = {type(factor) for factor in found.values() if len(factor.shape) > 1}
     assert matrices <= kinds and Explicit not in matrices
 
 
