@@ -1,8 +1,8 @@
 """A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what a layer's rule would.
 
 The projections of attention, recurrent cells, adapters, functional and exported models end in such nodes; so do
-convolutions. Where the weight's edge leads straight to a parameter, through transposes and chunks of its rows alone, the pullback is that of
-`nnj.Affine`.
+convolutions. Where the weight's edge leads straight to a parameter, through transposes and chunks of its rows alone, the
+pullback is that of `nnj.Affine`.
 """
 from __future__ import annotations
 

@@ -142,20 +142,21 @@ def test_dropout_has_the_masks_of_the_call(name, batch_first):
 
 
 class Frozen(nn.Module):
-    """A frozen encoder in eval mode behind a trained layer: its fused fast path would hide the way to that layer."""
+    """A frozen encoder in eval mode, behind a trained layer if there is one: its fused fast path would hide the way there."""
 
-    def __init__(self):
+    def __init__(self, behind: bool):
         super().__init__()
-        self.one, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+        self.one, self.head = nn.Linear(D, D) if behind else nn.Identity(), nn.Linear(D, 3)
         self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 3, batch_first=True), 2).requires_grad_(False)
 
     def forward(self, x):
         return self.head(self.body(self.one(x)).mean(1))
 
 
-def test_the_fast_path_of_a_frozen_encoder():
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_fast_path_of_a_frozen_encoder(behind):
     torch.manual_seed(0)
-    model = Frozen().eval().double()
+    model = Frozen(behind).eval().double()
     check_model(model, nn.CrossEntropyLoss(), torch.randn(N, T, D), torch.randint(3, (N,)))
 
 
