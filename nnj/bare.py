@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnj.factors import Factor, Owner
-from nnj.nodes import edge_shape, node_name, saved
+from nnj.factors import Factor
+from nnj.nodes import edge_shape, node_name, own_task, saved
 from nnj.operators import Affine, Jacobian, Scale
+from nnj.owners import Owner
 from nnj.pieces import Rows, Turned
 from nnj.records import Edge
 
-FORMS = {"Addmm": ("mat1", "mat2", 1), "Mm": ("self", "mat2", 0)}  # what y = x M has saved x and M as, and the operand that x is
+NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
+FORMS = {"Addmm": 1, "Mm": 0}  # y = x M: the operand that x is; M is saved as mat2
 
 
 @dataclass(eq=False)
@@ -68,21 +70,43 @@ class Chunk(Jacobian):
         return Rows([(self.start, self.j.pullback(u, owner))], self.inputs)
 
 
-def product(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
+class Held:
+    """x of y = x W^T, as a node has saved it: taken once, in a pass of its own or during a walk, and then at hand.
+
+    A checkpoint gives it once in each pass, and another pass is the user's.
+    """
+
+    def __init__(self, node: Any):
+        self.node = node
+        self.value: Tensor | None = None
+
+    def take(self) -> None:
+        name = NAMES.get(node_name(self.node))
+        if self.value is None and name is not None:
+            self.value = saved(self.node, name)
+
+    def __call__(self) -> Tensor:
+        if self.value is None:
+            own_task(self.take)
+        assert self.value is not None
+        return self.value
+
+
+def product(node: Any, wanted: Callable[[Tensor], bool], held: Held) -> list[Bare]:
     """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is computed."""
     name = node_name(node)
     if name in ("Add", "Convolution"):
-        return (_bias if name == "Add" else _convolution)(node, wanted)
+        return _bias(node, wanted) if name == "Add" else _convolution(node, wanted, held)
     if name not in FORMS or any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
         return []
-    shape, first = tuple(node._input_metadata[0].shape), FORMS[name][2]
+    shape, first = tuple(node._input_metadata[0].shape), FORMS[name]
     end = _end(node.next_functions[first + 1], wanted)
     if end is None or len(shape) != 2 or not node._input_metadata[0].dtype.is_floating_point:
         return []
     p, turned, rows = end
     width = p.shape[0] if turned else p.shape[-1]
     like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
-    patches = lambda: saved(node, FORMS[name][0]).to(p.dtype)[:, None, :, None]
+    patches = lambda at: held()[at, None, :, None].to(p.dtype)
     j: Jacobian = Affine(patches, (shape[1], width), shape[1:], like)
     found = [Bare(first + 1, p, Transposed(j) if turned else _whole(j, rows, p))]
     end = _end(node.next_functions[0], wanted) if first else None
@@ -109,7 +133,7 @@ def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     return found
 
 
-def _convolution(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
+def _convolution(node: Any, wanted: Callable[[Tensor], bool], held: Held) -> list[Bare]:
     """The bare parameters of y = w * x + b on one or two spatial axes, w seen as a matrix and x in patches."""
     (w, _), b = node.next_functions[1], node.next_functions[2]
     shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
@@ -121,8 +145,8 @@ def _convolution(node: Any, wanted: Callable[[Tensor], bool]) -> list[Bare]:
     groups, kernel = node._saved_groups, ends[0].shape[2:]
     like = torch.empty(shape[0], 0, dtype=dtype, device=ends[0].device)
 
-    def patches() -> Tensor:
-        x = saved(node, "input")
+    def patches(at: slice) -> Tensor:
+        x = held()[at]
         options = [tuple(value) for value in (kernel, node._saved_dilation, node._saved_padding, node._saved_stride)]
         if len(kernel) == 1:  # as one row of an image
             x, options = x[:, :, None], [(neutral, *value) for neutral, value in zip((1, 1, 0, 1), options, strict=True)]
@@ -150,8 +174,8 @@ def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
         return [g, g]
     if node_name(node) == "Convolution":
         return [None if node.next_functions[0][0] is None else _convolution_backward(node, g), None, None]
-    _, weight, first = FORMS[node_name(node)]
-    back = None if node.next_functions[first][0] is None else g @ saved(node, weight).mT
+    first = FORMS[node_name(node)]
+    back = None if node.next_functions[first][0] is None else g @ saved(node, "mat2").mT
     return [g, back, None] if first else [back, None]
 
 

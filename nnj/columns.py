@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nnj.curvature import Curvature, check_outputs, rows_of
 from nnj.errors import NNJError
-from nnj.factors import Owner
 from nnj.hessian import twice
+from nnj.owners import Owner
 from nnj.plugins import manager
 from nnj.records import Edge, LossCall
 from nnj.rules import describes

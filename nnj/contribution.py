@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from nnj.columns import LossColumns
 from nnj.errors import NNJError
-from nnj.factors import Factor, Owner
+from nnj.factors import Factor
 from nnj.graph import Graph
 from nnj.grouping import plan
 from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
 from nnj.hooks import extended_roots
 from nnj.nodes import edge_shape
 from nnj.operators import Affine, Scale, Select
+from nnj.owners import Owner
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_arguments
@@ -24,6 +25,8 @@ from nnj.sweep import Sink, Sweep
 
 if TYPE_CHECKING:
     from nnj.collection import collect
+
+CACHE = 1 << 19  # entries of a tangent that stay in the caches of a CPU while a turn walks
 
 
 class Contribution:
@@ -265,16 +268,26 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
 
 
 def _columns_at_once(sweep: Sweep, memory: int) -> int:
-    """How many columns may walk together: the largest unit's share of each, with what is formed on the way."""
-    most = 1
+    """How many columns walk together: what `memory` holds, and on a CPU no more than its caches like.
+
+    Of memory each takes the share of the largest unit, with what is formed on the way (3 times, in 8 bytes). A turn should not be
+    larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
+    """
+    most, widest, patches = 1, 1, 0
     for unit in sweep.graph.units:
         times = sweep.n if unit in sweep.explicit else 1
         size = sum(math.prod(edge_shape(e)) for e in unit.into) * times
+        widest = max(widest, size)
         for i, edge in enumerate(unit.out):
             if edge is not None:
                 size += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
         for slot, p in unit.params:
-            if times > 1 or not isinstance(unit.slots[slot], (Affine, Scale, Select)):
+            j = unit.slots[slot]
+            if times > 1 or not isinstance(j, (Affine, Scale, Select)):
                 size += p.numel() * sweep.n
+            elif isinstance(j, Affine) and j.places > 1:
+                patches += j.n * j.places * math.prod(j.matrix[::2])
         most = max(most, size)
-    return max(1, memory // (8 * 3 * most))
+    held = memory // (8 * 3 * most)
+    device = sweep.graph.roots[0][0]._input_metadata[0].device
+    return max(1, min(held, (CACHE + patches // 2) // widest) if device.type == "cpu" else held)

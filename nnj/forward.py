@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.factors import Owner
 from nnj.graph import Unit
 from nnj.nodes import edge_dtype, edge_shape, own_task
+from nnj.owners import Owner
 from nnj.records import Edge
 from nnj.samples import describe
 from nnj.sweep import Sweep

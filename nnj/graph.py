@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnj.bare import product
+from nnj.bare import Held, product
 from nnj.errors import NNJError
 from nnj.expand import expand
 from nnj.nodes import node_name
@@ -34,6 +34,7 @@ class Unit:
     batch_above: bool = False  # whether such a unit lies further on
     bare: bool = False  # whether it is a product with bare parameters, which mostly has the samples in its rows, too
     bare_above: bool = False
+    held: Held | None = None  # what the bare parameters of a product meet
 
     @property
     def name(self) -> str:
@@ -99,7 +100,8 @@ class Graph:
         """A raw node as a unit; the bare parameters of a product are its own, and no columns go there."""
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
         unit = Unit(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
-        for bare in product(node, self._parameter) if self.products else []:
+        unit.held = Held(node)
+        for bare in product(node, self._parameter, unit.held) if self.products else []:
             unit.bare, unit.dtype, unit.out[bare.operand] = True, bare.p.dtype, None
             unit.slots[str(bare.operand)] = bare.j
             unit.params.append((str(bare.operand), bare.p))

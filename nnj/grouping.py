@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.factors import Owner
 from nnj.graph import Graph, Unit
 from nnj.nodes import edge_dtype, edge_shape
+from nnj.owners import Owner
 from nnj.records import CallMark, Edge, place_of
 from nnj.samples import Coupled, describe
 from nnj.sweep import Sweep
@@ -100,7 +100,7 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
         if record is None or record.edge is not None or not unit.params:
             continue
         axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
-        if record.x.place in map(place_of, mark.inputs):
+        if record.x.place in [place_of(t) for t in mark.inputs]:
             if len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]:
                 found.append(_Evidence(unit, axis, torch.arange(n)))
         elif axis < 2 and any(t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs):
@@ -148,8 +148,8 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
         if state.explicit:
             raise Coupled.at(describe(unit, sweep.graph.paths))
         of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
-        of = of.reshape(-1, *[1] * (len(shape) - 1)) if of.dim() == 1 else of
-        of = of.expand(shape).movedim(axis, 0).flatten(1)
+        of = of.reshape(*of.shape, *[1] * (len(shape) - of.dim()))
+        of = of.expand(*(shape[i] if i == axis else s for i, s in enumerate(of.shape))).movedim(axis, 0).flatten(1)
         told = (of >= 0) & (owners[:, None] >= 0)
         given, whose = owners[:, None].expand(of.shape)[told], of[told]
         unknown = to[given] < 0

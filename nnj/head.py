@@ -5,17 +5,17 @@ J_c serve all samples, and S, which is N x C x C, is never made. At the last lay
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
-from nnj.factors import Factor, Places
+from nnj.factors import Factor
 from nnj.graph import Unit
 from nnj.nodes import edge_dtype
 from nnj.operators import Affine, Identity, LinearMap, Scale
+from nnj.places import Places
 from nnj.records import Edge
 from nnj.sweep import Sink, Sweep
 
@@ -92,7 +92,8 @@ class HeadColumns:
             return False
         rows = self.rows
         if rows is None:
-            rows = torch.eye(self.k, dtype=unit.dtype, device=j.like.device).reshape(self.k, 1, *j.outputs)
+            size = self.curvature.block * self.curvature.places
+            rows = torch.eye(size, dtype=unit.dtype, device=j.like.device).reshape(size, 1, *j.outputs)
         self.rows = j.vjp(rows)
         self.units.append(unit)
         self.edge = out
@@ -111,8 +112,8 @@ class HeadColumns:
 
     @property
     def k(self) -> int:
-        """The number of columns: one for each output."""
-        return self.curvature.block * self.curvature.places
+        """The number of columns."""
+        return self.curvature.rank * self.curvature.places
 
     def parameters(self, sink: Sink) -> None:
         """Give the parameters of the last layer their factors."""
@@ -125,28 +126,43 @@ class HeadColumns:
     def columns(self, size: int) -> Iterator[Tensor]:
         """All columns on `edge`, (k, N, *shape), `size` at a time at most."""
         assert self.rows is not None
-        rows, classes, dtype = self.rows, self.rows.shape[0], edge_dtype(self.edge)
-        flat = rows.reshape(classes, -1)
-        weight, top, mean = self._weights(flat)
-        for a in range(0, classes, size):
-            part = slice(a, min(a + size, classes))
-            v = flat[part, None] if mean is None else flat[part, None] - (flat[top] + mean)[None]
-            if mean is not None:  # the row of the likeliest class would cancel
-                number = torch.arange(a, part.stop, device=flat.device)
-                v = torch.where((number[:, None] == top)[..., None], -mean, v)
-            yield (v * weight[:, part].mT[..., None]).reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
-
-    def _weights(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """sqrt(w) of (N, C), the likeliest class t of each sample, and sum_c m_c (J_c - J_t), which is small where t is sure."""
+        rows, dtype = self.rows, edge_dtype(self.edge)
+        flat = rows.reshape(len(rows), -1)
         c = self.curvature
-        if isinstance(c, SoftmaxCurvature):
-            p = c.p[:, 0].to(flat.dtype)
-            top = p.argmax(1)
-            rest = p.scatter(1, top[:, None], 0.0)
-            mean = rest @ flat - rest.sum(1, keepdim=True) * flat[top]
-            return (c.a[:, 0] * c.p[:, 0]).sqrt().to(flat.dtype), top, mean
-        weight = c.diagonal().reshape(c.rows, -1).sqrt().to(flat.dtype)
-        return weight, weight.new_zeros(0), None
+        make = self._softmax(flat, c) if isinstance(c, SoftmaxCurvature) else self._diagonal(flat)
+        for a in range(0, self.k, size):
+            v = make(a, min(a + size, self.k))
+            yield v.reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
+
+    def _diagonal(self, flat: Tensor) -> Callable[[int, int], Tensor]:
+        """sqrt(h_c) J_c."""
+        weight = self.curvature.diagonal().reshape(self.curvature.rows, -1).sqrt().to(flat.dtype).mT
+        return lambda a, b: flat[a:b, None] * weight[a:b, :, None]
+
+    def _softmax(self, flat: Tensor, c: SoftmaxCurvature) -> Callable[[int, int], Tensor]:
+        """sqrt(a p_c) (J_c - J_t - R / (1 + sqrt p_t)) for all classes c but the likeliest t, with R = sum_c p_c (J_c - J_t).
+
+        With D_c = J_c - J_t the Hessian is a (sum_c p_c D_c D_c^T - R R^T). Columns D_c - k R in the place of D_c make it so
+        if k^2 (1 - p_t) - 2 k + 1 = 0, and this k is 1 / (1 + sqrt p_t). Where t is among the first C - 1 classes, the last class
+        stands in its place.
+        """
+        p, last = c.p[:, 0].to(flat.dtype), c.block - 1
+        best, top = p.max(1, keepdim=True)
+        rest = p.scatter(1, top, 0.0)
+        away = flat[top[:, 0]]
+        mean = rest @ flat - rest.sum(1, keepdim=True) * away
+        shift = away + mean / (1 + best.sqrt())
+        weight = (c.a[:, 0] * c.p[:, 0]).sqrt().to(flat.dtype)
+        weight = weight.scatter(1, top, weight[:, last:]).mT
+        sample = torch.arange(len(p), device=p.device)
+
+        def make(a: int, b: int) -> Tensor:
+            v = flat[a:b, None] - shift
+            mine = ((top[:, 0] >= a) & (top[:, 0] < b)).nonzero()[:, 0]
+            v[top[mine, 0] - a, sample[mine]] = flat[last] - shift[mine]
+            return v.mul_(weight[a:b, :, None])
+
+        return make
 
 
 def recompress(v: Tensor) -> Tensor:
@@ -174,6 +190,5 @@ def walk_cost(units: list[Unit]) -> float:
     for unit in units:
         for slot, p in unit.params:
             j = unit.slots[slot]
-            area = math.prod(j.outputs) // j.fold.channels if isinstance(j, Affine) else 1
-            total += 3.0 * j.n * p.numel() * area
+            total += 3.0 * j.n * p.numel() * (j.places if isinstance(j, Affine) else 1)
     return max(total, 1.0)

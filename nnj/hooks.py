@@ -10,9 +10,8 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from nnj.errors import NNJError
 from nnj.plugins import manager
-from nnj.records import MARK, RECORD, CallMark, Edge, LossCall, Point, Record, edge_of, layer_state, tensors, write
+from nnj.records import MARK, RECORD, CallMark, LossCall, Point, Record, edge_of, tensors, write
 from nnj.rules import find_rule
 
 
@@ -32,14 +31,23 @@ class _Local(threading.local):
         self.frames: list[_Frame] = []
 
 
-@dataclass(eq=False)
 class _Frame:
-    module: nn.Module
-    x: Tensor | None
-    version: int
-    edge: Edge | None
-    given: list[Tensor]  # the arguments of an outermost call
-    python: FrameType  # the call in Python that this is the record of
+    """A call that is going on.
+
+    Attributes:
+        edge, version: of the only argument x, before anything in place changes it.
+        given: the arguments of an outermost call.
+        python: the call in Python that this stands for.
+    """
+
+    __slots__ = ("edge", "given", "module", "python", "version", "x")
+
+    def __init__(self, module: nn.Module, given: Sequence[Any], outermost: bool, python: FrameType):
+        self.module, self.python = module, python
+        x = given[0] if len(given) == 1 else None
+        self.x = x if isinstance(x, Tensor) else None
+        self.edge, self.version = (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
+        self.given = tensors(list(given)) if outermost else []
 
 
 _local = _Local()
@@ -67,13 +75,9 @@ class _Before:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _inert():
             return
-        given = [*args, *kwargs.values()]
-        x = given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
-        python = sys._getframe(1)
-        _drop_finished(python)
-        outer = [] if _local.frames else tensors(given)
-        edge = None if x is None else edge_of(x)
-        _local.frames.append(_Frame(module, x, 0 if x is None else x._version, edge, outer, python))
+        frames, python = _local.frames, sys._getframe(1)
+        _drop_finished(frames, python)
+        frames.append(_Frame(module, [*args, *kwargs.values()] if kwargs else args, not frames, python))
 
 
 class _After:
@@ -113,17 +117,16 @@ class _After:
         entry = find_rule(module)
         if entry is None or (entry.key is nn.Module and not is_leaf_layer(module)):
             return
-        x_point = Point.of(x, "x" in entry.uses)
-        x_point.version = frame.version
-        y_point = Point.of(y, "y" in entry.uses)
-        record = Record(module, entry, x_point, y_point, frame.edge, layer_state(module))
-        write(y.grad_fn, (RECORD, y.output_nr), record)
+        x_point, y_point = Point(x, "x" in entry.uses, frame.version), Point(y, "y" in entry.uses, y._version)
+        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, y_point, frame.edge))
 
 
 def _sees_forward(module: nn.Module) -> bool:
     """Whether what our hooks see is what `forward` takes and gives: no other hook stands between."""
     if torch_module._global_forward_hooks:
         return False
+    if len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:
+        return True  # ours
     first = next(iter(module._forward_hooks.values()))
     last = next(reversed(module._forward_pre_hooks.values()))
     return isinstance(first, _After) and isinstance(last, _Before)
@@ -150,8 +153,7 @@ class LossHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         if _inert() or not isinstance(value, Tensor) or value.grad_fn is None:
             return
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        leaves, spec = tree_flatten((list(bound.args), dict(bound.kwargs)))
+        leaves, spec = _arguments(module, args, kwargs)
         outputs, edges = [], []
         for index, leaf in enumerate(leaves):
             edge = edge_of(leaf) if isinstance(leaf, Tensor) else None
@@ -169,15 +171,24 @@ class LossHook:
         value.register_hook(arrived)
 
 
-def _drop_finished(python: FrameType) -> None:
+def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
     """Forget calls that ended without a word (an interrupt by the keyboard): they are no callers of this one."""
-    while _local.frames:
+    while frames:
         caller: FrameType | None = python
-        while caller is not None and caller is not _local.frames[-1].python:
+        last = frames[-1].python
+        while caller is not None and caller is not last:
             caller = caller.f_back
         if caller is not None:
             return
-        _local.frames.pop()
+        frames.pop()
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """All that a loss was given, flattened, with the structure to put it together again (None: these are the arguments)."""
+    if not kwargs and all(isinstance(a, Tensor) for a in args):
+        return list(args), None
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return tree_flatten((list(bound.args), dict(bound.kwargs)))
 
 
 class FunctionLoss(nn.Module):

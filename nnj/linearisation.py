@@ -10,10 +10,11 @@ from torch.utils.checkpoint import CheckpointError
 
 from nnj import hooks
 from nnj.errors import NNJError
-from nnj.factors import Factor, Owner
+from nnj.factors import Factor
 from nnj.forward import Forward
 from nnj.graph import Graph
 from nnj.grouping import plans
+from nnj.owners import Owner
 from nnj.records import Edge
 from nnj.samples import Coupled
 from nnj.sweep import Sweep

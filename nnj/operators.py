@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nnj.factors import Explicit, Factor, Lookup, Owner, Places, outer
+from nnj.factors import Explicit, Factor, Lookup
+from nnj.owners import Owner
+from nnj.places import Patches, Places, outer
 
 
 class Jacobian:
@@ -210,14 +212,14 @@ class _Fold:
         return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
 
 
-def _grouped(u: Tensor, v: Tensor, fold: _Fold, owner: Owner, shape: Sequence[int]) -> Places | None:
-    """Rows (R) and places (L) regrouped as samples (n) and their places: u (R, G, I, L), v (K, R, G, O, L)."""
+def _grouped(patches: Patches, v: Tensor, fold: _Fold, owner: Owner, shape: Sequence[int]) -> Places | None:
+    """Rows (R) and places (L) regrouped as samples (n) and their places: U (R, G, I, L), v (K, R, G, O, L)."""
     if owner.of is None:
-        n, k = owner.n, u.shape[0] // owner.n
-        if k > 1:
-            v = v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2)
-            u = u.unflatten(0, (n, k)).movedim(1, -2).flatten(-2)
-        return Places(u, v, shape)
+        n, k = owner.n, patches.n // owner.n
+        rows = lambda s: slice(s.start * k, s.stop * k) if s.start is not None else s
+        of_sample = lambda s: patches(rows(s)).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
+        return Places(Patches(of_sample, n, patches.inputs), v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2), shape)
+    u = patches()
     of = fold(owner.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
     if not bool((of == of[:, :1, :1]).all()):
         return None
@@ -239,10 +241,10 @@ class Affine(Jacobian):
     """A weight: y = W U, with the input of each row seen in patches U of (N, G, I, L).
 
     W.reshape(G, O, I) meets G groups of I inputs at L places. `patches` makes U when it is asked for, so that building
-    the operator costs nothing.
+    the operator costs nothing, and for some rows at a time, since U is often the largest tensor there is.
 
     Args:
-        patches: makes U, (N, G, I, L).
+        patches: makes U for the rows in a slice of the batch, (rows, G, I, L).
         inputs: the shape of W, which reshapes to (G, O, I).
         outputs: the shape of one row's output: channels last (*places, G*O), or first (G*O, *places).
         like: a tensor with the batch in axis 0.
@@ -251,12 +253,14 @@ class Affine(Jacobian):
         shared: y for one W that all rows share, where the layer itself is faster than its patches.
     """
 
-    def __init__(self, patches: Callable[[], Tensor], inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
+    def __init__(self, patches: Callable[[slice], Tensor], inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
                  groups: int = 1, last: bool = True, shared: Callable[[Tensor], Tensor] | None = None):
         super().__init__(inputs, outputs, like)
-        self.patches, self.groups, self.shared = patches, groups, shared
+        self.groups, self.shared = groups, shared
         self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
         self.matrix = (groups, self.fold.channels // groups, math.prod(self.inputs) // self.fold.channels)
+        self.patches = Patches(patches, self.n, self.matrix[2])
+        self.places = math.prod(self.outputs) // self.fold.channels
 
     def jvp(self, v: Tensor) -> Tensor:
         if self.shared is not None and v.shape[1] == 1:
@@ -267,16 +271,21 @@ class Affine(Jacobian):
         return outer(self.fold(u), self.patches().contiguous()).reshape(*u.shape[:2], *self.inputs)
 
     def square(self) -> Jacobian:
-        return self._with(lambda: self.patches().square())
+        return self._with(lambda rows: self.patches(rows).square())
 
     def times(self, other: Jacobian) -> Jacobian:
-        return self._with(lambda: self.patches() * other.patches()) if isinstance(other, Affine) else super().times(other)
+        if not isinstance(other, Affine):
+            return super().times(other)
+        return self._with(lambda rows: self.patches(rows) * other.patches(rows))
 
-    def _with(self, patches: Callable[[], Tensor]) -> Jacobian:
+    def _with(self, patches: Callable[[slice], Tensor]) -> Jacobian:
         return Affine(patches, self.inputs, self.outputs, self.like, groups=self.groups, last=self.fold.last)
 
     def factor(self, u: Tensor, owner: Owner) -> Factor | None:
-        return _grouped(self.patches(), self.fold(u), self.fold, owner, self.inputs)
+        v = self.fold(u)
+        if owner.of is None and owner.n == self.n:
+            return Places(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
+        return _grouped(self.patches, v, self.fold, owner, self.inputs)
 
     def explicit(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
@@ -326,7 +335,8 @@ class Scale(Jacobian):
         # A place of width one that holds 1; the sum over a sample's places can be taken at once.
         v = self._weighted(u)
         if owner.of is None:
-            total: Tensor | None = owner.sum(v.sum(-1))
+            one = v.shape[-1] == 1
+            total: Tensor | None = owner.sum(v[..., 0] if one else v.sum(-1))
         else:
             of = self.fold(owner.of.expand(u.shape[1], *self.outputs), 1)  # (R, 1, D, L)
             if not bool((of == of[:, :, :1]).all()):
@@ -335,7 +345,8 @@ class Scale(Jacobian):
             total = whose.sum(v.movedim(-1, 2).flatten(1, 2))
         if total is None:
             return None
-        return Places(total.new_ones(owner.n, 1, 1, 1), total[..., None], self.inputs)
+        origin = u if owner.of is None and one and self.m is None and owner.n == self.n else None
+        return Places(total.new_ones(owner.n, 1, 1, 1), total[..., None], self.inputs, origin)
 
 
 class Select(Jacobian):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnj.factors import Factor, add
+from nnj.factors import Factor
+from nnj.sums import add
 
 
 class Turned(Factor):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pluggy
 
@@ -68,6 +69,7 @@ class PluginManager:
     def __init__(self, load: bool = True):
         self._claims: list[Entry] = []
         self._tables: Tables = {table: {} for table in HOOKS}
+        self._found: dict[str, WeakKeyDictionary[type, Entry | None]] = {table: WeakKeyDictionary() for table in HOOKS}
         self._lock = threading.RLock()
         self._loaded, self._loading = not load, False
         self.disabled: list[str] = []
@@ -112,7 +114,8 @@ class PluginManager:
                 broken.append(error)
         tables, conflicts = _settle(claims)
         _raise(broken + conflicts)
-        self._claims, self._tables, self._loaded = claims, tables, True
+        self._take(claims, tables)
+        self._loaded = True
         self.disabled = sorted(disabled - unknown)
 
     def register(self, plugin: Any, source: Source | str = "unnamed") -> None:
@@ -121,15 +124,22 @@ class PluginManager:
             claims = self._claims + _ask(plugin, Source(source) if isinstance(source, str) else source)
             tables, conflicts = _settle(claims)
             _raise(conflicts)
-            self._claims, self._tables = claims, tables
+            self._take(claims, tables)
+
+    def _take(self, claims: list[Entry], tables: Tables) -> None:
+        self._claims, self._tables = claims, tables
+        self._found = {table: WeakKeyDictionary() for table in HOOKS}
 
     # -- looking up ---------------------------------------------------------------------------------------------------
 
     def find(self, table: str, cls: type) -> Entry | None:
         """The claim of the nearest class in the MRO of `cls`."""
         self.load()
-        known = self._tables[table]
-        return next((known[base] for base in cls.__mro__ if base in known), None)
+        found = self._found[table]
+        if cls not in found:
+            known = self._tables[table]
+            found[cls] = next((known[base] for base in cls.__mro__ if base in known), None)
+        return found[cls]
 
     def quantity(self, name: str) -> Entry | None:
         """The claim of a quantity's name."""

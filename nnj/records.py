@@ -19,19 +19,19 @@ def place_of(t: Tensor) -> tuple[Any, ...]:
     return (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
 
 
-@dataclass(eq=False)
 class Point:
-    """A tensor of a call, detached, and the version that it had; only its shape where the rule does not read it."""
+    """A tensor of a call, detached, and the version that it had; only its shape where the rule does not read it.
 
-    shape: torch.Size
-    dtype: torch.dtype
-    value: Tensor | None
-    version: int
-    place: tuple[Any, ...]  # where its numbers are
+    Attributes:
+        place: where its numbers are, if they may be those that were given to the model: nothing has computed them from such.
+    """
 
-    @classmethod
-    def of(cls, t: Tensor, keep: bool) -> Point:
-        return cls(t.shape, t.dtype, t.detach() if keep else None, t._version, place_of(t))
+    __slots__ = ("dtype", "place", "shape", "value", "version")
+
+    def __init__(self, t: Tensor, keep: bool, version: int):
+        self.shape, self.dtype, self.version = t.shape, t.dtype, version
+        self.value = t.detach() if keep else None
+        self.place = place_of(t) if t.grad_fn is None or t._is_view() else None
 
     def tensor(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
@@ -42,16 +42,14 @@ class Point:
         return self.value is not None and self.value._version != self.version
 
 
-@dataclass(eq=False)
 class Record:
     """One call of a module with a rule: from the edge of its output straight to the edge of its input."""
 
-    module: nn.Module
-    entry: Entry
-    x: Point
-    y: Point
-    edge: Edge | None
-    state: list[Any]
+    __slots__ = ("edge", "entry", "module", "state", "x", "y")
+
+    def __init__(self, module: nn.Module, entry: Entry, x: Point, y: Point, edge: Edge | None):
+        self.module, self.entry, self.x, self.y, self.edge = module, entry, x, y, edge
+        self.state = layer_state(module)
 
     @property
     def stale(self) -> bool:
@@ -71,8 +69,12 @@ def layer_state(module: nn.Module) -> list[Any]:
     parts = module.modules() if module._modules else (module,)
     found: list[Any] = []
     for part in parts:
-        found += [v for k, v in part.__dict__.items() if k[0] != "_" and isinstance(v, _PLAIN)]
-        for t in (*part._parameters.values(), *part._buffers.values()):
+        own = part.__dict__
+        found += [v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)]
+        for t in own["_parameters"].values():
+            if t is not None:
+                found += (t, t._version)
+        for t in own["_buffers"].values():
             if t is not None:
                 found += (t, t._version)
     return found
@@ -107,7 +109,7 @@ class LossCall:
         leaves = list(self.leaves)
         for index, t in zip(self.outputs, outputs, strict=True):
             leaves[index] = t
-        return tree_unflatten(leaves, self.spec)
+        return (leaves, {}) if self.spec is None else tree_unflatten(leaves, self.spec)
 
 
 def edge_of(t: Tensor) -> Edge | None:

@@ -24,15 +24,17 @@ def describes(entry: Entry, module: nn.Module) -> bool:
 
 def undescribed(entry: Entry, module: nn.Module) -> str:
     """Why the class that was registered does not say what this module computes; "" if it does."""
-    if "forward" in module.__dict__ or "__call__" in module.__dict__:
+    held = module.__dict__
+    if "forward" in held or "__call__" in held:
         return "its forward was replaced"
-    if parametrize.is_parametrized(module):
+    if "parametrizations" in held["_modules"] and parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization"
-    if any(not isinstance(p, nn.Parameter) for p in module._parameters.values() if p is not None):
-        return "a parameter of it is no nn.Parameter"
+    for p in held["_parameters"].values():
+        if not (p is None or isinstance(p, nn.Parameter)):
+            return "a parameter of it is no nn.Parameter"
     if entry.when is not None:
         return "" if entry.when(module) else "its rule is for others of its class"
-    if entry.key is nn.Module:
+    if type(module) is entry.key or entry.key is nn.Module:
         return ""
     for cls in type(module).__mro__:
         if cls is entry.key:

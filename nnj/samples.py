@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.factors import Owner
 from nnj.graph import Unit
 from nnj.names import ALONG, ATTENTION, BATCHED, BROADCASTING, ELEMENTWISE, VIEWS
 from nnj.nodes import node_name
+from nnj.owners import Owner
 
 
 def _axes(saved: Any, dims: int) -> set[int]:

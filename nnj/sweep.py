@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nnj.bare import product_backward
 from nnj.errors import NNJError
-from nnj.factors import Explicit, Factor, Owner
+from nnj.factors import Explicit, Factor
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
+from nnj.owners import Owner
 from nnj.pieces import add_uses
 from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
@@ -94,7 +95,7 @@ class Sweep:
 
     def _on_the_batch(self, unit: Unit) -> bool:
         """Whether a record stands on what was given to the model, or a view of it."""
-        if unit.record is None or self.n == 1:
+        if unit.record is None or unit.record.x.place is None or self.n == 1:
             return False
         storage, seen = unit.record.x.place[0], math.prod(unit.record.x.shape)
         given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
@@ -232,6 +233,8 @@ class Sweep:
         else:
             if unit.bare and use is not None:
                 (edge, v), = arrived.items()
+                if unit.held is not None:
+                    unit.held.take()
                 self._params(unit, edge, v.to(unit.dtype), use)
             if any(e is not None for e in unit.out):
                 self._node(unit, arrived, values, probing)

@@ -11,9 +11,10 @@ from torch.func import functional_call, jacrev
 from nnj import hooks as nnj_hooks
 from nnj.collection import collect
 from nnj.curvature import Curvature
-from nnj.factors import Factor, Owner
+from nnj.factors import Factor
 from nnj.hessian import twice
 from nnj.operators import Jacobian
+from nnj.owners import Owner
 from nnj.plugins import manager
 from nnj.rules import apply_rule, blame, checked, describes, find_rule
 

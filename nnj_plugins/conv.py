@@ -74,7 +74,7 @@ def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     if x.dim() != m.weight.dim():
         raise NotImplementedError("a convolution of one sample without a batch axis")
     w, outputs = m.weight.detach(), y.shape[1:]
-    weight = nnj.Affine(lambda: patches(m, x), w.shape, outputs, x, groups=m.groups, last=False,
+    weight = nnj.Affine(lambda rows: patches(m, x[rows]), w.shape, outputs, x, groups=m.groups, last=False,
                         shared=lambda v: m._conv_forward(x, v, None))
     slots: dict[str, nnj.Jacobian] = {"input": through(m, w, x, y), "weight": weight}
     if m.bias is not None:

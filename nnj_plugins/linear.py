@@ -17,7 +17,7 @@ def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     if x.dim() < 2:
         raise NotImplementedError("x is one vector, without a batch")
     w, outputs = m.weight.detach(), y.shape[1:]
-    patches = lambda: x.reshape(len(x), -1, m.in_features).mT[:, None]
+    patches = lambda rows: x[rows].flatten(1, -2).mT[:, None] if x.dim() > 2 else x[rows, None, :, None]
     weight = nnj.Affine(patches, w.shape, outputs, x, shared=lambda v: x @ v.mT)
     slots: dict[str, nnj.Jacobian] = {"input": through(w, x, y), "weight": weight}
     if m.bias is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
-from nnj.factors import Places
+from nnj.places import Places
 from tests.truth import Truth
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()

@@ -1,8 +1,9 @@
 """diag(J^T H J): the diagonal of the generalised Gauss-Newton matrix."""
 from torch import Tensor
 
-from nnj.factors import Factor, SquareSum
+from nnj.factors import Factor
 from nnj.quantities.base import Quantity
+from nnj.sums import SquareSum
 
 
 class GGNDiag(Quantity):

@@ -1,0 +1,62 @@
+"""Whose the entries of a tangent are."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Owner:
+    """Which of `n` samples each entry of a tangent (K, R, *outputs) belongs to.
+
+    `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that broadcasts against
+    (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0 of the tangent is (K * n): every column
+    is that of one sample, and all its entries are that sample's.
+    """
+
+    def __init__(self, n: int, of: Tensor | None = None, explicit: bool = False):
+        self.n, self.of, self.explicit = n, of, explicit
+
+    def rows(self, count: int, device: torch.device) -> Tensor | None:
+        """The owner of each row (R,), or None where a row holds entries of several samples."""
+        if self.of is None:
+            return torch.arange(count, device=device) // (count // self.n)
+        flat = self.of.reshape(self.of.shape[0], -1)
+        if not bool((flat == flat[:, :1]).all()):
+            return None
+        return flat[:, 0].expand(count)
+
+    def tidy(self) -> Owner:
+        """The same with nobody's entries given to the owner of the others in their row, and plain where it is sample-major."""
+        of = self.of
+        if of is None or self.explicit:
+            return self
+        for axis in range(of.dim() - 1, 0, -1):
+            one = of.amax(axis, keepdim=True)
+            if bool(((of == one) | (of < 0)).all()):
+                of = one
+        if of.shape[0] % self.n == 0:
+            rows = torch.arange(of.shape[0], device=of.device) // (of.shape[0] // self.n)
+            if bool(((of == rows.reshape(-1, *[1] * (of.dim() - 1))) | (of < 0)).all()):
+                return Owner(self.n)
+        return Owner(self.n, of)
+
+    def sum(self, t: Tensor) -> Tensor | None:
+        """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one sample."""
+        if self.of is None:
+            r = t.shape[1]
+            return t if r == self.n else t.unflatten(1, (self.n, r // self.n)).sum(2)
+        rows = self.rows(t.shape[1], t.device)
+        if rows is None:
+            return None
+        alive = (rows >= 0).nonzero()[:, 0]
+        out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
+        return out.index_add_(1, rows[alive], t[:, alive])
+
+    def split(self, v: Tensor) -> Tensor:
+        """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other samples' entries zero."""
+        of = self.of
+        if of is None:
+            of = self.rows(v.shape[1], v.device)
+            of = of.reshape(-1, *[1] * (v.dim() - 2))  # type: ignore[union-attr]
+        sample = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (v.dim() - 1))
+        return (v[:, None] * (of == sample)).flatten(0, 1)
