@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from tests.case_table import N, by_loss, case, classes, do, linear, r, sequences, vectors
+from tests.case_table import N, by_loss, case, classes, do, linear, r, sequences, tokens, vectors
 
 
 def glue(name: str, run: Callable[..., Any], data: Any = sequences, **parts: Callable[[], Any]) -> None:
@@ -239,6 +239,10 @@ glue("bare-convolution-computed", lambda s, x: F.conv2d(act(F.conv2d(s.one(x), s
      small_images, one=linear(4, 4), w1=W4(2, 2, 2, 2), b1=B(2), w2=W4(2, 2, 1, 2), b2=B(2))
 glue("bare-convolution-in-three-axes", lambda s, x: F.conv3d(act(s.one(x))[:, :, None], s.w).mean((2, 3, 4)), small_images,
      one=linear(4, 4), w=W4(2, 2, 1, 2, 2))
+glue("bare-tied-with-an-embedding", lambda s, i: F.linear(act(s.table(i) @ s.w), s.table.weight).transpose(1, 2), tokens,
+     table=lambda: nn.Embedding(5, 4), w=W(4, 4))
+glue("bare-rows-and-columns-of-an-embedding", lambda s, i: (F.linear(act(s.table(i)), s.table.weight[:4]) @ s.table.weight.T
+     ).transpose(1, 2), tokens, table=lambda: nn.Embedding(5, 4))
 case("bare-token-major", do(lambda s, x: F.linear(act(F.linear(x.transpose(0, 1), s.w, s.b)), s.v).mean(0), w=W(5, 4), b=B(5),
      v=W(3, 5)), sequences)
 case("bare-rows-of-tokens", do(functional, w1=W(5, 4), b1=B(5), w2=W(4, 5), w3=W(3, 4), b3=B(3)),
