@@ -1,22 +1,16 @@
-"""`python -m nnj`: which layer is handled by which rule of which plugin."""
+"""`python -m nnj`: which layer is handled by which rule of which plugin; with a model, which rule each of its modules gets."""
 from __future__ import annotations
 
-import functools
+import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from nnj.errors import PluginError
+import torch
+
+from nnj.errors import NNJError
+from nnj.overview import columns, lines, load, rule_name, text, widths_of
 from nnj.plugins import Entry, PluginManager, full_name, manager
-
-
-def rule_name(rule: Callable[..., Any]) -> str:
-    """The name of a rule; one that a function has made goes by the name of that function."""
-    while isinstance(rule, functools.partial):
-        rule = rule.func
-    name: str = getattr(rule, "__qualname__", type(rule).__qualname__)
-    return name.split(".<locals>")[0]
 
 
 def table(of: PluginManager) -> str:
@@ -26,20 +20,33 @@ def table(of: PluginManager) -> str:
         return full_name(entry.key), rule_name(entry.rule), source.plugin, f"{source.distribution} {source.version}".strip()
 
     blocks = [[(kind, "rule", "plugin", "distribution"), *map(row, of.entries(kind))] for kind in ("layer", "loss", "quantity")]
-    widths = [max(len(line[i]) for block in blocks for line in block) for i in range(4)]
-    text = lambda line: "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-    rule = "  ".join("-" * width for width in widths)
-    parts = ["\n".join([text(block[0]), rule, *map(text, block[1:])]) for block in blocks]
+    widths = widths_of([line for block in blocks for line in block])
+    parts = [columns(block, widths) for block in blocks]
     if of.disabled:
         parts.append(f"disabled: {', '.join(of.disabled)}")
     return "\n\n".join(parts)
 
 
-def main() -> int:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m nnj", description=__doc__)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="module:callable that returns a model, or (model, input)")
+    parser.add_argument("--input", metavar="SHAPE", type=lambda s: [int(part) for part in s.split(",")],
+                        help="call the model once with random numbers of this shape, such as 4,3,32,32, and ask each rule "
+                             "what it says of its call")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """0, or 1 with the reason on standard error."""
+    asked = _arguments(argv)
     try:
-        print(table(manager()))
+        if asked.model is None:
+            print(table(manager()))
+        else:
+            model, x = load(asked.model)
+            print(text(lines(model, x if asked.input is None else torch.randn(asked.input))))
         sys.stdout.flush()
-    except PluginError as error:
+    except NNJError as error:
         print(error, file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
@@ -48,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor
@@ -28,11 +29,11 @@ from nnj.sweep import Sweep
 class DiagonalSweep(Sweep):
     """The sweep with J o J in the place of J: what walks is the diagonal of a metric, (1, N, *shape)."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any, **options: Any):
         self.made: dict[tuple[Unit, str], Jacobian] = {}
         self.partners: dict[Unit, Unit] = {}
         self.probing = False
-        super().__init__(*args)
+        super().__init__(*args, **options)
 
     def paired(self, other: DiagonalSweep) -> DiagonalSweep:
         """The same with J o J', J' being J at another point. Errors: `NNJError` if the model takes another way there."""
@@ -105,7 +106,11 @@ class _Walk:
             self.written.add(id(p))
 
     def run(self, m: Tensor | None) -> None:
-        own_task(lambda: self._run(m))
+        try:
+            own_task(lambda: self._run(m))
+        except CheckpointError as error:
+            raise NNJError("diag_backprop cannot go on at torch.utils.checkpoint, whose tensors may be read only once in a "
+                           "pass. Leave out the checkpoint, or diag_backprop") from error
         for key, part in self.parts.items():
             if key not in self.written:
                 part.zero_()

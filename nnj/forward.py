@@ -62,6 +62,11 @@ class Forward:
                 found = self._record(unit, tangents, seeds, k)
             else:
                 found = self._node(unit, tangents, k)
+                for slot, p in unit.params:
+                    if id(p) in seeds:
+                        (edge,) = unit.into
+                        t = self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k).to(edge_dtype(edge))
+                        found[edge] = found[edge] + t if edge in found else t
             for edge, t in found.items():
                 tangents[edge] = self._at(edge, unit, t)
         roots = {}

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnj.bare import Held, product
 from nnj.errors import NNJError
+from nnj.expand import expand
 from nnj.nodes import node_name
 from nnj.operators import Jacobian
 from nnj.records import MARK, RECORD, CallMark, Edge, Record
@@ -27,9 +29,12 @@ class Unit:
     out: list[Edge | None]
     leaf: Tensor | None = None
     dtype: torch.dtype | None = None  # in which a record works
-    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)  # wanted parameters of a record
+    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)  # wanted parameters of a record, or of a product
     batch: bool = False  # whether it has the samples in its rows: a record with wanted parameters, or the model's input
     batch_above: bool = False  # whether such a unit lies further on
+    bare: bool = False  # whether it is a product with bare parameters, which mostly has the samples in its rows, too
+    bare_above: bool = False
+    held: Held | None = None  # what the bare parameters of a product meet
 
     @property
     def name(self) -> str:
@@ -44,13 +49,17 @@ class Graph:
         wanted: whether a parameter is to be reached.
         paths: the name of each module, for errors.
         batched: a leaf that is no parameter but the model's input, with the samples in axis 0.
+        products: whether products with bare parameters are taken for linear layers.
     """
 
-    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str], batched: Tensor | None = None):
-        self.roots, self.wanted, self.paths, self.batched = roots, wanted, paths, batched
+    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str], batched: Tensor | None = None,
+                 products: bool = True):
+        self.roots, self.wanted, self.paths, self.batched, self.products = roots, wanted, paths, batched, products
         self.marks: list[CallMark] = []
         self._units: dict[Any, Unit] = {}
         self._needed: dict[Unit, bool] = {}
+        self._expanded: dict[Any, list[Edge | None] | None] = {}  # nodes that stand for many, and the edges of their outputs
+        self._aliases: dict[Any, Edge] = {}
         order = self._visit(roots)
         self.units = [unit for unit in order if self._needed[unit]]
         for unit in self.units:
@@ -81,12 +90,39 @@ class Graph:
                 self._units[edge] = made
                 made.into.append(edge)
                 return made
-            leaf = node.variable if hasattr(node, "variable") else None
-            unit = Unit(node, None, {}, [], [None if n is None else (n, i) for n, i in node.next_functions], leaf)
+            unit = self._from_node(node)
             self._units[node] = unit
         self._units[edge] = unit
         unit.into.append(edge)
         return unit
+
+    def _from_node(self, node: Any) -> Unit:
+        """A raw node as a unit; the bare parameters of a product are its own, and no columns go there."""
+        out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
+        unit = Unit(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
+        unit.held = Held(node)
+        for bare in product(node, self._parameter, unit.held) if self.products else []:
+            unit.bare, unit.dtype, unit.out[bare.operand] = True, bare.p.dtype, None
+            unit.slots[str(bare.operand)] = bare.j
+            unit.params.append((str(bare.operand), bare.p))
+        return unit
+
+    def _resolve(self, edge: Edge) -> Edge | None:
+        """The edge itself, or where it leads when a node that stands for many is taken apart."""
+        node, nr = edge
+        if node in self._aliases:
+            return self._resolve(self._aliases[node])
+        if node_name(node) != "MkldnnRnnLayer":
+            return edge
+        if node not in self._expanded:
+            found = expand(node)
+            self._expanded[node] = None if found is None else found[0]
+            self._aliases.update({} if found is None else found[1])
+        edges = self._expanded[node]
+        return edge if edges is None else edges[nr]
+
+    def _parameter(self, leaf: Tensor) -> bool:
+        return leaf is not self.batched and self.wanted(leaf)
 
     def _from_record(self, node: Any, record: Record) -> Unit | None:
         """A record as a unit, if its rule still describes the call."""
@@ -108,7 +144,8 @@ class Graph:
                 j.like = torch.empty(j.n, 0, dtype=y.dtype, device=node._input_metadata[0].device)
         own = dict(record.module.named_parameters(remove_duplicate=False))
         params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
-        return Unit(node, record, slots, [], [record.edge], None, y.dtype, params)
+        edge = None if record.edge is None else self._resolve(record.edge)
+        return Unit(node, record, slots, [], [edge], None, y.dtype, params)
 
     def _visit(self, roots: list[Edge]) -> list[Unit]:
         """Units in topological order (reversed postorder of a depth-first walk), with what each of them leads to."""
@@ -122,8 +159,9 @@ class Graph:
                     children = [self._unit(e) for e in unit.out if e is not None]
                     leaf = unit.leaf is not None and self.wanted(unit.leaf)
                     self._needed[unit] = leaf or bool(unit.params) or any(self._needed[c] for c in children)
-                    unit.batch = bool(unit.params) or (leaf and unit.leaf is self.batched)
+                    unit.batch = (bool(unit.params) and not unit.bare) or (leaf and unit.leaf is self.batched)
                     unit.batch_above = any(c.batch or c.batch_above for c in children)
+                    unit.bare_above = any(c.bare or c.bare_above for c in children)
                     order.append(unit)
                 elif unit not in done:
                     done.add(unit)

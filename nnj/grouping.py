@@ -31,10 +31,10 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, b
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
     for n, owner in _readings(graph, rows, mark, device):
-        for probed, cut in ((False, False), (True, False), (False, True)):
+        for options in plans(graph):
             given = None if mark is None else _samples(mark, rows)
             try:
-                sweep = Sweep(graph, n, _on_roots(graph, owner), probed, cut)
+                sweep = Sweep(graph, n, _on_roots(graph, owner), **options)
                 in_order = mark is None or given is None or _check_apart(sweep, mark, given)
             except Coupled as error:
                 refusal = refusal or error
@@ -47,6 +47,12 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, b
             break
     assert refusal is not None
     raise refusal
+
+
+def plans(graph: Graph) -> list[dict[str, bool]]:
+    """What a sweep may take for granted, the cheapest first; the rows that bare parameters meet may not be those of samples."""
+    found = [{"probed": probed, "cut": cut, "bare": False} for probed, cut in ((False, False), (True, False), (False, True))]
+    return [{**found[0], "bare": True}, *found] if any(unit.bare for unit in graph.units) else found
 
 
 def _on_roots(graph: Graph, owner: Owner) -> dict[Edge, Owner]:

@@ -115,7 +115,7 @@ class _After:
         if y is x and frame.edge is not None and frame.edge[0] is y.grad_fn:
             return  # nothing was computed
         entry = find_rule(module)
-        if entry is None or (entry.key is nn.Module and not _is_leaf_layer(module)):
+        if entry is None or (entry.key is nn.Module and not is_leaf_layer(module)):
             return
         x_point, y_point = Point(x, "x" in entry.uses, frame.version), Point(y, "y" in entry.uses, y._version)
         write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, y_point, frame.edge))
@@ -132,7 +132,7 @@ def _sees_forward(module: nn.Module) -> bool:
     return isinstance(first, _After) and isinstance(last, _Before)
 
 
-def _is_leaf_layer(module: nn.Module) -> bool:
+def is_leaf_layer(module: nn.Module) -> bool:
     """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes and they do better."""
     if next(module.parameters(), None) is None:
         return False

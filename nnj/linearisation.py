@@ -13,8 +13,10 @@ from nnj.errors import NNJError
 from nnj.factors import Factor
 from nnj.forward import Forward
 from nnj.graph import Graph
+from nnj.grouping import plans
 from nnj.owners import Owner
 from nnj.records import Edge
+from nnj.samples import Coupled
 from nnj.sweep import Sweep
 
 
@@ -33,6 +35,22 @@ def owners(module: nn.Module) -> list[list[nn.Parameter]]:
         if own:
             found.append(own)
     return found
+
+
+def _plan(walk: type[Sweep], graph: Graph, n: int, roots: dict[Edge, Owner], at_input: bool) -> Sweep:
+    """The first plan in which samples do not influence one another.
+
+    An operand that is cut off at the input would hide what other samples have to do with it.
+    """
+    refusal: Coupled | None = None
+    for options in plans(graph):
+        if not (at_input and options["cut"]):
+            try:
+                return walk(graph, n, roots, **options)
+            except Coupled as error:
+                refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
 class Linearisation:
@@ -74,9 +92,9 @@ class Linearisation:
         self.sweep: Sweep | None = None
         if self.root is not None:
             roots: dict[Edge, Owner] = {self.root: Owner(self.n)}
-            graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x)
+            graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x, walk is Sweep)
             if graph.units:
-                self.sweep = walk(graph, self.n, roots)
+                self.sweep = _plan(walk, graph, self.n, roots, wrt == "input")
 
     @property
     def size(self) -> int:

@@ -33,6 +33,21 @@ def node_name(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
 
 
+def saved(node: Any, name: str) -> Tensor:
+    """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed it."""
+    try:
+        found: Tensor = getattr(node, f"_saved_{name}")
+    except RuntimeError as error:
+        _freed(error)
+        raise
+    return found
+
+
+def _freed(error: RuntimeError) -> None:
+    if "second time" in str(error):
+        raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+
+
 def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
     """Sum the broadcast axes of t away, behind `free` leading axes, as the engine does."""
     extra = t.dim() - free - len(shape)
@@ -76,8 +91,7 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         if node_name(node) in TRUSTED or _confirmed(run, given, found):
             return found
     except RuntimeError as error:
-        if "second time" in str(error):
-            raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+        _freed(error)
     columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 

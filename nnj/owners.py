@@ -25,6 +25,21 @@ class Owner:
             return None
         return flat[:, 0].expand(count)
 
+    def tidy(self) -> Owner:
+        """The same with nobody's entries given to the owner of the others in their row, and plain where it is sample-major."""
+        of = self.of
+        if of is None or self.explicit:
+            return self
+        for axis in range(of.dim() - 1, 0, -1):
+            one = of.amax(axis, keepdim=True)
+            if bool(((of == one) | (of < 0)).all()):
+                of = one
+        if of.shape[0] % self.n == 0:
+            rows = torch.arange(of.shape[0], device=of.device) // (of.shape[0] // self.n)
+            if bool(((of == rows.reshape(-1, *[1] * (of.dim() - 1))) | (of < 0)).all()):
+                return Owner(self.n)
+        return Owner(self.n, of)
+
     def sum(self, t: Tensor) -> Tensor | None:
         """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one sample."""
         if self.of is None:

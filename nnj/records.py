@@ -135,6 +135,6 @@ def tensors(value: Any) -> list[Tensor]:
         return [t for v in value.values() for t in tensors(v)]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in tensors(v)]
-    if hasattr(value, "__dataclass_fields__"):
+    if hasattr(type(value), "__dataclass_fields__"):  # of the type: a proxy of torch.fx has every attribute
         return [t for name in value.__dataclass_fields__ for t in tensors(getattr(value, name))]
     return []

@@ -19,22 +19,30 @@ _HARMLESS |= {"__init__", "__repr__", "__doc__", "__module__", "__annotations__"
 
 def describes(entry: Entry, module: nn.Module) -> bool:
     """Whether the class that was registered still says what this module computes."""
-    own = module.__dict__
-    if "forward" in own or "__call__" in own or ("parametrizations" in own["_modules"] and parametrize.is_parametrized(module)):
-        return False
-    for p in own["_parameters"].values():
+    return not undescribed(entry, module)
+
+
+def undescribed(entry: Entry, module: nn.Module) -> str:
+    """Why the class that was registered does not say what this module computes; "" if it does."""
+    held = module.__dict__
+    if "forward" in held or "__call__" in held:
+        return "its forward was replaced"
+    if "parametrizations" in held["_modules"] and parametrize.is_parametrized(module):
+        return "its parameters are computed by a parametrization"
+    for p in held["_parameters"].values():
         if not (p is None or isinstance(p, nn.Parameter)):
-            return False
+            return "a parameter of it is no nn.Parameter"
     if entry.when is not None:
-        return bool(entry.when(module))
+        return "" if entry.when(module) else "its rule is for others of its class"
     if type(module) is entry.key or entry.key is nn.Module:
-        return True
+        return ""
     for cls in type(module).__mro__:
         if cls is entry.key:
-            return True
-        if any((name not in _HARMLESS and hasattr(entry.key, name)) or name in module._parameters for name in vars(cls)):
-            return False  # its own method, or its own idea of what a parameter of that name is
-    return False
+            return ""
+        own = [name for name in vars(cls) if (name not in _HARMLESS and hasattr(entry.key, name)) or name in module._parameters]
+        if own:  # its own method, or its own idea of what a parameter of that name is
+            return f"{cls.__name__} has another {', '.join(own)} than {entry.key.__name__}"
+    return "its class has no rule"
 
 
 def find_rule(module: nn.Module) -> Entry | None:
@@ -51,14 +59,23 @@ def blame(entry: Entry, module: nn.Module, path: str) -> str:
 def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = "") -> dict[str, Jacobian] | None:
     """The Jacobians of a module at a point; None where the rule declines, or leaves out a parameter that it must know.
 
+    Errors: as `ask_rule`.
+    """
+    found = ask_rule(entry, module, x, y, path)
+    return None if isinstance(found, str) else found
+
+
+def ask_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = "") -> dict[str, Jacobian] | str:
+    """The Jacobians of a module at a point, or the reason for which the rule cannot be taken there.
+
     Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of parameters;
     `NNJError` with the path of the layer if the rule refuses.
     """
     who = blame(entry, module, path)
     try:
         slots = entry.rule(module, x if "x" in entry.uses else _shape_of(x), y if "y" in entry.uses else _shape_of(y))
-    except NotImplementedError:
-        return None
+    except NotImplementedError as error:
+        return str(error) or "its rule declines"
     except NNJError as error:  # a refusal, not a fault: say where
         error.args = (f"layer '{path or type(module).__name__}': {error}",)
         raise
@@ -69,7 +86,7 @@ def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str 
     own = dict(module.named_parameters(remove_duplicate=False))
     for slot, j in slots.items():
         if slot != "input" and slot not in own and isinstance(getattr(module, slot, None), Tensor):
-            return None  # pruning and old weight norm put a computed tensor in the parameter's place
+            return f"a computed tensor stands in the place of {slot!r}"  # pruning, old weight norm
         if slot != "input" and slot not in own:
             raise PluginError(f"{who}: the rule names {slot!r}, which is neither 'input' nor a parameter of the layer")
         if not isinstance(j, Jacobian):
@@ -81,7 +98,8 @@ def apply_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str 
         if j.like.is_meta:  # a rule that reads neither x nor y knows no device
             j.like = x if y.is_meta and x.is_floating_point() else y
     known = {id(own[name]) for name in slots if name != "input"}
-    return None if any(p.requires_grad and id(p) not in known for p in own.values()) else slots
+    unknown = [name for name, p in own.items() if p.requires_grad and id(p) not in known]
+    return f"its rule does not know {', '.join(unknown)}" if unknown else slots
 
 
 def _shape_of(t: Tensor) -> Any:

@@ -12,16 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nnj.bare import product_backward
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
 from nnj.owners import Owner
+from nnj.pieces import add_uses
 from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
 from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
-from nnj.sums import add
 
 Sink = Callable[[Tensor, Factor], None]
 
@@ -35,15 +36,17 @@ class Sweep:
         owners: for each root edge, whose its entries are.
         cut: an operand beside the batch (the second of a product) has no samples, though layers lie behind it.
         probed: where it is not known which axis holds the samples, a broadcast operand need not be without samples: ask.
+        bare: products with bare parameters have the samples in their rows, as layers have.
 
     Errors: `NNJError` if samples influence one another.
     """
 
     def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False,
-                 cut: bool = False):
-        self.graph, self.n, self.probed, self.cut = graph, n, probed, cut
+                 cut: bool = False, bare: bool = False):
+        self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
+        self.found: dict[Edge, Owner] = {}  # what the probe said, with entries that are nobody's
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
@@ -102,7 +105,7 @@ class Sweep:
     def _batch_behind(self, edge: Edge) -> bool:
         """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""
         unit = self.graph._unit(edge)
-        return unit.batch or unit.batch_above
+        return unit.batch or unit.batch_above or (self.bare and (unit.bare or unit.bare_above))
 
     def _reducible(self, unit: Unit, edge: Edge) -> bool:
         return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
@@ -145,7 +148,8 @@ class Sweep:
                 self._settle(unit, values, found, probe)
             self._step(unit, values, k, None, probing=True)
         for edge, owner in found.items():
-            self.state[edge] = owner
+            self.found[edge], tidy = owner, owner.tidy()
+            self.state[edge] = self.plain if tidy.of is None else tidy
 
     def _settle(self, unit: Unit, values: dict[Edge, Tensor], found: dict[Edge, Owner], probe: Probe) -> None:
         for edge in unit.into:
@@ -167,6 +171,8 @@ class Sweep:
 
     def backward(self, unit: Unit, args: list[Tensor | None], k: int) -> list[Tensor | None]:
         """What a raw node sends to its operands for k columns."""
+        if unit.bare and args[0] is not None:
+            return product_backward(unit.node, args[0])
         return call_node(unit.node, args, k)
 
     # -- walking ------------------------------------------------------------------------------------------------------
@@ -190,13 +196,13 @@ class Sweep:
             parts = pending.setdefault(id(p), (p, []))[1]
             parts.append(factor)
             if len(parts) == self.uses[id(p)]:
-                sink(p, add(pending.pop(id(p))[1]))
+                sink(p, add_uses(pending.pop(id(p))[1]))
 
         def walk() -> None:
             for unit in self.graph.units if units is None else units:
                 self._step(unit, values, k, use)
             for p, parts in pending.values():  # to some of its uses nothing was sent
-                sink(p, add(parts))
+                sink(p, add_uses(parts))
 
         own_task(walk)
         return values
@@ -225,11 +231,27 @@ class Sweep:
         elif unit.record is not None:
             self._record(unit, arrived, values, use)
         else:
-            self._node(unit, arrived, values, probing)
+            if unit.bare and use is not None:
+                (edge, v), = arrived.items()
+                if unit.held is not None:
+                    unit.held.take()
+                self._params(unit, edge, v.to(unit.dtype), use)
+            if any(e is not None for e in unit.out):
+                self._node(unit, arrived, values, probing)
+
+    def _params(self, unit: Unit, edge: Edge, v: Tensor, use: Sink) -> None:
+        """Columns at a unit's own parameters."""
+        for slot, p in unit.params:
+            factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
+            if unit.record is not None and factor.shape != tuple(p.shape):
+                who = blame(unit.record.entry, unit.record.module, self.graph.paths.get(id(unit.record.module), ""))
+                checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
+            use(p, _wide(factor))
 
     def _owner(self, edge: Edge, unit: Unit, v: Tensor | None = None) -> Owner:
         owner = self.state[edge]
-        lost = v is not None and owner is not None and owner.of is not None and bool(((v != 0).any(0) & (owner.of < 0)).any())
+        told = self.found.get(edge, owner)
+        lost = v is not None and told is not None and told.of is not None and bool(((v != 0).any(0) & (told.of < 0)).any())
         if owner is None or lost:
             raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
         return owner
@@ -253,8 +275,9 @@ class Sweep:
 
     def check_order(self, unit: Unit, device: torch.device) -> None:
         """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the output."""
-        rows = self._owner(unit.into[0], unit).rows(self.n, device)
-        if rows is None or not bool(((rows == torch.arange(self.n, device=device)) | (rows < 0)).all()):
+        of, own = self._owner(unit.into[0], unit).of, torch.arange(self.n, device=device)
+        own = own if of is None else own.reshape(-1, *[1] * (of.dim() - 1))
+        if of is not None and not bool(((of == own) | (of < 0)).all()):  # an entry may be nobody's, behind a mask
             raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
                           "sample n, in axis 0")
 
@@ -265,11 +288,7 @@ class Sweep:
         who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
         v = v.to(unit.dtype)
         if use is not None:
-            for slot, p in unit.params:
-                factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
-                if factor.shape != tuple(p.shape):
-                    checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
-                use(p, _wide(factor))
+            self._params(unit, edge, v, use)
         out = unit.out[0]
         if out is not None:
             back = checked("vjp of 'input'", self.operator(unit, "input").vjp(v), (v.shape[0], *record.x.shape), who)

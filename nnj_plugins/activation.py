@@ -103,6 +103,28 @@ def prelu(m: nn.PReLU, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     return {"input": nnj.Diagonal(torch.where(x > 0, torch.ones_like(w), w)), "weight": weight}
 
 
+def glu(m: nn.GLU, x: Tensor, y: Tensor, power: int = 1) -> dict[str, nnj.Jacobian]:
+    """y = a sigmoid(b) with (a, b) the halves of x along an axis:  dy = sigmoid(b) da + a sigmoid'(b) db.
+
+    No two entries of y share one of x, so the entries of J can be raised to a power one by one.
+    """
+    axis = m.dim % x.dim()
+    known_if(axis != 0, "it halves the batch axis")
+
+    def slopes() -> Tensor:
+        a, b = x.chunk(2, axis)
+        s = b.sigmoid()
+        return torch.cat([s, a * s * (1 - s)], axis).pow(power)
+
+    def forward(v: Tensor) -> Tensor:
+        left, right = (v * slopes()).chunk(2, axis + 1)
+        return left + right
+
+    adjoint = lambda u: torch.cat([u, u], axis + 1) * slopes()
+    return {"input": nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, per_row=True,
+                                   squared=lambda: glu(m, x, y, 2 * power)["input"])}
+
+
 # -- softmax ---------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +182,7 @@ def nnj_register_layers(register):
     for cls, slope in FROM_X.items():
         register(cls, from_x(slope), uses="x")
     register(nn.PReLU, prelu, uses="x")
+    register(nn.GLU, glu, uses="x")
     for cls in (nn.Softmax, nn.Softmin, nn.Softmax2d):
         register(cls, softmax, uses="y")
     register(nn.LogSoftmax, log_softmax, uses="y")

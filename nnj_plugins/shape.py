@@ -1,9 +1,14 @@
-"""y holds the numbers of x in another shape."""
+"""y holds the numbers of x in another shape, or in another order."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
+
+Map = Callable[[Tensor], Tensor]
 
 
 def identity(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
@@ -25,8 +30,36 @@ def unflatten(m: nn.Unflatten, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     return identity(m, x, y)
 
 
+def permutation(forward: Map, back: Map, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = P dx with a permutation P, whose squared entries are its entries."""
+    squared = lambda: permutation(forward, back, x, y)["input"]
+    return {"input": nnj.LinearMap(forward, back, x.shape[1:], y.shape[1:], y, squared=squared)}
+
+
+def pixel_shuffle(m: nn.PixelShuffle, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = dx, r^2 channels side by side in squares of r by r."""
+    if x.dim() < 4:
+        raise NotImplementedError("it shuffles one sample without a batch axis")
+    return permutation(m.forward, lambda u: F.pixel_unshuffle(u, m.upscale_factor), x, y)
+
+
+def pixel_unshuffle(m: nn.PixelUnshuffle, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = dx, the entries of squares of r by r as r^2 channels."""
+    if x.dim() < 4:
+        raise NotImplementedError("it shuffles one sample without a batch axis")
+    return permutation(m.forward, lambda u: F.pixel_shuffle(u, m.downscale_factor), x, y)
+
+
+def channel_shuffle(m: nn.ChannelShuffle, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """dy = dx, channels of (groups, C / groups) as (C / groups, groups)."""
+    return permutation(m.forward, lambda u: F.channel_shuffle(u, x.shape[1] // m.groups), x, y)
+
+
 @nnj.hookimpl
 def nnj_register_layers(register):
     register(nn.Identity, identity, uses="")
     register(nn.Flatten, flatten, uses="")
     register(nn.Unflatten, unflatten, uses="")
+    register(nn.PixelShuffle, pixel_shuffle, uses="")
+    register(nn.PixelUnshuffle, pixel_unshuffle, uses="")
+    register(nn.ChannelShuffle, channel_shuffle, uses="")

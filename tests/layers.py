@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj_plugins.layers import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+from tests import layers_shape
 
 
 def away(*shape: int) -> Tensor:
@@ -194,9 +195,7 @@ FALLBACK: list[Case] = [
     ("fallback", Residual, lambda: r(4, 3)),
     ("fallback-skipconnection", lambda: SkipConnection(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), lambda: r(4, 3)),
     ("fallback-sequence", Residual, lambda: r(2, 2, 3)),
-    ("fallback-bilinear-upsampling", lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: r(2, 1, 2, 3)),
     ("fallback-transposed-convolution", lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), lambda: r(2, 2, 2, 2)),
-    ("fallback-glu", lambda: nn.GLU(1), lambda: r(2, 4, 2)),
     ("fallback-attention", Attention, lambda: r(2, 3, 2)),
     ("fallback-batchnorm-eval", lambda: settled(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())),
      lambda: r(4, 2)),
@@ -211,4 +210,4 @@ OWN: list[Case] = [
     ("reshape-rest", lambda: Reshape(2, -1, 1), lambda: r(2, 6)),
 ]
 
-CASES: list[Case] = [*AFFINE, *POOLING, *SHAPE, *NORM, *EMBEDDING, *ACTIVATION, *OWN, *FALLBACK]
+CASES: list[Case] = [*AFFINE, *POOLING, *SHAPE, *layers_shape.CASES, *NORM, *EMBEDDING, *ACTIVATION, *OWN, *FALLBACK]

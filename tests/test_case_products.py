@@ -12,9 +12,8 @@ from tests.test_products import dense_jacobian
 
 # The samples of these are not in axis 0 of x and y alike, or what one sample is given depends on others.
 REFUSED = {
-    "weight": {"learned-queries-through-a-layer", "parameter-as-many-as-samples"},
-    "input": {"multihead-attention-cross", "multihead-attention-masked", "lstm-cell", "lstm-packed", "permuted-in-model",
-              "shuffled-before-the-first-layer", "shuffled-and-scaled-before-the-first-layer"},
+    "weight": set(),
+    "input": {"permuted-in-model", "shuffled-before-the-first-layer", "shuffled-and-scaled-before-the-first-layer"},
 }
 # torch.func cannot tell: its twin draws other random numbers; its parameter is a number, of which jacrev makes a vector.
 UNTOLD = {"transformer-encoder-norm-first-dropout", "lambda-scalars"}

@@ -15,8 +15,8 @@ from nnj.rules import apply_rule, find_rule
 from nnj.testing import check_layer
 from tests.layers import ACTIVATIONS, CASES, INPLACE
 
-FILES = ("linear", "conv", "pooling", "shape", "dropout", "norm", "embedding", "activation", "layers", "custom",
-         "fallback")
+FILES = ("linear", "conv", "pooling", "shape", "padding", "upsample", "dropout", "norm", "embedding", "activation",
+         "layers", "custom", "fallback")
 
 
 @pytest.fixture(autouse=True)
