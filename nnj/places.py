@@ -92,12 +92,14 @@ class Places(Factor):
     def by_gram(self, in_all: int) -> bool:
         """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), K L I without, where B also
-        writes and reads K I squares (8: what a square costs beside a multiply-add). With one place they always do.
+        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), and 32 L^2 to add them up in
+        each turn; K L I without, where B also writes and reads K I squares (8: what a square costs beside a multiply-add). With
+        one place they always do.
         """
         n, g, o, l = self.v.shape[1:]
-        i = self.patches.inputs
-        return l == 1 or (2 * l * l * (in_all + i / 2) < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS)
+        i, turns = self.patches.inputs, max(1, in_all / self.k)
+        kernels = 2 * l * l * (in_all + i / 2 + 16 * (turns - 1))
+        return l == 1 or (kernels < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS)
 
     def kernels(self) -> Tensor:
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""

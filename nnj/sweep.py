@@ -47,6 +47,7 @@ class Sweep:
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
         self.found: dict[Edge, Owner] = {}  # what the probe said, with entries that are nobody's
+        self.checked: set[Edge] = set()
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
         self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
@@ -251,7 +252,10 @@ class Sweep:
     def _owner(self, edge: Edge, unit: Unit, v: Tensor | None = None) -> Owner:
         owner = self.state[edge]
         told = self.found.get(edge, owner)
-        lost = v is not None and told is not None and told.of is not None and bool(((v != 0).any(0) & (told.of < 0)).any())
+        lost = False
+        if v is not None and told is not None and told.of is not None and edge not in self.checked:
+            self.checked.add(edge)  # once: what is zero in all columns of a turn is so in the next one, masks are the same
+            lost = bool(((v != 0).any(0) & (told.of < 0)).any())
         if owner is None or lost:
             raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
         return owner
