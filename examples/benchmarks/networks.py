@@ -1,0 +1,119 @@
+"""The networks of the comparison: each a row of its table, always with the same weights and data."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network with its batch; the loss is cross entropy, mean over the batch."""
+
+    text: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+
+    def make(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, Tensor]:
+        """(model, x, y), the same in every process. Logits are scaled so that some classes are surer than others."""
+        torch.manual_seed(0)
+        model = self.build().double()
+        x, y = torch.randn(self.shape, dtype=torch.float64), torch.randint(0, self.classes, self.shape[:1])
+        return model.to(device, dtype), x.to(device, dtype), y.to(device)
+
+
+def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def net_2c2d(classes: int = 10) -> nn.Sequential:
+    """2C2D of DeepOBS (Schneider et al. 2019), for images of 28 x 28."""
+    return nn.Sequential(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(),
+                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3136, 1024), nn.ReLU(), nn.Linear(1024, classes))
+
+
+def net_3c3d(classes: int = 10) -> nn.Sequential:
+    """3C3D of DeepOBS, for images of 32 x 32."""
+    pool = lambda: nn.MaxPool2d(3, 2, ceil_mode=True)
+    return nn.Sequential(nn.Conv2d(3, 64, 5), nn.ReLU(), pool(), nn.Conv2d(64, 96, 3), nn.ReLU(), pool(),
+                         nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), pool(), nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(),
+                         nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, classes))
+
+
+def all_cnn_c(classes: int = 100) -> nn.Sequential:
+    """All-CNN-C (Springenberg et al. 2015), as in DeepOBS."""
+    layers: list[nn.Module] = []
+    before = 3
+    for after, kernel, stride, padding in ((96, 3, 1, 1), (96, 3, 1, 1), (96, 3, 2, 1), (192, 3, 1, 1), (192, 3, 1, 1),
+                                           (192, 3, 2, 1), (192, 3, 1, 0), (192, 1, 1, 0), (classes, 1, 1, 0)):
+        layers += [nn.Conv2d(before, after, kernel, stride, padding), nn.ReLU()]
+        before = after
+    return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut (He et al. 2016), with additions and ReLU in place."""
+
+    def __init__(self, before: int, after: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and before == after
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False),
+                                                                 nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
+def resnet18(classes: int = 1000) -> nn.Module:
+    """ResNet-18 in eval mode, its running statistics not those of a fresh network."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+                               nn.MaxPool2d(3, 2, 1)]
+    before = 64
+    for after, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
+        layers.append(BasicBlock(before, after, stride))
+        before = after
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.1, 0.1)
+            m.running_var.uniform_(0.8, 1.2)
+    return model.eval()
+
+
+class Transformer(nn.Module):
+    """A transformer encoder on sequences of vectors, pooled over the sequence."""
+
+    def __init__(self, width: int = 128, layers: int = 4, classes: int = 100):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+ROWS = {
+    "mlp-tanh": Row("MLP 100-100-100-100, tanh", lambda: mlp(100, 100, 100, 100, activation=nn.Tanh), (128, 100), 100),
+    "mlp-wide": Row("MLP 784-512-512-1000", lambda: mlp(784, 512, 512, 1000), (32, 784), 1000),
+    "mlp-narrow": Row("MLP 784-256-64-1000", lambda: mlp(784, 256, 64, 1000), (32, 784), 1000),
+    "2c2d": Row("2C2D, 28 x 28", net_2c2d, (32, 1, 28, 28), 10),
+    "3c3d": Row("3C3D, 32 x 32", net_3c3d, (32, 3, 32, 32), 10),
+    "allcnn": Row("All-CNN-C, 32 x 32", all_cnn_c, (8, 3, 32, 32), 100),
+    "resnet18": Row("ResNet-18, 64 x 64", resnet18, (4, 3, 64, 64), 1000),
+    "transformer": Row("transformer, 4 layers, 64 tokens", Transformer, (16, 64, 128), 100),
+    "tiny": Row("MLP 8-8-5, for tests of this script", lambda: mlp(8, 8, 5), (4, 8), 5),
+}
