@@ -92,9 +92,9 @@ class Places(Factor):
     def by_gram(self, in_all: int) -> bool:
         """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), and 32 L^2 to add them up in
-        each turn; K L I without, where B also writes and reads K I squares (8: what a square costs beside a multiply-add). With
-        one place they always do.
+        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), and 32 L^2 to add them up
+        in each turn; K L I without, where B also writes and reads K I squares (8: what a square costs beside a multiply-add).
+        With one place they always do.
         """
         n, g, o, l = self.v.shape[1:]
         i, turns = self.patches.inputs, max(1, in_all / self.k)

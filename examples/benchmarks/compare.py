@@ -128,7 +128,7 @@ def table(results: dict[str, Any]) -> str:
         gradient = f"{statistics.median(row['gradient']['times']) * 1e3:.3g} ms" if row["gradient"]["times"] else "–"
         last = [f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–" for key in ("time", "memory")]
         cells = [cell(row[t]) for t in tools]
-        lines.append(f"| {spec.text} | {spec.shape[0]} | {spec.classes} | {gradient} | {' | '.join(cells)} | {' | '.join(last)} |")
+        lines.append(f"| {' | '.join([spec.text, str(spec.shape[0]), str(spec.classes), gradient, *cells, *last])} |")
     return "\n".join([*lines, "", results["machine"] + "."])
 
 

@@ -63,7 +63,7 @@ class Worker:
         return {}
 
     def time(self, least: float = 0.3) -> dict[str, Any]:
-        """The median of as many runs as fit into `least` seconds, and of one at least: short runs are not those of cold caches."""
+        """The median of as many runs as fit into `least` seconds, one at least: short runs are not those of cold caches."""
         seconds: list[float] = []
         while sum(seconds) < least:
             start = time.perf_counter()
