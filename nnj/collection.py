@@ -31,7 +31,14 @@ class collect:  # noqa: N801
         quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of installed plugins.
         modules: collect at the parameters of these modules alone; the sweep walks no further back than it must.
         memory: bytes that columns may take while they walk; more of them are walked in turns.
+        tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of the trace of the Hessians in
+            the outputs. ggn_diag and ggn_block are then lower bounds (their difference from the exact ones is positive
+            semi-definite), at the cost of `columns` walks. A model that is sure of most of its answers needs few.
         options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
+
+    Attributes:
+        deficit: what was left out under `tol`, as a part of that trace, over all backward passes so far.
+        columns: how many exact columns walked in the pass that had most of them.
 
     Results are attributes under the quantity's name: on each parameter that requires grad (of its shape; None if no backward
     pass reached it), or on modules. They belong to exactly the scalar on which `.backward()` was called. Passes add
@@ -41,20 +48,28 @@ class collect:  # noqa: N801
     gradients are intact); on exit, if no extended loss took part in any backward pass.
     """
 
-    def __init__(self, *quantities: str, modules: Iterable[nn.Module] | None = None, memory: int = 2**28, **options: Any):
+    def __init__(self, *quantities: str, modules: Iterable[nn.Module] | None = None, memory: int = 2**28, tol: float = 0.0,
+                 **options: Any):
         if not quantities:
             raise NNJError("nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')")
         self.quantities = _make(quantities, options)
         self.modules = None if modules is None else _checked_modules(modules)
-        self.memory = memory
+        self.memory, self.tol = memory, _checked_tolerance(tol, self.quantities)
         self.results: dict[str, WeakIdKeyDictionary] = {}
         self.samples = 0
         self.passes = 0
         self.refused = False
+        self.columns = 0
+        self._trace = self._dropped = 0.0
+
+    @property
+    def deficit(self) -> float:
+        return self._dropped / self._trace if self._trace else 0.0
 
     def __enter__(self) -> collect:
         self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
-        self.samples, self.passes, self.refused = 0, 0, False
+        self.samples, self.passes, self.refused, self.columns = 0, 0, False, 0
+        self._trace = self._dropped = 0.0
         for name in self.quantities:
             for holder in list(_published.get((threading.get_ident(), name), {})):
                 vars(holder).pop(name, None)
@@ -84,6 +99,8 @@ class collect:  # noqa: N801
         """Take in what one backward pass has contributed."""
         self.passes += 1
         merged = Contribution.merge(contributions, {name for name, q in self.quantities.items() if q.per_sample})
+        self._trace, self._dropped = self._trace + merged.trace, self._dropped + merged.dropped
+        self.columns = max(self.columns, merged.columns)
         for name, quantity in self.quantities.items():
             known = self.results[name]
             if quantity.per_sample:
@@ -128,6 +145,14 @@ def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return found
 
 
+def _checked_tolerance(tol: float, quantities: dict[str, Quantity]) -> float:
+    if not 0 <= tol < 1:
+        raise NNJError(f"tol={tol!r}: what may be lost of the trace is a number from 0 to below 1")
+    if tol and all(q.source != "exact" for q in quantities.values()):
+        raise NNJError(f"tol= leaves out exact columns, which {', '.join(quantities)} do not use")
+    return float(tol)
+
+
 def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
     """Quantities by name, each with the options that it declares."""
     made: dict[str, Quantity] = {}
@@ -142,7 +167,7 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
     for option in options:
         if option not in declared:
-            known = sorted({*declared, "modules", "memory"})
+            known = sorted({*declared, "modules", "memory", "tol"})
             raise NNJError(f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: {', '.join(known)}")
     return made
 

@@ -16,6 +16,7 @@ from nnj.owners import Owner
 from nnj.plugins import manager
 from nnj.records import Edge, LossCall
 from nnj.rules import describes
+from nnj.selection import Selection, Whole
 
 
 @dataclass(eq=False)
@@ -98,27 +99,29 @@ class LossColumns:
             found[edge] = found[edge] + t if edge in found else t
         return found
 
-    def slots(self, owner: Owner) -> Tensor | None:
-        """The number of each row among the rows of its sample; None where every sample has one row."""
-        curvature = self.curvature
-        if (curvature.rows == owner.n and owner.of is None) or owner.n == curvature.rows == 1:
-            return None
-        whose = owner.rows(curvature.rows, self.scale.device)
-        assert whose is not None
-        slot = torch.zeros_like(whose)
-        for s in whose.unique():
-            mine = (whose == s).nonzero()[:, 0]
-            slot[mine] = torch.arange(len(mine), device=whose.device)
-        return slot
+    def select(self, owner: Owner, tol: float) -> Selection | Whole:
+        """The columns that walk.
 
-    def chunks(self, wants: dict[str, Any], owner: Owner, size: int) -> Iterator[Chunk]:
+        Args:
+            owner: whose the rows are.
+            tol: what may be lost, of the trace of H.
+        """
+        curvature = self.curvature
+        one = (curvature.rows == owner.n and owner.of is None) or owner.n == curvature.rows == 1
+        if one and (curvature.rows == 0 or (curvature.places == 1 and tol == 0)):
+            return Whole(curvature)
+        whose = torch.arange(owner.n, device=curvature.device) if one else owner.rows(curvature.rows, curvature.device)
+        assert whose is not None
+        return Selection(curvature, whose, tol)
+
+    def chunks(self, wants: dict[str, Any], selection: Selection | Whole | None, size: int) -> Iterator[Chunk]:
         """All columns that are wanted, `size` at a time at most.
 
         Rows of one sample, and places of one row, are factorised on their own, so each has columns to itself.
 
         Args:
             wants: the quantities by the source of their columns; "exact" and "gradient" are shared.
-            owner: whose the rows are.
+            selection: which exact columns, if any.
             size: how many columns may walk together.
         """
         extra: list[tuple[str, list[Tensor]]] = []
@@ -128,9 +131,10 @@ class LossColumns:
             if quantity.source == "signs":
                 signs = self.curvature.sample(quantity.draws, quantity.generator)
                 extra.append((name, list(self.curvature.place(signs))))
-        exact = self._exact(owner, size) if "exact" in wants else iter(())
-        for first in exact:
-            yield self._join([("exact", list(self.curvature.place(first))), *extra])
+        for a in range(0, selection.k if selection and "exact" in wants else 0, size):
+            assert selection is not None
+            exact = selection.columns(a, min(a + size, selection.k))
+            yield self._join([("exact", list(self.curvature.place(exact))), *extra])
             extra = []
         for name, parts in extra:
             for a in range(0, parts[0].shape[0], size):
@@ -144,33 +148,3 @@ class LossColumns:
             start += k
         joined = [torch.cat([t.to(g[0].dtype) for t in g]) for g in zip(*[tensors for _, tensors in groups], strict=True)]
         return Chunk(self.roots(joined), start, parts)
-
-    def count(self, owner: Owner) -> int:
-        """The number of exact columns."""
-        slot = self.slots(owner)
-        return self.curvature.rank * self.curvature.places * (1 if slot is None else int(slot.max()) + 1)
-
-    def _exact(self, owner: Owner, size: int) -> Iterator[Tensor]:
-        """Columns of S, (k, R, D, B), no two of which belong to different rows of one sample or places of one row."""
-        curvature = self.curvature
-        slot = self.slots(owner)
-        slots = self.count(owner) // (curvature.rank * curvature.places)
-        pairs = [(s, d) for s in range(slots) for d in range(curvature.places)]
-        if len(pairs) == 1:
-            for a in range(0, curvature.rank, size):
-                yield curvature.columns(a, min(a + size, curvature.rank))
-            return
-        step = min(size, curvature.rank)
-        together = max(1, size // step)
-        for a in range(0, curvature.rank, step):
-            s = curvature.columns(a, min(a + step, curvature.rank))
-            k, rows, places, block = s.shape
-            for p in range(0, len(pairs), together):
-                group = pairs[p : p + together]
-                out = s.new_zeros(len(group), k, rows, places, block)
-                for i, (row_slot, place) in enumerate(group):
-                    part = s[:, :, place]
-                    if slot is not None:
-                        part = part * (slot == row_slot)[None, :, None]
-                    out[i, :, :, place] = part
-                yield out.flatten(0, 1)

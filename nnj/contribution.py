@@ -21,6 +21,7 @@ from nnj.owners import Owner
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_arguments
+from nnj.selection import Selection, Whole
 from nnj.sweep import Sink, Sweep
 
 if TYPE_CHECKING:
@@ -36,10 +37,16 @@ class Contribution:
         self.calls, self.n = calls, n  # the forward calls that made the samples, and their number
         self.values: dict[str, dict[int, Any]] = {}
         self.known: dict[int, Any] = {}  # every parameter and module that may hold a result
+        self.trace = self.dropped = 0.0  # of the Hessians in the outputs, under a tolerance
+        self.columns = 0  # how many exact ones
 
     def add(self, name: str, holder: Any, value: Any) -> None:
         mine = self.values.setdefault(name, {})
         mine[id(holder)] = mine[id(holder)] + value if id(holder) in mine else value
+
+    def selected(self, selection: Selection | Whole) -> None:
+        """Write down what walks of the exact columns."""
+        self.trace, self.dropped, self.columns = selection.trace, selection.dropped, selection.k
 
     def finish(self, quantities: dict[str, Quantity]) -> None:
         """Turn sums of contributions into results."""
@@ -71,6 +78,8 @@ class Contribution:
         whole = Contribution(frozenset().union(*[g.calls for g in groups]), sum(g.n for g in groups))
         for group in groups:
             whole.known |= group.known
+        whole.trace, whole.dropped = sum(p.trace for p in parts), sum(p.dropped for p in parts)
+        whole.columns = max((p.columns for p in parts), default=0)
         for name in {name for g in groups for name in g.values}:
             for key in {key for g in groups for key in g.values.get(name, {})}:
                 found = [(g, g.values.get(name, {}).get(key)) for g in groups]
@@ -204,15 +213,20 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
         for target in targets:
             target.flush(found[id(target.collection)], parts)
 
+    selection = None
     size = _columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
+        tol = min(t.collection.tol for t in targets if any(q.source == "exact" for q in t.collection.quantities.values()))
+        selection = columns.select(owner, tol)
+        shared = _of_several({id(m): m for t in targets for m in t.modules})
+        head = HeadColumns(sweep, columns.curvature, shared, selection if tol else None)
         for target in targets:
-            target.in_all["exact"] = columns.count(owner)
-        head = HeadColumns(sweep, columns.curvature, _of_several({id(m): m for t in targets for m in t.modules}))
+            target.in_all["exact"] = head.k if head.useful else selection.k
+            found[id(target.collection)].selected(selection)
         if head.useful:
             del wants["exact"]
             _walk_behind(head, sweep, size, sink, flush)
-    for chunk in columns.chunks(wants, owner, size):
+    for chunk in columns.chunks(wants, selection, size):
         sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
         flush(chunk.parts)
     for target in targets:

@@ -63,6 +63,15 @@ class Curvature:
         """diag(H), (R, D, B)."""
         return _sum(s.square().sum(0) for s in self._chunks())
 
+    def norms(self) -> Tensor:
+        """The square sum of each column of each block, (rank, R, D): together they are the trace."""
+        return torch.cat([s.square().sum(-1) for s in self._chunks()])
+
+    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+        """Columns j (m,) of the blocks (row, place), (m, B)."""
+        first = int(j.min()) if len(j) else 0
+        return self.columns(first, int(j.max()) + 1 if len(j) else first + 1)[j - first, row, place]
+
     def product(self, v: Tensor) -> Tensor:
         """H v for v and the result of shape (k, R, D, B)."""
         return _sum(torch.einsum("jrdb,jkrd->krdb", s, torch.einsum("jrdb,krdb->jkrd", s, v)) for s in self._chunks())
@@ -172,6 +181,18 @@ class SoftmaxCurvature(Curvature):
         own, q = (t[..., start : min(stop, self.rank)].movedim(-1, 0)[..., None] for t in (root, q))
         s = torch.where((i > j)[:, None, None], -p / q * own, torch.where((i == j)[:, None, None], own, 0.0))
         return torch.zeros_like(s).scatter_(-1, order.expand_as(s), s)
+
+    def norms(self) -> Tensor:
+        p, _, q, root = self._sorted
+        below = torch.nn.functional.pad(p.square().flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+        return (root.square() + root / q * root * (below / q)).movedim(-1, 0)[: self.rank]  # q^2 may be zero where q is not
+
+    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+        p, order, q, root = (t[row, place] for t in self._sorted)
+        i, at = torch.arange(self.block, device=self.device), j[:, None]
+        own = root.gather(1, at)
+        s = torch.where(i > at, -p / q.gather(1, at) * own, torch.where(i == at, own, 0.0))
+        return torch.zeros_like(s).scatter_(1, order, s)
 
     def combine(self, c: Tensor) -> Tensor:
         p, order, q, root = self._sorted

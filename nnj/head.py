@@ -17,6 +17,7 @@ from nnj.nodes import edge_dtype
 from nnj.operators import Affine, Identity, LinearMap, Scale
 from nnj.places import Places
 from nnj.records import Edge
+from nnj.selection import Selection, Whole
 from nnj.sweep import Sink, Sweep
 
 
@@ -62,10 +63,11 @@ class HeadColumns:
         sweep: the plan.
         curvature: of the loss.
         shared: ids of parameters that several modules own, whose blocks need columns.
+        selection: the columns that walk, if not all do.
     """
 
-    def __init__(self, sweep: Sweep, curvature: Curvature, shared: set[int]):
-        self.sweep, self.curvature, self.shared = sweep, curvature, shared
+    def __init__(self, sweep: Sweep, curvature: Curvature, shared: set[int], selection: Selection | Whole | None = None):
+        self.sweep, self.curvature, self.shared, self.selection = sweep, curvature, shared, selection
         self.units: list[Unit] = []
         self.edge: Edge = sweep.graph.roots[0]
         self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
@@ -113,7 +115,7 @@ class HeadColumns:
     @property
     def k(self) -> int:
         """The number of columns."""
-        return self.curvature.rank * self.curvature.places
+        return self.selection.k if self.selection else self.curvature.rank * self.curvature.places
 
     def parameters(self, sink: Sink) -> None:
         """Give the parameters of the last layer their factors."""
@@ -129,10 +131,18 @@ class HeadColumns:
         rows, dtype = self.rows, edge_dtype(self.edge)
         flat = rows.reshape(len(rows), -1)
         c = self.curvature
-        make = self._softmax(flat, c) if isinstance(c, SoftmaxCurvature) else self._diagonal(flat)
+        if self.selection:
+            make = self._selected(flat, self.selection)
+        else:
+            make = self._softmax(flat, c) if isinstance(c, SoftmaxCurvature) else self._diagonal(flat)
         for a in range(0, self.k, size):
             v = make(a, min(a + size, self.k))
             yield v.reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
+
+    @staticmethod
+    def _selected(flat: Tensor, selection: Selection | Whole) -> Callable[[int, int], Tensor]:
+        """S J, of the columns of S that walk."""
+        return lambda a, b: selection.columns(a, b).mT.flatten(2).to(flat.dtype) @ flat
 
     def _diagonal(self, flat: Tensor) -> Callable[[int, int], Tensor]:
         """sqrt(h_c) J_c."""

@@ -164,9 +164,10 @@ def loss_curvature(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -
 def check_loss(loss: nn.Module, output: Tensor, *args: Any) -> None:
     """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
 
-    Every reduction that the loss has, under the scale 1 and a random positive one: the factor, in one piece and in slices;
-    where `place` puts it; diagonal, product, combinations of columns; samples, which must be the columns under the signs that
-    the generator gives. Blocks must be all there is: the Hessian between rows, or places, must be zero. The loss is copied.
+    Every reduction that the loss has, under the scale 1 and a random positive one: the factor, in one piece, in slices and in
+    columns that are picked, with their square sums; where `place` puts it; diagonal, product, combinations of columns;
+    samples, which must be the columns under the signs that the generator gives. Blocks must be all there is: the Hessian
+    between rows, or places, must be zero. The loss is copied.
 
     Errors: AssertionError naming the loss, its reduction and the product.
     """
@@ -194,6 +195,9 @@ def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> N
     checked("place", apart, (mine.shape[0] * h.rank, *output.shape), who)
     apart = apart.reshape(len(apart), -1)
     _same(f"{who}: S S^T", apart.T @ apart, dense)
+    _same(f"{who}: norms", checked("norms", h.norms(), (h.rank, *shape[:2]), who), s.square().sum(-1))
+    row, place, j = (torch.randint(size, (7,)) for size in (h.rows, h.places, h.rank))
+    _same(f"{who}: pick", checked("pick", h.pick(row, place, j), (7, h.block), who), s[j, row, place])
     (diagonal,) = h.place(checked("diagonal", h.diagonal(), shape, who)[None])
     _same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
     v = torch.randn(3, *shape, dtype=s.dtype)
