@@ -90,7 +90,7 @@ class Worker:
     def time(self, least: float = 0.3) -> dict[str, Any]:
         """The median of as many runs as fit into `least` seconds, one at least: short runs are not those of cold caches."""
         seconds: list[float] = []
-        while sum(seconds) < least:
+        while not seconds or sum(seconds) < least:
             self.wait()
             start = time.perf_counter()
             self.result = self.run()
