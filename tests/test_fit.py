@@ -164,7 +164,7 @@ def test_no_guess_at_a_reduction(loss):
     (lambda z, y: F.cross_entropy(z, y), "mean", HOLES)], ids=["a mean", "a sum", "weights", "ignored"])
 def test_a_wrong_reduction_is_seen(loss, said, y):
     with pytest.raises(nnj.NNJError, match=rf"is not the {said} over the samples of a batch, as reduction='{said}' says: "
-                                           r"the halves of a batch of 7 make \S+, the whole \S+\. Write it as a sum over samples, with"):
+                                           r"the halves of a batch of 7 make \S+, the whole \S+\. Write it as a sum "):
         nnj.fit(mlp(), loss, [(X, y)], "ggn_diag", reduction=said)
 
 

@@ -119,8 +119,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "empty": (dict(loader=[]), r"^the loader gave no samples, and a data set has at least one\. \(An iterator can be read only "),
     "scale": (dict(scale="average"), r"^scale='average', expected 'sum' or 'mean'$"),
     "reduction": (dict(reduction="none", loss_func=F.cross_entropy), r"^reduction='none', expected 'sum' or 'mean'$"),
-    "known": (dict(reduction="sum"), r"^reduction='sum' is for losses that nnj does not know; CrossEntropyLoss is known, and scale= "
-                                     r"says whether the data set is summed or averaged\. Leave it out$"),
+    "known": (dict(reduction="sum"), r"^reduction='sum' is for losses that nnj does not know; CrossEntropyLoss is known, and "
+                                     r"scale= says whether the data set is summed or averaged\. Leave it out$"),
     "no loss": (dict(loss_func="mse"), r"^loss_func is 'mse', expected a loss module or a function of \(output, target\)$"),
     "a class": (dict(loss_func=nn.MSELoss), r"^loss_func is <class '.*MSELoss'>, expected a loss module"),
     "data set": (dict(loader=TensorDataset(X, CLASSES)), r"^loader is a data set of single samples \(TensorDataset\), expected "),
@@ -128,7 +128,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "one": (dict(loader=[(X,)]), r"^a batch is tuple of 1, expected \(x, \.\.\., y\) or a dict"),
     "keys": (dict(loader=[{"x": X, "y": CLASSES}]), r"^a batch has the keys 'x', 'y', and not 'labels' for the target\. Say "),
     "key of a tuple": (dict(target="y"), r"^target='y' is a key, but a batch is tuple\. Give a function of the batch$"),
-    "target alone": (dict(target=lambda b: b[1]), r"^target= is a function, so nnj does not know what of a batch is for the model"),
+    "target alone": (dict(target=lambda b: b[1]), r"^target= is a function, so nnj does not know what of a "),
     "no tensor": (dict(loader=[("x", CLASSES)]), r"^a batch has no tensor with a batch axis for the model"),
     "unknown": (dict(quantities=["ggn_dig"]), r"^unknown quantity 'ggn_dig'; did you mean 'ggn_diag'\?"),
     "no quantity": (dict(quantities=[]), r"^nnj\.collect needs the name of a quantity"),
@@ -153,14 +153,14 @@ def test_refusals(name):
 
 
 def test_inside_a_collect():
-    with pytest.raises(nnj.NNJError, match=r"^nnj\.fit inside an nnj\.collect would add its passes to that one\. Call it outside"):
+    with pytest.raises(nnj.NNJError, match=r"^nnj\.fit inside an nnj\.collect would add its passes to that one\. Call it "):
         with nnj.collect("ggn_diag"):
             nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag")
 
 
 def test_samples_that_the_rows_of_the_loss_deny():
     model, loss = mlp(), lambda z, y: F.mse_loss(z, y)
-    with pytest.raises(nnj.NNJError, match=r"^a batch has 4 samples by its first tensor and 7 by the rows of the loss, so that a "):
+    with pytest.raises(nnj.NNJError, match=r"^a batch has 4 samples by its first tensor and 7 by the rows of the loss, so "):
         nnj.fit(model, loss, [(torch.zeros(4), X, REAL)], "ggn_diag", reduction="mean", forward=lambda m, b: m(b[1]))
 
 

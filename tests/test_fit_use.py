@@ -147,7 +147,8 @@ HALVES = [(X - 1, torch.ones(N, 1).double(), CLASSES)]
     ([{"inputs": x, "labels": y} for x, y in LOADER], {"forward": lambda m, b: Field(m(b["inputs"])).logits}),
     ([{"a": {"b": x}, "y": y} for x, y in LOADER], {"forward": lambda m, b: m(b["a"]["b"]), "target": lambda b: b["y"]}),
     ([(y, x) for x, y in LOADER], {"forward": lambda m, b: m(b[1]), "target": lambda b: b[0]}),
-], ids=["DataLoader", "lists", "iterator", "an empty batch", "two inputs", "dict", "UserDict", "key", "forward", "nested", "swapped"])
+], ids=["DataLoader", "lists", "iterator", "an empty batch", "two inputs", "dict", "UserDict", "key", "forward", "nested",
+        "swapped"])
 def test_batches(loader, options):
     fit = nnj.fit(Named(), nn.CrossEntropyLoss(), loader, "ggn_diag", scale="mean", **options)
     agree({name.removeprefix("net."): t for name, t in fit["ggn_diag"].items()}, expected("mean"))
