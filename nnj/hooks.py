@@ -231,11 +231,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
         if not callable(module) or isinstance(module, type):
             raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
         module, loss = FunctionLoss(module), True
-    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
-        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
-                       "torch.compile, and collect with that one (model._orig_mod)")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
+    check_hookable(module)
     if loss and not is_loss(module):
         _remove(module)
         module.register_forward_hook(LossHook(), with_kwargs=True)
@@ -262,7 +258,8 @@ def retract(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def temporarily_extended(module: nn.Module) -> Iterator[None]:
-    """Our hooks on a module for one call, where it has none; they are gone afterwards."""
+    """Our hooks on a module, where it has none; they are gone afterwards."""
+    known = module in _roots
     parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
              and not any(isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values())]
     for part in parts:
@@ -272,6 +269,22 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             _remove(part)
+        if not known:
+            _roots.discard(module)
+
+
+def batch_axis_of(module: nn.Module) -> int:
+    """The batch axis under which a module was extended; 0 if it was not."""
+    return next((hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0)
+
+
+def check_hookable(module: nn.Module) -> None:
+    """Errors: `NNJError` for a compiled or scripted module."""
+    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
+        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
+                       "torch.compile, and collect with that one (model._orig_mod)")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
 
 
 def _put(module: nn.Module, batch_axis: int) -> None:
