@@ -13,6 +13,7 @@ from nnj.curvature import Curvature, check_outputs, rows_of
 from nnj.errors import NNJError
 from nnj.factors import Owner
 from nnj.hessian import twice
+from nnj.hooks import FunctionLoss
 from nnj.plugins import manager
 from nnj.records import Edge, LossCall
 from nnj.rules import describes
@@ -39,7 +40,7 @@ class LossColumns:
 
     def __init__(self, call: LossCall, scale: Tensor):
         self.call, self.scale = call, scale.detach()
-        self.name = type(call.module).__name__
+        self.name = call.name
         if any(t._version != version for t, version in call.versions):
             raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it first")
         if not bool(torch.isfinite(self.scale).all()):
@@ -67,10 +68,10 @@ class LossColumns:
         args, kwargs = self.call.arguments(self.outputs)
         if entry is None or entry.key is torch.nn.Module or not describes(entry, module):
             return None
-        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
+        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or (kwargs and entry.key is not FunctionLoss):
             return None
         try:
-            return entry.rule(module, self.scale, *args)
+            return entry.rule(module, self.scale, *args, **kwargs)
         except NotImplementedError:
             return None
 

@@ -150,7 +150,7 @@ class LossHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         if _inert() or not isinstance(value, Tensor) or value.grad_fn is None:
             return
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound = signature_of(module).bind(*args, **kwargs)
         leaves, spec = tree_flatten((list(bound.args), dict(bound.kwargs)))
         outputs, edges = [], []
         for index, leaf in enumerate(leaves):
@@ -160,7 +160,8 @@ class LossHook:
                 edges.append(edge)
         held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), value.detach().clone())
+        call = LossCall(module, name_of(module), held, spec, outputs, edges, versions, threading.get_ident(),
+                        value.detach().clone())
 
         def arrived(scale: Tensor) -> None:
             for listener in listeners:
@@ -181,7 +182,12 @@ def _drop_finished(python: FrameType) -> None:
 
 
 class FunctionLoss(nn.Module):
-    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it."""
+    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it.
+
+    While the module of a function is in use, the function has no other: `extend` in a loop gives the same one again.
+    """
+
+    _known: weakref.WeakValueDictionary[int, FunctionLoss] = weakref.WeakValueDictionary()  # by the id of the function
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
@@ -190,8 +196,34 @@ class FunctionLoss(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.function(*args, **kwargs)
 
+    @classmethod
+    def of(cls, function: Callable[..., Tensor]) -> FunctionLoss:
+        """The module that is in use for the function, or a new one."""
+        known = cls._known.get(id(function))
+        if known is None or known.function is not function:
+            known = cls._known[id(function)] = cls(function)
+        return known
+
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
+
+
+def name_of(loss: nn.Module) -> str:
+    """What errors call a loss."""
+    if not isinstance(loss, FunctionLoss):
+        return type(loss).__name__
+    name = loss.extra_repr()
+    return "the loss (a lambda)" if name == "<lambda>" else name
+
+
+def signature_of(loss: nn.Module) -> inspect.Signature:
+    """What a loss takes; that of a function is the function's, so that arguments given by name have their place."""
+    if isinstance(loss, FunctionLoss):
+        try:
+            return inspect.signature(loss.function)
+        except (TypeError, ValueError):  # it is written in C
+            pass
+    return inspect.signature(loss.forward)
 
 
 def is_loss(module: nn.Module) -> bool:
@@ -219,7 +251,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     if not isinstance(module, nn.Module):
         if not callable(module) or isinstance(module, type):
             raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
-        module, loss = FunctionLoss(module), True
+        module, loss = FunctionLoss.of(module), True
     if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
         raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
                        "torch.compile, and collect with that one (model._orig_mod)")
