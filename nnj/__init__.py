@@ -15,8 +15,8 @@ from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "FunctionLoss",
-    "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select",
-    "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
+    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor",
+    "FunctionLoss", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale",
+    "Select", "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
     "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "utils", "vjp",
 ]

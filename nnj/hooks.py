@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class FunctionLoss(nn.Module):
     While the module of a function is in use, the function has no other: `extend` in a loop gives the same one again.
     """
 
-    _known: weakref.WeakValueDictionary[int, FunctionLoss] = weakref.WeakValueDictionary()  # by the id of the function
+    _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()  # by the id of the function
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()

@@ -57,8 +57,8 @@ def kl_div(m: nn.KLDivLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Cur
     if not axes:
         raise _linear(m, "over any axis but the first")
     if len(axes) > 1:
-        raise nnj.NNJError(f"{type(m).__name__}: the exponentials of its input sum to one over each of the axes {axes}, so that nnj "
-                           f"cannot tell which of them are the classes. Give it one row for each distribution, (rows, classes)")
+        raise nnj.NNJError(f"{type(m).__name__}: the exponentials of its input sum to one over each of axes {axes}, so nnj cannot "
+                           f"tell which of them are the classes. Give it one row for each distribution, (rows, classes)")
     dtype = _wide(z)
     t = target.detach().to(dtype)
     whole = torch.broadcast_shapes(z.shape, t.shape)

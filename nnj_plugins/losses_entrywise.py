@@ -104,7 +104,8 @@ def piecewise_linear(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.
 
 
 def multi_margin(m: nn.MultiMarginLoss, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
-    """w_t / C sum_c max(0, margin - y_t + y_c)^p: zero for p = 1, and (e_c - e_t)(e_c - e_t)^T 2 w_t / C for each active c if p = 2."""
+    """w_t / C sum_c max(0, margin - y_t + y_c)^p over c != t: for p = 1 zero, for p = 2 each active c gives
+    2 w_t / C (e_c - e_t)(e_c - e_t)^T."""
     z = (y if y.dim() > 1 else y[None]).to(torch.promote_types(y.dtype, torch.float32))
     t = target.reshape(-1)
     if m.p == 1 or z.shape[1] < 2:

@@ -22,7 +22,7 @@ MODULES: dict[Any, type[nn.Module]] = {
 
 
 def functional(m: nnj.FunctionLoss, scale: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> nnj.Curvature:
-    """F.cross_entropy(y, target, weight) has the curvature of CrossEntropyLoss(weight)(y, target); so, too, under functools.partial."""
+    """F.cross_entropy(y, target, weight) has the curvature of CrossEntropyLoss(weight)(y, target); so has a partial of it."""
     function: Any = m.function
     while isinstance(function, functools.partial) and not function.args:
         function, kwargs = function.func, {**function.keywords, **kwargs}

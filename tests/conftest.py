@@ -1,4 +1,11 @@
 """One thread a worker: the models are tiny."""
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seeded():
+    """A fixed seed."""
+    torch.manual_seed(0)
