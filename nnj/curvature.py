@@ -156,6 +156,16 @@ class SoftmaxCurvature(Curvature):
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
+    @staticmethod
+    def axes(z: Tensor) -> list[int]:
+        """The axes, but that of the batch, over which exp(z) sums to one, up to the rounding of z and of a log_softmax."""
+        wide = _wide(z)
+        p = wide.exp()
+        rounding = torch.finfo(z.dtype).eps + 32 * torch.finfo(wide.dtype).eps
+        size = p * (1 + wide.abs())
+        return [axis for axis in (range(1, z.dim()) if z.dim() > 1 else range(z.dim()))
+                if bool(((p.sum(axis) - 1).abs() <= (rounding * size.sum(axis)).clamp(max=0.5)).all())]
+
     @functools.cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p in falling order, which classes they are, q (summed from the small end; 1 where it is 0), and S_jj."""

@@ -17,6 +17,7 @@ from nnj.curvature import (
     BlockCurvature,
     Curvature,
     DiagonalCurvature,
+    SoftmaxCurvature,
     check_outputs,
     infinite,
     largest_of,
@@ -41,7 +42,8 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
         name: of the loss, for errors.
 
     Errors: `NNJError` for outputs that are not real or finite; a loss that is not convex in the outputs, couples rows of the
-    batch, draws random numbers, cannot be differentiated twice, or couples more than 4096 entries in a row.
+    batch, draws random numbers, cannot be differentiated twice, couples more than 4096 entries in a row, or is linear in log
+    probabilities.
     """
     outputs = tuple(outputs)
     check_outputs(name, outputs)
@@ -61,6 +63,9 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
     signs = torch.randint(0, 2, (n, size), generator=generator, device="cpu").to(z) * 2 - 1
     h = signs * hessian.product(signs[None])[0]
     if _agree(h * z, hz, scale, strict):
+        if scale == 0 and any(t.shape[axis] > 1 for t in outputs for axis in SoftmaxCurvature.axes(t)):
+            raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
+                           f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits")
         return DiagonalCurvature(h.to(own), shapes, name, scale)
     if size > LIMIT or n * size * size > ENTRIES:
         raise NNJError(f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row may have {LIMIT} "

@@ -232,7 +232,7 @@ def check_model(model: nn.Module, loss: Any, x: Tensor, *targets: Any, reference
     params = {name: p.detach() for name, p in model.named_parameters()}
     f = functional_call(model, params, (x,)).detach()
     run: Callable[..., Tensor] = reference or (lambda loss, *given: loss(*given))
-    h = torch.func.hessian(lambda t: run(loss, t.reshape(f.shape), *targets))(f.reshape(-1)).detach()
+    h = jacrev(jacrev(lambda t: run(loss, t.reshape(f.shape), *targets)))(f.reshape(-1)).detach()
     found = copy.deepcopy(model)
     extended = nnj_hooks.extend(copy.deepcopy(loss), loss=True)
     with collect("ggn_diag"):

@@ -39,7 +39,7 @@ def nll(m: nn.NLLLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Curvatur
     Errors: `NNJError` if exp(z) does not sum to one over the classes.
     """
     axis = 0 if z.dim() == 1 else 1
-    if not _is_log_of_probabilities(z, axis):
+    if axis not in nnj.SoftmaxCurvature.axes(z):
         raise _linear(m, f"over the classes (axis {axis})")
     _, own, total = _own_weights(m, _weights(m, z, z.shape[axis]), target)
     return nnj.SoftmaxCurvature(z, scale.to(own.dtype) * own / (total if m.reduction == "mean" else 1), type(m).__name__)
@@ -52,12 +52,11 @@ def kl_div(m: nn.KLDivLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Cur
 
     Errors: `NNJError` if there is no such axis, or more than one.
     """
-    places = range(1, z.dim()) if z.dim() > 1 else range(z.dim())
-    axes = [axis for axis in places if _is_log_of_probabilities(z, axis)]
+    axes = nnj.SoftmaxCurvature.axes(z)
     if not axes:
         raise _linear(m, "over any axis but the first")
     if len(axes) > 1:
-        raise nnj.NNJError(f"{type(m).__name__}: the exponentials of its input sum to one over each of axes {axes}, so nnj cannot "
+        raise nnj.NNJError(f"{type(m).__name__}: exp of its input sums to one over each of the axes {axes}, so nnj cannot "
                            f"tell which of them are the classes. Give it one row for each distribution, (rows, classes)")
     dtype = _wide(z)
     t = target.detach().to(dtype)
@@ -93,17 +92,8 @@ def _own_weights(m: Any, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Ten
     return kept, own, torch.where(kept.any(), own.sum(), 1.0)
 
 
-def _is_log_of_probabilities(z: Tensor, axis: int) -> bool:
-    """Whether exp(z) sums to one, up to the rounding of z and of a log_softmax."""
-    wide = z.to(_wide(z))
-    p = wide.exp()
-    rounding = torch.finfo(z.dtype).eps + 32 * torch.finfo(wide.dtype).eps
-    size = 1 + (p * wide.abs()).nan_to_num(nan=0.0).sum(axis)
-    return bool(((p.sum(axis) - 1).abs() <= rounding * size).all())
-
-
 def _linear(m: nn.Module, where: str) -> nnj.NNJError:
-    return nnj.NNJError(f"{type(m).__name__}: the exponentials of its input do not sum to one {where}, so these are no log "
+    return nnj.NNJError(f"{type(m).__name__}: exp of its input does not sum to one {where}, so these are no log "
                         f"probabilities, and in anything else it is linear and has no curvature. Give it the output of "
                         f"log_softmax, or give logits to CrossEntropyLoss")
 
@@ -123,6 +113,7 @@ def any_loss(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvatur
 def nnj_register_losses(register):
     register(nn.CrossEntropyLoss, cross_entropy)
     register(nn.NLLLoss, nll)
+    register(nn.NLLLoss2d, nll)
     register(nn.KLDivLoss, kl_div)
     register(nn.CTCLoss, ctc)
     register(nn.Module, any_loss)

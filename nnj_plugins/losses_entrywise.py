@@ -57,7 +57,7 @@ def bce(m: nn.BCELoss, p: Tensor, target: Tensor) -> Tensor:
 @entrywise
 def smooth_l1(m: nn.SmoothL1Loss, y: Tensor, target: Tensor) -> Tensor:
     """(y - t)² / (2 beta) within beta, else linear: 1 / beta, else 0."""
-    return torch.where((y - target).abs() < m.beta, 1 / (m.beta or 1), 0.0).to(y.dtype)
+    return ((y - target).abs() < m.beta).to(y.dtype) / (m.beta or 1)
 
 
 @entrywise

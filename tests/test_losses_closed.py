@@ -149,7 +149,8 @@ MARGINS = {
     "squared, all": (lambda: nn.MultiMarginLoss(p=2, margin=0.7, weight=torch.rand(4).double()), multi_margin, z(5, 4), y(4, 5)),
     "squared, two classes": (lambda: nn.MultiMarginLoss(p=2), multi_margin, z(5, 2), y(2, 5)),
     "squared, far out": (lambda: nn.MultiMarginLoss(p=2), multi_margin, lambda: 1000 * z(5, 4)(), y(4, 5)),
-    "several labels": (nn.MultiLabelMarginLoss, multi_label_margin, z(2, 4), lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]])),
+    "several labels": (nn.MultiLabelMarginLoss, multi_label_margin, z(2, 4),
+                       lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]])),
 }
 
 
@@ -160,7 +161,7 @@ def test_margins(loss, given):
 
 
 def test_a_squared_margin_of_one_sample():
-    h, one = (loss_curvature(nn.MultiMarginLoss(p=2), torch.tensor(1.0), o, t)
-              for o, t in ((torch.tensor([[1.0, 0.5, 3.0]]), torch.tensor([0])), (torch.tensor([1.0, 0.5, 3.0]), torch.tensor(0))))
+    row, loss, scale = torch.tensor([1.0, 0.5, 3.0]), nn.MultiMarginLoss(p=2), torch.tensor(1.0)
+    h, one = (loss_curvature(loss, scale, o, t) for o, t in ((row[None], torch.tensor([0])), (row, torch.tensor(0))))
     torch.testing.assert_close(h.columns(0, 2), one.columns(0, 2))
     assert h.place(h.columns(0, 2))[0].shape == (2, 1, 3) and one.place(one.columns(0, 2))[0].shape == (2, 3)

@@ -74,10 +74,15 @@ def test_a_loss_that_draws_random_numbers():
 
 
 def test_a_loss_without_second_derivatives():
-    loss = nn.CTCLoss()
+    with pytest.raises(nnj.NNJError, match=r"the loss cannot be differentiated twice by autograd: .*loss rule"):
+        nnj.twice(lambda o: F.multi_margin_loss(o, torch.tensor([0, 1]), p=2), (torch.randn(2, 3),))
+
+
+def test_ctc():
     args = (torch.tensor([[1, 2], [2, 1]]), torch.tensor([5, 5]), torch.tensor([2, 2]))
-    with pytest.raises(nnj.NNJError, match=r"CTCLoss cannot be differentiated twice by autograd: .*loss rule"):
-        loss_curvature(loss, torch.tensor(1.0), torch.randn(5, 2, 3).log_softmax(2), *args)
+    for loss in (nn.CTCLoss(), nnj.extend(F.ctc_loss)):
+        with pytest.raises(nnj.NNJError, match=r"CTCLoss: .*concave in the log probabilities"):
+            loss_curvature(loss, torch.tensor(1.0), torch.randn(5, 2, 3).log_softmax(2), *args)
 
 
 def test_check_loss_finds_a_wrong_rule():

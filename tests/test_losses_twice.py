@@ -8,7 +8,7 @@ from torch import nn
 
 import nnj
 from nnj.testing import check_loss, loss_curvature
-from tests.losses import CE, made, soft, y, z
+from tests.losses import CE, LogCosh, Quadratic, made, soft, y, z
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
