@@ -63,18 +63,7 @@ def kl_div(m: nn.KLDivLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Cur
     whole = torch.broadcast_shapes(z.shape, t.shape)
     total = {"mean": whole.numel(), "batchmean": z.shape[0]}.get(m.reduction, 1)
     mass = (scale.to(dtype) * (t.exp() if m.log_target else t)).expand(whole).sum_to_size(z.shape).sum(axes[0])
-    return _Along(z, mass / max(total, 1), type(m).__name__, axes[0])
-
-
-class _Along(nnj.SoftmaxCurvature):
-    """With the classes along any axis."""
-
-    def __init__(self, z: Tensor, a: Tensor, name: str, axis: int):
-        super().__init__(z.movedim(axis, min(1, z.dim() - 1)), a, name)
-        self.axis = axis
-
-    def place(self, t: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.movedim(2, self.axis + 1) if self.axis > 1 else part for part in super().place(t))
+    return nnj.SoftmaxCurvature(z, mass / max(total, 1), type(m).__name__, axes[0])
 
 
 def _wide(y: Tensor) -> torch.dtype:

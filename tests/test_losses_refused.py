@@ -38,6 +38,16 @@ def test_a_loss_that_couples_rows(call, dtype):
         nnj.twice(call, (torch.randn(6, 3, dtype=dtype),), "contrast")
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("call", [
+    lambda o: o.diff(dim=1).sum().square(), lambda o: o.logsumexp(1).sum() + 1e-2 * o.diff(dim=1).prod(),
+    lambda o: (o - o.flip(0)).logsumexp(1).sum(), lambda o: (o + o.flip(0)).logsumexp(1).sum()])
+def test_a_loss_that_couples_rows_of_two_classes(call, size):
+    """All of which see nothing but differences of classes, as cross entropy does."""
+    with pytest.raises(nnj.NNJError, match="couples rows of the batch"):
+        nnj.twice(call, (size * z(2, 2)(),))
+
+
 def test_a_loss_of_one_axis_that_couples_entries():
     with pytest.raises(nnj.NNJError, match="couples rows of the batch"):
         nnj.twice(lambda o: o.sum().square(), (z(4)(),))
@@ -57,7 +67,7 @@ def test_outputs_without_curvature(make, message):
 
 def test_rows_that_are_too_long():
     with pytest.raises(nnj.NNJError, match=r"1 blocks of 5000 x 5000.*4096.*loss rule"):
-        nnj.twice(lambda o: o.logsumexp(1).sum(), (torch.randn(1, 5000),))
+        nnj.twice(lambda o: o.logsumexp(1).square().sum(), (torch.randn(1, 5000),))
 
 
 def test_a_hessian_that_is_not_finite():

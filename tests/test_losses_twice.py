@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
-from nnj.testing import check_loss, loss_curvature
+from nnj.testing import _check_curvature, check_loss, loss_curvature
 from tests.losses import CE, LogCosh, Quadratic, made, soft, y, z
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -173,3 +173,66 @@ def test_twice_without_vmap():
     h, exact = (nnj.twice(lambda o, f=f: f(o).sum(1).square().sum(), (output,)) for f in (Once.apply, torch.exp))
     torch.testing.assert_close(h.diagonal(), exact.diagonal())
     assert h.block == 4
+
+
+# -- functions around cross entropy ---------------------------------------------------------------------------------------
+
+
+def smooth(o, t):
+    return F.cross_entropy(o.flatten(0, 1), t.flatten(), label_smoothing=0.1, reduction="sum")
+
+
+AROUND = {
+    "plain": (lambda o, t: F.cross_entropy(o, t), 1, z(5, 4), y(4, 5)),
+    "two classes": (lambda o, t: F.cross_entropy(o, t), 1, z(5, 2), y(2, 5)),
+    "two rows of two classes": (lambda o, t: 0.3 * F.cross_entropy(o, t), 1, z(2, 2), y(2, 2)),
+    "one row": (lambda o, t: F.cross_entropy(o, t), 1, z(1, 4), y(4, 1)),
+    "far out": (lambda o, t: F.cross_entropy(o, t), 1, lambda: 300 * z(5, 4)(), y(4, 5)),
+    "tokens": (smooth, 2, z(3, 2, 4), y(4, 3, 2)),
+    "tokens, as many as classes": (smooth, 2, z(3, 4, 4), y(4, 3, 4)),
+    "places": (lambda o, t: F.cross_entropy(o, t), 1, z(2, 3, 2, 2), y(3, 2, 2, 2)),
+    "ignored": (lambda o, t: F.cross_entropy(o, t, ignore_index=1), 1, z(2, 3, 2, 2), y(3, 2, 2, 2)),
+    "soft": (lambda o, t: -(t * o.log_softmax(1)).sum(1).mean(), 1, z(5, 4), soft(5, 4)),
+    "shifted": (lambda o, t: F.nll_loss((o + 3.0).log_softmax(1), t), 1, z(5, 4), y(4, 5)),
+}
+
+
+@pytest.mark.parametrize("loss, given", made(AROUND))
+def test_cross_entropy_is_recognised(loss, given):
+    axis, *given = given
+    output, target = (make() for make in given)
+    h = nnj.twice(lambda o: loss(o, target), (output,))
+    assert isinstance(h, nnj.SoftmaxCurvature) and h.axis == axis
+    dense = torch.func.hessian(loss)(output, target).reshape(output.numel(), -1)
+    _check_curvature("cross entropy", h, dense, output)
+
+
+@pytest.mark.parametrize("call", [
+    lambda o: F.cross_entropy(2 * o, torch.tensor([0, 1, 2])), lambda o: o.logsumexp(1).square().sum(),
+    lambda o: o.logsumexp(1).sum() + 1e-6 * o[:, :2].sum(1).square().sum(),
+    lambda o: ((1 - o.softmax(1)[:, 0]).detach() * o.logsumexp(1)).sum() + 0.01 * (o[:, 0] - o[:, 1]).square().sum(),
+    lambda o: o.logsumexp(1).sum() + o[0, 0].square()])
+def test_what_is_nearly_cross_entropy_is_not_taken_for_it(call):
+    output = z(3, 4)().abs()
+    h = nnj.twice(call, (output,))
+    assert isinstance(h, nnj.BlockCurvature)
+    _check_curvature("nearly", h, torch.func.hessian(call)(output).reshape(12, 12), output)
+
+
+def test_a_factor_that_changes_with_the_output_is_seen():
+    """a is found at small outputs, and is another at the output itself."""
+    call = lambda o: (o.logsumexp(1) * (o.detach() ** 2).sum(1)).sum()
+    output = 3 * z(3, 4)()
+    h = nnj.twice(call, (output,))
+    dense = torch.func.hessian(call)(output).reshape(12, 12)
+    (s,) = h.place((torch.eye(3, dtype=output.dtype).reshape(3, 1, 3, 1, 1) * h.columns(0, h.rank)).flatten(0, 1))
+    torch.testing.assert_close(s.reshape(len(s), -1).T @ s.reshape(len(s), -1), dense)
+
+
+@pytest.mark.parametrize("classes", [1000, 50_000])
+def test_many_classes_in_a_function(classes):
+    output, target = torch.randn(8, classes), torch.randint(classes, (8,))
+    h = nnj.twice(lambda o: F.cross_entropy(o, target), (output,))
+    exact = loss_curvature(CE(), torch.tensor(1.0), output, target)
+    torch.testing.assert_close(h.diagonal(), exact.diagonal(), rtol=1e-5, atol=0.0)
+    assert h.rank == classes - 1
