@@ -1,6 +1,7 @@
 """Rows: losses with their options, frozen parts, modules that hold a loss."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +99,22 @@ loss_case("bce-one-output", nn.BCEWithLogitsLoss, lambda: (r(N, 4), torch.rand(N
 loss_case("huber", nn.HuberLoss, real)
 loss_case("smooth-l1", nn.SmoothL1Loss, real)
 loss_case("l1-has-no-curvature", nn.L1Loss, real)
-loss_case("nll-of-log-softmax-has-no-curvature", nn.NLLLoss, vectors, lambda m, l, x, y: l(m(x).log_softmax(-1), y))
+loss_case("huber-none", lambda: nn.HuberLoss(reduction="none", delta=0.5), real,
+          lambda m, l, x, y: (l(m(x), y) * weights()).sum())
+loss_case("bce-of-probabilities", nn.BCELoss, binary, lambda m, l, x, y: l(m(x).sigmoid(), y))
+loss_case("gaussian", nn.GaussianNLLLoss, lambda: (*real(), torch.rand(N, 1) + 0.1), lambda m, l, x, y, v: l(m(x), y, v))
+loss_case("functional-gaussian", lambda: F.gaussian_nll_loss, lambda: (*real(), torch.rand(N, 3) + 0.1),
+          lambda m, l, x, y, v: l(m(x), target=y, var=v, reduction="sum"))
+loss_case("functional-mse-weighted", lambda: F.mse_loss, real, lambda m, l, x, y: l(m(x), y, weight=torch.rand(N, 3) + 0.1))
+loss_case("functional-huber", lambda: functools.partial(F.huber_loss, delta=0.5, reduction="sum"), real)
 loss_case("poisson", nn.PoissonNLLLoss, lambda: (r(N, 4), torch.rand(N, 3)))
 loss_case("soft-margin", nn.SoftMarginLoss, lambda: (r(N, 4), torch.rand(N, 3).round() * 2 - 1))
+loss_case("soft-margin-none", lambda: nn.SoftMarginLoss(reduction="none"), lambda: (r(N, 4), torch.rand(N, 3).round() * 2 - 1),
+          lambda m, l, x, y: (l(m(x), y) * weights()).sum())
+loss_case("poisson-rates", lambda: nn.PoissonNLLLoss(log_input=False), lambda: (r(N, 4), torch.rand(N, 3)),
+          lambda m, l, x, y: l(F.softplus(m(x)), y))
+loss_case("multi-label-none", lambda: nn.MultiLabelSoftMarginLoss(weights(), reduction="none"),
+          lambda: (r(N, 4), torch.rand(N, 3).round()), lambda m, l, x, y: l(m(x), y)[1:].sum())
 loss_case("multi-label", nn.MultiLabelSoftMarginLoss, lambda: (r(N, 4), torch.rand(N, 3).round()))
 loss_case("function", lambda: lambda z, y: torch.log(torch.cosh(z - y)).sum(1).mean(), real)
 loss_case("function-of-rows", lambda: lambda z, y: torch.logsumexp(z, -1).sum() - z.gather(1, y[:, None]).sum())

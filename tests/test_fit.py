@@ -66,7 +66,8 @@ def dense(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> tuple[dict[str, 
     model = copy.deepcopy(model).eval()
     params = {name: p.detach() for name, p in model.named_parameters()}
     f = functional_call(model, params, (x,)).detach()
-    scalar = lambda t: loss(t.reshape(f.shape), y)
+    logarithms = isinstance(loss, (nn.NLLLoss, nn.KLDivLoss))  # their curvature is that of cross entropy
+    scalar = lambda t: loss(t.reshape(f.shape).log_softmax(1) if logarithms else t.reshape(f.shape), y)
     h = jacrev(jacrev(scalar))(f.flatten())
     j = {name: t.detach().reshape(f.numel(), -1) for name, t in jacrev(lambda p: functional_call(model, p, (x,)))(params).items()}
     diag = {name: ((h @ t) * t).sum(0).reshape(params[name].shape) for name, t in j.items()}
