@@ -99,8 +99,10 @@ hugging("segformer", "SegformerForSemanticSegmentation", "SegformerConfig", imag
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 6], patch_sizes=[7, 3], strides=[4, 2],
         num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=4)
 hugging("bert", "BertForSequenceClassification", "BertConfig", words, num_labels=CLASSES, max_position_embeddings=8, **SMALL)
-hugging("gpt2", "GPT2LMHeadModel", "GPT2Config", words, of_next_words, n_embd=8, n_layer=2, n_head=2, n_positions=8, vocab_size=WORDS)
-hugging("llama", "LlamaForCausalLM", "LlamaConfig", words, of_next_words, num_key_value_heads=1, tie_word_embeddings=True, **SMALL)
+hugging("gpt2", "GPT2LMHeadModel", "GPT2Config", words, of_next_words, n_embd=8, n_layer=2, n_head=2, n_positions=8,
+        vocab_size=WORDS)
+hugging("llama", "LlamaForCausalLM", "LlamaConfig", words, of_next_words, num_key_value_heads=1,
+        tie_word_embeddings=True, **SMALL)
 
 
 def unet() -> nn.Module:

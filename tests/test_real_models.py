@@ -1,4 +1,4 @@
-"""Models that no one here wrote, exactly: against one backward pass of autograd for each output, and the loss differentiated twice."""
+"""Models that no one here wrote, exactly: against one backward pass of autograd for each output, and the Hessian of the loss."""
 from __future__ import annotations
 
 import importlib.util
