@@ -9,8 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.case_table import N, case, classes, do, linear, one_behind_the_other, plain, r, sequences, vectors
-from tests.cases_models import MLP, Block
+from tests.case_table import (
+    EITHER,
+    N,
+    case,
+    classes,
+    do,
+    every,
+    linear,
+    one_behind_the_other,
+    plain,
+    r,
+    sequences,
+    tokens,
+    vectors,
+)
+from tests.cases_models import LM, MLP, Block
 from tests.cases_samples import MASK
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -159,9 +173,9 @@ loss_case("of-a-dict", lambda: lambda out, y: F.cross_entropy(out["logits"], y),
 
 # -- frozen parts ------------------------------------------------------------------------------------------------------
 
-def frozen(*names: str) -> Callable[[], nn.Module]:
+def frozen(*names: str, of: Callable[[], nn.Module] = MLP) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        model = MLP()
+        model = of()
         for name, p in model.named_parameters():
             p.requires_grad_(not name.startswith(names))
         return model
@@ -176,6 +190,11 @@ case("frozen-biases", frozen("one.bias", "two.bias", "three.bias"), vectors)
 case("frozen-weight-of-head", frozen("three.weight", "one"), vectors)
 case("frozen-token", do(lambda s, x: s.head(s.block(torch.cat([s.token.detach().expand(len(x), -1, -1), x], 1))[:, 0]),
      token=lambda: r(1, 1, 4), block=Block, head=linear(4, 3)), sequences)
+case("frozen-words", frozen("wte", "wpe", of=lambda: LM(False)), tokens, lambda m, l, x, y: l(m(x).view(-1, 5), y.view(-1)))
+case("frozen-words-token-major", frozen("wte", "wpe", of=lambda: LM(False)), tokens,
+     lambda m, l, x, y: l(m(x).transpose(0, 1).reshape(-1, 5), y.T.reshape(-1)), numbers=every)
+case("frozen-words-alone", do(lambda s, x: s.head(s.wte.weight.detach()[x]).flatten(0, 1), wte=lambda: nn.Embedding(5, 4),
+     head=linear(4, 3)), lambda: (torch.randint(5, (N, 4)), classes(4 * N)), table=EITHER)
 case("positions-of-arange", do(lambda s, x: s.head(torch.tanh(x + s.wpe(torch.arange(4))).mean(1)),
      wpe=lambda: nn.Embedding(4, 4), head=linear(4, 3)), sequences)
 case("positions-as-many-as-samples", do(lambda s, x: s.head(torch.tanh(x + s.wpe(torch.arange(3))).mean(1)),
