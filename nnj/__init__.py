@@ -5,8 +5,10 @@ from nnj.collection import collect
 from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
 from nnj.factors import Factor
+from nnj.fitted import Fit
+from nnj.fitting import fit
 from nnj.hessian import twice
-from nnj.hooks import extend, retract
+from nnj.hooks import FunctionLoss, extend, retract
 from nnj.hookspecs import hookimpl
 from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select
 from nnj.plugins import PluginManager
@@ -15,8 +17,8 @@ from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Identity",
-    "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale", "Select",
-    "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
+    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Fit",
+    "FunctionLoss", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale",
+    "Select", "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "fit", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
     "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "utils", "vjp",
 ]

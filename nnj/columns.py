@@ -12,6 +12,7 @@ from torch import Tensor
 from nnj.curvature import Curvature, check_outputs, rows_of
 from nnj.errors import NNJError
 from nnj.hessian import twice
+from nnj.hooks import FunctionLoss
 from nnj.owners import Owner
 from nnj.plugins import manager
 from nnj.records import Edge, LossCall
@@ -40,7 +41,7 @@ class LossColumns:
 
     def __init__(self, call: LossCall, scale: Tensor):
         self.call, self.scale = call, scale.detach()
-        self.name = type(call.module).__name__
+        self.name = call.name
         if any(t._version != version for t, version in call.versions):
             raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it first")
         if not bool(torch.isfinite(self.scale).all()):
@@ -68,10 +69,10 @@ class LossColumns:
         args, kwargs = self.call.arguments(self.outputs)
         if entry is None or entry.key is torch.nn.Module or not describes(entry, module):
             return None
-        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or kwargs:
+        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or (kwargs and entry.key is not FunctionLoss):
             return None
         try:
-            return entry.rule(module, self.scale, *args)
+            return entry.rule(module, self.scale, *args, **kwargs)
         except NotImplementedError:
             return None
 

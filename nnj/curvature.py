@@ -151,11 +151,13 @@ class SoftmaxCurvature(Curvature):
         z: logits, (N, C, *places), or (C,) for one sample.
         a: >= 0, a number for each row and place, (N, *places), or what broadcasts to it.
         name: of the loss, for errors.
+        axis: of the classes, where it is not that after the batch.
 
     Errors: `NNJError` if an entry of a is negative.
     """
 
-    def __init__(self, z: Tensor, a: Tensor | float = 1.0, name: str = "the loss"):
+    def __init__(self, z: Tensor, a: Tensor | float = 1.0, name: str = "the loss", axis: int = 1):
+        self.axis, z = axis, z.movedim(axis, 1) if axis > 1 else z
         shape, z = z.shape, _wide(z)
         z = z[None] if z.dim() == 1 else z
         n, classes, places = z.shape[0], z.shape[1], z.shape[2:]
@@ -164,6 +166,20 @@ class SoftmaxCurvature(Curvature):
         _refuse_negative(a, largest_of(a), a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
+
+    def place(self, t: Tensor) -> tuple[Tensor, ...]:
+        (part,) = super().place(t)
+        return (part.movedim(2, self.axis + 1) if self.axis > 1 else part,)
+
+    @staticmethod
+    def axes(z: Tensor) -> list[int]:
+        """The axes, but that of the batch, over which exp(z) sums to one, up to the rounding of z and of a log_softmax."""
+        wide = _wide(z)
+        p = wide.exp()
+        rounding = torch.finfo(z.dtype).eps + 32 * torch.finfo(wide.dtype).eps
+        size = p * (1 + wide.abs())
+        return [axis for axis in (range(1, z.dim()) if z.dim() > 1 else range(z.dim()))
+                if bool(((p.sum(axis) - 1).abs() <= (rounding * size.sum(axis)).clamp(max=0.5)).all())]
 
     @functools.cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

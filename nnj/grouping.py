@@ -30,21 +30,24 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, Owner, b
     """
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
-    for n, owner in _readings(graph, rows, mark, device):
-        for options in plans(graph):
-            given = None if mark is None else _samples(mark, rows)
-            try:
-                sweep = Sweep(graph, n, _on_roots(graph, owner), **options)
-                in_order = mark is None or given is None or _check_apart(sweep, mark, given)
-            except Coupled as error:
-                refusal = refusal or error
-                continue
-            if mark is None or given is None or rows == given:
-                return sweep, owner, True
-            if n == rows or in_order:
-                evidence = _evidence(graph, mark, given)
-                return sweep, owner, bool(evidence) and all(bool((e.owners >= 0).all()) for e in evidence)
-            break
+    out_of_order: list[Owner] = []
+    for n, owner, options in _attempts(graph, rows, mark, device):
+        given = None if mark is None else _samples(mark, rows)
+        if any(owner is other for other in out_of_order):
+            continue
+        try:
+            sweep = Sweep(graph, n, _on_roots(graph, owner), **options)
+            in_order = mark is None or given is None or _check_apart(sweep, mark, given)
+        except Coupled as error:
+            refusal = refusal or error
+            continue
+        if mark is None or given is None or rows == given:
+            return sweep, owner, True
+        if n == rows or in_order:
+            evidence = _evidence(graph, mark, given)
+            known = all(bool((e.owners >= 0).all()) for e in evidence) if evidence else _alone(graph, rows, mark, n, owner)
+            return sweep, owner, known
+        out_of_order.append(owner)
     assert refusal is not None
     raise refusal
 
@@ -55,6 +58,25 @@ def plans(graph: Graph) -> list[dict[str, bool]]:
     return [{**found[0], "bare": True}, *found] if any(unit.bare for unit in graph.units) else found
 
 
+def _alone(graph: Graph, rows: int, mark: CallMark, n: int, owner: Owner) -> bool:
+    """Whether samples influence one another in the other order of rows, so that this one needs no evidence of first layers.
+
+    The layers before the first wanted parameter (frozen ones) leave no trace; behind them, rows that mix are of one sample.
+    """
+    if n == rows or rows % n:
+        return False
+    other = Owner(n) if owner.of is not None else Owner(n, torch.arange(rows, device=mark.inputs[0].device) % n)
+    for options in plans(graph):
+        if options["cut"]:
+            continue
+        try:
+            Sweep(graph, n, _on_roots(graph, other), **options)
+        except Coupled:
+            continue
+        return False
+    return True
+
+
 def _on_roots(graph: Graph, owner: Owner) -> dict[Edge, Owner]:
     owners = {}
     for edge in graph.roots:
@@ -63,17 +85,20 @@ def _on_roots(graph: Graph, owner: Owner) -> dict[Edge, Owner]:
     return owners
 
 
-def _readings(graph: Graph, rows: int, mark: CallMark | None, device: torch.device) -> Iterator[tuple[int, Owner]]:
-    n = None if mark is None else _samples(mark, rows)
+def _attempts(graph: Graph, rows: int, mark: CallMark | None,
+              device: torch.device) -> Iterator[tuple[int, Owner, dict[str, bool]]]:
+    """(n, owners of the rows, a plan) of sweeps that may do; operands without samples (`cut`) only where all else fails."""
+    n, ways = None if mark is None else _samples(mark, rows), plans(graph)
     if mark is not None and n and rows != n:
         if rows % n == 0:
             order = [Owner(n), Owner(n, torch.arange(rows, device=device) % n)]
-            for owner in order if mark.batch_axis == 0 else order[::-1]:
-                yield n, owner
+            order = order if mark.batch_axis == 0 else order[::-1]
+            for cut in (False, True):
+                yield from ((n, owner, way) for owner in order for way in ways if way["cut"] == cut)
         touched = _touched(graph, rows, mark, n)
         if touched is not None:
-            yield n, Owner(n, touched)
-    yield rows, Owner(rows)
+            yield from ((n, owner, way) for owner in [Owner(n, touched)] for way in ways)
+    yield from ((rows, owner, way) for owner in [Owner(rows)] for way in ways)
 
 
 def _samples(mark: CallMark, rows: int) -> int | None:

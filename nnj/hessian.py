@@ -17,6 +17,7 @@ from nnj.curvature import (
     BlockCurvature,
     Curvature,
     DiagonalCurvature,
+    SoftmaxCurvature,
     check_outputs,
     infinite,
     largest_of,
@@ -32,8 +33,9 @@ ENTRIES = 2**29  # of all blocks together
 def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss") -> Curvature:
     """The Hessian of any loss, differentiated twice by autograd; in float64 where the loss can be had in it.
 
-    It is diagonal where the loss works on each entry for itself, else a block for each whole row over all outputs, by as
-    many Hessian-vector products as a row has entries. Random vectors verify that rows do not influence one another.
+    It is diagonal where the loss works on each entry for itself; a (diag(p) - p p^T) where it is cross entropy along an axis of
+    the output; else a block for each whole row over all outputs, by as many Hessian-vector products as a row has entries.
+    Random vectors verify which it is, and that rows do not influence one another.
 
     Args:
         call: `call(*outputs)` is the scalar that is differentiated, all factors included.
@@ -41,7 +43,8 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
         name: of the loss, for errors.
 
     Errors: `NNJError` for outputs that are not real or finite; a loss that is not convex in the outputs, couples rows of the
-    batch, draws random numbers, cannot be differentiated twice, or couples more than 4096 entries in a row.
+    batch, draws random numbers, cannot be differentiated twice, couples more than 4096 entries in a row, or is linear in log
+    probabilities.
     """
     outputs = tuple(outputs)
     check_outputs(name, outputs)
@@ -56,12 +59,20 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
     hessian, hz = _differentiate(call, outputs, own, name, z)
     if not bool(torch.isfinite(hz).all()):
         raise NNJError(infinite(name))
-    z, scale = z.to(hz), max(largest_of(hz), _moderate(call, outputs, hessian, z))
+    moderate = _moderate(call, outputs, hessian)
+    z, scale = z.to(hz), max(largest_of(hz), _size(moderate, z))
     strict, loose = (1e-9, 1e-6) if hz.dtype == torch.float64 else (2e-5, 2e-4)
     signs = torch.randint(0, 2, (n, size), generator=generator, device="cpu").to(z) * 2 - 1
     h = signs * hessian.product(signs[None])[0]
     if _agree(h * z, hz, scale, strict):
+        if scale == 0 and any(t.shape[axis] > 1 for t in outputs for axis in SoftmaxCurvature.axes(t)):
+            raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
+                           f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits")
         return DiagonalCurvature(h.to(own), shapes, name, scale)
+    other = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu").to(z)
+    softmax = _softmax(outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict, name)
+    if softmax is not None:
+        return softmax
     if size > LIMIT or n * size * size > ENTRIES:
         raise NNJError(f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row may have {LIMIT} "
                        f"entries, and all blocks {ENTRIES}. Take a smaller batch, or {WRITE_A_RULE} that gives a structure")
@@ -158,17 +169,51 @@ def _same_value(found: Tensor, value: Tensor) -> bool:
     return not bool(torch.isfinite(value)) or torch.allclose(found, value.to(found.dtype), rtol=rtol, atol=0.0)
 
 
-def _moderate(call: Callable[..., Tensor], outputs: Sequence[Tensor], hessian: _Hessian, z: Tensor) -> float:
-    """How large H z is where outputs are at most 1: a saturated loss is the rounding of terms of that size."""
+def _moderate(call: Callable[..., Tensor], outputs: Sequence[Tensor], hessian: _Hessian) -> _Hessian | None:
+    """The Hessian where outputs are at most 1: a saturated loss is the rounding of terms as large as those there."""
     largest = max(map(largest_of, outputs))
     if largest <= 1:
-        return 0.0
+        return hessian
     try:
-        found = _Hessian(call, [t / largest for t in outputs], z.dtype, hessian.n, True).product(z[None])
+        return _Hessian(call, [t / largest for t in outputs], hessian.gradient.dtype, hessian.n, True)
+    except Exception:
+        return None
+
+
+def _size(moderate: _Hessian | None, z: Tensor) -> float:
+    """How large H z is there."""
+    try:
+        size = 0.0 if moderate is None else largest_of(moderate.product(z[None]))
     except Exception:
         return 0.0
-    size = largest_of(found)
     return size if math.isfinite(size) else 0.0
+
+
+def _softmax(outputs: Sequence[Tensor], moderate: _Hessian | None, z: Tensor, check: tuple[Tensor, Tensor], scale: float,
+             tolerance: float, name: str) -> Curvature | None:
+    """a (diag(p) - p p^T), p the softmax of the output along an axis, if that is what Hessian-vector products say.
+
+    For cross entropy a, the weight of the targets, is the same for any output, so it is found where no p vanishes, from H z
+    there; `check` is another vector, and H times it.
+    """
+    if len(outputs) > 1 or moderate is None or outputs[0].dim() < 2:
+        return None
+    output, there = outputs[0].to(z), moderate.leaves[0].detach()
+    hz, v, hv = (t.reshape(output.shape) for t in (moderate.product(z[None])[0], *check))
+
+    def unit(t: Tensor, v: Tensor, axis: int) -> Tensor:
+        """The product with v for a = 1."""
+        p = t.softmax(axis)
+        return p * (v - (p * v).sum(axis, keepdim=True))
+
+    for axis in range(1, output.dim()):
+        u = unit(there, z.reshape(output.shape), axis)
+        a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
+        pairs = ((a * u, hz), (a * unit(output, v, axis), hv))
+        if all(_agree(found.flatten(1), expected.flatten(1), scale, tolerance) for found, expected in pairs):
+            own = torch.promote_types(outputs[0].dtype, torch.float32)
+            return SoftmaxCurvature(outputs[0], a.squeeze(axis).to(own), name, axis)
+    return None
 
 
 def _agree(found: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:

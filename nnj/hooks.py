@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ class LossHook:
                 edges.append(edge)
         held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        call = LossCall(module, held, spec, outputs, edges, versions, threading.get_ident(), value.detach().clone())
+        call = LossCall(module, name_of(module), held, spec, outputs, edges, versions, threading.get_ident(),
+                        value.detach().clone())
 
         def arrived(scale: Tensor) -> None:
             for listener in listeners:
@@ -187,12 +188,17 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """All that a loss was given, flattened, with the structure to put it together again (None: these are the arguments)."""
     if not kwargs and all(isinstance(a, Tensor) for a in args):
         return list(args), None
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound = signature_of(module).bind(*args, **kwargs)
     return tree_flatten((list(bound.args), dict(bound.kwargs)))
 
 
 class FunctionLoss(nn.Module):
-    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it."""
+    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it.
+
+    While the module of a function is in use, the function has no other: `extend` in a loop gives the same one again.
+    """
+
+    _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()  # by the id of the function
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
@@ -201,8 +207,34 @@ class FunctionLoss(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.function(*args, **kwargs)
 
+    @classmethod
+    def of(cls, function: Callable[..., Tensor]) -> FunctionLoss:
+        """The module that is in use for the function, or a new one."""
+        known = cls._known.get(id(function))
+        if known is None or known.function is not function:
+            known = cls._known[id(function)] = cls(function)
+        return known
+
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
+
+
+def name_of(loss: nn.Module) -> str:
+    """What errors call a loss."""
+    if not isinstance(loss, FunctionLoss):
+        return type(loss).__name__
+    name = loss.extra_repr()
+    return "the loss (a lambda)" if name == "<lambda>" else name
+
+
+def signature_of(loss: nn.Module) -> inspect.Signature:
+    """What a loss takes; that of a function is the function's, so that arguments given by name have their place."""
+    if isinstance(loss, FunctionLoss):
+        try:
+            return inspect.signature(loss.function)
+        except (TypeError, ValueError):  # it is written in C
+            pass
+    return inspect.signature(loss.forward)
 
 
 def is_loss(module: nn.Module) -> bool:
@@ -230,12 +262,8 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     if not isinstance(module, nn.Module):
         if not callable(module) or isinstance(module, type):
             raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
-        module, loss = FunctionLoss(module), True
-    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
-        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
-                       "torch.compile, and collect with that one (model._orig_mod)")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
+        module, loss = FunctionLoss.of(module), True
+    check_hookable(module)
     if loss and not is_loss(module):
         _remove(module)
         module.register_forward_hook(LossHook(), with_kwargs=True)
@@ -262,7 +290,8 @@ def retract(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def temporarily_extended(module: nn.Module) -> Iterator[None]:
-    """Our hooks on a module for one call, where it has none; they are gone afterwards."""
+    """Our hooks on a module, where it has none; they are gone afterwards."""
+    known = module in _roots
     parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
              and not any(isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values())]
     for part in parts:
@@ -272,6 +301,22 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             _remove(part)
+        if not known:
+            _roots.discard(module)
+
+
+def batch_axis_of(module: nn.Module) -> int:
+    """The batch axis under which a module was extended; 0 if it was not."""
+    return next((hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0)
+
+
+def check_hookable(module: nn.Module) -> None:
+    """Errors: `NNJError` for a compiled or scripted module."""
+    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
+        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
+                       "torch.compile, and collect with that one (model._orig_mod)")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
 
 
 def _put(module: nn.Module, batch_axis: int) -> None:

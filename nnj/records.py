@@ -96,6 +96,7 @@ class LossCall:
     """One call of an extended loss: its arguments, detached, and the edges of those that are outputs of a model."""
 
     module: nn.Module
+    name: str  # of the loss, for errors
     leaves: list[Any]
     spec: Any
     outputs: list[int]  # which leaves are outputs of a model

@@ -113,14 +113,24 @@ class Probe:
         return torch.stack(columns)
 
     def owner(self, v: Tensor, who: str) -> Owner:
-        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another."""
+        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another.
+
+        An entry where nothing arrived is given to the one sample of its row, if there is one: what arrives there later can only
+        be what rounding leaves of zero.
+        """
         there = (v != 0).unflatten(0, (self.DRAWS, self.bits, 2)).any(0)
         one, zero = there[:, 0], there[:, 1]
         if bool((one & zero).any()):
             raise Coupled.at(who)
         weights = (2 ** torch.arange(self.bits, device=v.device)).reshape(-1, *[1] * (v.dim() - 1))
-        number = (one * weights).sum(0)
-        return Owner(self.n, torch.where((one | zero).all(0), number, -1))
+        told = (one | zero).all(0)
+        number = torch.where(told, (one * weights).sum(0), -1)
+        if number.dim() == 0 or number.numel() == 0:
+            return Owner(self.n, number)
+        number = number[..., None].flatten(1)
+        most = number.amax(1, keepdim=True)
+        alone = ((number < 0) | (number == most)).all(1, keepdim=True)
+        return Owner(self.n, torch.where(alone, most, number).reshape(told.shape))
 
 
 class Coupled(NNJError):

@@ -57,7 +57,7 @@ def _check(node: Any, below: list[Any], call: LossCall) -> None:
     if name in _BILINEAR and not _of_a_model([n for n in children if n is not None and n not in below], call) \
             and len([n for n in children if n in below]) == 1:
         return
-    raise NNJError(f"{type(call.module).__name__}: the scalar is not linear in this loss (autograd's {name} comes after it), so "
+    raise NNJError(f"{call.name}: the scalar is not linear in this loss (autograd's {name} comes after it), so "
                    f"its Hessian is not that of the scalar. Make one loss of the whole: nnj.extend(lambda output, target: ...)")
 
 
@@ -90,7 +90,7 @@ def check_arguments(call: LossCall, loss: Any, params: set[int]) -> None:
             continue
         seen.add(node)
         if hasattr(node, "variable") and id(node.variable) in params:
-            raise NNJError(f"{type(call.module).__name__}: the loss reaches parameters of the model otherwise than through its "
+            raise NNJError(f"{call.name}: the loss reaches parameters of the model otherwise than through its "
                            f"arguments, and nnj sees only what is passed to it. Pass every output of the model to the loss as a "
                            f"tensor, or in tuples, lists and dicts of them; add terms in the parameters outside of it")
         stack += [n for n, _ in node.next_functions if n is not None]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,26 +162,35 @@ def loss_curvature(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -
     return twice(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), type(loss).__name__)
 
 
-def check_loss(loss: nn.Module, output: Tensor, *args: Any) -> None:
+def check_loss(loss: nn.Module, output: Tensor, *args: Any, reference: Callable[..., Tensor] | None = None) -> None:
     """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
 
-    Every reduction that the loss has, under the scale 1 and a random positive one: the factor, in one piece, in slices and in
-    columns that are picked, with their square sums; where `place` puts it; diagonal, product, combinations of columns;
+    Mean, sum, none and the loss's own reduction, under the scale 1 and a random positive one: the factor, in one piece, in slices
+    and in columns that are picked, with their square sums; where `place` puts it; diagonal, product, combinations of columns;
     samples, which must be the columns under the signs that the generator gives. Blocks must be all there is: the Hessian
-    between rows, or places, must be zero. The loss is copied.
+    between rows, or places, must be zero. The loss is copied, so its reduction stays.
+
+    Args:
+        reference: `reference(loss, output, *args)` is what is differentiated twice, by default loss.forward: for a loss that
+            autograd cannot differentiate twice, or the rule of which takes in more than the loss (that of NLLLoss is right with
+            `lambda loss, z, y: loss(z.log_softmax(1), y)`). At `output` it must have the value of the loss.
 
     Errors: AssertionError naming the loss, its reduction and the product.
     """
     output, args = _double(output), tuple(map(_double, args))
-    for reduction in ("mean", "sum", "none") if hasattr(loss, "reduction") else (None,):
+    run: Callable[..., Tensor] = reference or (lambda loss, *given: loss.forward(*given))
+    reductions = dict.fromkeys(["mean", "sum", "none", loss.reduction]) if hasattr(loss, "reduction") else [None]
+    for reduction in reductions:
         module: Any = copy.deepcopy(loss).double()
         if reduction is not None:
             module.reduction = reduction
+        who = f"{type(loss).__name__}{f'(reduction={reduction!r})' if reduction else ''}"
         value = module.forward(output, *args).detach()
+        _same(f"{who}: the value of the reference", run(module, output, *args).detach().nan_to_num(), value.nan_to_num())
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
-            who = f"{type(loss).__name__}{f'(reduction={reduction!r})' if reduction else ''}"
-            dense = jacrev(jacrev(lambda y: (module.forward(y, *args) * scale).sum()))(output)  # noqa: B023
-            _check_curvature(who, loss_curvature(module, scale, output, *args), dense.reshape(output.numel(), -1), output)
+            dense = jacrev(jacrev(lambda y: (run(module, y, *args) * scale).sum()))(output)  # noqa: B023
+            h = loss_curvature(module, scale, output, *args)
+            _check_curvature(who, h, dense.detach().reshape(output.numel(), -1), output)
 
 
 def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> None:
@@ -211,12 +221,12 @@ def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> N
     _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
 
 
-def check_model(model: nn.Module, loss: Any, x: Tensor, *targets: Any) -> None:
+def check_model(model: nn.Module, loss: Any, x: Tensor, *targets: Any, reference: Callable[..., Tensor] | None = None) -> None:
     """Check `ggn_diag` of a whole model at `x` against J^T H J from dense derivatives of `torch.func`, in float64.
 
     For a user who wants to know that nnj takes *this* model. Model and loss are copied; the model takes x and gives one
     tensor, the loss takes (output, *targets). The dense Jacobian has (entries of the output) x (number of parameters) entries, so
-    take a small batch. A forward that draws random numbers needs eval mode.
+    take a small batch. A forward that draws random numbers needs eval mode. `reference` is that of `check_loss`.
 
     Errors: AssertionError naming the parameter; `NNJError` where nnj refuses the model.
     """
@@ -225,7 +235,8 @@ def check_model(model: nn.Module, loss: Any, x: Tensor, *targets: Any) -> None:
     x, targets = _double(x), tuple(_double(t) for t in targets)
     params = {name: p.detach() for name, p in model.named_parameters()}
     f = functional_call(model, params, (x,)).detach()
-    h = torch.func.hessian(lambda t: loss(t.reshape(f.shape), *targets))(f.reshape(-1)).detach()
+    run: Callable[..., Tensor] = reference or (lambda loss, *given: loss(*given))
+    h = jacrev(jacrev(lambda t: run(loss, t.reshape(f.shape), *targets)))(f.reshape(-1)).detach()
     found = copy.deepcopy(model)
     extended = nnj_hooks.extend(copy.deepcopy(loss), loss=True)
     with collect("ggn_diag"):

@@ -1,4 +1,4 @@
-"""H = d^2 (scale * loss) / d output^2: a (diag(p) - p p^T) for cross entropy, a diagonal for losses of each entry."""
+"""Losses of classes: H = d^2 (scale * loss) / d output^2 is a (diag(p) - p p^T) for each row and place."""
 from __future__ import annotations
 
 from typing import Any
@@ -19,45 +19,78 @@ def cross_entropy(m: nn.CrossEntropyLoss, scale: Tensor, z: Tensor, target: Tens
     """
     axis, dtype = 0 if z.dim() == 1 else 1, _wide(z)
     classes, e = z.shape[axis], m.label_smoothing
-    w = torch.ones(classes, dtype=dtype, device=z.device) if m.weight is None else m.weight.detach().to(dtype)
+    w = _weights(m, z, classes)
     if target.shape == z.shape:
         t = target.detach().to(dtype) * (1 - e) + e / classes
         mass = torch.tensordot(t, w, ([axis], [0]))
         total: Tensor | int = max(z.numel() // max(classes, 1), 1)
     else:
-        kept = target != m.ignore_index
-        own = torch.where(kept, w[torch.where(kept, target, 0).long()], 0.0)
+        kept, own, total = _own_weights(m, w, target)
         mass = (1 - e) * own + e / classes * w.sum() * kept
-        total = torch.where(kept.any(), own.sum(), 1.0)
     return nnj.SoftmaxCurvature(z, scale.to(dtype) * mass / (total if m.reduction == "mean" else 1), type(m).__name__)
 
 
-def mse(m: nn.MSELoss, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
-    """(y - target)² has the second derivative 2 at each entry."""
-    h = torch.full_like(y, 2.0, dtype=_wide(y))
-    return nnj.DiagonalCurvature(_entries(m, scale, y, target, h), name=type(m).__name__)
+def nll(m: nn.NLLLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Curvature:
+    """-z_y at z = log p is the cross entropy of z, since softmax(log p) = p: its curvature is that of cross entropy.
+
+    As a function of any z it is linear, and its own Hessian is zero. But what makes z log probabilities, log_softmax,
+    belongs to the convex loss: with J = 1 - 1 p^T, the Jacobian of log_softmax, J^T (diag(p) - p p^T) J is the same matrix.
+
+    Errors: `NNJError` if exp(z) does not sum to one over the classes.
+    """
+    axis = 0 if z.dim() == 1 else 1
+    if axis not in nnj.SoftmaxCurvature.axes(z):
+        raise _linear(m, f"over the classes (axis {axis})")
+    _, own, total = _own_weights(m, _weights(m, z, z.shape[axis]), target)
+    return nnj.SoftmaxCurvature(z, scale.to(own.dtype) * own / (total if m.reduction == "mean" else 1), type(m).__name__)
 
 
-def bce_with_logits(m: nn.BCEWithLogitsLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Curvature:
-    """w ((1 - t) z + (1 + (v - 1) t) log(1 + e^-z)) has w (1 + (v - 1) t) s(z) s(-z), with v the weight of positives."""
-    z = z.to(_wide(z))
-    h = z.sigmoid() * (-z).sigmoid()
-    if m.pos_weight is not None:
-        h = h * (1 + (m.pos_weight.detach().to(h.dtype) - 1) * target.detach().to(h.dtype))
-    if m.weight is not None:
-        h = h * m.weight.detach()
-    return nnj.DiagonalCurvature(_entries(m, scale, z, target, h), name=type(m).__name__)
+def kl_div(m: nn.KLDivLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Curvature:
+    """sum_c t_c (log t_c - z_c) at z = log p: (sum_c t_c) (diag(p) - p p^T), for the reason given for `nll`.
+
+    The classes are the axis (not that of the batch) over which exp(z) sums to one.
+
+    Errors: `NNJError` if there is no such axis, or more than one.
+    """
+    axes = nnj.SoftmaxCurvature.axes(z)
+    if not axes:
+        raise _linear(m, "over any axis but the first")
+    if len(axes) > 1:
+        raise nnj.NNJError(f"{type(m).__name__}: exp of its input sums to one over each of the axes {axes}, so nnj cannot "
+                           f"tell which of them are the classes. Give it one row for each distribution, (rows, classes)")
+    dtype = _wide(z)
+    t = target.detach().to(dtype)
+    whole = torch.broadcast_shapes(z.shape, t.shape)
+    total = {"mean": whole.numel(), "batchmean": z.shape[0]}.get(m.reduction, 1)
+    mass = (scale.to(dtype) * (t.exp() if m.log_target else t)).expand(whole).sum_to_size(z.shape).sum(axes[0])
+    return nnj.SoftmaxCurvature(z, mass / max(total, 1), type(m).__name__, axes[0])
 
 
 def _wide(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
 
-def _entries(m: Any, scale: Tensor, y: Tensor, target: Tensor, h: Tensor) -> Tensor:
-    """h under the scale and the reduction of a loss that works on each entry."""
-    if target.shape != y.shape or h.shape != y.shape:
-        raise NotImplementedError("its arguments are broadcast")
-    return scale.to(h.dtype) * h / (max(y.numel(), 1) if m.reduction == "mean" else 1)
+def _weights(m: Any, z: Tensor, classes: int) -> Tensor:
+    return torch.ones(classes, dtype=_wide(z), device=z.device) if m.weight is None else m.weight.detach().to(_wide(z))
+
+
+def _own_weights(m: Any, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of targets that are classes: which are not ignored, w_y (zero if ignored), and the sum that the mean divides by."""
+    kept = target != m.ignore_index
+    own = torch.where(kept, w[torch.where(kept, target, 0).long()], 0.0)
+    return kept, own, torch.where(kept.any(), own.sum(), 1.0)
+
+
+def _linear(m: nn.Module, where: str) -> nnj.NNJError:
+    return nnj.NNJError(f"{type(m).__name__}: exp of its input does not sum to one {where}, so these are no log "
+                        f"probabilities, and in anything else it is linear and has no curvature. Give it the output of "
+                        f"log_softmax, or give logits to CrossEntropyLoss")
+
+
+def ctc(m: nn.CTCLoss, scale: Tensor, z: Tensor, *args: Any) -> nnj.Curvature:
+    """-log sum over alignments exp(sum of z): concave in z. Errors: `NNJError`, always."""
+    raise nnj.NNJError("CTCLoss: minus the logarithm of a sum over alignments is concave in the log probabilities, so it has no "
+                       "GGN. Use a loss that is convex in the output, such as the cross entropy of one alignment")
 
 
 def any_loss(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvature:
@@ -68,6 +101,8 @@ def any_loss(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvatur
 @nnj.hookimpl
 def nnj_register_losses(register):
     register(nn.CrossEntropyLoss, cross_entropy)
-    register(nn.MSELoss, mse)
-    register(nn.BCEWithLogitsLoss, bce_with_logits)
+    register(nn.NLLLoss, nll)
+    register(nn.NLLLoss2d, nll)
+    register(nn.KLDivLoss, kl_div)
+    register(nn.CTCLoss, ctc)
     register(nn.Module, any_loss)

@@ -1,6 +1,7 @@
 """Rows: losses with their options, frozen parts, modules that hold a loss."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.case_table import N, case, classes, do, linear, one_behind_the_other, plain, r, sequences, vectors
-from tests.cases_models import MLP, Block
+from tests.case_table import (
+    EITHER,
+    N,
+    case,
+    classes,
+    do,
+    every,
+    linear,
+    one_behind_the_other,
+    plain,
+    r,
+    sequences,
+    tokens,
+    vectors,
+)
+from tests.cases_models import LM, MLP, Block
 from tests.cases_samples import MASK
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -98,9 +113,22 @@ loss_case("bce-one-output", nn.BCEWithLogitsLoss, lambda: (r(N, 4), torch.rand(N
 loss_case("huber", nn.HuberLoss, real)
 loss_case("smooth-l1", nn.SmoothL1Loss, real)
 loss_case("l1-has-no-curvature", nn.L1Loss, real)
-loss_case("nll-of-log-softmax-has-no-curvature", nn.NLLLoss, vectors, lambda m, l, x, y: l(m(x).log_softmax(-1), y))
+loss_case("huber-none", lambda: nn.HuberLoss(reduction="none", delta=0.5), real,
+          lambda m, l, x, y: (l(m(x), y) * weights()).sum())
+loss_case("bce-of-probabilities", nn.BCELoss, binary, lambda m, l, x, y: l(m(x).sigmoid(), y))
+loss_case("gaussian", nn.GaussianNLLLoss, lambda: (*real(), torch.rand(N, 1) + 0.1), lambda m, l, x, y, v: l(m(x), y, v))
+loss_case("functional-gaussian", lambda: F.gaussian_nll_loss, lambda: (*real(), torch.rand(N, 3) + 0.1),
+          lambda m, l, x, y, v: l(m(x), target=y, var=v, reduction="sum"))
+loss_case("functional-mse-weighted", lambda: F.mse_loss, real, lambda m, l, x, y: l(m(x), y, weight=torch.rand(N, 3) + 0.1))
+loss_case("functional-huber", lambda: functools.partial(F.huber_loss, delta=0.5, reduction="sum"), real)
 loss_case("poisson", nn.PoissonNLLLoss, lambda: (r(N, 4), torch.rand(N, 3)))
 loss_case("soft-margin", nn.SoftMarginLoss, lambda: (r(N, 4), torch.rand(N, 3).round() * 2 - 1))
+loss_case("soft-margin-none", lambda: nn.SoftMarginLoss(reduction="none"), lambda: (r(N, 4), torch.rand(N, 3).round() * 2 - 1),
+          lambda m, l, x, y: (l(m(x), y) * weights()).sum())
+loss_case("poisson-rates", lambda: nn.PoissonNLLLoss(log_input=False), lambda: (r(N, 4), torch.rand(N, 3)),
+          lambda m, l, x, y: l(F.softplus(m(x)), y))
+loss_case("multi-label-none", lambda: nn.MultiLabelSoftMarginLoss(weights(), reduction="none"),
+          lambda: (r(N, 4), torch.rand(N, 3).round()), lambda m, l, x, y: l(m(x), y)[1:].sum())
 loss_case("multi-label", nn.MultiLabelSoftMarginLoss, lambda: (r(N, 4), torch.rand(N, 3).round()))
 loss_case("function", lambda: lambda z, y: torch.log(torch.cosh(z - y)).sum(1).mean(), real)
 loss_case("function-of-rows", lambda: lambda z, y: torch.logsumexp(z, -1).sum() - z.gather(1, y[:, None]).sum())
@@ -145,9 +173,9 @@ loss_case("of-a-dict", lambda: lambda out, y: F.cross_entropy(out["logits"], y),
 
 # -- frozen parts ------------------------------------------------------------------------------------------------------
 
-def frozen(*names: str) -> Callable[[], nn.Module]:
+def frozen(*names: str, of: Callable[[], nn.Module] = MLP) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        model = MLP()
+        model = of()
         for name, p in model.named_parameters():
             p.requires_grad_(not name.startswith(names))
         return model
@@ -162,6 +190,11 @@ case("frozen-biases", frozen("one.bias", "two.bias", "three.bias"), vectors)
 case("frozen-weight-of-head", frozen("three.weight", "one"), vectors)
 case("frozen-token", do(lambda s, x: s.head(s.block(torch.cat([s.token.detach().expand(len(x), -1, -1), x], 1))[:, 0]),
      token=lambda: r(1, 1, 4), block=Block, head=linear(4, 3)), sequences)
+case("frozen-words", frozen("wte", "wpe", of=lambda: LM(False)), tokens, lambda m, l, x, y: l(m(x).view(-1, 5), y.view(-1)))
+case("frozen-words-token-major", frozen("wte", "wpe", of=lambda: LM(False)), tokens,
+     lambda m, l, x, y: l(m(x).transpose(0, 1).reshape(-1, 5), y.T.reshape(-1)), numbers=every)
+case("frozen-words-alone", do(lambda s, x: s.head(s.wte.weight.detach()[x]).flatten(0, 1), wte=lambda: nn.Embedding(5, 4),
+     head=linear(4, 3)), lambda: (torch.randint(5, (N, 4)), classes(4 * N)), table=EITHER)
 case("positions-of-arange", do(lambda s, x: s.head(torch.tanh(x + s.wpe(torch.arange(4))).mean(1)),
      wpe=lambda: nn.Embedding(4, 4), head=linear(4, 3)), sequences)
 case("positions-as-many-as-samples", do(lambda s, x: s.head(torch.tanh(x + s.wpe(torch.arange(3))).mean(1)),

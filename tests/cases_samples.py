@@ -152,6 +152,17 @@ case("transposed-batch", do(lambda s, x: (s.w @ torch.tanh(s.one(x)).T).T, one=l
 case("batch-in-the-last-axis", do(lambda s, x: s.w2 @ torch.tanh(s.w1 @ x), w1=lambda: r(3, 4), w2=lambda: r(3, 3)),
      lambda: (r(4, N), classes()), lambda m, l, x, y: l(m(x).T, y), numbers=by_loss, batch_axis=1)
 
+
+
+def repeated_tokens() -> tuple[Any, ...]:
+    """Equal keys: what reaches queries cancels, to zero in some columns and to rounding errors in others."""
+    return torch.randint(5, (5, 2)).repeat_interleave(2, 1), classes(5)
+
+
+case("repeated-tokens-in-another-order",
+     do(lambda s, x: s.head(s.block(s.words(x))[torch.tensor([3, 0, 4, 1, 2])].mean(1)), words=lambda: nn.Embedding(5, 4),
+        block=lambda: Block(causal=True), head=linear(4, 3)), repeated_tokens, numbers=by_loss)
+
 # -- what stands before the first layer hides the samples: right, or refused ------------------------------------------------
 
 def either(

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nnj
-from nnj import plugins
-from nnj_plugins import losses
 from tests.cases import EITHER, MLP, Attention, Case, Do, N, classes, do, linear, plain, r, vectors
 from tests.oracle import build, data_of, losses_of, run
 from tests.test_models import QUANTITIES, collected, extended
@@ -55,7 +53,7 @@ class Counted(nn.Module):
         return (x - x.mean(0)) / x.std(0)
 
 
-# -- samples that influence one another --------------------------------------------------------------------------------
+# -- samples that influence one another ------------------------------------------------------------------------------
 
 refused(
     "batch norm in training", "BatchNorm1d.*training", lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
@@ -110,7 +108,8 @@ refused("a loss that couples rows", "couples rows|influence", MLP, lambda: (r(N,
 refused("a loss of the mean output", "couples rows|influence", MLP, lambda: (r(N, 4), r(3)), plain,
         lambda: lambda z, y: (z.mean(0) - y).square().sum())
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
+
+# -- the loss --------------------------------------------------------------------------------------------------------
 
 refused("negative factor", "negative", MLP, how=lambda m, l, x, y: -l(m(x), y))
 refused("difference of losses", "negative", MLP, how=lambda m, l, x, y: l(m(x), y) - 0.1 * l(m(x), (y + 1) % 3))
@@ -145,7 +144,8 @@ refused("a loss with a way past its arguments", "otherwise than through its argu
 refused("an argument changed in place", "in place", MLP, loss=nn.L1Loss, data=lambda: (r(N, 4), r(N, 3)),
         how=lambda m, l, x, y: (lambda z: (lambda v: (z.add_(1), v)[1])(l(z, y)))(m(x) + 0))
 
-# -- the model ---------------------------------------------------------------------------------------------------------
+
+# -- the model -------------------------------------------------------------------------------------------------------
 
 refused("reentrant checkpoint", "use_reentrant=False", do(lambda s, x: s.head(checkpoint(s.one, x, use_reentrant=True)),
                                                           one=linear(4, 3), head=linear(3, 3)),
@@ -242,208 +242,3 @@ def test_one_refused_loss_of_two():
         z = model(x)
         (losses[0](z, y) - losses[1](z, torch.zeros(N, 3).double())).backward()
     intact(model)
-
-
-# -- what is asked for -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(
-    "names, options, words",
-    [
-        (
-            ("ggn_diagonal",),
-            {},
-            r"unknown quantity 'ggn_diagonal'.*did you mean 'ggn_diag'.*Known: batch_grad, ggn_block, ggn_diag, ",
-        ),
-        (("diag",), {}, "unknown quantity 'diag'.*Known"),
-        ((), {}, "name of a quantity"),
-        ((3,), {}, "unknown quantity 3"),
-        (("ggn_diag",), {"samples": 2}, "unknown option 'samples'"),
-        (("ggn_diag_mc",), {"sample": 2}, "unknown option 'sample'.*did you mean 'samples'"),
-        (("ggn_diag_mc",), {"samples": 0}, "samples=0"),
-        (("ggn_diag_mc",), {"samples": 1.5}, "samples=1.5"),
-        (("ggn_diag",), {"modules": ["head"]}, "modules="),
-    ],
-)
-def test_what_collect_does_not_know(names, options, words):
-    with pytest.raises(nnj.NNJError, match=words):
-        nnj.collect(*names, **options)
-
-
-def test_nothing_collected_is_said_at_the_end_of_the_with():
-    model, (loss,) = extended(Case("", MLP, vectors))
-    x, y = data_of(Case("", MLP, vectors))
-    with pytest.raises(nnj.NNJError, match=r"nothing was collected for ggn_diag, ggn_block.*nnj\.extend"), \
-            nnj.collect("ggn_diag", "ggn_block"):
-        pass
-    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
-        F.cross_entropy(model(x), y).backward()
-    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
-        loss(model(x), y)
-    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"), torch.no_grad():
-        loss(model(x), y)
-    assert collected(Case("mlp", MLP, vectors), *QUANTITIES) == []
-
-
-def test_an_extended_loss_on_a_model_that_is_not():
-    """It must not end silently with nothing collected."""
-    model, loss = build(Case("", MLP, vectors)), nnj.extend(nn.CrossEntropyLoss())
-    x, y = data_of(Case("", MLP, vectors))
-    with pytest.raises(nnj.NNJError, match=r"extend"), nnj.collect("ggn_diag"):
-        loss(model(x), y).backward()
-
-
-def test_modules_that_the_pass_does_not_reach():
-    """As with .grad: None."""
-    model, (loss,) = extended(Case("", MLP, vectors))
-    x, y = data_of(Case("", MLP, vectors))
-    other = nn.Linear(2, 2)
-    with nnj.collect("ggn_diag", modules=[other]):
-        loss(model(x), y).backward()
-    assert other.weight.ggn_diag is None and not hasattr(model.one.weight, "ggn_diag")
-
-
-def test_everything_frozen():
-    """A loss without a graph raises torch's own error; nnj adds no other."""
-    model, (loss,) = extended(Case("", MLP, vectors))
-    model.requires_grad_(False)
-    x, y = data_of(Case("", MLP, vectors))
-    with pytest.raises(RuntimeError, match="does not require grad"), nnj.collect("ggn_diag"):
-        loss(model(x), y).backward()
-    with nnj.collect("ggn_diag"):
-        loss(model(x.requires_grad_()), y).backward()
-    intact(model)
-
-
-@pytest.mark.parametrize("wrong", [3, "model", nn.Linear, [nn.Linear(1, 1)], None])
-def test_what_extend_does_not_take(wrong):
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module or a function"):
-        nnj.extend(wrong)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("order", ["extend the compiled", "compile the extended", "compile in place", "compile a part"])
-def test_compiled(backend, order):
-    torch._dynamo.reset()
-    model, loss = build(Case("", MLP, vectors)), nnj.extend(nn.CrossEntropyLoss())
-    alone = build(Case("", MLP, vectors))
-    x, y = data_of(Case("", MLP, vectors))
-    F.cross_entropy(alone(x), y).backward()
-    if order == "extend the compiled":
-        with pytest.raises(nnj.NNJError, match=r"compile.*_orig_mod"):
-            nnj.extend(torch.compile(model, backend=backend))
-        return
-    called: Any = nnj.extend(model)
-    if order == "compile the extended":
-        called = torch.compile(model, backend=backend)
-    elif order == "compile in place":
-        model.compile(backend=backend)
-    else:
-        model.two.compile(backend=backend)
-    try:
-        with nnj.collect("ggn_diag"):
-            loss(called(x), y).backward()
-    except nnj.NNJError as error:
-        assert "compile" in str(error)
-        intact(model)
-    else:  # a backend that leaves autograd's own nodes may be exact
-        from tests.oracle import Truth, close
-        truth = Truth(Case("", MLP, vectors))
-        assert all(close(p.ggn_diag, truth.diag(n)) == "" for n, p in model.named_parameters())
-    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-    torch._dynamo.reset()
-
-
-# -- broken rules ------------------------------------------------------------------------------------------------------
-
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
-class Broken(nnj.Jacobian):
-    """A map of the right shapes that gives others."""
-
-    def jvp(self, v: Tensor) -> Tensor:
-        return v[..., :2]
-
-    def vjp(self, u: Tensor) -> Tensor:
-        return u[..., :2]
-
-
-def fault_dict(m: Any, x: Tensor, y: Tensor) -> Any:
-    return [nnj.Diagonal(torch.ones_like(x))]
-
-
-def fault_name(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": nnj.Diagonal(m.weight.detach().expand_as(x)), "wieght": nnj.Diagonal(x)}
-
-
-def fault_kind(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": torch.ones_like(x), "weight": torch.ones_like(x)}
-
-
-def fault_raises(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {}["input"]
-
-
-def fault_shape(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": nnj.Dense(torch.ones(len(x), 3, 2).to(x), (2,), (3,)), "weight": nnj.Diagonal(x)}
-
-
-def fault_rows(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": nnj.Diagonal(m.weight.detach().expand_as(x)[:1]), "weight": nnj.Diagonal(x)}
-
-
-def fault_vjp(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": Broken((3,), (3,), x), "weight": nnj.Diagonal(x)}
-
-
-@pytest.mark.parametrize(
-    "rule, words",
-    [
-        (fault_dict, "returned list, expected a dict"),
-        (fault_name, "'wieght'.*neither"),
-        (fault_kind, "Tensor, expected a nnj.Jacobian"),
-        (fault_raises, "failed with KeyError"),
-        (fault_shape, r"\(2,\).*expected \(3,\)"),
-        (fault_rows, "1 rows.*expected"),
-        (fault_vjp, r"vjp of 'input' returned .*, expected"),
-    ],
-)
-def test_a_broken_rule_is_named(rule, words):
-    from nnj import quantities
-    from nnj_plugins import linear as linear_rule
-
-    class Plugin:
-        @nnj.hookimpl
-        def nnj_register_layers(self, register: Any) -> None:
-            register(Toy, rule)
-
-    manager = nnj.PluginManager(load=False)
-    for name, plugin in (
-        ("nnj-losses", losses),
-        ("nnj-quantities", quantities),
-        ("nnj-linear", linear_rule),
-        ("nnj-toy", Plugin()),
-    ):
-        manager.register(plugin, name)
-    former = plugins.use(manager)
-    try:
-        model = nnj.extend(nn.Sequential(nn.Linear(4, 3), Toy(), nn.Linear(3, 3)))
-        alone = nn.Sequential(nn.Linear(4, 3), Toy(), nn.Linear(3, 3))
-        alone.load_state_dict(model.state_dict())
-        loss, (x, y) = nnj.extend(nn.CrossEntropyLoss()), vectors()
-        F.cross_entropy(alone(x), y).backward()
-        with pytest.raises(nnj.PluginError, match=words) as error, nnj.collect("ggn_diag"):
-            loss(model(x), y).backward()
-        assert "plugin 'nnj-toy' (layer '1')" in str(error.value)
-        assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
-        intact(model)
-    finally:
-        plugins.use(former)
-    assert collected(Case("mlp", MLP, vectors), *QUANTITIES) == []

@@ -16,11 +16,14 @@ class Quantity:
     Attributes:
         source: where its columns come from: "exact" (the factor of the loss's Hessian), "signs" (`draws` random combinations
             of it, each an unbiased factor) or "gradient" (one column, the gradient of the loss).
+        degree: a loss that is c times as large has a result that is c**degree times as large; `nnj.fit` divides by it for a mean,
+            and refuses a mean where it is None.
         per_sample: results have the samples in axis 0; those of several backward passes are concatenated, not added.
     """
 
     source: ClassVar[str] = "exact"
     per_sample: ClassVar[bool] = False
+    degree: ClassVar[int | None] = None
     draws: int = 1
 
     def __init_subclass__(cls) -> None:

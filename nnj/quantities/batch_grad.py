@@ -13,6 +13,7 @@ class BatchGrad(Quantity):
     """
 
     source = "gradient"
+    degree = 1
     per_sample = True
 
     def parameter(self, factor: Factor, in_all: int) -> Tensor:

@@ -19,6 +19,8 @@ class GGNBlock(Quantity):
         block_limit: the largest P; beyond it `collect` refuses before anything is allocated.
     """
 
+    degree = 1
+
     def __init__(self, block_limit: int = 10_000):
         self.limit = block_limit
 

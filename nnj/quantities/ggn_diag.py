@@ -13,6 +13,8 @@ class GGNDiag(Quantity):
     any factor before it count. Several backward passes in one `collect` add up. (Schraudolph 2002; Martens 2014, section 8.)
     """
 
+    degree = 1
+
     def parameter(self, factor: Factor, in_all: int) -> SquareSum:
         return SquareSum(factor, in_all)
 

@@ -21,6 +21,7 @@ class GGNDiagMC(Quantity):
     """
 
     source = "signs"
+    degree = 1
 
     def __init__(self, samples: int = 1, generator: torch.Generator | None = None):
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:

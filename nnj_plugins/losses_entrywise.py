@@ -1,0 +1,149 @@
+"""Losses of each entry, whose Hessian is a diagonal, and margins, which are piecewise linear or quadratic."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nnj
+
+Rule = Callable[..., nnj.Curvature]
+
+
+def entrywise(second: Callable[..., Tensor]) -> Rule:
+    """The rule of a loss sum_i l(y_i, ...), from its second derivative l'' = second(m, y, *args), in float32 at least."""
+    @functools.wraps(second)
+    def rule(m: Any, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvature:
+        if args[0].shape != y.shape:
+            raise NotImplementedError("its arguments are broadcast")
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        h = second(m, y.to(dtype), *[t.detach().to(dtype) if isinstance(t, Tensor) else t for t in args])
+        if h.shape != y.shape:
+            raise NotImplementedError("its arguments are broadcast")
+        h = scale.to(dtype) * h / (max(y.numel(), 1) if m.reduction == "mean" else 1)
+        return nnj.DiagonalCurvature(h, name=type(m).__name__)
+
+    return rule
+
+
+@entrywise
+def mse(m: nn.MSELoss, y: Tensor, target: Tensor) -> Tensor:
+    """(y - t)²: 2."""
+    return torch.full_like(y, 2.0)
+
+
+@entrywise
+def bce_with_logits(m: nn.BCEWithLogitsLoss, z: Tensor, target: Tensor) -> Tensor:
+    """w ((1 - t) z + (1 + (v - 1) t) log(1 + e^-z)), v the weight of positives: w (1 + (v - 1) t) s(z) s(-z)."""
+    h = z.sigmoid() * (-z).sigmoid()
+    if m.pos_weight is not None:
+        h = h * (1 + (m.pos_weight.detach().to(h.dtype) - 1) * target)
+    return h if m.weight is None else h * m.weight.detach().to(h.dtype)
+
+
+@entrywise
+def bce(m: nn.BCELoss, p: Tensor, target: Tensor) -> Tensor:
+    """-w (t log p + (1 - t) log(1 - p)): w (t / p² + (1 - t) / (1 - p)²), in the probability and not in its logit.
+
+    The GGN behind a sigmoid is therefore another one than that of BCEWithLogitsLoss.
+    """
+    h = torch.where(target == 0, 0.0, target / p.square()) + torch.where(target == 1, 0.0, (1 - target) / (1 - p).square())
+    return h if m.weight is None else h * m.weight.detach().to(h.dtype)
+
+
+@entrywise
+def smooth_l1(m: nn.SmoothL1Loss, y: Tensor, target: Tensor) -> Tensor:
+    """(y - t)² / (2 beta) within beta, else linear: 1 / beta, else 0."""
+    return ((y - target).abs() < m.beta).to(y.dtype) / (m.beta or 1)
+
+
+@entrywise
+def huber(m: nn.HuberLoss, y: Tensor, target: Tensor) -> Tensor:
+    """(y - t)² / 2 within delta, else linear: 1, else 0."""
+    return ((y - target).abs() < m.delta).to(y.dtype)
+
+
+@entrywise
+def poisson_nll(m: nn.PoissonNLLLoss, y: Tensor, target: Tensor) -> Tensor:
+    """e^y - t y: e^y; or y - t log(y + eps): t / (y + eps)²."""
+    return y.exp() if m.log_input else target / (y + m.eps).square()
+
+
+@entrywise
+def gaussian_nll(m: nn.GaussianNLLLoss, y: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+    """(log v + (y - t)² / v) / 2 with v given: 1 / v."""
+    v = torch.as_tensor(var, dtype=y.dtype, device=y.device)
+    v = v[..., None] if v.shape != y.shape and v.shape == y.shape[:-1] else v
+    return (1 / v.clamp(min=m.eps)).expand(y.shape)
+
+
+@entrywise
+def soft_margin(m: nn.SoftMarginLoss, y: Tensor, target: Tensor) -> Tensor:
+    """log(1 + e^(-t y)): t² s(t y) s(-t y)."""
+    return target.square() * (target * y).sigmoid() * (-target * y).sigmoid()
+
+
+def multi_label_soft_margin(m: nn.MultiLabelSoftMarginLoss, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
+    """The mean over the last axis of the binary cross entropy of logits, w s(y) s(-y) / C."""
+    z = y.to(torch.promote_types(y.dtype, torch.float32))
+    h = z.sigmoid() * (-z).sigmoid() / max(y.shape[-1], 1)
+    if m.weight is not None:
+        h = h * m.weight.detach().to(h.dtype)
+    rows = max(y.shape[:-1].numel(), 1) if m.reduction == "mean" else 1
+    if h.shape != y.shape or target.shape != y.shape:
+        raise NotImplementedError("its arguments are broadcast")
+    return nnj.DiagonalCurvature(scale.to(h.dtype)[..., None] * h / rows, name=type(m).__name__)
+
+
+def piecewise_linear(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvature:
+    """Zero: |y - t| and hinges have no curvature away from their kinks, where torch's gradient is that of one side."""
+    return nnj.DiagonalCurvature(torch.zeros_like(y, dtype=torch.promote_types(y.dtype, torch.float32)), name=type(m).__name__)
+
+
+def multi_margin(m: nn.MultiMarginLoss, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
+    """w_t / C sum_c max(0, margin - y_t + y_c)^p over c != t: for p = 1 zero, for p = 2 each active c gives
+    2 w_t / C (e_c - e_t)(e_c - e_t)^T."""
+    z = (y if y.dim() > 1 else y[None]).to(torch.promote_types(y.dtype, torch.float32))
+    t = target.reshape(-1)
+    if m.p == 1 or z.shape[1] < 2:
+        return piecewise_linear(m, scale, y)
+    active = m.margin - z.gather(1, t[:, None]) + z > 0
+    a = 2 * scale.to(z.dtype) / z.shape[1] / (max(len(z), 1) if m.reduction == "mean" else 1)
+    a = a * (1.0 if m.weight is None else m.weight.detach().to(z.dtype)[t])
+    a = nnj.DiagonalCurvature(a.expand(len(z)), name=type(m).__name__).h[:, 0]  # which refuses what is negative
+    return _Pairs(a * active, t, y.shape)
+
+
+class _Pairs(nnj.Curvature):
+    """sum_c a_c (e_c - e_t)(e_c - e_t)^T with a of (N, C): a column for each class c but t."""
+
+    def __init__(self, a: Tensor, t: Tensor, shape: torch.Size):
+        super().__init__([shape], a, a.shape[1], a.shape[1] - 1, len(a))
+        self.a, self.t = a, t
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        j = torch.arange(start, min(stop, self.rank), device=self.device)[:, None].expand(-1, self.rows)
+        c = j + (j >= self.t)
+        own = self.a.gather(1, c.mT).mT.sqrt()[:, :, None, None]
+        s = own.new_zeros(*j.shape, 1, self.block)
+        s.scatter_(-1, c[:, :, None, None], own)
+        return s.scatter_(-1, self.t[:, None, None].expand(*j.shape, 1, 1), -own)
+
+
+@nnj.hookimpl
+def nnj_register_losses(register):
+    register(nn.MSELoss, mse)
+    register(nn.BCEWithLogitsLoss, bce_with_logits)
+    register(nn.BCELoss, bce)
+    register(nn.SmoothL1Loss, smooth_l1)
+    register(nn.HuberLoss, huber)
+    register(nn.PoissonNLLLoss, poisson_nll)
+    register(nn.GaussianNLLLoss, gaussian_nll)
+    register(nn.SoftMarginLoss, soft_margin)
+    register(nn.MultiLabelSoftMarginLoss, multi_label_soft_margin)
+    register(nn.MultiMarginLoss, multi_margin)
+    for cls in (nn.L1Loss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss):
+        register(cls, piecewise_linear)

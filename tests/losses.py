@@ -1,0 +1,54 @@
+"""What the tests of losses share: outputs, targets and losses to be made."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+
+def z(*shape):
+    return lambda: torch.randn(shape, dtype=torch.float64)
+
+
+def y(classes, *shape):
+    return lambda: torch.randint(classes, shape)
+
+
+def soft(*shape):
+    return lambda: torch.rand(*shape, dtype=torch.float64)
+
+
+def ignoring(index, classes, *shape):
+    """Classes, of which about a third are ignored."""
+    return lambda: torch.where(torch.rand(shape) < 0.35, index, torch.randint(classes, shape))
+
+
+def ce(classes=4, weighted=False, **options):
+    weight = torch.linspace(0.2, 2.0, classes) if weighted else None
+    return lambda: nn.CrossEntropyLoss(weight=weight, **options)
+
+
+CE = nn.CrossEntropyLoss
+
+
+def made(table):
+    """Rows of a table for pytest, by name."""
+    return [pytest.param(*[case[0], case[1:]], id=name) for name, case in table.items()]
+
+
+class LogCosh(nn.Module):
+    """A loss of a user, which has no reduction."""
+
+    def forward(self, y, target):
+        return (y - target).cosh().log().sum()
+
+
+class Quadratic(nn.Module):
+    """x^T A x for each row, with A not diagonal and of rank 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, y):
+        return (y @ self.a.mT).square().sum()

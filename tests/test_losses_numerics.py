@@ -1,0 +1,85 @@
+"""Saturated outputs, and narrow dtypes."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nnj
+from nnj.testing import loss_curvature
+from tests.losses import CE, LogCosh, ce, soft, y
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+SATURATED = {
+    "sure": [1000.0, 0.0, -1000.0, 3.0],
+    "two left": [1000.0, 1000.0, 0.0, -5.0],
+    "underflow in steps": [0.0, -30.0, -60.0, -90.0],
+    "below the least float32": [0.0, -100.0, -101.0, -102.0],
+    "denormal": [0.0, -88.0, -95.0, -102.0],
+    "nearly sure": [12.0, 0.0, 0.5, -1.0],
+    "negative": [-1e30, -1e30, -3e38, 0.0],
+}
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in SATURATED.items()])
+def test_saturated_logits_in_float32(row):
+    output, target = torch.tensor([row, [0.3, -0.2, 0.1, 0.0]]), torch.tensor([1, 2])
+    scale = torch.tensor(1.0)
+    h, exact = (loss_curvature(CE(), s, o, target) for s, o in ((scale, output), (scale.double(), output.double())))
+    near = dict(rtol=1e-5, atol=1e-37)
+    s = h.columns(0, h.rank)
+    assert s.dtype == torch.float32 and bool(torch.isfinite(s).all())
+    torch.testing.assert_close(h.diagonal().double(), exact.diagonal(), **near)
+    torch.testing.assert_close(s.square().sum(0).double(), exact.diagonal(), **near)
+    # Entries, not columns: classes of equal probability may be taken in another order.
+    full = torch.einsum("jrdb,jrdc->rdbc", s.double(), s.double())
+    t = exact.columns(0, exact.rank)
+    size = exact.diagonal().sqrt()
+    error = (full - torch.einsum("jrdb,jrdc->rdbc", t, t)).abs()
+    assert bool((error <= 1e-5 * size[..., None] * size[..., None, :] + 1e-37).all())
+    v = torch.randn(3, 2, 1, 4)
+    torch.testing.assert_close(h.product(v).double(), exact.product(v.double()), rtol=1e-4, atol=1e-37)
+    signs = h.signs(4)
+    torch.testing.assert_close(h.combine(signs), torch.einsum("kjrd,jrdb->krdb", signs.float(), s), rtol=1e-4, atol=1e-25)
+
+
+@pytest.mark.parametrize("logit", [20.0, 50.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_saturated_logits_by_autograd(logit, dtype):
+    output, target = torch.tensor([[logit, 0.0, 1.0], [0.0, logit, -logit]], dtype=dtype), torch.tensor([0, 2])
+    loss = lambda o: F.cross_entropy(o, target, reduction="sum")
+    h, exact = nnj.twice(loss, (output,)), nnj.SoftmaxCurvature(output.double())
+    diagonals = [c.place(c.diagonal()[None])[0].double() for c in (h, exact)]
+    torch.testing.assert_close(*diagonals, rtol=1e-5, atol=1e-14)
+
+
+def test_bce_is_exact_far_out():
+    h = loss_curvature(nn.BCEWithLogitsLoss(reduction="sum"), torch.tensor(1.0), torch.tensor([[40.0, -40.0]]), torch.rand(1, 2))
+    torch.testing.assert_close(h.diagonal().flatten(), torch.exp(torch.tensor([-40.0, -40.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make, target", [
+    (ce(3, weighted=True), y(3, 2)), (nn.MSELoss, soft(2, 3)), (nn.HuberLoss, soft(2, 3)), (LogCosh, soft(2, 3)),
+    (lambda: nn.BCEWithLogitsLoss(pos_weight=torch.rand(3)), soft(2, 3)), (nn.BCELoss, soft(2, 3))])
+def test_sixteen_bits_are_computed_in_float32(dtype, make, target):
+    narrow, output, target = make().to(dtype), torch.rand(2, 3).to(dtype), target()
+    target = target.to(dtype) if target.is_floating_point() else target
+    wide = target.double() if target.is_floating_point() else target
+    h = loss_curvature(narrow, torch.tensor(1.0, dtype=dtype), output, target)
+    exact = loss_curvature(narrow.double(), torch.tensor(1.0, dtype=torch.float64), output.double(), wide)
+    assert h.columns(0, 1).dtype == torch.float32
+    torch.testing.assert_close(h.diagonal().double(), exact.diagonal(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, dict(weight=torch.rand(4)), dict(label_smoothing=0.1)])
+def test_all_targets_ignored_gives_zero_as_the_gradient_is(options):
+    output, target = torch.randn(3, 4, requires_grad=True), torch.full((3,), -100)
+    loss = CE(**options)
+    loss(output, target).backward()
+    assert not output.grad.any()
+    h = loss_curvature(loss, torch.tensor(1.0), output.detach(), target)
+    assert not h.columns(0, 3).any() and not h.diagonal().any()
