@@ -91,7 +91,8 @@ def main() -> None:
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(table({**results, "rows": {row: results["rows"][row]}}).splitlines()[2], flush=True)
     (out / "table.md").write_text(table(results) + "\n")
-    figure(results, out / "figure.png")
+    if args.figure:
+        figure(results, out / "figure.png")
     print("\n" + table(results))
 
 

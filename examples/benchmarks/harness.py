@@ -3,7 +3,8 @@
 Every tool runs in its own process (worker.py) with its own idiomatic code (tools.py), on the same cores and as many threads, in
 float32. Its first run is no measure: it loads and compiles. Its result is compared with a reference in float64 (plain autograd)
 before it is timed. Then one run of each tool follows another, so that a busy machine slows them alike. Memory is the peak of a
-run beyond that of a plain gradient in the same process: of the process (Linux), or on a GPU of the allocator.
+run beyond that of a plain gradient in the same process: of the process (Linux; to a few MiB), or on a GPU of the allocator.
+Another program on one of the cores makes everything with threads slow, many times over: see the spread.
 
 What goes wrong becomes a cell that says so: wrong, refused, missing, crashed, out of memory, or longer than the limit.
 
@@ -33,6 +34,7 @@ from typing import Any
 from tools import NAMES, PACKAGES
 from worker import OUT
 
+WORKER = Path(__file__).parent / "worker.py"
 WRONG = 1e-3  # relative error beyond which a result in float32 is called wrong
 PATIENCE = 3600.0  # seconds for a command to the reference, which is exact and slow
 
@@ -47,7 +49,7 @@ class Process:
             environment["JAX_PLATFORMS"] = "cpu"
         self.tool, self.limit, self.failed = tool, PATIENCE if tool == "reference" else args.limit, ""
         self.stderr = tempfile.TemporaryFile()
-        self.pipe = subprocess.Popen([sys.executable, str(Path(__file__).parent / "worker.py")], stdin=subprocess.PIPE,
+        self.pipe = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
         self.clear()
         self.ask("start", tool=tool, threads=args.threads, device=args.device, limit=int(args.memory * 2**30))
@@ -204,6 +206,7 @@ def parser(text: str | None, tools: list[str], out: str) -> argparse.ArgumentPar
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--device", default="cpu", help="cpu or cuda")
     found.add_argument("--limit", type=float, default=120.0, help="seconds for one command; after them runs repeat no more")
-    found.add_argument("--memory", type=float, default=16.0, help="GiB that a process may use")
+    found.add_argument("--memory", type=float, default=16.0, help="GiB that one tool may use; all share one GPU")
     found.add_argument("--out", default=out)
+    found.add_argument("--no-figure", dest="figure", action="store_false", help="for those without matplotlib")
     return found

@@ -59,7 +59,9 @@ class Worker:
         torch.set_num_threads(threads)
         if device != "cpu":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(device).total_memory))
+            part = min(1.0, limit / torch.cuda.get_device_properties(device).total_memory)
+            torch.cuda.set_per_process_memory_fraction(part)
+            os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part)
         self.tool, self.device, self.result = tool, device, None
         TOOLS[tool](*ROWS["tiny"].make(device, self.dtype))()
         return {}
