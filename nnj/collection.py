@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj import hooks
-from nnj.contribution import Contribution, contribute
+from nnj.contribution import Contribution
 from nnj.errors import NNJError
 from nnj.plugins import manager
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_linear
+from nnj.signed import check_signed, contribute_signed
 
 _open: dict[int, list[collect]] = {}  # for each thread, outermost first
 _staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}  # for each thread and graph task
@@ -34,6 +35,8 @@ class collect:  # noqa: N801
         tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of the trace of the Hessians in
             the outputs. ggn_diag and ggn_block are then lower bounds (their difference from the exact ones is positive
             semi-definite), at the cost of `columns` walks. A model that is sure of most of its answers needs few.
+        signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-, walked one after the other.
+            Only for quantities of the exact Hessian, such as ggn_diag and ggn_block, which may then be negative.
         options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
 
     Attributes:
@@ -49,12 +52,14 @@ class collect:  # noqa: N801
     """
 
     def __init__(self, *quantities: str, modules: Iterable[nn.Module] | None = None, memory: int = 2**28, tol: float = 0.0,
-                 **options: Any):
+                 signed: bool = False, **options: Any):
         if not quantities:
             raise NNJError("nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')")
         self.quantities = _make(quantities, options)
         self.modules = None if modules is None else _checked_modules(modules)
-        self.memory, self.tol = memory, _checked_tolerance(tol, self.quantities)
+        self.memory, self.signed, self.tol = memory, signed, _checked_tolerance(tol, self.quantities)
+        if signed:
+            check_signed(self.quantities, self.tol)
         self.results: dict[str, WeakIdKeyDictionary] = {}
         self.samples = 0
         self.passes = 0
@@ -167,7 +172,7 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
     for option in options:
         if option not in declared:
-            known = sorted({*declared, "modules", "memory", "tol"})
+            known = sorted({*declared, "modules", "memory", "tol", "signed"})
             raise NNJError(f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: {', '.join(known)}")
     return made
 
@@ -192,7 +197,7 @@ def _arrived(call: LossCall, scale: Tensor) -> None:
         with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
             node = torch._C._current_autograd_node()
             check_linear(call, node)
-            staged[task].append(contribute(call, scale, node, collections))
+            staged[task].append(contribute_signed(call, scale, node, collections))
     except NNJError as error:
         staged[task].append(error)
     except Exception as error:

@@ -48,7 +48,7 @@ class LossColumns:
             raise NNJError(f"{self.name}: the factor of the loss is not finite; the loss or what was made of it has overflowed")
         if bool((self.scale < 0).any()):
             raise NNJError(f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN is not positive "
-                           f"semi-definite. Collect without that term, or call backward on it alone")
+                           f"semi-definite. Collect with signed=True, or without that term, or call backward on it alone")
         self.outputs = [call.leaves[i] for i in call.outputs]
         check_outputs(self.name, self.outputs)
 

@@ -161,9 +161,10 @@ def _executed(p: Tensor) -> bool:
         return True  # captured by torch.autograd.grad
 
 
-def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[collect]) -> dict[int, Contribution]:
+def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[collect],
+               columns: LossColumns | None = None) -> dict[int, Contribution]:
     """Walk once for all open collections; `node` is the loss's own. Errors: `NNJError` wherever a number would not be exact."""
-    columns = LossColumns(call, scale)
+    columns = LossColumns(call, scale) if columns is None else columns
     roots = extended_roots()
     paths = {id(m): name for root in roots for name, m in root.named_modules()}
     targets = [Target(c, roots) for c in collections]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.errors import NNJError
+from nnj.errors import Indefinite, NNJError
 
 _CHUNK = 64  # columns that are made at a time where all are summed
 WRITE_A_RULE = "write a loss rule (nnj_register_losses in nnj.hookspecs)"
@@ -273,9 +273,9 @@ def _refuse_negative(values: Tensor, scale: float, dtype: torch.dtype, name: str
     if not math.isfinite(smallest + largest):
         raise NNJError(infinite(name))
     if not smallest >= -32 * torch.finfo(dtype).eps * scale:
-        raise NNJError(f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
-                       f"{smallest:.3g}), so it has no factor and no GGN. Use a loss that is convex in the output (the rest "
-                       f"may be part of the model), or {WRITE_A_RULE} that keeps a positive semi-definite part")
+        raise Indefinite(f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
+                         f"{smallest:.3g}), so it has no factor and no GGN. Use a loss that is convex in the output (the rest "
+                         f"may be part of the model), collect with signed=True, or {WRITE_A_RULE} that keeps a positive part")
 
 
 def infinite(name: str) -> str:

@@ -11,3 +11,7 @@ class PluginError(NNJError):
 
 class UnsupportedLayer(NNJError, NotImplementedError):
     """No installed plugin knows this layer."""
+
+
+class Indefinite(NNJError):
+    """The Hessian of a loss is not positive semi-definite."""

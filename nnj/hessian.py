@@ -30,7 +30,7 @@ LIMIT = 4096  # entries of a row, above which `twice` refuses to build its block
 ENTRIES = 2**29  # of all blocks together
 
 
-def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss") -> Curvature:
+def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss", sign: int = 0) -> Curvature:
     """The Hessian of any loss, differentiated twice by autograd; in float64 where the loss can be had in it.
 
     It is diagonal where the loss works on each entry for itself; a (diag(p) - p p^T) where it is cross entropy along an axis of
@@ -41,6 +41,7 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
         call: `call(*outputs)` is the scalar that is differentiated, all factors included.
         outputs: detached. Rows are axis 0 where all share it; otherwise, and for a 0-d output, there is one row.
         name: of the loss, for errors.
+        sign: 1 or -1 for the part of that sign alone, H_+ or H_- of H = H_+ - H_-, both positive semi-definite.
 
     Errors: `NNJError` for outputs that are not real or finite; a loss that is not convex in the outputs, couples rows of the
     batch, draws random numbers, cannot be differentiated twice, couples more than 4096 entries in a row, or is linear in log
@@ -68,11 +69,12 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
         if scale == 0 and any(t.shape[axis] > 1 for t in outputs for axis in SoftmaxCurvature.axes(t)):
             raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
                            f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits")
-        return DiagonalCurvature(h.to(own), shapes, name, scale)
+        return DiagonalCurvature(_part(h, sign).to(own), shapes, name, scale)
     other = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu").to(z)
-    softmax = _softmax(outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict, name)
+    softmax = _softmax(outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict)
     if softmax is not None:
-        return softmax
+        a, axis = softmax
+        return SoftmaxCurvature(outputs[0], _part(a, sign).to(own), name, axis)
     if size > LIMIT or n * size * size > ENTRIES:
         raise NNJError(f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row may have {LIMIT} "
                        f"entries, and all blocks {ENTRIES}. Take a smaller batch, or {WRITE_A_RULE} that gives a structure")
@@ -80,7 +82,21 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
     if not _agree((matrix @ z[..., None])[..., 0], hz, scale, loose):
         raise NNJError(f"{name} couples rows of the batch: its Hessian has entries between outputs of different rows, so that no "
                        f"row has a curvature of its own. Use a loss that is a sum over rows")
-    return BlockCurvature(matrix[:, None], shapes, name, scale, own)
+    return BlockCurvature(_part_of_blocks(matrix, sign)[:, None], shapes, name, scale, own)
+
+
+def _part(values: Tensor, sign: int) -> Tensor:
+    return (sign * values).clamp(min=0) if sign else values
+
+
+def _part_of_blocks(matrix: Tensor, sign: int) -> Tensor:
+    """Eigenvalues of the other sign are left out, and with them those that are rounding noise."""
+    if not sign:
+        return matrix
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True)
+    kept = torch.where(values.abs() > noise, _part(values, sign), 0.0)
+    return (vectors * kept[..., None, :]) @ vectors.mT
 
 
 class _Hessian:
@@ -190,8 +206,8 @@ def _size(moderate: _Hessian | None, z: Tensor) -> float:
 
 
 def _softmax(outputs: Sequence[Tensor], moderate: _Hessian | None, z: Tensor, check: tuple[Tensor, Tensor], scale: float,
-             tolerance: float, name: str) -> Curvature | None:
-    """a (diag(p) - p p^T), p the softmax of the output along an axis, if that is what Hessian-vector products say.
+             tolerance: float) -> tuple[Tensor, int] | None:
+    """a and the axis, if Hessian-vector products are those of a (diag(p) - p p^T), p the softmax of the output along an axis.
 
     For cross entropy a, the weight of the targets, is the same for any output, so it is found where no p vanishes, from H z
     there; `check` is another vector, and H times it.
@@ -211,8 +227,7 @@ def _softmax(outputs: Sequence[Tensor], moderate: _Hessian | None, z: Tensor, ch
         a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
         pairs = ((a * u, hz), (a * unit(output, v, axis), hv))
         if all(_agree(found.flatten(1), expected.flatten(1), scale, tolerance) for found, expected in pairs):
-            own = torch.promote_types(outputs[0].dtype, torch.float32)
-            return SoftmaxCurvature(outputs[0], a.squeeze(axis).to(own), name, axis)
+            return a.squeeze(axis), axis
     return None
 
 

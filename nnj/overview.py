@@ -70,15 +70,21 @@ def lines(model: nn.Module, x: Any = None) -> list[Line]:
 
     Args:
         model: it is not changed, but for what a call of it changes.
-        x: an input, or a tuple of its arguments: the model is called once, and each rule is asked what it says of its call.
+        x: an input, or a tuple of its arguments, or a dict of them by name: the model is called once, and each rule is asked
+            what it says of its call.
 
     Errors: what the model raises; `PluginError` for a rule that is broken.
     """
-    calls = None if x is None else _calls(model, x if isinstance(x, tuple) else (x,))
+    calls = None if x is None else _calls(model, x)
     return [_line(path, module, None if calls is None else calls.get(id(module), [])) for path, module in model.named_modules()]
 
 
-def _calls(model: nn.Module, args: tuple[Any, ...]) -> dict[int, list[_Call]]:
+def call_with(model: Callable[..., Any], x: Any) -> Any:
+    """The model at an input, a tuple of arguments, or a dict of named ones."""
+    return model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, (tuple, list)) else model(x)
+
+
+def _calls(model: nn.Module, x: Any) -> dict[int, list[_Call]]:
     """The calls of all modules in one forward pass, by the module's id."""
     found: dict[int, list[_Call]] = {}
 
@@ -91,7 +97,7 @@ def _calls(model: nn.Module, args: tuple[Any, ...]) -> dict[int, list[_Call]]:
     with temporarily_extended(model), torch.enable_grad():
         handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
         try:
-            model(*args)
+            call_with(model, x)
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from nnj import hooks as nnj_hooks
-from nnj.collection import collect
+from nnj.checking import ModelReport, check_model
 from nnj.curvature import Curvature
 from nnj.factors import Factor
 from nnj.hessian import twice
@@ -221,30 +220,4 @@ def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> N
     _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
 
 
-def check_model(model: nn.Module, loss: Any, x: Tensor, *targets: Any, reference: Callable[..., Tensor] | None = None) -> None:
-    """Check `ggn_diag` of a whole model at `x` against J^T H J from dense derivatives of `torch.func`, in float64.
-
-    For a user who wants to know that nnj takes *this* model. Model and loss are copied; the model takes x and gives one
-    tensor, the loss takes (output, *targets). The dense Jacobian has (entries of the output) x (number of parameters) entries, so
-    take a small batch. A forward that draws random numbers needs eval mode. `reference` is that of `check_loss`.
-
-    Errors: AssertionError naming the parameter; `NNJError` where nnj refuses the model.
-    """
-    model = nnj_hooks.retract(copy.deepcopy(model)).double()
-    loss = nnj_hooks.retract(copy.deepcopy(loss)).double() if isinstance(loss, nn.Module) else loss
-    x, targets = _double(x), tuple(_double(t) for t in targets)
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    f = functional_call(model, params, (x,)).detach()
-    run: Callable[..., Tensor] = reference or (lambda loss, *given: loss(*given))
-    h = jacrev(jacrev(lambda t: run(loss, t.reshape(f.shape), *targets)))(f.reshape(-1)).detach()
-    found = copy.deepcopy(model)
-    extended = nnj_hooks.extend(copy.deepcopy(loss), loss=True)
-    with collect("ggn_diag"):
-        extended(nnj_hooks.extend(found)(x), *targets).backward()
-    for name, p in found.named_parameters():
-        if p.requires_grad:
-            j = jacrev(lambda q, name=name: functional_call(model, {**params, name: q}, (x.clone(),)))(params[name])
-            j = j.detach().reshape(f.numel(), -1)
-            expected = ((h @ j) * j).sum(0).reshape(p.shape)
-            collected = getattr(p, "ggn_diag", None)
-            _same(f"ggn_diag of '{name}'", torch.zeros_like(p) if collected is None else collected, expected)
+__all__ = ["ModelReport", "check_layer", "check_loss", "check_model", "layer_jacobians", "loss_curvature"]

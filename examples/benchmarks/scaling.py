@@ -17,7 +17,8 @@ from harness import WRONG, Pool, cell, machine, median, milliseconds, parser
 from tools import NAMES
 
 BASE = {"N": 32, "C": 16, "width": 128, "depth": 4}
-SWEEPS = {"C": [4, 16, 64, 256, 1024], "N": [8, 32, 128, 512, 2048], "width": [64, 128, 256, 512, 1024], "depth": [2, 4, 8, 16, 32]}
+SWEEPS = {"C": [4, 16, 64, 256, 1024], "N": [8, 32, 128, 512, 2048], "width": [64, 128, 256, 512, 1024],
+          "depth": [2, 4, 8, 16, 32]}
 
 
 def name(axis: str, size: int) -> str:
