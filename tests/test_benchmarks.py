@@ -130,7 +130,7 @@ def test_what_goes_wrong_is_a_cell_that_says_so(bench, monkeypatch, tmp_path):
 
 
 def result(seconds: list[float], error: float = 1e-7, size: float = 2**21, failed: str = ""):
-    return {"failed": failed, "error": error, "bytes": size, "times": seconds}
+    return {"failed": failed, "error": error, "bytes": size, "times": seconds, "others": 0.0}
 
 
 def test_table_of_the_comparison(bench):
@@ -143,6 +143,9 @@ def test_table_of_the_comparison(bench):
         "MLP 8-8-5, for tests of this script", "4", "5", "1 ms", "4 ms (3–5), 2 MiB, error 1e-07",
         "2 ms (2–2), 4 MiB, error 1e-07", "wrong by 0.5: 1 ms (1–1), 2 MiB", "missing: laplace", "2 (BackPACK)", "0.5 (BackPACK)"]
     assert lines[-1] == "here."
+    row["jax"]["others"] = 0.96
+    lines = bench.compare.table({"machine": "here", "tools": tools, "rows": {"tiny": row}}).splitlines()
+    assert lines[-1] == "here. **Disturbed:** other programs used up to 1.0 cores meanwhile."
 
 
 def test_scaling_on_the_smallest_sizes(bench, tmp_path):

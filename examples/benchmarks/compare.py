@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from harness import WRONG, Pool, cell, machine, median, milliseconds, parser
+from harness import WRONG, Pool, cell, disturbed, machine, median, milliseconds, parser
 from networks import ROWS
 from tools import NAMES
 
@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
         last = [f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–" for key in ("time", "memory")]
         cells = [milliseconds(row["gradient"]), *(cell(row[t]) for t in tools), *last]
         lines.append(f"| {' | '.join([spec.text, str(spec.shape[0]), str(spec.classes), *cells])} |")
-    return "\n".join([*lines, "", results["machine"] + "."])
+    return "\n".join([*lines, "", results["machine"] + "." + disturbed(results["rows"])])
 
 
 def figure(results: dict[str, Any], path: Path) -> None:

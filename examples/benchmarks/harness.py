@@ -4,7 +4,7 @@ Every tool runs in its own process (worker.py) with its own idiomatic code (tool
 float32. Its first run is no measure: it loads and compiles. Its result is compared with a reference in float64 (plain autograd)
 before it is timed. Then one run of each tool follows another, so that a busy machine slows them alike. Memory is the peak of a
 run beyond that of a plain gradient in the same process: of the process (Linux; to a few MiB), or on a GPU of the allocator.
-Another program on one of the cores makes everything with threads slow, many times over: see the spread.
+Another program on one of the cores makes all that has threads slow, many times over: the table says where there was one.
 
 What goes wrong becomes a cell that says so: wrong, refused, missing, crashed, out of memory, or longer than the limit.
 
@@ -39,6 +39,20 @@ WRONG = 1e-3  # relative error beyond which a result in float32 is called wrong
 PATIENCE = 3600.0  # seconds for a command to the reference, which is exact and slow
 
 
+def busy(threads: int) -> float:
+    """Seconds so far in which the cores of the workers did anything, or were taken by the host (Linux; elsewhere 0)."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    cores = {f"cpu{i}" for i in sorted(os.sched_getaffinity(0))[:threads]}  # as in worker.py
+    found = 0
+    for name, *values in map(str.split, path.read_text().splitlines()):
+        if name in cores:
+            user, nice, system, _, _, *rest = map(int, values[:8])  # left out: idle, and waiting for disks
+            found += user + nice + system + sum(rest)
+    return found / os.sysconf("SC_CLK_TCK")
+
+
 class Process:
     """One tool. After a failure it is dead and says why."""
 
@@ -48,6 +62,7 @@ class Process:
         if args.device == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         self.tool, self.limit, self.failed = tool, PATIENCE if tool == "reference" else args.limit, ""
+        self.threads = args.threads if args.device == "cpu" else 0
         self.stderr = tempfile.TemporaryFile()
         self.pipe = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
@@ -58,7 +73,7 @@ class Process:
     def clear(self) -> None:
         self.times: list[float] = []
         self.error = self.bytes = math.nan
-        self.spent = 0.0
+        self.spent = self.others = 0.0  # seconds by the clock, and of cores that other programs had meanwhile
 
     def load(self, row: str) -> None:
         """Go on with another network."""
@@ -85,6 +100,16 @@ class Process:
             self.close()
         return answer
 
+    def time(self) -> float:
+        """Seconds of one run; nan after a failure."""
+        before, start = busy(self.threads), time.monotonic()
+        answer = self.ask("time")
+        if "seconds" not in answer:
+            return math.nan
+        others = (busy(self.threads) - before - answer["used"]) / (time.monotonic() - start)
+        self.others = max(self.others, others)
+        return answer["seconds"]
+
     def death(self) -> str:
         """Why the process is gone."""
         code = self.pipe.wait()
@@ -100,7 +125,8 @@ class Process:
         self.stderr.close()
 
     def summary(self) -> dict[str, Any]:
-        return {"failed": self.failed, "error": self.error, "bytes": self.bytes, "times": self.times}
+        return {"failed": self.failed, "error": self.error, "bytes": self.bytes, "times": self.times,
+                "others": self.others}
 
 
 class Pool:
@@ -150,9 +176,9 @@ class Pool:
             for process in alive:
                 if process.times and process.spent > process.limit:
                     continue  # a slow tool repeats less, so that the whole ends
-                answer = process.ask("time")
-                if "seconds" in answer:
-                    process.times.append(answer["seconds"])
+                seconds = process.time()
+                if not math.isnan(seconds):
+                    process.times.append(seconds)
         return {process.tool: process.summary() for process in alive}
 
 
@@ -173,6 +199,12 @@ def cell(r: dict[str, Any]) -> str:
     memory = "" if math.isnan(r["bytes"]) else f", {r['bytes'] / 2**20:.0f} MiB"
     text = f"{milliseconds(r)} ({low:.3g}–{high:.3g}){memory}"
     return f"{text}, error {r['error']:.0e}" if r["error"] <= WRONG else f"wrong by {r['error']:.1g}: {text}"
+
+
+def disturbed(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A sentence where other programs had more than a quarter of a core during a run: such a table is to be made again."""
+    most = max((r["others"] for row in rows.values() for r in row.values()), default=0.0)
+    return f" **Disturbed:** other programs used up to {most:.1f} cores meanwhile." if most > 0.25 else ""
 
 
 def version(package: str) -> str:

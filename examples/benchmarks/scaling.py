@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness import WRONG, Pool, cell, machine, median, milliseconds, parser
+from harness import WRONG, Pool, cell, disturbed, machine, median, milliseconds, parser
 from tools import NAMES
 
 BASE = {"N": 32, "C": 16, "width": 128, "depth": 4}
@@ -55,7 +55,8 @@ def table(results: dict[str, Any]) -> str:
         slopes = [exponent(line(results, axis, tool)) for tool in ("gradient", *tools)]
         lines.append(f"| time ∝ {axis}^a, a = | {' | '.join('–' if math.isnan(a) else f'{a:.2f}' for a in slopes)} |")
     base = ", ".join(f"{key} = {value}" for key, value in BASE.items())
-    return "\n".join([*lines, "", f"MLP with ReLU, {base} where nothing else is said. {results['machine']}."])
+    text = f"MLP with ReLU, {base} where nothing else is said. {results['machine']}.{disturbed(results['rows'])}"
+    return "\n".join([*lines, "", text])
 
 
 def figure(results: dict[str, Any], path: Path) -> None:

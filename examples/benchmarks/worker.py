@@ -92,13 +92,14 @@ class Worker:
     def time(self, least: float = 0.3) -> dict[str, Any]:
         """The median of as many runs as fit into `least` seconds, one at least: short runs are not those of cold caches."""
         seconds: list[float] = []
+        used = time.process_time()
         while not seconds or sum(seconds) < least:
             self.wait()
             start = time.perf_counter()
             self.result = self.run()
             self.wait()
             seconds.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(seconds)}
+        return {"seconds": statistics.median(seconds), "used": time.process_time() - used}
 
     def wait(self) -> None:
         if self.device != "cpu":
