@@ -94,6 +94,11 @@ class Contribution:
         return whole
 
 
+def _own_params(m: nn.Module) -> list[nn.Parameter]:
+    """Each once, in order; torch's own iterators take much longer."""
+    return list({id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values())
+
+
 class Target:
     """One open collection as a sweep sees it: its parameters, its modules, its quantities."""
 
@@ -101,8 +106,8 @@ class Target:
         self.collection = collection
         tops = roots if collection.modules is None else collection.modules
         self.modules = list({id(m): m for top in tops for m in top.modules()}.values())
-        self.params = {id(p): p for m in self.modules for p in m.parameters(recurse=False) if p.requires_grad}
-        self.own = {id(m): [p for _, p in m.named_parameters(recurse=False) if p.requires_grad] for m in self.modules}
+        self.own = {id(m): _own_params(m) for m in self.modules}
+        self.params = {id(p): p for own in self.own.values() for p in own}
         self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
         self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
         self.pending: dict[int, dict[int, Factor]] = {}
@@ -242,7 +247,7 @@ def _of_several(modules: dict[int, nn.Module]) -> set[int]:
     seen: set[int] = set()
     twice: set[int] = set()
     for m in modules.values():
-        own = {id(p) for p in m.parameters(recurse=False)}
+        own = {id(p) for p in m._parameters.values()}
         twice |= own & seen
         seen |= own
     return twice
