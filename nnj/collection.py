@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable
@@ -158,6 +159,12 @@ def _checked_tolerance(tol: float, quantities: dict[str, Quantity]) -> float:
     return float(tol)
 
 
+@functools.cache
+def _options(rule: Callable[..., Any]) -> list[str]:
+    """The keyword arguments of a quantity."""
+    return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
+
+
 def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
     """Quantities by name, each with the options that it declares."""
     made: dict[str, Quantity] = {}
@@ -167,7 +174,7 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         if entry is None:
             known = sorted(e.key for e in manager().entries("quantity"))
             raise NNJError(f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}")
-        accepted = [p for p in inspect.signature(entry.rule).parameters if p not in ("args", "kwargs")]
+        accepted = _options(entry.rule)
         declared.update({option: name for option in accepted})
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
     for option in options:

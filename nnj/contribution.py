@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from nnj.errors import NNJError
 from nnj.factors import Factor
 from nnj.graph import Graph
 from nnj.grouping import plan
-from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
+from nnj.head import HeadColumns
 from nnj.hooks import extended_roots
 from nnj.nodes import edge_shape
 from nnj.operators import Affine, Scale, Select
@@ -94,6 +94,11 @@ class Contribution:
         return whole
 
 
+def _own_params(m: nn.Module) -> list[nn.Parameter]:
+    """Each once, in order; torch's own iterators take much longer."""
+    return list({id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values())
+
+
 class Target:
     """One open collection as a sweep sees it: its parameters, its modules, its quantities."""
 
@@ -101,8 +106,8 @@ class Target:
         self.collection = collection
         tops = roots if collection.modules is None else collection.modules
         self.modules = list({id(m): m for top in tops for m in top.modules()}.values())
-        self.params = {id(p): p for m in self.modules for p in m.parameters(recurse=False) if p.requires_grad}
-        self.own = {id(m): [p for _, p in m.named_parameters(recurse=False) if p.requires_grad] for m in self.modules}
+        self.own = {id(m): _own_params(m) for m in self.modules}
+        self.params = {id(p): p for own in self.own.values() for p in own}
         self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
         self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
         self.pending: dict[int, dict[int, Factor]] = {}
@@ -221,8 +226,10 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
         selection = columns.select(owner, tol)
         shared = _of_several({id(m): m for t in targets for m in t.modules})
         head = HeadColumns(sweep, columns.curvature, shared, selection if tol else None)
+        if head.useful:
+            head.narrow(min(c.memory for c in collections))
         for target in targets:
-            target.in_all["exact"] = head.k if head.useful else selection.k
+            target.in_all["exact"] = head.walks if head.useful else selection.k
             found[id(target.collection)].selected(selection)
         if head.useful:
             del wants["exact"]
@@ -240,7 +247,7 @@ def _of_several(modules: dict[int, nn.Module]) -> set[int]:
     seen: set[int] = set()
     twice: set[int] = set()
     for m in modules.values():
-        own = {id(p) for p in m.parameters(recurse=False)}
+        own = {id(p) for p in m._parameters.values()}
         twice |= own & seen
         seen |= own
     return twice
@@ -253,14 +260,7 @@ def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dic
     units = sweep.graph.units[len(head.units) :]
     if not units:
         return
-    shape = edge_shape(head.edge)
-    k, d = head.k, math.prod(shape[1:])
-    if worth_recompressing(k, sweep.n, d, walk_cost(units)):
-        whole = recompress(torch.cat(list(head.columns(k))))
-        chunks: Iterable[Tensor] = whole.split(size)
-    else:
-        chunks = head.columns(size)
-    for v in chunks:
+    for v in head.walked(size):
         parts = {"exact": slice(0, v.shape[0])}
         sweep.run({head.edge: v}, v.shape[0], sink(parts), units)
         flush(parts)
