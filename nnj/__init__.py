@@ -8,8 +8,9 @@ from nnj.factors import Factor
 from nnj.fitted import Fit
 from nnj.fitting import fit
 from nnj.hessian import twice
-from nnj.hooks import FunctionLoss, extend, retract
+from nnj.hooks import extend, retract
 from nnj.hookspecs import hookimpl
+from nnj.loss_hook import FunctionLoss
 from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select
 from nnj.plugins import PluginManager
 from nnj.products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj import hooks
+from nnj import loss_hook
 from nnj.contribution import Contribution
 from nnj.errors import NNJError
 from nnj.plugins import manager
@@ -227,4 +227,4 @@ def _finisher(thread: int, task: int, collections: list[collect]) -> Callable[[]
     return finish
 
 
-hooks.listeners.append(_arrived)
+loss_hook.listeners.append(_arrived)

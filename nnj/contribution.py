@@ -220,7 +220,7 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
             target.flush(found[id(target.collection)], parts)
 
     selection = None
-    size = _columns_at_once(sweep, min(c.memory for c in collections))
+    fits, likes = _columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
         tol = min(t.collection.tol for t in targets if any(q.source == "exact" for q in t.collection.quantities.values()))
         selection = columns.select(owner, tol)
@@ -233,7 +233,8 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
             found[id(target.collection)].selected(selection)
         if head.useful:
             del wants["exact"]
-            _walk_behind(head, sweep, size, sink, flush)
+            _walk_behind(head, sweep, _even(head.walks, fits, likes), sink, flush)
+    size = _even(selection.k, fits, likes) if selection and "exact" in wants else likes
     for chunk in columns.chunks(wants, selection, size):
         sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
         flush(chunk.parts)
@@ -282,8 +283,13 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
                 into.known[id(p)] = p
 
 
-def _columns_at_once(sweep: Sweep, memory: int) -> int:
-    """How many columns walk together: what `memory` holds, and on a CPU no more than its caches like.
+def _even(k: int, fits: int, likes: int) -> int:
+    """The length of turns of about `likes` columns, `fits` at most, that are all about as long."""
+    return max(1, math.ceil(k / max(math.ceil(k / fits), round(k / likes), 1)))
+
+
+def _columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
+    """How many columns may walk together: what `memory` holds; and on a CPU about what its caches like.
 
     Of memory each takes the share of the largest unit, with what is formed on the way (3 times, in 8 bytes). A turn should not be
     larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
@@ -303,6 +309,6 @@ def _columns_at_once(sweep: Sweep, memory: int) -> int:
             elif isinstance(j, Affine) and j.places > 1:
                 patches += j.n * j.places * math.prod(j.matrix[::2])
         most = max(most, size)
-    held = memory // (8 * 3 * most)
+    fits = max(1, memory // (8 * 3 * most))
     device = sweep.graph.roots[0][0]._input_metadata[0].device
-    return max(1, min(held, (CACHE + patches) // widest) if device.type == "cpu" else held)
+    return fits, max(1, min(fits, (CACHE + patches) // widest) if device.type == "cpu" else fits)
