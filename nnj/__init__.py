@@ -1,6 +1,7 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
 from nnj import utils
 from nnj.abstract import AbstractJacobian
+from nnj.arranged import Arranged
 from nnj.collection import collect
 from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
@@ -18,8 +19,8 @@ from nnj.quantities.base import Quantity
 
 __version__ = "1.0.0"
 __all__ = [
-    "AbstractJacobian", "Affine", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor", "Fit",
-    "FunctionLoss", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale",
+    "AbstractJacobian", "Affine", "Arranged", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor",
+    "Fit", "FunctionLoss", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale",
     "Select", "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "fit", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
     "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "utils", "vjp",
 ]
