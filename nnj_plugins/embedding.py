@@ -12,7 +12,7 @@ import nnj
 def check(m: nn.Embedding | nn.EmbeddingBag) -> None:
     """Errors: `NNJError` if .grad is not the gradient; NotImplementedError if the call changes the table."""
     if m.scale_grad_by_freq:
-        raise nnj.NNJError(f"{type(m).__name__}: scale_grad_by_freq=True divides the gradient by the count of an index in the batch, "
+        raise nnj.NNJError(f"{type(m).__name__}: scale_grad_by_freq=True divides the gradient by the count of an index, "
                            f"so that it is none of the model's function, and samples influence one another. Set it to False")
     if m.max_norm is not None:
         raise NotImplementedError("max_norm, which changes the table in the call")
