@@ -9,7 +9,7 @@ _CLAUSE = re.compile(r"\s*(~=|==|!=|<=|>=|<|>)\s*(\d+(?:\.\d+)*)(\.\*)?\s*")
 
 
 def wanted(requirements: Iterable[str]) -> str:
-    """What `Requires-Dist` lines ask of nnj, such as ">=1,<2"; "" for nothing. Lines under a condition (an extra) do not count."""
+    """What `Requires-Dist` lines ask of nnj, such as ">=1,<2"; "" for nothing. Lines with a condition are left out."""
     found = [match for line in requirements if (match := _NAME.match(line))]
     return ",".join(match[1].replace(" ", "") for match in found if not match[2] and match[1].strip())
 

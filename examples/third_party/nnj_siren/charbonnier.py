@@ -1,5 +1,4 @@
 """l(y, t) = sum of sqrt((y - t)² + eps²): the Charbonnier loss of image regression (Charbonnier et al. 1994)."""
-import torch
 from torch import Tensor, nn
 
 import nnj
