@@ -268,12 +268,18 @@ def _conflict(rivals: list[Entry]) -> PluginError:
     return PluginError(f"{full_name(rivals[0].key)} is {verb} {times}: {by}{remedy}{other}")
 
 
-def _fact(error: Exception) -> str:
+def _fact(error: BaseException) -> str:
     return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
 
 def _remedy(source: Source) -> str:
     return f" Disable it with {DISABLED}={source.plugin}" if source.distribution else ""
+
+
+def at_work(source: Source) -> str:
+    """Whose a rule is that failed while it was used, and how to go on without it."""
+    return f". It is of {source.distribution} {source.version}, and {DISABLED}={source.plugin} disables it" \
+        if source.distribution else ""
 
 
 def _raise(errors: list[PluginError]) -> None:

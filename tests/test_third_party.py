@@ -1,22 +1,26 @@
-"""A stranger's package teaches nnj a layer: examples/third_party, built, installed and used as pip leaves it."""
+"""A stranger's package, the template of examples/third_party: built, installed and used as pip leaves it."""
 from __future__ import annotations
 
-import importlib.util
-import os
+import re
 import shutil
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-USE = """
-import nnj, nnj_siren, torch
+from tests.fakes import ROOT
+from tests.installing import install
 
-calls, rule = [], nnj_siren.sine
-nnj_siren.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)  # the hook has not run yet: loading is lazy
+SOURCE = ROOT / "examples" / "third_party"
+PLUGINS = ["nnj-siren", "nnj-siren-fast", "nnj-siren-loss", "nnj-siren-trace"]
+USE = """
+import os, sys
+import nnj, nnj_siren, torch
+from nnj_siren import fast, sine
+
+calls = []
+def noted(module):  # the hooks have not run yet: loading is lazy
+    rule = module.sine
+    module.sine = lambda m, x, y: calls.append(module) or rule(m, x, y)
+noted(sine), noted(fast)
 
 torch.manual_seed(0)
 x, y = torch.randn(6, 2, dtype=torch.float64), torch.randint(3, (6,))
@@ -25,7 +29,7 @@ model = nnj.extend(net)
 loss_func = nnj.extend(torch.nn.CrossEntropyLoss())
 with nnj.collect("ggn_diag", "ggn_block"):
     loss_func(model(x), y).backward()
-assert model[1] in calls, "the rule has not run"
+assert set(calls) == {sine if os.environ["NNJ_DISABLED_PLUGINS"] else fast}, calls
 
 params = dict(model.named_parameters())
 j = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(params)
@@ -41,38 +45,43 @@ for name, param in params.items():
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """`python(*args)`: run in an interpreter that finds nnj as here, and the package where pip has put it."""
-    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
-        pytest.skip("building a package without a network needs pip and setuptools (extra 'test')")
+def run(tmp_path_factory):
+    """`run(*args)`: what an interpreter prints that finds the package where pip has put it."""
     folder = tmp_path_factory.mktemp("third_party")
-    source, target = folder / "source", folder / "target"
-    shutil.copytree(ROOT / "examples" / "third_party", source)  # pip leaves build folders in what it builds
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*install, "--target", str(target), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    path = os.pathsep.join(filter(None, [str(target), str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    source = folder / "source"
+    shutil.copytree(SOURCE, source)  # pip leaves build folders in what it builds
+    start = install(folder / "target", source)
 
-    def run(*args: str) -> str:
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, capture_output=True, text=True)
+    def run(*args, **options) -> str:
+        done = start(*args, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     return run
 
 
-def test_it_is_listed(python):
-    lines = [line.split() for line in python("-m", "nnj").splitlines()]
-    assert ["nnj_siren.Sine", "sine", "nnj-siren", "nnj-siren", "0.1"] in lines
+def test_it_is_listed(run):
+    lines = [line.split() for line in run("-m", "nnj").splitlines()]
+    assert [line for line in lines if line[-2:] == ["nnj-siren", "0.2"]] == [
+        ["nnj_siren.sine.Sine", "sine", "nnj-siren-fast", "nnj-siren", "0.2"],
+        ["nnj_siren.charbonnier.Charbonnier", "charbonnier", "nnj-siren-loss", "nnj-siren", "0.2"],
+        ["ggn_trace", "GGNTrace", "nnj-siren-trace", "nnj-siren", "0.2"]]
 
 
-def test_its_own_test_passes(python):
-    test = ROOT / "examples" / "third_party" / "test_nnj_siren.py"
-    assert "1 passed" in python("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(test))
+def test_its_own_tests_pass(run):
+    tests = str(SOURCE / "tests")
+    out = run("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", tests, tests)
+    found = re.search(r"^(\d+) passed(?!.*(failed|error|skipped))", out.splitlines()[-1])
+    assert found and int(found[1]) >= 14, out
 
 
-def test_it_is_used_and_exact(python):
-    if not any(point.value == "nnj.quantities" for point in metadata.entry_points(group="nnj")):
-        pytest.skip("nnj is not installed, so its own plugins have no entry points: pip install -e .")
-    python("-c", USE)
+@pytest.mark.parametrize("disabled", [[], ["nnj-siren-fast"]], ids=["fast", "only its Jacobian"])
+def test_it_is_used_and_exact(run, disabled):
+    run("-c", USE, disabled=disabled)
+
+
+def test_its_readme_says_what_is_there():
+    readme, project = (SOURCE / "README.md").read_text(), (SOURCE / "pyproject.toml").read_text()
+    told = dict(re.findall(r"^\| `nnj_siren/(\w+)\.py` \| `([\w-]+)` \|", readme, re.MULTILINE))
+    points = {module: name for name, module in re.findall(r'^(nnj-[\w-]+) = "nnj_siren\.(\w+)"$', project, re.MULTILINE)}
+    assert told == points and sorted(points.values()) == PLUGINS
