@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnj.arranged import Arranged
 from nnj.factors import Factor
 from nnj.nodes import edge_shape, node_name, own_task, saved
 from nnj.operators import Affine, Jacobian, Scale
 from nnj.owners import Owner
-from nnj.pieces import Rows, Turned
+from nnj.pieces import Rows
 from nnj.records import Edge
 
 NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
@@ -33,23 +34,6 @@ class Bare:
     operand: int
     p: nn.Parameter
     j: Jacobian
-
-
-class Transposed(Jacobian):
-    """The Jacobian in W^T as that in W."""
-
-    def __init__(self, j: Jacobian):
-        super().__init__(j.inputs[::-1], j.outputs, j.like)
-        self.j = j
-
-    def jvp(self, v: Tensor) -> Tensor:
-        return self.j.jvp(v.mT)
-
-    def vjp(self, u: Tensor) -> Tensor:
-        return self.j.vjp(u).mT
-
-    def pullback(self, u: Tensor, owner: Owner) -> Factor:
-        return Turned(self.j.pullback(u, owner))
 
 
 class Chunk(Jacobian):
@@ -108,7 +92,7 @@ def product(node: Any, wanted: Callable[[Tensor], bool], held: Held) -> list[Bar
     like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
     patches = lambda at: held()[at, None, :, None].to(p.dtype)
     j: Jacobian = Affine(patches, (shape[1], width), shape[1:], like)
-    found = [Bare(first + 1, p, Transposed(j) if turned else _whole(j, rows, p))]
+    found = [Bare(first + 1, p, Arranged(j, j.inputs[::-1]) if turned else _whole(j, rows, p))]
     end = _end(node.next_functions[0], wanted) if first else None
     if end is not None and edge_shape(node.next_functions[0]) == shape[1:] and end[0].dtype == p.dtype:
         b, _, rows = end

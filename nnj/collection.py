@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj import hooks
+from nnj import loss_hook
 from nnj.contribution import Contribution
 from nnj.errors import NNJError, PluginError
 from nnj.plugins import manager
@@ -40,7 +41,7 @@ class collect:  # noqa: N801
         options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
 
     Attributes:
-        deficit: what was left out under `tol`, as a part of that trace, over all backward passes so far.
+        deficit, trace: what was left out under `tol`, as a part of that trace, over all backward passes so far; the trace.
         columns: how many exact columns walked in the pass that had most of them.
 
     Results are attributes under the quantity's name: on each parameter that requires grad (of its shape; None if no backward
@@ -65,16 +66,16 @@ class collect:  # noqa: N801
         self.passes = 0
         self.refused = False
         self.columns = 0
-        self._trace = self._dropped = 0.0
+        self.trace = self._dropped = 0.0
 
     @property
     def deficit(self) -> float:
-        return self._dropped / self._trace if self._trace else 0.0
+        return self._dropped / self.trace if self.trace else 0.0
 
     def __enter__(self) -> collect:
         self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
         self.samples, self.passes, self.refused, self.columns = 0, 0, False, 0
-        self._trace = self._dropped = 0.0
+        self.trace = self._dropped = 0.0
         for name in self.quantities:
             for holder in list(_published.get((threading.get_ident(), name), {})):
                 vars(holder).pop(name, None)
@@ -104,7 +105,7 @@ class collect:  # noqa: N801
         """Take in what one backward pass has contributed."""
         self.passes += 1
         merged = Contribution.merge(contributions, {name for name, q in self.quantities.items() if q.per_sample})
-        self._trace, self._dropped = self._trace + merged.trace, self._dropped + merged.dropped
+        self.trace, self._dropped = self.trace + merged.trace, self._dropped + merged.dropped
         self.columns = max(self.columns, merged.columns)
         for name, quantity in self.quantities.items():
             known = self.results[name]
@@ -158,6 +159,12 @@ def _checked_tolerance(tol: float, quantities: dict[str, Quantity]) -> float:
     return float(tol)
 
 
+@functools.cache
+def _options(rule: Callable[..., Any]) -> list[str]:
+    """The keyword arguments of a quantity."""
+    return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
+
+
 def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
     """Quantities by name, each with the options that it declares."""
     made: dict[str, Quantity] = {}
@@ -167,7 +174,7 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         if entry is None:
             known = sorted(e.key for e in manager().entries("quantity"))
             raise NNJError(f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}")
-        accepted = [p for p in inspect.signature(entry.rule).parameters if p not in ("args", "kwargs")]
+        accepted = _options(entry.rule)
         declared.update({option: name for option in accepted})
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
         if not isinstance(made[name], Quantity):
@@ -223,4 +230,4 @@ def _finisher(thread: int, task: int, collections: list[collect]) -> Callable[[]
     return finish
 
 
-hooks.listeners.append(_arrived)
+loss_hook.listeners.append(_arrived)

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnj.curvature import Curvature, check_outputs, rows_of
 from nnj.errors import NNJError, PluginError
 from nnj.hessian import twice
-from nnj.hooks import FunctionLoss
+from nnj.loss_hook import FunctionLoss
 from nnj.owners import Owner
 from nnj.plugins import at_work, manager
 from nnj.records import Edge, LossCall

@@ -1,8 +1,7 @@
 """What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities take their share."""
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,8 @@ from nnj.errors import NNJError
 from nnj.factors import Factor
 from nnj.graph import Graph
 from nnj.grouping import plan
-from nnj.head import HeadColumns, recompress, walk_cost, worth_recompressing
+from nnj.head import HeadColumns
 from nnj.hooks import extended_roots
-from nnj.nodes import edge_shape
-from nnj.operators import Affine, Scale, Select
 from nnj.owners import Owner
 from nnj.plugins import manager
 from nnj.quantities.base import Quantity
@@ -24,12 +21,10 @@ from nnj.records import LossCall
 from nnj.scalar import check_arguments
 from nnj.selection import Selection, Whole
 from nnj.sweep import Sink, Sweep
+from nnj.turns import columns_at_once, even
 
 if TYPE_CHECKING:
     from nnj.collection import collect
-
-CACHE = 1 << 19  # entries of a tangent that stay in the caches of a CPU while a turn walks
-
 
 class Contribution:
     """Values of one collection from one loss, or from all losses of one backward pass."""
@@ -95,6 +90,11 @@ class Contribution:
         return whole
 
 
+def _own_params(m: nn.Module) -> list[nn.Parameter]:
+    """Each once, in order; torch's own iterators take much longer."""
+    return list({id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values())
+
+
 class Target:
     """One open collection as a sweep sees it: its parameters, its modules, its quantities."""
 
@@ -102,8 +102,8 @@ class Target:
         self.collection = collection
         tops = roots if collection.modules is None else collection.modules
         self.modules = list({id(m): m for top in tops for m in top.modules()}.values())
-        self.params = {id(p): p for m in self.modules for p in m.parameters(recurse=False) if p.requires_grad}
-        self.own = {id(m): [p for _, p in m.named_parameters(recurse=False) if p.requires_grad] for m in self.modules}
+        self.own = {id(m): _own_params(m) for m in self.modules}
+        self.params = {id(p): p for own in self.own.values() for p in own}
         self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
         self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
         self.pending: dict[int, dict[int, Factor]] = {}
@@ -228,18 +228,21 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
             target.flush(found[id(target.collection)], parts)
 
     selection = None
-    size = _columns_at_once(sweep, min(c.memory for c in collections))
+    fits, likes = columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
         tol = min(t.collection.tol for t in targets if any(q.source == "exact" for q in t.collection.quantities.values()))
         selection = columns.select(owner, tol)
         shared = _of_several({id(m): m for t in targets for m in t.modules})
         head = HeadColumns(sweep, columns.curvature, shared, selection if tol else None)
+        if head.useful:
+            head.narrow(min(c.memory for c in collections))
         for target in targets:
-            target.in_all["exact"] = head.k if head.useful else selection.k
+            target.in_all["exact"] = head.walks if head.useful else selection.k
             found[id(target.collection)].selected(selection)
         if head.useful:
             del wants["exact"]
-            _walk_behind(head, sweep, size, sink, flush)
+            _walk_behind(head, sweep, even(head.walks, fits, likes), sink, flush)
+    size = even(selection.k, fits, likes) if selection and "exact" in wants else likes
     for chunk in columns.chunks(wants, selection, size):
         sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
         flush(chunk.parts)
@@ -253,7 +256,7 @@ def _of_several(modules: dict[int, nn.Module]) -> set[int]:
     seen: set[int] = set()
     twice: set[int] = set()
     for m in modules.values():
-        own = {id(p) for p in m.parameters(recurse=False)}
+        own = {id(p) for p in m._parameters.values()}
         twice |= own & seen
         seen |= own
     return twice
@@ -266,14 +269,7 @@ def _walk_behind(head: HeadColumns, sweep: Sweep, size: int, sink: Callable[[dic
     units = sweep.graph.units[len(head.units) :]
     if not units:
         return
-    shape = edge_shape(head.edge)
-    k, d = head.k, math.prod(shape[1:])
-    if worth_recompressing(k, sweep.n, d, walk_cost(units)):
-        whole = recompress(torch.cat(list(head.columns(k))))
-        chunks: Iterable[Tensor] = whole.split(size)
-    else:
-        chunks = head.columns(size)
-    for v in chunks:
+    for v in head.walked(size):
         parts = {"exact": slice(0, v.shape[0])}
         sweep.run({head.edge: v}, v.shape[0], sink(parts), units)
         flush(parts)
@@ -293,29 +289,3 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
                 into.known[id(m)] = m
             for p in own:
                 into.known[id(p)] = p
-
-
-def _columns_at_once(sweep: Sweep, memory: int) -> int:
-    """How many columns walk together: what `memory` holds, and on a CPU no more than its caches like.
-
-    Of memory each takes the share of the largest unit, with what is formed on the way (3 times, in 8 bytes). A turn should not be
-    larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
-    """
-    most, widest, patches = 1, 1, 0
-    for unit in sweep.graph.units:
-        times = sweep.n if unit in sweep.explicit else 1
-        size = sum(math.prod(edge_shape(e)) for e in unit.into) * times
-        widest = max(widest, size)
-        for i, edge in enumerate(unit.out):
-            if edge is not None:
-                size += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
-        for slot, p in unit.params:
-            j = unit.slots[slot]
-            if times > 1 or not isinstance(j, (Affine, Scale, Select)):
-                size += p.numel() * sweep.n
-            elif isinstance(j, Affine) and j.places > 1:
-                patches += j.n * j.places * math.prod(j.matrix[::2])
-        most = max(most, size)
-    held = memory // (8 * 3 * most)
-    device = sweep.graph.roots[0][0]._input_metadata[0].device
-    return max(1, min(held, (CACHE + patches) // widest) if device.type == "cpu" else held)

@@ -5,13 +5,14 @@ J_c serve all samples, and S, which is N x C x C, is never made. At the last lay
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
-from nnj.factors import Factor
+from nnj.factors import CHUNK, Factor
 from nnj.graph import Unit
 from nnj.nodes import edge_dtype
 from nnj.operators import Affine, Identity, LinearMap, Scale
@@ -71,6 +72,8 @@ class HeadColumns:
         self.units: list[Unit] = []
         self.edge: Edge = sweep.graph.roots[0]
         self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
+        self.short: int | None = None  # how many columns there are after `narrow`
+        self.stages: list[tuple[Edge, Tensor]] = []  # behind each unit its edge and the rows there
         simple = isinstance(curvature, DiagonalCurvature) or (isinstance(curvature, SoftmaxCurvature) and curvature.places == 1)
         if len(sweep.graph.roots) > 1 or not simple or curvature.rows != sweep.n or sweep.n == 1:
             return
@@ -99,6 +102,7 @@ class HeadColumns:
         self.rows = j.vjp(rows)
         self.units.append(unit)
         self.edge = out
+        self.stages.append((out, self.rows))
         return True
 
     def _one_place(self, unit: Unit, slot: str, p: Tensor) -> bool:
@@ -124,6 +128,46 @@ class HeadColumns:
                 j = unit.slots[slot]
                 u = j.patches()[:, 0, :, 0] if isinstance(j, Affine) else j.like.new_ones(j.n, 1, dtype=unit.dtype)
                 sink(p, Head(self.curvature, u, tuple(p.shape)))
+
+    def narrow(self, memory: int) -> None:
+        """Go back to where columns are shortest, if they are worth recompressing there: `columns` are then as many as entries."""
+        lengths = [rows[0].numel() for _, rows in self.stages]
+        at = lengths.index(min(lengths))
+        d, behind = lengths[at], self.sweep.graph.units[at + 1 :]
+        n, fits = self.sweep.n, self.sweep.n * lengths[at] ** 2 * 8 * 3 <= memory
+        if fits and self.selection is None and worth_recompressing(self.k, n, self.curvature.block, d, walk_cost(behind)):
+            self.units, (self.edge, self.rows) = self.units[: at + 1], self.stages[at]
+            self.short = d
+
+    @property
+    def walks(self) -> int:
+        """How many columns `walked` gives."""
+        return self.k if self.short is None else self.short
+
+    def walked(self, size: int) -> Iterator[Tensor]:
+        """What walks on from `edge`, `size` columns at a time."""
+        if self.short is None:
+            yield from self.columns(size)
+            return
+        assert self.rows is not None
+        v = triangular(self.gram()).to(edge_dtype(self.edge)).reshape(self.short, self.sweep.n, *self.rows.shape[2:])
+        yield from v.split(size)
+
+    def gram(self) -> Tensor:
+        """sum over columns of v v^T, (N, d, d), in float64, from the rows of J, without a column."""
+        assert self.rows is not None
+        c, flat = self.curvature, self.rows.reshape(len(self.rows), -1).double()
+        if not isinstance(c, SoftmaxCurvature):
+            return _weighted_gram(flat, c.diagonal().reshape(c.rows, -1).double())
+        # With D_c = J_c - J_t for the likeliest class t, H is a (sum_c p_c D_c D_c^T - R R^T) and R = sum_c p_c D_c: no term is
+        # larger than 1 - p_t.
+        p = c.p[:, 0].double()
+        top = p.argmax(1, keepdim=True)
+        rest = p.scatter(1, top, 0.0)
+        best, mean, mass = flat[top[:, 0]], rest @ flat, rest.sum(1, keepdim=True)
+        cross, r = mean[:, :, None] * best[:, None], mean - mass * best
+        whole = _weighted_gram(flat, rest) - cross - cross.mT + mass[:, :, None] * best[:, :, None] * best[:, None]
+        return (whole - r[:, :, None] * r[:, None]) * c.a[:, 0, :, None].double()
 
     def columns(self, size: int) -> Iterator[Tensor]:
         """All columns on `edge`, (k, N, *shape), `size` at a time at most."""
@@ -175,30 +219,49 @@ class HeadColumns:
         return make
 
 
-def recompress(v: Tensor) -> Tensor:
-    """Fewer columns with the same V^T V for each sample: (K, N, *shape) with K > d = prod(shape) -> (d, N, *shape).
+def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_c w_nc J_c J_c^T: rows (C, d) and weights (N, C) give (N, d, d)."""
+    step = max(1, CHUNK // rows.numel())
+    return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
 
-    The eigenvectors of V^T V, scaled to a unit diagonal so that small entries keep their accuracy.
+
+def triangular(gram: Tensor) -> Tensor:
+    """d columns with a given V^T V for each sample: (N, d, d), in float64 -> (d, N, d).
+
+    Cholesky's, of the matrix scaled to a unit diagonal, so that small entries keep their accuracy, and lifted by its own
+    rounding; the eigenvectors where that is not enough.
     """
-    flat = v.flatten(2).transpose(0, 1).double()  # a root of rounding is far above rounding
-    gram = flat.mT @ flat
-    size = gram.diagonal(dim1=1, dim2=2).sqrt()
+    size = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     inverse = torch.where(size > 0, 1 / size, 0.0)
-    values, vectors = torch.linalg.eigh(gram * inverse[:, :, None] * inverse[:, None])
-    out = (vectors * values.clamp(min=0).sqrt()[:, None]).mT * size[:, None]
-    return out.transpose(0, 1).reshape(-1, *v.shape[1:]).to(v.dtype)
+    scaled = gram * inverse[:, :, None] * inverse[:, None]
+    lifted = scaled.clone()
+    lifted.diagonal(dim1=1, dim2=2).add_(4 * gram.shape[1] * torch.finfo(gram.dtype).eps)
+    root, failed = torch.linalg.cholesky_ex(lifted)
+    bad = failed.nonzero()[:, 0]
+    if len(bad):
+        values, vectors = torch.linalg.eigh(scaled[bad])
+        root[bad] = vectors * values.clamp(min=0).sqrt()[:, None]
+    return (size[:, :, None] * root).permute(2, 0, 1)
 
 
-def worth_recompressing(k: int, n: int, d: int, cost: float) -> bool:
-    """Whether the eigenvectors of n matrices d x d cost less than (k - d) columns, each of `cost` multiply-adds."""
-    return k > d and 60.0 * n * d**3 + n * k * d**2 < (k - d) * cost
+def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:
+    """Whether n matrices d x d, each the sum over c rows, and their roots cost less than (k - d) columns, each of `cost`.
+
+    Multiply-adds; those of matrices in float64, which take twice the time.
+    """
+    return k > d and 2.0 * n * (c * d**2 + d**3) < (k - d) * cost
 
 
 def walk_cost(units: list[Unit]) -> float:
-    """Multiply-adds of one column through some units, by their parameters and places."""
+    """Multiply-adds of one column through some units, by their parameters and places.
+
+    A layer with one place for each sample squares columns before it multiplies them by its input: they cost it their length.
+    """
     total = 0.0
     for unit in units:
         for slot, p in unit.params:
             j = unit.slots[slot]
-            total += 3.0 * j.n * p.numel() * (j.places if isinstance(j, Affine) else 1)
+            places = j.places if isinstance(j, Affine) else 1
+            back = p.numel() * places if unit.out[0] is not None else 0
+            total += j.n * (back + (2.0 * p.numel() * places if places > 1 else math.prod(j.outputs)))
     return max(total, 1.0)

@@ -5,24 +5,23 @@ Nothing is stored on modules or parameters, and nothing happens where no graph i
 """
 from __future__ import annotations
 
-import inspect
 import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_flatten
 
 from nnj.errors import NNJError
+from nnj.loss_hook import FunctionLoss, LossHook, is_loss
 from nnj.plugins import manager
-from nnj.records import MARK, RECORD, CallMark, LossCall, Point, Record, edge_of, tensors, write
+from nnj.records import MARK, RECORD, CallMark, Edge, Point, Record, edge_of, inert, tensors, write
 from nnj.rules import find_rule
 
 
@@ -60,12 +59,6 @@ def extended_roots() -> list[nn.Module]:
     return list(_roots)
 
 
-def _inert() -> bool:
-    """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
-    return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_compiling())
-
-
 class _Before:
     """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last of all pre-hooks."""
 
@@ -73,7 +66,7 @@ class _Before:
         self.batch_axis = batch_axis
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _inert():
+        if inert():
             return
         frames, python = _local.frames, sys._getframe(1)
         _drop_finished(frames, python)
@@ -94,42 +87,72 @@ class _After:
                 break
         else:
             return
-        if _inert() or output is None:
+        if inert() or output is None:
             return
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            self._record(module, frame, output)
+            self._record(module, frame.x, frame.edge, frame.version, output)
         if not frames:
-            axis, given = self.batch_axis, frame.given
-            sizes = list(dict.fromkeys(t.shape[axis] for t in given if t.dim() > axis))
-            mark = CallMark(module, sizes, [t.detach() for t in given], axis, next(_order))
-            _roots.add(module)  # a copy of an extended model is known by its first call
-            for t in tensors(output):
-                if t.grad_fn is not None:
-                    write(t.grad_fn, (MARK, t.output_nr), mark)
+            self._mark(module, frame.given, output)
 
-    def _record(self, module: nn.Module, frame: _Frame, y: Tensor) -> None:
-        x = frame.x
-        assert x is not None and y.grad_fn is not None
+    def _mark(self, module: nn.Module, given: list[Tensor], output: Any) -> None:
+        """The end of an outermost call."""
+        axis = self.batch_axis
+        sizes = list(dict.fromkeys(t.shape[axis] for t in given if t.dim() > axis))
+        mark = CallMark(module, sizes, [t.detach() for t in given], axis, next(_order))
+        _roots.add(module)  # a copy of an extended model is known by its first call
+        for t in tensors(output):
+            if t.grad_fn is not None:
+                write(t.grad_fn, (MARK, t.output_nr), mark)
+
+    def _record(self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor) -> None:
+        assert y.grad_fn is not None
         if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0] or not _sees_forward(module):
             return
-        if y is x and frame.edge is not None and frame.edge[0] is y.grad_fn:
+        if y is x and edge is not None and edge[0] is y.grad_fn:
             return  # nothing was computed
         entry = find_rule(module)
         if entry is None or (entry.key is nn.Module and not is_leaf_layer(module)):
             return
-        x_point, y_point = Point(x, "x" in entry.uses, frame.version), Point(y, "y" in entry.uses, y._version)
-        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, y_point, frame.edge))
+        x_point, y_point = Point(x, "x" in entry.uses, version), Point(y, "y" in entry.uses, y._version)
+        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, y_point, edge))
+
+
+class _AfterLeaf(_After):
+    """The only hook of a layer of torch that has no parts and does not work in place: all is still there after the call.
+
+    torch runs a hook before the call, and one that is always called, at a price that a small network would feel.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if inert() or output is None:
+            return
+        frames = _local.frames
+        if frames:
+            _drop_finished(frames, sys._getframe(1))
+        given = [*args, *kwargs.values()] if kwargs else args
+        x = given[0] if len(given) == 1 else None
+        # In place after all, since `inplace` was set later, or `forward` replaced: autograd's nodes know what happened.
+        there = isinstance(output, Tensor) and output.grad_fn is not None and output is not x
+        if isinstance(x, Tensor) and there and "forward" not in module.__dict__:
+            self._record(module, x, edge_of(x), x._version, output)
+        if not frames:
+            self._mark(module, tensors(list(given)), output)
+
+
+def _is_leaf_of_torch(module: nn.Module) -> bool:
+    """Whether `_AfterLeaf` will do."""
+    known = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in module.__dict__
+    return known and not module._modules and not getattr(module, "inplace", False)
 
 
 def _sees_forward(module: nn.Module) -> bool:
     """Whether what our hooks see is what `forward` takes and gives: no other hook stands between."""
     if torch_module._global_forward_hooks:
         return False
-    if len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:
-        return True  # ours
     first = next(iter(module._forward_hooks.values()))
-    last = next(reversed(module._forward_pre_hooks.values()))
-    return isinstance(first, _After) and isinstance(last, _Before)
+    if isinstance(first, _AfterLeaf) or len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:
+        return isinstance(first, _After)
+    return isinstance(first, _After) and isinstance(next(reversed(module._forward_pre_hooks.values())), _Before)
 
 
 def is_leaf_layer(module: nn.Module) -> bool:
@@ -139,37 +162,6 @@ def is_leaf_layer(module: nn.Module) -> bool:
     return all(entry is None or entry.key is nn.Module or not list(child.parameters())
                for child in module.modules() if child is not module
                for entry in [manager().find("layer", type(child))])
-
-
-listeners: list[Callable[[LossCall, Tensor], None]] = []  # told when the gradient of a loss arrives; collection.py is one
-
-
-class LossHook:
-    """Forward hook of a loss: asks autograd to tell us when the gradient of its value arrives.
-
-    That is before any node of the model has run, so every saved tensor is there, and the gradient is the scale.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        if _inert() or not isinstance(value, Tensor) or value.grad_fn is None:
-            return
-        leaves, spec = _arguments(module, args, kwargs)
-        outputs, edges = [], []
-        for index, leaf in enumerate(leaves):
-            edge = edge_of(leaf) if isinstance(leaf, Tensor) else None
-            if edge is not None:
-                outputs.append(index)
-                edges.append(edge)
-        held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        call = LossCall(module, name_of(module), held, spec, outputs, edges, versions, threading.get_ident(),
-                        value.detach().clone())
-
-        def arrived(scale: Tensor) -> None:
-            for listener in listeners:
-                listener(call, scale)
-
-        value.register_hook(arrived)
 
 
 def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
@@ -182,67 +174,6 @@ def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
         if caller is not None:
             return
         frames.pop()
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """All that a loss was given, flattened, with the structure to put it together again (None: these are the arguments)."""
-    if not kwargs and all(isinstance(a, Tensor) for a in args):
-        return list(args), None
-    bound = signature_of(module).bind(*args, **kwargs)
-    return tree_flatten((list(bound.args), dict(bound.kwargs)))
-
-
-class FunctionLoss(nn.Module):
-    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it.
-
-    While the module of a function is in use, the function has no other: `extend` in a loop gives the same one again.
-    """
-
-    _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()  # by the id of the function
-
-    def __init__(self, function: Callable[..., Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(*args, **kwargs)
-
-    @classmethod
-    def of(cls, function: Callable[..., Tensor]) -> FunctionLoss:
-        """The module that is in use for the function, or a new one."""
-        known = cls._known.get(id(function))
-        if known is None or known.function is not function:
-            known = cls._known[id(function)] = cls(function)
-        return known
-
-    def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))
-
-
-def name_of(loss: nn.Module) -> str:
-    """What errors call a loss."""
-    if not isinstance(loss, FunctionLoss):
-        return type(loss).__name__
-    name = loss.extra_repr()
-    return "the loss (a lambda)" if name == "<lambda>" else name
-
-
-def signature_of(loss: nn.Module) -> inspect.Signature:
-    """What a loss takes; that of a function is the function's, so that arguments given by name have their place."""
-    if isinstance(loss, FunctionLoss):
-        try:
-            return inspect.signature(loss.function)
-        except (TypeError, ValueError):  # it is written in C
-            pass
-    return inspect.signature(loss.forward)
-
-
-def is_loss(module: nn.Module) -> bool:
-    """Whether a loss rule knows the class, or it is one of torch's losses."""
-    if isinstance(module, (FunctionLoss, nn.modules.loss._Loss)):
-        return True
-    entry = manager().find("loss", type(module))
-    return entry is not None and entry.key is not nn.Module
 
 
 def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
@@ -321,6 +252,9 @@ def check_hookable(module: nn.Module) -> None:
 
 def _put(module: nn.Module, batch_axis: int) -> None:
     _remove(module)
+    if _is_leaf_of_torch(module):
+        module.register_forward_hook(_AfterLeaf(batch_axis), with_kwargs=True, prepend=True)
+        return
     module.register_forward_pre_hook(_Before(batch_axis), with_kwargs=True)
     module.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
 

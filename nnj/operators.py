@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnj.factors import Explicit, Factor, Lookup
-from nnj.owners import Owner
+from nnj.owners import Owner, by_turns
 from nnj.places import Patches, Places, outer
 
 
@@ -224,6 +224,9 @@ def _grouped(patches: Patches, v: Tensor, fold: _Fold, owner: Owner, shape: Sequ
     if not bool((of == of[:, :1, :1]).all()):
         return None
     flat = of[:, 0, 0].reshape(-1)
+    if by_turns(flat, owner.n):  # then the samples are an axis
+        u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
+        return Places(u.unflatten(0, (-1, owner.n)).movedim(0, -1), v.unflatten(1, (-1, owner.n)).movedim(1, -1), shape)
     order = torch.argsort(flat, stable=True)
     order = order[(flat < 0).sum() :]
     sample = flat[order]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.graph import working_point
-from nnj.hooks import is_leaf_layer, is_loss, temporarily_extended
+from nnj.hooks import is_leaf_layer, temporarily_extended
+from nnj.loss_hook import is_loss
 from nnj.plugins import Entry, manager
 from nnj.records import RECORD, tensors
 from nnj.rules import ask_rule, find_rule, undescribed

@@ -48,6 +48,8 @@ class Owner:
         rows = self.rows(t.shape[1], t.device)
         if rows is None:
             return None
+        if by_turns(rows, self.n):
+            return t.unflatten(1, (-1, self.n)).sum(1)
         alive = (rows >= 0).nonzero()[:, 0]
         out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
         return out.index_add_(1, rows[alive], t[:, alive])
@@ -60,3 +62,8 @@ class Owner:
             of = of.reshape(-1, *[1] * (v.dim() - 2))  # type: ignore[union-attr]
         sample = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (v.dim() - 1))
         return (v[:, None] * (of == sample)).flatten(0, 1)
+
+
+def by_turns(whose: Tensor, n: int) -> bool:
+    """Whether rows belong to samples 0, 1, ..., n - 1, 0, 1, ..., as those of a sequence-first model do."""
+    return len(whose) % n == 0 and torch.equal(whose, torch.arange(len(whose), device=whose.device) % n)

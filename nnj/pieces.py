@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,33 +13,58 @@ from nnj.factors import Factor
 from nnj.sums import add
 
 
-class Turned(Factor):
-    """B of W, given that of W^T."""
+@dataclass(frozen=True)
+class Arrangement:
+    """Entries in another order: of `shape`, seen as `split`, whose axes are put in `order` and seen as `inner`."""
 
-    def __init__(self, factor: Factor):
-        self.factor = factor
-        self.shape = factor.shape[::-1]
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    inner: tuple[int, ...]
+
+    def put(self, t: Tensor) -> Tensor:
+        """(..., *shape) -> (..., *inner)."""
+        lead = t.shape[: t.dim() - len(self.shape)]
+        return self._permuted(t.reshape(*lead, *self.split), len(lead), self.order).reshape(*lead, *self.inner)
+
+    def back(self, t: Tensor) -> Tensor:
+        """(..., *inner) -> (..., *shape)."""
+        lead = t.shape[: t.dim() - len(self.inner)]
+        t = t.reshape(*lead, *(self.split[axis] for axis in self.order))
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return self._permuted(t, len(lead), inverse).reshape(*lead, *self.shape)
+
+    @staticmethod
+    def _permuted(t: Tensor, lead: int, order: Sequence[int]) -> Tensor:
+        return t.permute(*range(lead), *(lead + axis for axis in order))
+
+
+class Turned(Factor):
+    """B of a parameter, given that of its entries in another arrangement."""
+
+    def __init__(self, factor: Factor, arrangement: Arrangement):
+        self.factor, self.arrangement, self.shape = factor, arrangement, arrangement.shape
         self.k, self.n, self.device, self.dtype = factor.k, factor.n, factor.device, factor.dtype
 
     def dense(self) -> Tensor:
-        return self.factor.dense().mT
+        return self.arrangement.back(self.factor.dense())
 
     def columns(self, which: slice) -> Factor:
-        return Turned(self.factor.columns(which))
+        return Turned(self.factor.columns(which), self.arrangement)
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return Turned(self.factor.to(dtype))
+        return Turned(self.factor.to(dtype), self.arrangement)
 
     def square_sum(self) -> Tensor:
-        return self.factor.square_sum().mT
+        return self.arrangement.back(self.factor.square_sum())
 
     def gram(self, other: Factor) -> Tensor:
-        """Rows of the block are put in the order of W; so are its columns if the other is turned, too."""
+        """Rows of the block are put in the order of the parameter; so are its columns if the other is turned, too."""
         inner = other.factor if isinstance(other, Turned) else other
         found = self.factor.gram(self.factor if other is self else inner)
-        found = found.reshape(*self.factor.shape, -1).transpose(0, 1).flatten(0, 1)
+        found = self.arrangement.back(found.mT.reshape(-1, *self.factor.shape)).flatten(1).mT
         if isinstance(other, Turned):
-            found = found.reshape(-1, *inner.shape).transpose(1, 2).flatten(1)
+            found = other.arrangement.back(found.reshape(-1, *inner.shape)).flatten(1)
         return found
 
 
@@ -84,9 +110,9 @@ class Rows(Factor):
 
 def add_uses(parts: Sequence[Factor]) -> Factor:
     """One factor for all uses of a parameter, in the arrangement that they share."""
-    turned = [part.factor for part in parts if isinstance(part, Turned)]
-    if len(turned) == len(parts):
-        return Turned(add(turned))
+    turned = [part for part in parts if isinstance(part, Turned)]
+    if len(turned) == len(parts) and len({part.arrangement for part in turned}) == 1:
+        return Turned(add([part.factor for part in turned]), turned[0].arrangement)
     rows = [part for part in parts if isinstance(part, Rows)]
     if len(rows) < len(parts):
         return add(parts)

@@ -123,6 +123,12 @@ def edge_of(t: Tensor) -> Edge | None:
     return found.node, found.output_nr
 
 
+def inert() -> bool:
+    """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
+    return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_compiling())
+
+
 def write(node: Any, key: tuple[str, int], value: Any) -> None:
     """Put something on a node of autograd's graph."""
     node.metadata[key] = value

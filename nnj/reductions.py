@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nnj.errors import NNJError
-from nnj.hooks import FunctionLoss, LossHook, extend, retract
+from nnj.hooks import extend, retract
+from nnj.loss_hook import FunctionLoss, LossHook
 
 # torch's mean of these is the sum over the number of terms that reduction="none" gives.
 _COUNTED = (nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,

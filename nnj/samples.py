@@ -87,7 +87,7 @@ class Probe:
     one another. 2 ceil(log2 n) columns tell all owners of a graph at once, in any order of rows.
     """
 
-    DRAWS = 3  # cotangents: an entry is nobody's only if it is zero for each of them
+    DRAWS = 2  # cotangents: an entry is nobody's only if it is zero for each of them
 
     def __init__(self, n: int):
         self.bits = max(1, math.ceil(math.log2(n)))

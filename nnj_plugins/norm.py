@@ -125,6 +125,21 @@ def instance_norm(m: nn.InstanceNorm2d, x: Tensor, y: Tensor, axes: int) -> dict
     return own(m, x, x.shape[1], per_channel(m.weight, x), last=False, eps=m.eps)
 
 
+def local_response(m: nn.LocalResponseNorm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """y = x q^-b, q = k + a (A x^2) with A the mean over a window of channels: dy = q^-b dx - 2 a b x q^(-b - 1) A (x dx)."""
+    if x.dim() < 3:
+        raise NotImplementedError("a norm of one sample without a batch axis")
+    c = torch.arange(x.shape[1], device=x.device)
+    ahead = c - c[:, None]  # entry (c, c'): how far channel c' is ahead of c
+    mean = ((ahead >= -(m.size // 2)) & (ahead <= (m.size - 1) // 2)).to(x.dtype) / m.size
+    along = lambda a, v: (v.movedim(-x.dim() + 1, -1) @ a.mT).movedim(-1, -x.dim() + 1)
+    q = m.k + m.alpha * along(mean, x.square())
+    near, far = q.pow(-m.beta), 2 * m.alpha * m.beta * x * q.pow(-m.beta - 1)
+    forward = lambda v: near * v - far * along(mean, x * v)
+    adjoint = lambda u: near * u - x * along(mean.mT, far * u)
+    return {"input": nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, per_row=True)}
+
+
 @nnj.hookimpl
 def nnj_register_layers(register):
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
@@ -134,3 +149,4 @@ def nnj_register_layers(register):
     register(nn.LayerNorm, layer_norm, uses="x")
     register(nn.RMSNorm, rms_norm, uses="x")
     register(nn.GroupNorm, group_norm, uses="x")
+    register(nn.LocalResponseNorm, local_response, uses="x")

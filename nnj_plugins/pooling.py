@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,11 +121,28 @@ def adaptive_avg_pool(m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int) 
     return boxes(x, y, window)
 
 
+def lp_pool(m: nn.LPPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+    """y = (sum of x^p)^(1/p), so dy = y^(1 - p) sum of x^(p - 1) dx; torch makes the sum of a mean, clipped at the end."""
+    batched(x, axes)
+    kernel = per_axis(m.kernel_size, axes)
+    stride = per_axis(m.kernel_size if m.stride is None else m.stride, axes)
+
+    def window(i: int, places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        start = places * stride[i]
+        end = (start + kernel[i]).clamp(max=length)
+        return start, end, end - start
+
+    p, j = float(m.norm_type), boxes(x, y, window)["input"]
+    before, after = x.pow(p - 1), y.pow(1 - p) * math.prod(kernel)
+    return {"input": nnj.LinearMap(lambda v: after * j.jvp(v * before), lambda u: before * j.vjp(u * after), x.shape[1:],
+                                   y.shape[1:], x, per_row=True)}
+
+
 @nnj.hookimpl
 def nnj_register_layers(register):
     rules: dict[str, Callable[..., Any]] = {
         "MaxPool": max_pool, "AdaptiveMaxPool": adaptive_max_pool, "AvgPool": avg_pool,
-        "AdaptiveAvgPool": adaptive_avg_pool}
+        "AdaptiveAvgPool": adaptive_avg_pool, "LPPool": lp_pool}
     for (name, rule), axes in itertools.product(rules.items(), (1, 2, 3)):
-        uses = "x" if "Max" in name else ""
+        uses = "xy" if "LP" in name else "x" if "Max" in name else ""
         register(getattr(nn, f"{name}{axes}d"), functools.partial(rule, axes=axes), uses=uses)

@@ -52,6 +52,7 @@ class Attention(nn.Module):
 
 Case = tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]
 r = torch.randn
+CLASS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 AFFINE: list[Case] = [
     ("linear", lambda: nn.Linear(3, 4), lambda: r(4, 3)),
@@ -86,6 +87,23 @@ AFFINE += [
     ]
 ]
 
+AFFINE += [
+    (f"convtranspose{name}", lambda o=options: CLASS[o[0][0]](*o[0][1:], **o[1]), lambda s=shape: r(*s))
+    for name, shape, *options in [
+        ("1d", (2, 3, 4), (1, 3, 2, 3), {}),
+        ("1d-stride", (2, 2, 3), (1, 2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+        ("2d", (2, 2, 2, 3), (2, 2, 3, 2), {}),
+        ("2d-no-bias", (2, 2, 2, 2), (2, 2, 3, (2, 3)), {"bias": False, "stride": (2, 1)}),
+        ("2d-all", (2, 4, 3, 2), (2, 4, 6, (3, 2)), {"stride": (3, 2), "padding": (2, 0), "output_padding": (2, 1), "groups": 2,
+                                                    "dilation": (2, 3)}),
+        ("2d-more-than-a-stride", (2, 2, 2, 2), (2, 2, 2, 2), {"dilation": 3, "output_padding": 2}),
+        ("2d-padding-beyond-reach", (2, 1, 4, 4), (2, 1, 2, 1), {"padding": 1}),
+        ("2d-depthwise", (2, 3, 2, 2), (2, 3, 3, 2), {"groups": 3, "stride": 2}),
+        ("2d-depthwise-wider", (2, 2, 2, 2), (2, 2, 4, 2), {"groups": 2}),
+        ("3d", (2, 2, 2, 1, 2), (3, 2, 2, (2, 1, 2)), {"stride": (1, 1, 2), "padding": (1, 0, 0)}),
+    ]
+]
+
 POOLING: list[Case] = [
     ("maxpool2d", lambda: nn.MaxPool2d(2), lambda: r(4, 2, 4, 5)),
     ("maxpool2d-overlap", lambda: nn.MaxPool2d(3, stride=(1, 2), padding=1), lambda: r(2, 2, 4, 4)),
@@ -109,6 +127,10 @@ POOLING: list[Case] = [
     ("adaptiveavgpool2d-none", lambda: nn.AdaptiveAvgPool2d((None, 2)), lambda: r(2, 2, 3, 3)),
     ("adaptiveavgpool2d-grows", lambda: nn.AdaptiveAvgPool2d((5, 2)), lambda: r(2, 1, 3, 2)),
     ("adaptiveavgpool1d", lambda: nn.AdaptiveAvgPool1d(2), lambda: r(2, 2, 5)),
+    ("lppool1d", lambda: nn.LPPool1d(3, 2, stride=1), lambda: r(2, 2, 5).abs() + 0.1),
+    ("lppool2d", lambda: nn.LPPool2d(2, (2, 3), ceil_mode=True), lambda: r(2, 2, 3, 4)),
+    ("lppool2d-one", lambda: nn.LPPool2d(1.0, 2, stride=(1, 2)), lambda: r(2, 1, 3, 4).abs() + 0.1),
+    ("lppool3d", lambda: nn.LPPool3d(4, 2, stride=1), lambda: r(2, 1, 2, 3, 2)),
     ("adaptiveavgpool3d", lambda: nn.AdaptiveAvgPool3d((1, 2, 1)), lambda: r(2, 1, 2, 3, 2)),
 ]
 
@@ -146,6 +168,10 @@ NORM: list[Case] = [
     ("groupnorm", lambda: settled(nn.GroupNorm(2, 4)), lambda: r(2, 4, 2, 2)),
     ("groupnorm-vector", lambda: settled(nn.GroupNorm(2, 6, eps=0.1)), lambda: r(4, 6)),
     ("groupnorm-plain", lambda: nn.GroupNorm(1, 4, affine=False), lambda: r(2, 4, 2)),
+    ("syncbatchnorm", lambda: settled(nn.SyncBatchNorm(3)), lambda: r(2, 3, 2, 2)),
+    ("localresponsenorm", lambda: nn.LocalResponseNorm(3, alpha=0.5), lambda: r(2, 4, 2)),
+    ("localresponsenorm-even", lambda: nn.LocalResponseNorm(2, alpha=0.7, beta=0.4, k=2.0), lambda: r(2, 3, 2, 2)),
+    ("localresponsenorm-wide", lambda: nn.LocalResponseNorm(7, alpha=2.0), lambda: r(2, 3, 1, 2, 2)),
     ("instancenorm1d", lambda: nn.InstanceNorm1d(2), lambda: r(2, 2, 4)),
     ("instancenorm2d", lambda: settled(nn.InstanceNorm2d(2, affine=True)), lambda: r(2, 2, 2, 3)),
     ("instancenorm2d-tracked", lambda: settled(nn.InstanceNorm2d(2, affine=True, track_running_stats=True)),
@@ -157,6 +183,10 @@ EMBEDDING: list[Case] = [
     ("embedding", lambda: nn.Embedding(5, 3), lambda: torch.tensor([[0, 4, 4], [1, 2, 1]])),
     ("embedding-one-index", lambda: nn.Embedding(4, 2), lambda: torch.tensor([3, 0, 0, 1])),
     ("embedding-padding", lambda: nn.Embedding(4, 3, padding_idx=1), lambda: torch.tensor([[0, 1], [1, 3], [1, 1], [2, 2]])),
+    ("embeddingbag", lambda: nn.EmbeddingBag(5, 3), lambda: torch.tensor([[0, 4, 4], [1, 2, 1]])),
+    ("embeddingbag-sum-padding", lambda: nn.EmbeddingBag(5, 2, mode="sum", padding_idx=2),
+     lambda: torch.tensor([[0, 2, 0], [2, 2, 2], [1, 3, 2]])),
+    ("embeddingbag-mean-padding", lambda: nn.EmbeddingBag(5, 2, padding_idx=0), lambda: torch.tensor([[0, 2, 0], [3, 3, 1]])),
     ("embedding-int32-axes", lambda: nn.Embedding(4, 2), lambda: torch.tensor([[[0, 1], [3, 3]], [[1, 0], [2, 2]]]).int()),
 ]
 
@@ -195,7 +225,6 @@ FALLBACK: list[Case] = [
     ("fallback", Residual, lambda: r(4, 3)),
     ("fallback-skipconnection", lambda: SkipConnection(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), lambda: r(4, 3)),
     ("fallback-sequence", Residual, lambda: r(2, 2, 3)),
-    ("fallback-transposed-convolution", lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), lambda: r(2, 2, 2, 2)),
     ("fallback-attention", Attention, lambda: r(2, 3, 2)),
     ("fallback-batchnorm-eval", lambda: settled(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())),
      lambda: r(4, 2)),

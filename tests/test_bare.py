@@ -15,11 +15,12 @@ from nnj.graph import Graph
 from nnj.grouping import plan
 from nnj.hooks import edge_of
 from nnj.nodes import edge_shape
-from nnj.pieces import Rows, Turned, add_uses
+from nnj.pieces import Arrangement, Rows, Turned, add_uses
 from nnj.places import Patches, Places
 from nnj.testing import check_model
 
 N, T, D = 4, 3, 4
+ACROSS = Arrangement((4, 3), (4, 3), (1, 0), (3, 4))
 
 
 class Around(nn.Module):
@@ -250,14 +251,14 @@ def places(*shape: int) -> Places:
 def arranged() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
-        "turned": Turned(places(3, 4)), "rows": Rows([(1, places(2, 3))], (4, 3)),
+        "turned": Turned(places(3, 4), ACROSS), "rows": Rows([(1, places(2, 3))], (4, 3)),
         "rows-in-parts": Rows([(2, places(2, 3)), (0, places(1, 3))], (4, 3)),
         "explicit": Explicit(torch.randn(5, N, 4, 3, dtype=torch.float64)),
-        "both-turned": add_uses([Turned(places(3, 4)), Turned(places(3, 4))]),
+        "both-turned": add_uses([Turned(places(3, 4), ACROSS), Turned(places(3, 4), ACROSS)]),
         "rows-apart": add_uses([Rows([(0, places(2, 3))], (4, 3)), Rows([(2, places(2, 3))], (4, 3))]),
         "rows-alike": add_uses([Rows([(1, places(2, 3))], (4, 3)), Rows([(1, places(2, 3))], (4, 3))]),
         "rows-that-overlap": add_uses([Rows([(0, places(3, 3))], (4, 3)), Rows([(2, places(2, 3))], (4, 3))]),
-        "mixed": add_uses([Turned(places(3, 4)), Rows([(2, places(2, 3))], (4, 3)), places(4, 3)]),
+        "mixed": add_uses([Turned(places(3, 4), ACROSS), Rows([(2, places(2, 3))], (4, 3)), places(4, 3)]),
     }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
-from nnj import hooks
+from nnj import loss_hook
 from nnj.plugins import manager
 from nnj.testing import check_model
 from nnj_plugins.losses_functional import MODULES
@@ -154,7 +154,7 @@ def halves(z):
     (nn.TripletMarginWithDistanceLoss(margin=9.0), [torch.randn(N, C)]), (F.triplet_margin_loss, [torch.randn(N, C)]),
     (nn.CosineEmbeddingLoss(margin=-0.9), [-torch.ones(N)])])
 def test_distances_are_not_convex(loss, targets):
-    name = hooks.name_of(nnj.extend(loss))
+    name = loss_hook.name_of(nnj.extend(loss))
     with pytest.raises(nnj.NNJError, match=rf"{name}: its Hessian .*not positive semi-definite \(smallest eigenvalue -"):
         run(loss, halves, *targets)
 
@@ -194,14 +194,14 @@ def test_a_loss_that_holds_a_layer(inside):
 def test_a_function_extended_in_a_loop_is_one_module():
     gc.collect()
     first = nnj.extend(F.cross_entropy)
-    before = len(hooks.FunctionLoss._known)
+    before = len(loss_hook.FunctionLoss._known)
     for _ in range(5):
         assert nnj.extend(F.cross_entropy) is first and len(first._forward_hooks) == 1
-    assert len(hooks.FunctionLoss._known) == before
+    assert len(loss_hook.FunctionLoss._known) == before
     assert nnj.extend(F.mse_loss) is not first
     gone = weakref.ref(nnj.extend(lambda z, t: (z - t).square().mean()))
     gc.collect()
-    assert gone() is None and len(hooks.FunctionLoss._known) == before
+    assert gone() is None and len(loss_hook.FunctionLoss._known) == before
     nnj.retract(first)
     assert not first._forward_hooks and len(nnj.extend(F.cross_entropy)._forward_hooks) == 1
 

@@ -1,12 +1,15 @@
 """The networks of the comparison: each a row of its table, always with the same weights and data."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+SCALED = re.compile(r"mlp-N(\d+)-C(\d+)-width(\d+)-depth(\d+)")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Row:
     classes: int
 
     def make(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, Tensor]:
-        """(model, x, y), the same in every process. Logits are scaled so that some classes are surer than others."""
+        """(model, x, y), the same in every process: drawn in float64 on the CPU, then rounded and moved."""
         torch.manual_seed(0)
         model = self.build().double()
         x, y = torch.randn(self.shape, dtype=torch.float64), torch.randint(0, self.classes, self.shape[:1])
@@ -113,7 +116,18 @@ ROWS = {
     "2c2d": Row("2C2D, 28 x 28", net_2c2d, (32, 1, 28, 28), 10),
     "3c3d": Row("3C3D, 32 x 32", net_3c3d, (32, 3, 32, 32), 10),
     "allcnn": Row("All-CNN-C, 32 x 32", all_cnn_c, (8, 3, 32, 32), 100),
-    "resnet18": Row("ResNet-18, 64 x 64", resnet18, (4, 3, 64, 64), 1000),
+    "resnet18": Row("ResNet-18, 64 x 64, additions in place", resnet18, (4, 3, 64, 64), 1000),
     "transformer": Row("transformer, 4 layers, 64 tokens", Transformer, (16, 64, 128), 100),
     "tiny": Row("MLP 8-8-5, for tests of this script", lambda: mlp(8, 8, 5), (4, 8), 5),
 }
+
+
+def find(name: str) -> Row:
+    """The row of that name; `mlp-N64-C10-width256-depth3` is an MLP of that size, 64 samples, inputs as wide as layers."""
+    if name in ROWS:
+        return ROWS[name]
+    match = SCALED.fullmatch(name)
+    if match is None:
+        raise KeyError(f"no row {name!r}; there are {', '.join(ROWS)}, and {SCALED.pattern}")
+    n, classes, width, depth = map(int, match.groups())
+    return Row(f"MLP, {depth} layers of {width}", lambda: mlp(*[width] * depth, classes), (n, width), classes)

@@ -1,6 +1,6 @@
-"""A process that runs one tool on one network: it reads commands, a line of JSON each, and answers in the same way.
+"""A process that runs one tool on one network after another: it reads commands, a line of JSON each, and answers in the same way.
 
-Runs of several tools can so be interleaved, though none shares a process with another. See compare.py.
+Runs of several tools can so be interleaved, though none shares a process with another. See harness.py.
 """
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+OUT = ("can't allocate memory", "out of memory", "bad_alloc", "RESOURCE_EXHAUSTED")  # how libraries say that memory is out
 
-def peak(device: str, reset: bool = False) -> int:
-    """The largest memory in use since the last reset, in bytes: of the process (Linux), or of the GPU."""
+
+def peak(device: str, reset: bool = False) -> float:
+    """The largest memory in use since the last reset, in bytes: of the process (Linux), or of torch on the GPU."""
     import torch
 
+    if reset:
+        gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         if reset:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
     if reset:
-        gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
@@ -40,37 +46,60 @@ class Worker:
 
     run: Callable[[], Any]
 
-    def load(self, tool: str, row: str, threads: int, device: str, limit: int) -> dict[str, Any]:
+    def start(self, tool: str, threads: int, device: str, limit: int) -> dict[str, Any]:
+        """Import all that the tool needs, and run it once on the smallest network: libraries are not its memory."""
         if device == "cpu":
+            if hasattr(os, "sched_setaffinity"):  # for those that ask how many cores there are, and not OMP_NUM_THREADS
+                os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         import torch
         from networks import ROWS
         from tools import TOOLS
 
         torch.set_num_threads(threads)
-        self.device = device
-        dtype = torch.float64 if tool == "reference" else torch.float32
-        self.model, self.x, self.y = ROWS[row].make(device, dtype)
-        self.base = 0
-        if tool != "gradient":
-            plain = TOOLS["gradient"](self.model, self.x, self.y)
-            plain()
-            peak(device, reset=True)
-            plain()
-            self.base = peak(device)
-            self.model.zero_grad()
-        self.run = TOOLS[tool](self.model, self.x, self.y)
+        if device != "cpu":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            part = min(1.0, limit / torch.cuda.get_device_properties(device).total_memory)
+            torch.cuda.set_per_process_memory_fraction(part)
+            os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part)
+        self.tool, self.device, self.result = tool, device, None
+        TOOLS[tool](*ROWS["tiny"].make(device, self.dtype))()
+        return {}
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return torch.float64 if self.tool == "reference" else torch.float32
+
+    def load(self, row: str) -> dict[str, Any]:
+        """Draw weights and data, and see what a plain gradient needs."""
+        from networks import find
+        from tools import TOOLS
+
+        self.result = self.run = None  # what was loaded before goes
+        self.model, x, y = find(row).make(self.device, self.dtype)
+        plain = TOOLS["gradient"](self.model, x, y)
+        plain()
+        self.model.zero_grad()
+        peak(self.device, reset=True)
+        plain()
+        self.base = peak(self.device)
+        self.model.zero_grad()
+        self.run = TOOLS[self.tool](self.model, x, y)
         return {}
 
     def time(self, least: float = 0.3) -> dict[str, Any]:
         """The median of as many runs as fit into `least` seconds, one at least: short runs are not those of cold caches."""
         seconds: list[float] = []
-        while sum(seconds) < least:
+        used = time.process_time()
+        while not seconds or sum(seconds) < least:
+            self.wait()
             start = time.perf_counter()
             self.result = self.run()
             self.wait()
             seconds.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(seconds)}
+        return {"seconds": statistics.median(seconds), "used": time.process_time() - used}
 
     def wait(self) -> None:
         if self.device != "cpu":
@@ -79,30 +108,46 @@ class Worker:
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory of a run beyond that of a plain gradient. Errors and what it leaves behind are the tool's own."""
+        """Peak memory of a run beyond that of a plain gradient. What the tool keeps from run to run is its own."""
         self.result = None
-        for p in self.model.parameters():
-            p.grad = None
+        self.model.zero_grad()
         peak(self.device, reset=True)
-        self.run()
-        return {"bytes": max(0, peak(self.device) - self.base)}
+        self.result = self.run()
+        top = peak(self.device)
+        if self.tool == "jax" and self.device != "cpu":  # torch does not see it; it has weights and data of its own
+            import jax
+
+            top = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        return {"bytes": max(0, top - self.base)} if top == top else {}
 
     def save(self, path: str) -> dict[str, Any]:
         import torch
 
-        torch.save([t.cpu() for t in self.result], path)
+        torch.save([t.detach().cpu() for t in self.result], path)
         return {}
 
     def check(self, path: str) -> dict[str, Any]:
         """The largest error of a parameter, relative to its largest entry."""
         import torch
 
-        errors = []
-        for found, expected in zip(self.result, torch.load(path), strict=True):
+        errors, references = [], torch.load(path)
+        if [t.numel() for t in self.result] != [t.numel() for t in references]:
+            return {"error": float("inf")}
+        for found, expected in zip(self.result, references, strict=True):
             scale = float(expected.abs().max()) or 1.0
             difference = (found.detach().cpu().double().reshape(expected.shape) - expected).abs().max()
             errors.append(float(difference) / scale)
         return {"error": max(e if e == e else float("inf") for e in errors)}
+
+
+def failure(error: Exception) -> str:
+    """One line: out of memory, missing a module, refused by the tool, or the error itself."""
+    text = (str(error) or type(error).__name__).strip().splitlines()[0]
+    if isinstance(error, MemoryError) or any(s in str(error) for s in OUT):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"missing: {error.name}"
+    return f"refused: {text}" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
 
 
 def main() -> None:
@@ -115,13 +160,8 @@ def main() -> None:
         command = json.loads(line)
         try:
             answer = getattr(worker, command.pop("do"))(**command)
-        except MemoryError:
-            answer = {"failed": "out of memory"}
         except Exception as error:
-            text = (str(error) or type(error).__name__).strip().splitlines()[0]
-            memory = any(s in text for s in ("can't allocate memory", "out of memory", "bad_alloc", "RESOURCE_EXHAUSTED"))
-            missing = isinstance(error, ModuleNotFoundError)
-            answer = {"failed": "out of memory" if memory else f"{'missing' if missing else type(error).__name__}: {text}"}
+            answer = {"failed": failure(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 

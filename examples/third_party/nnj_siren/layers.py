@@ -17,11 +17,10 @@ class Sine(nn.Module):
 
 
 def sine(m: Sine, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = w cos(w x) dx;  dy = x cos(w x) dw: each as (N, out, in), with the axes of one sample flattened."""
+    """dy = w cos(w x) dx;  dy = x cos(w x) dw."""
     w = m.weight.detach()
     c = torch.cos(w * x)
-    return {"input": nnj.Dense((w * c).flatten(1).diag_embed(), x.shape[1:], y.shape[1:]),
-            "weight": nnj.Dense((x * c).diag_embed().flatten(1, -2), w.shape, y.shape[1:])}
+    return {"input": nnj.Diagonal(w * c), "weight": nnj.Scale(w.shape, x.shape[1:], x, m=lambda: x * c)}
 
 
 @nnj.hookimpl
