@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj import loss_hook
 from nnj.contribution import Contribution
-from nnj.errors import NNJError
+from nnj.errors import NNJError, PluginError
 from nnj.plugins import manager
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
@@ -177,6 +177,9 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         accepted = _options(entry.rule)
         declared.update({option: name for option in accepted})
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
+        if not isinstance(made[name], Quantity):
+            raise PluginError(f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity {name!r}, expected a "
+                              f"nnj.Quantity")
     for option in options:
         if option not in declared:
             known = sorted({*declared, "modules", "memory", "tol", "signed"})

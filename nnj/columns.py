@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nnj.curvature import Curvature, check_outputs, rows_of
-from nnj.errors import NNJError
+from nnj.errors import NNJError, PluginError
 from nnj.hessian import twice
 from nnj.loss_hook import FunctionLoss
 from nnj.owners import Owner
-from nnj.plugins import manager
+from nnj.plugins import at_work, manager
 from nnj.records import Edge, LossCall
 from nnj.rules import describes
 from nnj.selection import Selection, Whole
@@ -71,10 +71,20 @@ class LossColumns:
             return None
         if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or (kwargs and entry.key is not FunctionLoss):
             return None
+        who = f"plugin '{entry.source.plugin}' (loss '{self.name}')"
         try:
-            return entry.rule(module, self.scale, *args, **kwargs)
+            found = entry.rule(module, self.scale, *args, **kwargs)
         except NotImplementedError:
             return None
+        except NNJError:  # a refusal, not a fault
+            raise
+        except Exception as error:
+            raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}"
+                              f"{at_work(entry.source)}") from error
+        if not isinstance(found, Curvature):
+            raise PluginError(f"{who}: the rule returned {type(found).__name__}, expected a nnj.Curvature"
+                              f"{at_work(entry.source)}")
+        return found
 
     def _value(self, *outputs: Tensor) -> Tensor:
         args, kwargs = self.call.arguments(list(outputs))

@@ -15,6 +15,7 @@ from nnj.grouping import plan
 from nnj.head import HeadColumns
 from nnj.hooks import extended_roots
 from nnj.owners import Owner
+from nnj.plugins import manager
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_arguments
@@ -48,7 +49,7 @@ class Contribution:
         for name, quantity in quantities.items():
             mine = self.values.get(name, {})
             for key in mine:
-                mine[key] = quantity.finish(mine[key])
+                mine[key] = _asked(name, quantity.finish, mine[key])
 
     def value(self, name: str, holder: Any) -> Tensor | None:
         return self.values.get(name, {}).get(id(holder))
@@ -122,7 +123,7 @@ class Target:
             which = parts.get(self.source(name, quantity))
             if which is not None:
                 in_all = self.in_all.get(self.source(name, quantity), factor.k)
-                into.add(name, p, quantity.parameter(factor.columns(which), in_all))
+                into.add(name, p, _asked(name, quantity.parameter, factor.columns(which), in_all))
         if not self.blocks:
             return
         for m in self.modules:
@@ -145,11 +146,23 @@ class Target:
             which = parts.get(self.source(name, quantity))
             if which is not None:
                 cut = {key: f.columns(which) for key, f in factors.items()}
-                into.add(name, m, quantity.module([cut.get(id(p)) for p in own], own))
+                into.add(name, m, _asked(name, quantity.module, [cut.get(id(p)) for p in own], own))
 
     def source(self, name: str, quantity: Quantity) -> str:
         """Draws are a quantity's own; exact columns and the gradient are shared."""
         return f"signs {id(self.collection)} {name}" if quantity.source == "signs" else quantity.source
+
+
+def _asked(name: str, ask: Callable[..., Any], *about: Any) -> Any:
+    """What a quantity says. Errors: `NNJError` naming it with its plugin, in which the fault mostly is."""
+    try:
+        return ask(*about)
+    except NNJError:
+        raise
+    except Exception as error:
+        entry = manager().quantity(name)
+        by = f", of plugin {entry.source}," if entry else ""
+        raise NNJError(f"the quantity {name!r}{by} failed with {type(error).__name__}: {error}") from error
 
 
 def _executed(p: Tensor) -> bool:

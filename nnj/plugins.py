@@ -1,6 +1,7 @@
 """The plugin manager: finds plugins, keeps their claims in tables, says whose fault it is when one is broken."""
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
@@ -12,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import pluggy
 
-from nnj import hookspecs
+import nnj
+from nnj import hookspecs, versions
 from nnj.errors import PluginError, UnsupportedLayer
 
 GROUP = "nnj"
@@ -109,6 +111,7 @@ class PluginManager:
                     raise PluginError(f"plugin {source} has the same entry name as {seen[point.name]}. Entry names begin "
                                       f"with the name of the distribution; rename one of them")
                 seen[point.name] = source
+                _check_version(point, source)
                 claims += _ask(_import(point, source), source)
             except PluginError as error:
                 broken.append(error)
@@ -160,10 +163,19 @@ class PluginManager:
                                 f"{enable} a rule for it (see nnj.hookspecs)")
 
 
+def _check_version(point: metadata.EntryPoint, source: Source) -> None:
+    """pip leaves a plugin where it is when nnj is upgraded beside it, so what its distribution asks for is looked at here."""
+    wanted = versions.wanted((point.dist.requires or ()) if point.dist else ())
+    if not versions.fits(nnj.__version__, wanted):
+        raise PluginError(f"plugin {source} was written for another version: it asks for nnj{wanted}, and this is nnj "
+                          f"{nnj.__version__}. Install a {source.distribution} that goes with it, or disable the plugin with "
+                          f"{DISABLED}={source.plugin}")
+
+
 def _import(point: metadata.EntryPoint, source: Source) -> Any:
     try:
         return point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would take the user's program with it
         origin = f", from {source.distribution} {source.version}" if source.distribution else ""
         raise PluginError(f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {_fact(error)}."
                           f"{_remedy(source)}") from error
@@ -177,7 +189,8 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
         manager.register(plugin, name=source.plugin)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"plugin {source} does not fit the hooks of nnj: {error}.{_remedy(source)}") from error
+        raise PluginError(f"plugin {source} does not fit nnj {nnj.__version__}: {_misfit(manager, plugin) or error}. "
+                          f"nnj.hookspecs says what there is.{_remedy(source)}") from error
     claims: list[Entry] = []
     for table, hook in HOOKS.items():
         try:
@@ -187,16 +200,33 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
         except Exception as error:
             raise PluginError(f"plugin {source} failed in {hook}: {_fact(error)}.{_remedy(source)}") from error
     if not claims:
-        warnings.warn(f"plugin {source} registers nothing: does it implement a hook of nnj.hookspecs with @nnj.hookimpl?",
-                      stacklevel=2)
+        warnings.warn(f"plugin {source} registers nothing: does it implement a hook of nnj.hookspecs with @nnj.hookimpl?"
+                      f"{_remedy(source)}", stacklevel=2)
     return claims
+
+
+def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
+    """Which hook of a plugin this version of nnj does not have, or gives other arguments; "" if it is something else."""
+    for name in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            continue
+        hook = options.get("specname") or name
+        if hook not in HOOKS.values():
+            return f"it implements {hook}, which is no hook of this version"
+        takes = [p.name for p in inspect.signature(getattr(plugin, name)).parameters.values() if p.default is p.empty]
+        if set(takes) - {"register"}:
+            return f"its {hook} takes ({', '.join(takes)}), and this version gives (register)"
+    return ""
 
 
 def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
     def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False,
-                 when: Callable[[Any], bool] | None = None) -> None:
+                 when: Callable[[Any], bool] | None = None, **unknown: Any) -> None:
         fault = ""
-        if table == "quantity" and not (isinstance(key, str) and key.isidentifier()):
+        if unknown:
+            fault = f"nnj {nnj.__version__} knows no option {', '.join(map(repr, unknown))} of register"
+        elif table == "quantity" and not (isinstance(key, str) and key.isidentifier()):
             fault = "its name is not an identifier"
         elif table != "quantity" and not isinstance(key, type):
             fault = "it is not a class"
@@ -238,12 +268,18 @@ def _conflict(rivals: list[Entry]) -> PluginError:
     return PluginError(f"{full_name(rivals[0].key)} is {verb} {times}: {by}{remedy}{other}")
 
 
-def _fact(error: Exception) -> str:
+def _fact(error: BaseException) -> str:
     return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
 
 def _remedy(source: Source) -> str:
     return f" Disable it with {DISABLED}={source.plugin}" if source.distribution else ""
+
+
+def at_work(source: Source) -> str:
+    """Whose a rule is that failed while it was used, and how to go on without it."""
+    return f". It is of {source.distribution} {source.version}, and {DISABLED}={source.plugin} disables it" \
+        if source.distribution else ""
 
 
 def _raise(errors: list[PluginError]) -> None:

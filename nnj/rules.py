@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from nnj.errors import NNJError, PluginError
 from nnj.operators import Jacobian
-from nnj.plugins import Entry, manager
+from nnj.plugins import Entry, at_work, manager
 
 # What a subclass may override without becoming another layer.
 _HARMLESS = {"extra_repr", "reset_parameters", "train", "eval", "state_dict", "load_state_dict", "forward_features"}
@@ -80,7 +80,7 @@ def ask_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = 
         error.args = (f"layer '{path or type(module).__name__}': {error}",)
         raise
     except Exception as error:
-        raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}") from error
+        raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}{at_work(entry.source)}") from error
     if not isinstance(slots, dict):
         raise PluginError(f"{who}: the rule returned {type(slots).__name__}, expected a dict of Jacobians")
     own = dict(module.named_parameters(remove_duplicate=False))

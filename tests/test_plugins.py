@@ -214,14 +214,28 @@ def test_two_entries_of_one_name(fakes):
 
 def test_a_misspelt_hook(fakes):
     fakes.install("nnj-squash", "import nnj\n@nnj.hookimpl\ndef nnj_register_layer(register): pass")
-    assert re.fullmatch(r"plugin 'nnj-squash' \(nnj-squash 0\.1\) does not fit the hooks of nnj: unknown hook "
-                        r"'nnj_register_layer' in plugin <module .*>\. Disable it with NNJ_DISABLED_PLUGINS=nnj-squash",
-                        refusal())
+    assert refusal() == (f"plugin 'nnj-squash' (nnj-squash 0.1) does not fit nnj {nnj.__version__}: it implements "
+                         f"nnj_register_layer, which is no hook of this version. nnj.hookspecs says what there is. Disable it "
+                         f"with NNJ_DISABLED_PLUGINS=nnj-squash")
 
 
 def test_a_hook_with_an_argument_that_nobody_gives(fakes):
     fakes.install("nnj-squash", "import nnj\n@nnj.hookimpl\ndef nnj_register_layers(register, model): pass")
-    assert "plugin 'nnj-squash' (nnj-squash 0.1) does not fit the hooks of nnj: " in refusal()
+    assert refusal() == (f"plugin 'nnj-squash' (nnj-squash 0.1) does not fit nnj {nnj.__version__}: its nnj_register_layers "
+                         f"takes (register, model), and this version gives (register). nnj.hookspecs says what there is. "
+                         f"Disable it with NNJ_DISABLED_PLUGINS=nnj-squash")
+
+
+def test_a_hook_that_does_not_fit_otherwise(fakes):
+    """What we have no words for is said in pluggy's."""
+    fakes.install("nnj-squash", "import nnj\n@nnj.hookimpl(wrapper=True)\ndef nnj_register_layers(register): pass")
+    assert "plugin 'nnj-squash' (nnj-squash 0.1) does not fit nnj " in refusal()
+    assert "wrapper=True" in refusal()
+
+
+def test_a_plugin_that_exits_while_it_is_imported(fakes):
+    fakes.install("nnj-squash", "raise SystemExit(3)")
+    assert "(nnj_squash_fake, from nnj-squash 0.1) cannot be imported: SystemExit: 3. Disable it with " in refusal()
 
 
 def test_a_hook_that_fails(fakes):
@@ -234,6 +248,6 @@ def test_a_hook_that_fails(fakes):
 def test_a_plugin_that_registers_nothing(fakes, code):
     fakes.install("nnj-squash", code)
     message = (r"^plugin 'nnj-squash' \(nnj-squash 0\.1\) registers nothing: does it implement a hook of nnj\.hookspecs with "
-               r"@nnj\.hookimpl\?$")
+               r"@nnj\.hookimpl\? Disable it with NNJ_DISABLED_PLUGINS=nnj-squash$")
     with pytest.warns(UserWarning, match=message):
         assert list(load().entries("layer")) == []

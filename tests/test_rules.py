@@ -209,7 +209,7 @@ def test_a_rule_that_declines(rules):
     rules(Squash, rule)
     module, x = Squash(), torch.randn(5, 4)
     assert apply_rule(find_rule(module), module, x, module(x)) is None
-    with pytest.raises(AssertionError, match="its rule declines it"):
+    with pytest.raises(AssertionError, match="^Squash: its rule declines it: odd option$"):
         check_layer(module, x)
 
 

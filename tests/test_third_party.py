@@ -1,17 +1,14 @@
 """A stranger's package teaches nnj a layer: examples/third_party, built, installed and used as pip leaves it."""
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.fakes import ROOT
+from tests.installing import install
+
 USE = """
 import nnj, nnj_siren, torch
 from nnj_siren import layers
@@ -43,20 +40,13 @@ for name, param in params.items():
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """`python(*args)`: run in an interpreter that finds nnj as here, and the package where pip has put it."""
-    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
-        pytest.skip("building a package without a network needs pip and setuptools (extra 'test')")
+    """`python(*args)`: what an interpreter prints that finds nnj as here, and the package where pip has put it."""
     folder = tmp_path_factory.mktemp("third_party")
-    source, target = folder / "source", folder / "target"
-    shutil.copytree(ROOT / "examples" / "third_party", source)  # pip leaves build folders in what it builds
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*install, "--target", str(target), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    path = os.pathsep.join(filter(None, [str(target), str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    shutil.copytree(ROOT / "examples" / "third_party", folder / "source")  # pip leaves build folders in what it builds
+    start = install(folder / "target", folder / "source")
 
     def run(*args: str) -> str:
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, capture_output=True, text=True)
+        done = start(*args)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -78,6 +68,4 @@ def test_its_own_tests_pass(python):
 
 
 def test_it_is_used_and_exact(python):
-    if not any(point.value == "nnj.quantities" for point in metadata.entry_points(group="nnj")):
-        pytest.skip("nnj is not installed, so its own plugins have no entry points: pip install -e .")
     python("-c", USE)

@@ -23,6 +23,8 @@ class LogCosh(nn.Module):
 
 def log_cosh(m: LogCosh, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
     """The second derivative is 1 / cosh^2, and zero between entries; `scale` is what multiplies the loss."""
+    if target.shape != y.shape:
+        raise NotImplementedError("its target is broadcast")  # nnj then differentiates the loss twice
     size = (y - target).abs()
     root = 2 * torch.exp(-size) / (1 + torch.exp(-2 * size))
     return nnj.DiagonalCurvature(scale * root.square() / (y.numel() if m.reduction == "mean" else 1))
