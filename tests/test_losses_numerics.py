@@ -102,6 +102,10 @@ def test_far_out_in_float32(name):
     loss = loss if isinstance(loss, nn.Module) else nnj.FunctionLoss(loss)
     torch.testing.assert_close(rowwise(z, loss, target(z)), expected(z.double()), rtol=1e-5, atol=1e-37)
     function = nnj.FunctionLoss(lambda z, t: loss.forward(z, t))
+    if name == "soft margin":  # torch overflows where it is differentiated
+        with pytest.raises(nnj.NNJError, match="its Hessian is not finite"):
+            rowwise(z, function, target(z))
+        return
     torch.testing.assert_close(rowwise(z, function, target(z)), expected(z.double()), rtol=1e-5, atol=1e-14)
 
 
