@@ -41,7 +41,7 @@ class collect:  # noqa: N801
         options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
 
     Attributes:
-        deficit: what was left out under `tol`, as a part of that trace, over all backward passes so far.
+        deficit, trace: what was left out under `tol`, as a part of that trace, over all backward passes so far; the trace.
         columns: how many exact columns walked in the pass that had most of them.
 
     Results are attributes under the quantity's name: on each parameter that requires grad (of its shape; None if no backward
@@ -66,16 +66,16 @@ class collect:  # noqa: N801
         self.passes = 0
         self.refused = False
         self.columns = 0
-        self._trace = self._dropped = 0.0
+        self.trace = self._dropped = 0.0
 
     @property
     def deficit(self) -> float:
-        return self._dropped / self._trace if self._trace else 0.0
+        return self._dropped / self.trace if self.trace else 0.0
 
     def __enter__(self) -> collect:
         self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
         self.samples, self.passes, self.refused, self.columns = 0, 0, False, 0
-        self._trace = self._dropped = 0.0
+        self.trace = self._dropped = 0.0
         for name in self.quantities:
             for holder in list(_published.get((threading.get_ident(), name), {})):
                 vars(holder).pop(name, None)
@@ -105,7 +105,7 @@ class collect:  # noqa: N801
         """Take in what one backward pass has contributed."""
         self.passes += 1
         merged = Contribution.merge(contributions, {name for name, q in self.quantities.items() if q.per_sample})
-        self._trace, self._dropped = self._trace + merged.trace, self._dropped + merged.dropped
+        self.trace, self._dropped = self.trace + merged.trace, self._dropped + merged.dropped
         self.columns = max(self.columns, merged.columns)
         for name, quantity in self.quantities.items():
             known = self.results[name]

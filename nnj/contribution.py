@@ -1,7 +1,6 @@
 """What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities take their share."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,16 @@ from nnj.graph import Graph
 from nnj.grouping import plan
 from nnj.head import HeadColumns
 from nnj.hooks import extended_roots
-from nnj.nodes import edge_shape
-from nnj.operators import Affine, Scale, Select
 from nnj.owners import Owner
 from nnj.quantities.base import Quantity
 from nnj.records import LossCall
 from nnj.scalar import check_arguments
 from nnj.selection import Selection, Whole
 from nnj.sweep import Sink, Sweep
+from nnj.turns import columns_at_once, even
 
 if TYPE_CHECKING:
     from nnj.collection import collect
-
-CACHE = 1 << 19  # entries of a tangent that stay in the caches of a CPU while a turn walks
-
 
 class Contribution:
     """Values of one collection from one loss, or from all losses of one backward pass."""
@@ -220,7 +215,7 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
             target.flush(found[id(target.collection)], parts)
 
     selection = None
-    fits, likes = _columns_at_once(sweep, min(c.memory for c in collections))
+    fits, likes = columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
         tol = min(t.collection.tol for t in targets if any(q.source == "exact" for q in t.collection.quantities.values()))
         selection = columns.select(owner, tol)
@@ -233,8 +228,8 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
             found[id(target.collection)].selected(selection)
         if head.useful:
             del wants["exact"]
-            _walk_behind(head, sweep, _even(head.walks, fits, likes), sink, flush)
-    size = _even(selection.k, fits, likes) if selection and "exact" in wants else likes
+            _walk_behind(head, sweep, even(head.walks, fits, likes), sink, flush)
+    size = even(selection.k, fits, likes) if selection and "exact" in wants else likes
     for chunk in columns.chunks(wants, selection, size):
         sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
         flush(chunk.parts)
@@ -281,34 +276,3 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
                 into.known[id(m)] = m
             for p in own:
                 into.known[id(p)] = p
-
-
-def _even(k: int, fits: int, likes: int) -> int:
-    """The length of turns of about `likes` columns, `fits` at most, that are all about as long."""
-    return max(1, math.ceil(k / max(math.ceil(k / fits), round(k / likes), 1)))
-
-
-def _columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
-    """How many columns may walk together: what `memory` holds; and on a CPU about what its caches like.
-
-    Of memory each takes the share of the largest unit, with what is formed on the way (3 times, in 8 bytes). A turn should not be
-    larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
-    """
-    most, widest, patches = 1, 1, 0
-    for unit in sweep.graph.units:
-        times = sweep.n if unit in sweep.explicit else 1
-        size = sum(math.prod(edge_shape(e)) for e in unit.into) * times
-        widest = max(widest, size)
-        for i, edge in enumerate(unit.out):
-            if edge is not None:
-                size += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
-        for slot, p in unit.params:
-            j = unit.slots[slot]
-            if times > 1 or not isinstance(j, (Affine, Scale, Select)):
-                size += p.numel() * sweep.n
-            elif isinstance(j, Affine) and j.places > 1:
-                patches += j.n * j.places * math.prod(j.matrix[::2])
-        most = max(most, size)
-    fits = max(1, memory // (8 * 3 * most))
-    device = sweep.graph.roots[0][0]._input_metadata[0].device
-    return fits, max(1, min(fits, (CACHE + patches) // widest) if device.type == "cpu" else fits)

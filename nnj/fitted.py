@@ -26,13 +26,14 @@ class Fit(Mapping[str, dict[str, Tensor]]):
         loss: the name of the loss.
         per_sample: the quantities that have the samples in axis 0, in the order of the loader.
         of_modules: the quantities that belong to modules.
+        deficit: what was left out under tol=, as a part of the trace of the Hessians in the outputs.
     """
 
     def __init__(self, values: dict[str, dict[str, Tensor]], *, samples: int, scale: str, total: float = 1.0, loss: str = "",
-                 per_sample: tuple[str, ...] = (), of_modules: tuple[str, ...] = ()):
+                 per_sample: tuple[str, ...] = (), of_modules: tuple[str, ...] = (), deficit: float = 0.0):
         self.values_of = values
         self.samples, self.scale, self.total, self.loss = samples, scale, total, loss
-        self.per_sample, self.of_modules = tuple(per_sample), tuple(of_modules)
+        self.per_sample, self.of_modules, self.deficit = tuple(per_sample), tuple(of_modules), deficit
 
     def __getitem__(self, quantity: str) -> dict[str, Tensor]:
         return self.values_of[quantity]
@@ -68,7 +69,8 @@ class Fit(Mapping[str, dict[str, Tensor]]):
         return cls(found.pop("values"), **found)
 
     def _facts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("samples", "scale", "total", "loss", "per_sample", "of_modules")}
+        names = ("samples", "scale", "total", "loss", "per_sample", "of_modules", "deficit")
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         lines = [f"Fit({self.samples} samples, scale={self.scale!r}, loss={self.loss})"]

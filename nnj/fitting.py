@@ -42,7 +42,7 @@ def fit(model: nn.Module, loss_func: Any, loader: Iterable[Any], *quantities: st
         forward: `forward(model, batch)` gives the output, where the rule above does not.
         target: the key of the target in a batch that is a dict, or `target(batch)`.
         progress: show a bar, if tqdm is installed.
-        modules, options: as in `nnj.collect`.
+        modules, options: as in `nnj.collect`, such as tol=.
 
     Parameters that no sample reached have zeros; those that do not require grad are left out. Per-sample quantities are
     concatenated in the order of the loader.
@@ -89,6 +89,7 @@ class _Sums:
                 raise NNJError(f"{name}: {type(quantity).__name__} does not say how it grows with the loss (its attribute "
                                f"degree), so that nnj.fit cannot divide it. Use scale='sum'")
         self.samples, self.total = 0, 0.0
+        self.trace = self.dropped = 0.0  # under tol=
         self.values: dict[str, dict[int, Any]] = {name: {} for name in collected.quantities}
         self.counts: list[int] = []  # samples in each batch
 
@@ -116,6 +117,7 @@ class _Sums:
             raise NNJError(f"a batch has {n} samples by its first tensor and {c.samples} by the rows of the loss, so that a "
                            f"mean over samples is not known. Write {loss.name} as a sum, with reduction='sum' and scale='sum'")
         self.samples += c.samples
+        self.trace, self.dropped = self.trace + c.trace, self.dropped + c.deficit * c.trace
         self.total += total
         self.counts.append(c.samples)
 
@@ -149,7 +151,8 @@ class _Sums:
                     values[name][path] = (value * factor if self.scale == "mean" else value).to(_dtype(holder, value))
         return Fit(values, samples=self.samples, scale=self.scale, total=self.total if self.scale == "mean" else 1.0, loss=loss,
                    per_sample=tuple(n for n, q in quantities.items() if q.per_sample),
-                   of_modules=tuple(n for n, q in quantities.items() if q.of_modules))
+                   of_modules=tuple(n for n, q in quantities.items() if q.of_modules),
+                   deficit=self.dropped / self.trace if self.trace else 0.0)
 
     def _joined(self, rows: list[Tensor | None]) -> Tensor:
         like = next(t for t in rows if t is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -162,3 +163,25 @@ def test_scaling_on_the_smallest_sizes(bench, tmp_path):
 def test_exponent(bench):
     assert bench.scaling.exponent([(n, 3e-4 * n**1.5, 0.0) for n in (2, 4, 8)]) == pytest.approx(1.5)
     assert math.isnan(bench.scaling.exponent([(2, 1.0, 0.0)]))
+
+
+def test_the_floor_of_a_row():
+    command = [sys.executable, str(FOLDER / "floor.py"), "--rows", "tiny", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| MLP 8-8-5"))
+    time, floor = (float(cell) for cell in row.split("|")[2:4])
+    assert time > floor > 0 and "| 0 Linear |" in done.stdout and "| 2 Linear |" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib (extra 'examples' or 'benchmarks')")
+def test_time_and_error_against_the_tolerance(tmp_path):
+    args = ["--epochs", "1", "--samples", "8", "--repeats", "1", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(FOLDER / "tolerance.py"), *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().splitlines()
+            if re.match(r"\| [\d.e-]+ \|", line)]
+    assert len(rows) == 8
+    for tol, columns, deficit, error, *_ in rows:
+        assert 0 <= float(deficit) <= float(tol) and 1 <= int(columns) <= 99 and 0 <= float(error) < 1
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -51,7 +51,7 @@ def test_the_readme_shows_what_is_there():
     shown = next(block for block in blocks("text") if "torch.nn.Linear" in block)
     assert [line.split() for line in shown.splitlines() if ours.search(line)] \
         == [line.split() for line in done.stdout.splitlines() if ours.search(line)]
-    assert (ROOT / "examples" / "third_party" / "nnj_siren.py").read_text() in blocks("python")
+    assert (ROOT / "examples" / "third_party" / "nnj_siren" / "layers.py").read_text() in blocks("python")
 
 
 def test_the_snippet_of_the_readme():

@@ -14,9 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
 import nnj, nnj_siren, torch
+from nnj_siren import layers
 
-calls, rule = [], nnj_siren.sine
-nnj_siren.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)  # the hook has not run yet: loading is lazy
+calls, rule = [], layers.sine
+layers.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)  # the hook has not run yet: loading is lazy
 
 torch.manual_seed(0)
 x, y = torch.randn(6, 2, dtype=torch.float64), torch.randint(3, (6,))
@@ -64,12 +65,16 @@ def python(tmp_path_factory):
 
 def test_it_is_listed(python):
     lines = [line.split() for line in python("-m", "nnj").splitlines()]
-    assert ["nnj_siren.Sine", "sine", "nnj-siren", "nnj-siren", "0.1"] in lines
+    assert ["nnj_siren.layers.Sine", "sine", "nnj-siren", "nnj-siren", "0.1"] in lines
+    assert ["nnj_siren.first.FirstSine", "first_sine", "nnj-siren-first", "nnj-siren", "0.1"] in lines
+    assert ["nnj_siren.losses.LogCosh", "log_cosh", "nnj-siren-losses", "nnj-siren", "0.1"] in lines
+    assert ["fisher_diag", "FisherDiag", "nnj-siren-quantities", "nnj-siren", "0.1"] in lines
 
 
-def test_its_own_test_passes(python):
-    test = ROOT / "examples" / "third_party" / "test_nnj_siren.py"
-    assert "1 passed" in python("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(test))
+def test_its_own_tests_pass(python):
+    tests = ROOT / "examples" / "third_party" / "tests"
+    assert "6 passed" in python("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir",
+                                str(tests), "-c", os.devnull, str(tests))
 
 
 def test_it_is_used_and_exact(python):

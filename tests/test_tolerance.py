@@ -145,6 +145,16 @@ def test_over_several_passes() -> None:
     assert context.deficit != pytest.approx(1 - float(sum(parts) / sum(wholes)))  # counted anew
 
 
+def test_in_fit() -> None:
+    torch.manual_seed(0)
+    model, loss, x, (y,) = CASES["a row for each sample"]()
+    model, batches = model.double(), list(zip(x.split(3), y.split(3), strict=True))
+    exact = nnj.fit(model, loss, batches, "ggn_diag")
+    found = nnj.fit(model, loss, batches, "ggn_diag", tol=0.05)
+    assert 0 < found.deficit <= 0.05 and exact.deficit == 0
+    torch.testing.assert_close(found["ggn_diag"]["3.b"].sum(), (1 - found.deficit) * exact["ggn_diag"]["3.b"].sum())
+
+
 def test_nested_collections_get_the_stricter_tolerance() -> None:
     exact, _ = collected("a linear head")
     torch.manual_seed(0)
