@@ -89,24 +89,32 @@ class DiagonalCurvature(Curvature):
         shapes: the shapes of several outputs.
         name: of the loss, for errors.
         scale: how large the terms are from which h is made; a negative entry far below it is rounding.
+        dtype: of the result, by default that of h (which may be wider: sqrt(h) is in range where h is not).
 
     Errors: `NNJError` if an entry is negative.
     """
 
-    def __init__(self, h: Tensor, shapes: Sequence[Sequence[int]] | None = None, name: str = "the loss", scale: float = 0.0):
+    def __init__(self, h: Tensor, shapes: Sequence[Sequence[int]] | None = None, name: str = "the loss", scale: float = 0.0,
+                 dtype: torch.dtype | None = None):
         h = _wide(h)
-        super().__init__([h.shape] if shapes is None else shapes, h, 1, 1)
+        super().__init__([h.shape] if shapes is None else shapes, h.new_empty(0, dtype=dtype or h.dtype), 1, 1)
         _refuse_negative(h, max(scale, largest_of(h)), h.dtype, name)
         self.h = h.clamp(min=0).reshape(self.rows, self.places, 1)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self.h.sqrt()[None][start:stop]
+        return self.h.sqrt().to(self.dtype)[None][start:stop]
 
     def diagonal(self) -> Tensor:
-        return self.h
+        return self.h.to(self.dtype)
+
+    def norms(self) -> Tensor:
+        return self.h[None, ..., 0]
+
+    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+        return self.h[row, place].sqrt().to(self.dtype)
 
     def product(self, v: Tensor) -> Tensor:
-        return self.h * v
+        return (self.h * v).to(v.dtype)
 
 
 class BlockCurvature(Curvature):

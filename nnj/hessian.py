@@ -61,14 +61,12 @@ def twice(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "t
     if not bool(torch.isfinite(hz).all()):
         raise NNJError(infinite(name))
     moderate = _moderate(call, outputs, hessian)
+    _check_log_probabilities(outputs, hessian, moderate, z.to(hz), name)
     z, scale = z.to(hz), max(largest_of(hz), _size(moderate, z))
     strict, loose = (1e-9, 1e-6) if hz.dtype == torch.float64 else (2e-5, 2e-4)
     signs = torch.randint(0, 2, (n, size), generator=generator, device="cpu").to(z) * 2 - 1
     h = signs * hessian.product(signs[None])[0]
     if _agree(h * z, hz, scale, strict):
-        if scale == 0 and any(t.shape[axis] > 1 for t in outputs for axis in SoftmaxCurvature.axes(t)):
-            raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
-                           f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits")
         return DiagonalCurvature(_part(h, sign).to(own), shapes, name, scale)
     other = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu").to(z)
     softmax = _softmax(outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict)
@@ -196,10 +194,26 @@ def _moderate(call: Callable[..., Tensor], outputs: Sequence[Tensor], hessian: _
         return None
 
 
-def _size(moderate: _Hessian | None, z: Tensor) -> float:
-    """How large H z is there."""
+def _check_log_probabilities(outputs: Sequence[Tensor], hessian: _Hessian, moderate: _Hessian | None, z: Tensor,
+                             name: str) -> None:
+    """Errors: `NNJError` if the loss is linear in an output of log probabilities, also where outputs are small."""
+    sizes = [per_row(t.shape, len(z)) for t in outputs]
+    for i, t in enumerate(outputs):
+        if not any(t.shape[axis] > 1 for axis in SoftmaxCurvature.axes(t)):
+            continue
+        part = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+        v = torch.zeros_like(z)
+        v[:, part] = z[:, part]
+        if bool(hessian.gradient[:, part].any()) and all(_size(h, v, part) == 0 for h in (hessian, moderate)):
+            raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
+                           f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits; "
+                           f"each term of a sum may be a loss of its own")
+
+
+def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> float:
+    """How large H z is; of an output's part of it."""
     try:
-        size = 0.0 if moderate is None else largest_of(moderate.product(z[None]))
+        size = 0.0 if hessian is None else largest_of(hessian.product(z[None])[..., part])
     except Exception:
         return 0.0
     return size if math.isfinite(size) else 0.0

@@ -13,6 +13,7 @@ from nnj.checking import ModelReport, check_model
 from nnj.curvature import Curvature
 from nnj.factors import Factor
 from nnj.hessian import twice
+from nnj.loss_hook import FunctionLoss, name_of
 from nnj.operators import Jacobian
 from nnj.owners import Owner
 from nnj.plugins import manager
@@ -158,10 +159,10 @@ def loss_curvature(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -
             return entry.rule(loss, scale, output, *args)
         except NotImplementedError:
             pass
-    return twice(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), type(loss).__name__)
+    return twice(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), name_of(loss))
 
 
-def check_loss(loss: nn.Module, output: Tensor, *args: Any, reference: Callable[..., Tensor] | None = None) -> None:
+def check_loss(loss: Callable[..., Tensor], output: Tensor, *args: Any, reference: Callable[..., Tensor] | None = None) -> None:
     """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
 
     Mean, sum, none and the loss's own reduction, under the scale 1 and a random positive one: the factor, in one piece, in slices
@@ -170,12 +171,15 @@ def check_loss(loss: nn.Module, output: Tensor, *args: Any, reference: Callable[
     between rows, or places, must be zero. The loss is copied, so its reduction stays.
 
     Args:
+        loss: a loss module, or a function as `nnj.extend` takes it (its reduction is its own).
         reference: `reference(loss, output, *args)` is what is differentiated twice, by default loss.forward: for a loss that
             autograd cannot differentiate twice, or the rule of which takes in more than the loss (that of NLLLoss is right with
             `lambda loss, z, y: loss(z.log_softmax(1), y)`). At `output` it must have the value of the loss.
 
-    Errors: AssertionError naming the loss, its reduction and the product.
+    Errors: AssertionError naming the loss, its reduction and the product; `NNJError` for a loss that `nnj.collect` refuses, such
+    as one that is not convex in `output`.
     """
+    loss = loss if isinstance(loss, nn.Module) else FunctionLoss(loss)
     output, args = _double(output), tuple(map(_double, args))
     run: Callable[..., Tensor] = reference or (lambda loss, *given: loss.forward(*given))
     reductions = dict.fromkeys(["mean", "sum", "none", loss.reduction]) if hasattr(loss, "reduction") else [None]
@@ -183,7 +187,7 @@ def check_loss(loss: nn.Module, output: Tensor, *args: Any, reference: Callable[
         module: Any = copy.deepcopy(loss).double()
         if reduction is not None:
             module.reduction = reduction
-        who = f"{type(loss).__name__}{f'(reduction={reduction!r})' if reduction else ''}"
+        who = f"{name_of(loss)}{f'(reduction={reduction!r})' if reduction else ''}"
         value = module.forward(output, *args).detach()
         _same(f"{who}: the value of the reference", run(module, output, *args).detach().nan_to_num(), value.nan_to_num())
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):

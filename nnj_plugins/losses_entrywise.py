@@ -44,12 +44,26 @@ def bce_with_logits(m: nn.BCEWithLogitsLoss, z: Tensor, target: Tensor) -> Tenso
     return h if m.weight is None else h * m.weight.detach().to(h.dtype)
 
 
-@entrywise
-def bce(m: nn.BCELoss, p: Tensor, target: Tensor) -> Tensor:
+def bce(m: nn.BCELoss, scale: Tensor, p: Tensor, target: Tensor) -> nnj.Curvature:
     """-w (t log p + (1 - t) log(1 - p)): w (t / p² + (1 - t) / (1 - p)²), in the probability and not in its logit.
 
-    The GGN behind a sigmoid is therefore another one than that of BCEWithLogitsLoss.
+    The GGN behind a sigmoid is therefore another one than that of BCEWithLogitsLoss. It is had in float64: 1 / p² leaves float32
+    at p = 1e-20, while its root times the sigmoid's derivative is about 1.
+
+    Errors: `NNJError` where a probability is rounded to 0 or 1, and the target is not.
     """
+    own = torch.promote_types(p.dtype, torch.float32)
+    least = torch.where(target == 0, 1.0, p.to(own)).minimum(torch.where(target == 1, 1.0, 1 - p.to(own)))
+    if not bool((least * torch.finfo(own).max > 1).all()):
+        raise nnj.NNJError("BCELoss: a probability is rounded to 0 or 1 where its target is not, so that its curvature is "
+                           "infinite. Give the logits to BCEWithLogitsLoss, which does not round them")
+    wide = own if p.device.type == "mps" else torch.float64  # which has no float64
+    h = _bce(m, scale.to(wide), p.to(wide), target)
+    return nnj.DiagonalCurvature(h.diagonal().reshape(p.shape), name=type(m).__name__, dtype=own)
+
+
+@entrywise
+def _bce(m: nn.BCELoss, p: Tensor, target: Tensor) -> Tensor:
     h = torch.where(target == 0, 0.0, target / p.square()) + torch.where(target == 1, 0.0, (1 - target) / (1 - p).square())
     return h if m.weight is None else h * m.weight.detach().to(h.dtype)
 

@@ -210,9 +210,10 @@ def test_negative_weights_are_refused():
         loss_curvature(nn.KLDivLoss(reduction="sum"), ONE, log_p(3, 4)(), -soft(3, 4)())
 
 
-def test_a_divergence_from_a_target_that_is_learned_is_refused():
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_divergence_from_a_target_that_is_learned_is_refused(signed):
     model, x = nnj.extend(nn.Linear(3, 4)), torch.randn(6, 3)
-    with pytest.raises(nnj.NNJError, match="KLDivLoss: .*not positive semi-definite"), nnj.collect("ggn_diag"):
+    with pytest.raises(nnj.NNJError, match="KLDivLoss is linear in log probabilities"), nnj.collect("ggn_diag", signed=signed):
         nnj.extend(nn.KLDivLoss(reduction="sum"))(model(x).log_softmax(1), model(-x).softmax(1)).backward()
 
 
@@ -226,6 +227,50 @@ def test_what_is_linear_in_log_probabilities_otherwise_is_refused(loss):
     model, x, t = nnj.extend(Head(LASTS["module"])), torch.randn(6, 3), y(4, 6)()
     with pytest.raises(nnj.NNJError, match=r"(Own|a lambda\)) is linear in log probabilities.*logits"), nnj.collect("ggn_diag"):
         nnj.extend(loss)(model(x), t).backward()
+
+
+class Two(nn.Module):
+    """Log probabilities of 3 classes, and 2 numbers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 5)
+
+    def forward(self, x):
+        z = self.one(x)
+        return z[:, :3].log_softmax(1), z[:, 3:]
+
+
+@pytest.mark.parametrize("loss", [
+    lambda z, m, t: F.nll_loss(z, t) + m.square().mean(), lambda z, m, t: F.nll_loss(z, t) + m.logsumexp(1).square().sum(),
+    lambda z, m, t: F.kl_div(z, F.one_hot(t, 3).to(z), reduction="sum") + 0 * m.sum()])
+@pytest.mark.parametrize("signed", [False, True])
+def test_one_of_several_outputs_that_is_log_probabilities_is_not_left_out(loss, signed):
+    """Beside another term with curvature the zero would not be seen."""
+    model, t = nnj.extend(Two()), y(3, 6)()
+    with pytest.raises(nnj.NNJError, match=r"a lambda\) is linear in log probabilities.*loss of its own"), \
+            nnj.collect("ggn_diag", signed=signed):
+        nnj.extend(loss)(*model(torch.randn(6, 3)), t).backward()
+
+
+def test_terms_as_losses_of_their_own():
+    model, x, t = nnj.extend(Two()).double(), z(6, 3)(), y(3, 6)()
+    nll, mse = nnj.extend(nn.NLLLoss()), nnj.extend(nn.MSELoss())
+    with nnj.collect("ggn_diag"):
+        p, m = model(x)
+        (nll(p, t) + mse(m, torch.zeros_like(m))).backward()
+    together = lambda f, t: F.cross_entropy(f[:, :3], t) + f[:, 3:].square().mean()
+    apart = model.one.weight.ggn_diag
+    with nnj.collect("ggn_diag"):
+        nnj.extend(together)(model.one(x), t).backward()
+    torch.testing.assert_close(apart, model.one.weight.ggn_diag, rtol=1e-9, atol=1e-12)
+
+
+def test_log_probabilities_that_a_loss_does_not_use():
+    model, x = nnj.extend(Two()), torch.randn(6, 3)
+    with nnj.collect("ggn_diag"):
+        nnj.extend(lambda z, m: 0 * z.detach().sum() + m.square().mean())(*model(x)).backward()
+    assert model.one.weight.ggn_diag[3:].all() and not model.one.weight.ggn_diag[:3].any()
 
 
 def test_sure_logits_are_not_taken_for_log_probabilities():

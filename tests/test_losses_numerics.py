@@ -56,9 +56,98 @@ def test_saturated_logits_by_autograd(logit, dtype):
     torch.testing.assert_close(*diagonals, rtol=1e-5, atol=1e-14)
 
 
-def test_bce_is_exact_far_out():
-    h = loss_curvature(nn.BCEWithLogitsLoss(reduction="sum"), torch.tensor(1.0), torch.tensor([[40.0, -40.0]]), torch.rand(1, 2))
-    torch.testing.assert_close(h.diagonal().flatten(), torch.exp(torch.tensor([-40.0, -40.0])))
+FAR = [1000.0, -1000.0, 80.0, -80.0, 40.0, -40.0, 0.5]
+
+
+def sure(z):
+    """s(z) s(-z), without cancellation."""
+    return (-z.abs()).exp() / (1 + (-z.abs()).exp()) ** 2
+
+
+def zeros(z):
+    return 0 * z
+
+
+# The loss, what makes a target of the output, and the Hessian's diagonal for its sum, of the output in float64.
+OUT = {
+    "mse": (nn.MSELoss, torch.zeros_like, lambda z: 2 + 0 * z),
+    "l1": (nn.L1Loss, torch.zeros_like, zeros),
+    "smooth l1": (nn.SmoothL1Loss, torch.zeros_like, lambda z: (z.abs() < 1).double()),
+    "huber": (nn.HuberLoss, torch.zeros_like, lambda z: (z.abs() < 1).double()),
+    "bce": (nn.BCEWithLogitsLoss, lambda z: torch.full_like(z, 0.3), sure),
+    "soft margin": (nn.SoftMarginLoss, torch.ones_like, sure),
+    "several labels": (nn.MultiLabelSoftMarginLoss, torch.ones_like, lambda z: sure(z) / len(FAR)),
+    "gaussian": (lambda reduction: lambda z, t: F.gaussian_nll_loss(z, t, torch.full_like(z, 1e30), reduction=reduction),
+                 torch.zeros_like, lambda z: 1e-30 + 0 * z),
+    "gaussian, no variance": (lambda reduction: lambda z, t: F.gaussian_nll_loss(z, t, torch.zeros_like(z), reduction=reduction),
+                              torch.zeros_like, lambda z: 1e6 + 0 * z),
+    "cross entropy": (CE, lambda z: z.argmin(1), lambda z: z.softmax(1) * (1 - z.softmax(1))),
+    "cross entropy, soft": (CE, lambda z: torch.full_like(z, 1 / 7), lambda z: z.softmax(1) * (1 - z.softmax(1))),
+}
+
+
+def rowwise(z, loss, target):
+    """By a rule or by a function that is differentiated twice."""
+    h = loss_curvature(loss, torch.tensor(1.0, dtype=z.dtype), z, target)
+    s = h.place(h.columns(0, h.rank))[0]
+    assert s.dtype == torch.float32 and bool(s.isfinite().all())
+    return h.place(h.diagonal()[None])[0][0].double()
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_far_out_in_float32(name):
+    make, target, expected = OUT[name]
+    z = torch.tensor([FAR])
+    loss = make(reduction="sum")
+    loss = loss if isinstance(loss, nn.Module) else nnj.FunctionLoss(loss)
+    torch.testing.assert_close(rowwise(z, loss, target(z)), expected(z.double()), rtol=1e-5, atol=1e-37)
+    function = nnj.FunctionLoss(lambda z, t: loss.forward(z, t))
+    if name == "soft margin":  # torch overflows where it is differentiated
+        with pytest.raises(nnj.NNJError, match="its Hessian is not finite"):
+            rowwise(z, function, target(z))
+        return
+    torch.testing.assert_close(rowwise(z, function, target(z)), expected(z.double()), rtol=1e-5, atol=1e-14)
+
+
+@pytest.mark.parametrize("logit", [-1000.0, -80.0, 80.0])
+def test_rates_far_out(logit):
+    z = torch.tensor([[logit]])
+    found = rowwise(z, nn.PoissonNLLLoss(reduction="sum"), torch.ones(1, 1))
+    torch.testing.assert_close(found, z.double().exp(), rtol=1e-5, atol=1e-37)
+    with pytest.raises(nnj.NNJError, match="PoissonNLLLoss: its Hessian is not finite"):
+        rowwise(z.abs() + 1000, nn.PoissonNLLLoss(), torch.ones(1, 1))
+
+
+class Probability(nn.Module):
+    def __init__(self, logit):
+        super().__init__()
+        self.one = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.one.weight, logit)
+
+    def forward(self, x):
+        return self.one(x).sigmoid()
+
+
+@pytest.mark.parametrize("logit, target", [(-80.0, 1.0), (-50.0, 1.0), (-50.0, 0.3), (-20.0, 1.0), (15.0, 0.0), (12.0, 0.6),
+                                           (1000.0, 1.0), (-1000.0, 0.0)])
+@pytest.mark.parametrize("options", [{}, dict(tol=1e-9)])
+def test_probabilities_of_which_the_square_underflows(logit, target, options):
+    """t / p² is no float32 where p is 1e-20, but what comes back through the sigmoid, t (1 - p)² + (1 - t) p², is."""
+    model, x = nnj.extend(Probability(logit)), torch.ones(1, 1)
+    with nnj.collect("ggn_diag", **options):
+        p = model(x)
+        nnj.extend(nn.BCELoss())(p, torch.full((1, 1), target)).backward()
+    p = p.detach().double()
+    expected = target * (1 - p) ** 2 + (1 - target) * p**2
+    torch.testing.assert_close(model.one.weight.ggn_diag.double(), expected, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("logit, target", [(1000.0, 0.0), (17.5, 0.0), (1000.0, 0.7), (-1000.0, 1.0), (-95.0, 1.0)])
+def test_probabilities_that_are_rounded_against_their_targets(logit, target):
+    model = nnj.extend(Probability(logit))
+    with pytest.raises(nnj.NNJError, match="BCELoss: a probability is rounded to 0 or 1.*BCEWithLogitsLoss"), \
+            nnj.collect("ggn_diag"):
+        nnj.extend(nn.BCELoss())(model(torch.ones(1, 1)), torch.full((1, 1), target)).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,8 @@
 """Losses that are differentiated twice."""
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,17 @@ TWICE = {
 @pytest.mark.parametrize("loss, given", made(TWICE))
 def test_twice(loss, given):
     check_loss(loss(), *[make() for make in given])
+
+
+def test_check_loss_takes_functions():
+    output, target = z(4, 3)(), y(3, 4)()
+    check_loss(F.cross_entropy, output, target)
+    check_loss(lambda o, t: F.cross_entropy(2 * o, t), output, target)
+    check_loss(functools.partial(F.huber_loss, delta=0.3), output, z(4, 3)())
+    with pytest.raises(AssertionError, match="cross_entropy: the value of the reference"):
+        check_loss(F.cross_entropy, output, target, reference=lambda loss, o, t: 2 * loss(o, t))
+    with pytest.raises(nnj.NNJError, match="cosine_embedding_loss: .*not positive semi-definite"):
+        check_loss(F.cosine_embedding_loss, output, z(4, 3)(), torch.ones(4))
 
 
 def test_subclass_with_a_forward_of_its_own_goes_twice():
