@@ -13,9 +13,9 @@ def fused_attention(node: Any) -> bool:
     if "ScaledDotProduct" not in node.name():
         return False
     names = ("_saved_query", "_saved_key", "_saved_value", "_saved_is_causal", "_saved_scale", "_saved_dropout_p")
-    if not all(hasattr(node, name) for name in names) or node._saved_dropout_p:
+    if not all(hasattr(type(node), name) for name in names) or node._saved_dropout_p:  # a checkpoint unpacks a tensor once
         return False
-    if hasattr(node, "_saved_attn_bias") or len([n for n, _ in node.next_functions if n is not None]) > 3:
+    if hasattr(type(node), "_saved_attn_bias") or len([n for n, _ in node.next_functions if n is not None]) > 3:
         return False
     return True
 
@@ -28,7 +28,7 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     q, k, v = node._saved_query, node._saved_key, node._saved_value
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
-    p, scale = _probabilities(node)
+    p, scale = _probabilities(node, q, k)
     columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
     g = g.movedim(0, -3)  # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
     dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
@@ -40,9 +40,8 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     return [dq, dk, dv]
 
 
-def _probabilities(node: Any) -> tuple[Tensor, float]:
+def _probabilities(node: Any, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
     """P of (N, H, T, S), and s."""
-    q, k = node._saved_query, node._saved_key
     scale = node._saved_scale
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q @ k.mT) * scale
@@ -72,7 +71,7 @@ def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] |
 
 def _slopes(node: Any) -> tuple[Tensor, Tensor, Tensor]:
     """P (N, H, T, S); dO_tc / dQ_td as (N, H, T, c, d); dO_tc / dK_sd without its factor Q_td, as (N, H, T, S, c)."""
-    p, scale = _probabilities(node)
+    p, scale = _probabilities(node, node._saved_query, node._saved_key)
     v = node._saved_value
     jk = scale * p.unsqueeze(-1) * (v.unsqueeze(-3) - (p @ v).unsqueeze(-2))
     return p, torch.einsum("...tsc,...sd->...tcd", jk, node._saved_key), jk

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import TorchFunctionMode
 
 from nnj.attention import attention_backward, fused_attention
 from nnj.errors import NNJError
@@ -79,7 +81,8 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         args: list[Tensor | None] = [None] * len(arrived)
         for i, t in zip(which, given, strict=True):
             args[i] = t
-        out = call(*args)
+        with nullcontext() if call is not node else _PlainRecomputation():
+            out = call(*args)
         return out if isinstance(out, tuple) else (out,)
 
     given = [t for t in arrived if t is not None]
@@ -113,6 +116,17 @@ def _confirmed(run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: 
             if one.shape != columns.shape[1:] or bool(((one - mix(columns)).abs() > tolerance).any()):
                 return False
     return True
+
+
+class _PlainRecomputation(TorchFunctionMode):
+    """What a checkpoint computes anew while its tensors are unpacked has nothing to do with the columns: it runs outside of vmap.
+
+    There torch may take other kernels, which save other tensors than those that stand for the ones of the forward pass.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with temporarily_clear_interpreter_stack():
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager
