@@ -32,7 +32,7 @@ class Profile(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = "(forward, backward, loss)"
+        self.layer = "(forward, backward, loss, last layer)"
         self.seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
         self.products: dict[str, float] = collections.defaultdict(float)
 
