@@ -157,11 +157,19 @@ def _sees_forward(module: nn.Module) -> bool:
 
 def is_leaf_layer(module: nn.Module) -> bool:
     """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes and they do better."""
-    if next(module.parameters(), None) is None:
-        return False
-    return all(entry is None or entry.key is nn.Module or not list(child.parameters())
-               for child in module.modules() if child is not module
-               for entry in [manager().find("layer", type(child))])
+    return not _has_known_part(module) and next(module.parameters(), None) is not None
+
+
+def _has_known_part(module: nn.Module) -> bool:
+    """Whether a layer with a rule of its own, and with parameters, is inside. It mostly is the first that is looked at."""
+    for part in module._modules.values():
+        if part is None:
+            continue
+        entry = manager().find("layer", type(part))
+        known = entry is not None and entry.key is not nn.Module
+        if (known and next(part.parameters(), None) is not None) or _has_known_part(part):
+            return True
+    return False
 
 
 def _drop_finished(frames: list[_Frame], python: FrameType) -> None:

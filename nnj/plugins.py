@@ -137,12 +137,13 @@ class PluginManager:
 
     def find(self, table: str, cls: type) -> Entry | None:
         """The claim of the nearest class in the MRO of `cls`."""
-        self.load()
-        found = self._found[table]
-        if cls not in found:
+        try:
+            return self._found[table][cls]  # empty until the plugins are loaded
+        except KeyError:
+            self.load()
             known = self._tables[table]
-            found[cls] = next((known[base] for base in cls.__mro__ if base in known), None)
-        return found[cls]
+            found = self._found[table][cls] = next((known[base] for base in cls.__mro__ if base in known), None)
+            return found
 
     def quantity(self, name: str) -> Entry | None:
         """The claim of a quantity's name."""
