@@ -16,7 +16,8 @@ BATCHED = {name: 0 for name in """Convolution ConvolutionOverrideable MkldnnConv
     UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle
     PixelUnshuffle NativeGroupNorm Im2Col Col2Im Mm""".split()} | {"Addmm": 1}
 ATTENTION = "ScaledDotProduct"
-VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
+# They leave the entries in their order, and only the axes are others.
+FLAT = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 # Others are checked against a call without vmap: a wrong batching rule would be a wrong number.
-TRUSTED = ELEMENTWISE | ALONG | set(BATCHED) | VIEWS | set("""Transpose Permute T Unsqueeze Squeeze Stack Expand ConstantPadNd Bmm
+TRUSTED = ELEMENTWISE | ALONG | set(BATCHED) | FLAT | set("""Transpose Permute T Stack Expand ConstantPadNd Bmm
     Addmm NativeLayerNorm NativeBatchNorm Index IndexSelect Repeat Roll UnsafeSplit""".split())

@@ -1,8 +1,17 @@
 """Whose the entries of a tangent are."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Along(NamedTuple):
+    """Where the samples are in a tensor: entry i of an axis belongs to sample (i // run) % n, whatever the other indices."""
+
+    axis: int
+    run: int
 
 
 class Owner:
@@ -10,11 +19,20 @@ class Owner:
 
     `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that broadcasts against
     (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0 of the tangent is (K * n): every column
-    is that of one sample, and all its entries are that sample's.
+    is that of one sample, and all its entries are that sample's. `along` says the same as `of` where that is so simple.
     """
 
-    def __init__(self, n: int, of: Tensor | None = None, explicit: bool = False):
-        self.n, self.of, self.explicit = n, of, explicit
+    def __init__(self, n: int, of: Tensor | None = None, explicit: bool = False, along: Along | None = None):
+        self.n, self.of, self.explicit, self.along = n, of, explicit, along
+
+    @classmethod
+    def by_axis(cls, n: int, shape: tuple[int, ...], along: Along, device: torch.device) -> Owner:
+        """That of a tangent of (R, *outputs) = shape with the samples along one axis."""
+        if along.axis == 0 and shape[0] == n * along.run:
+            return cls(n)
+        of = (torch.arange(shape[along.axis], device=device) // along.run % n).reshape(-1, *[1] * (len(shape) - along.axis - 1))
+        of = of.expand(shape[0], *[1] * (along.axis - 1), *of.shape) if along.axis else of
+        return cls(n, of, along=along)
 
     def rows(self, count: int, device: torch.device) -> Tensor | None:
         """The owner of each row (R,), or None where a row holds entries of several samples."""

@@ -18,11 +18,11 @@ from nnj.factors import Explicit, Factor
 from nnj.graph import Graph, Unit
 from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
 from nnj.operators import Jacobian
-from nnj.owners import Owner
+from nnj.owners import Along, Owner, by_turns
 from nnj.pieces import add_uses
 from nnj.records import Edge, place_of
 from nnj.rules import blame, checked
-from nnj.samples import Coupled, Probe, broadcast_operand, describe, keeps_rows, split
+from nnj.samples import Coupled, Probe, broadcast_operand, carried, describe, split
 
 Sink = Callable[[Tensor, Factor], None]
 
@@ -46,6 +46,7 @@ class Sweep:
         self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
         self.plain, self.apart = Owner(n), Owner(n, explicit=True)
         self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
+        self._by_axis: dict[tuple[Along, tuple[int, ...], torch.device], Owner] = {}  # owners are the same if they are one
         self.found: dict[Edge, Owner] = {}  # what the probe said, with entries that are nobody's
         self.checked: set[Edge] = set()
         self.leaving: dict[tuple[Unit, int], Owner | None] = {}
@@ -53,7 +54,7 @@ class Sweep:
         self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
         self.explicit: set[Unit] = set()  # units that are given one column for each sample
         for edge, owner in owners.items():
-            self._arrive(edge, self.apart if n == 1 else owner if owner.of is not None else self.plain)
+            self._arrive(edge, self.apart if n == 1 else self._root(edge, owner))
         for unit in graph.units:
             self._plan(unit)
         self.uses: dict[int, int] = {}
@@ -66,6 +67,27 @@ class Sweep:
             own_task(lambda: self._find_owners(owners))
 
     # -- planning -----------------------------------------------------------------------------------------------------
+
+    def _root(self, edge: Edge, owner: Owner) -> Owner:
+        of = owner.of
+        if of is None:
+            return self.plain
+        simple = of.numel() == len(of) and by_turns(of.flatten(), self.n)
+        return self._along(edge, Along(0, 1)) if simple else owner
+
+    def _along(self, edge: Edge, along: Along) -> Owner:
+        """The owner of an edge with the samples along one axis."""
+        shape = edge_shape(edge)
+        if along.axis == 0 and shape[0] == self.n * along.run:
+            return self.plain
+        key = along, shape, self._device(edge)
+        if key not in self._by_axis:
+            self._by_axis[key] = Owner.by_axis(self.n, shape, along, key[2])
+        return self._by_axis[key]
+
+    def _axis(self, edge: Edge, owner: Owner | None) -> Along | None:
+        """Along which axis of an edge the samples are; None if that is not known, or not all there is to say."""
+        return Along(0, edge_shape(edge)[0] // self.n) if owner is self.plain else None if owner is None else owner.along
 
     def _arrive(self, edge: Edge, owner: Owner | None) -> None:
         if edge not in self.state:
@@ -108,25 +130,33 @@ class Sweep:
         unit = self.graph._unit(edge)
         return unit.batch or unit.batch_above or (self.bare and (unit.bare or unit.bare_above))
 
-    def _reducible(self, unit: Unit, edge: Edge) -> bool:
-        return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge))
+    def _reducible(self, unit: Unit, edge: Edge, along: Along | None) -> bool:
+        axis = 0 if along is None else along.axis
+        return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge), axis)
 
-    def _keeps(self, unit: Unit, i: int, edge: Edge, states: list[Owner | None]) -> bool:
-        if any(s is not self.plain for s in states):
-            return False
-        return all(keeps_rows(unit.node, i, edge_shape(e), edge_shape(edge), self.n) for e in unit.into)
+    def _carried(self, unit: Unit, i: int, edge: Edge, alongs: list[Along | None]) -> Owner | None:
+        """Whose the entries of an operand are, if the names of nodes tell that."""
+        found = set()
+        for e, along in zip(unit.into, alongs, strict=True):
+            found.add(None if along is None else carried(unit.node, i, edge_shape(e), edge_shape(edge), self.n, along))
+        (along, *others) = found
+        return None if others or along is None else self._along(edge, along)
 
     def _leaving(self, unit: Unit, i: int, edge: Edge, states: list[Owner | None]) -> Owner | None:
         """Whose the entries are that leave a unit on one edge; None if only a probe can say."""
+        alongs = [self._axis(e, owner) for e, owner in zip(unit.into, states, strict=True)]
+        along, known = alongs[0], None not in alongs
         if unit.record is not None:
             rows = edge_shape(edge)[0]
-            return self.plain if states[0] is self.plain and rows % self.n == 0 else None
-        known = all(s is self.plain for s in states)
-        if self._reducible(unit, edge) and (known or not self.probed or not self._batch_behind(edge)):
+            if along is None or along.axis > 0 or rows != edge_shape(unit.into[0])[0]:
+                return None
+            return self._along(edge, along)
+        if self._reducible(unit, edge, along) and (known or not self.probed or not self._batch_behind(edge)):
             self.reduced.add((unit, i))
             return self.apart
-        if self._keeps(unit, i, edge, states):
-            return self.plain
+        owner = self._carried(unit, i, edge, alongs)
+        if owner is not None:
+            return owner
         if self._batch_behind(edge) and not (self.cut and known):
             return None
         self.split.add((unit, i))
