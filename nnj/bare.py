@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnj.arranged import Arranged
 from nnj.factors import Factor
-from nnj.nodes import edge_shape, node_name, own_task, saved
+from nnj.nodes import edge_shape, node_name, own_task, saved, signed
 from nnj.operators import Affine, Jacobian, Scale
 from nnj.owners import Owner
 from nnj.pieces import Rows
@@ -199,7 +199,7 @@ def _chunk(node: Any, nr: int) -> tuple[int, int] | None:
     if name == "Slice" and node._saved_dim == 0 and node._saved_step == 1:
         count = node._input_metadata[0].shape[0]
         total = node._saved_self_sym_sizes[0]
-        start = node._saved_start if node._saved_start < 2**63 else node._saved_start - 2**64
+        start = signed(node._saved_start)
         start = max(0, start + total if start < 0 else start)
         return start, start + count
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from nnj.arrivals import Arrivals
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor
 from nnj.graph import Unit
@@ -122,7 +123,7 @@ class _Walk:
             self.full = torch.eye(at.out, dtype=at.y.dtype, device=at.y.device).expand(at.n, -1, -1) if m is None else (
                 m.diag_embed() if m.dim() == 2 else m)
             return
-        values: dict[Edge, Tensor] = {}
+        values = Arrivals()
         units = list(self.sweep.graph.units)
         if m is None or m.dim() == 2:
             start = at.y.new_ones(at.n, at.out) if m is None else m
@@ -135,7 +136,7 @@ class _Walk:
                 self._exactly(unit, arrived, values)
             self.sweep._step(unit, values, 1, self.add)
 
-    def _exactly(self, unit: Unit, arrived: list[Edge], values: dict[Edge, Tensor]) -> None:
+    def _exactly(self, unit: Unit, arrived: list[Edge], values: Arrivals) -> None:
         """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal that has arrived."""
         if unit.leaf is not None and self.at.wrt == "weight":
             raise NNJError("diag_backprop keeps only the diagonal at a parameter that no layer with a rule owns. "
@@ -147,7 +148,7 @@ class _Walk:
         for edge in arrived:
             self._first(unit, edge, *_columns(values[edge]))
 
-    def _head(self, m: Tensor, units: list[Unit], root: Edge, values: dict[Edge, Tensor]) -> list[Unit]:
+    def _head(self, m: Tensor, units: list[Unit], root: Edge, values: Arrivals) -> list[Unit]:
         """A full metric enters exactly: rows of the identity and of M walk as columns down to the last layer."""
         at, edge = self.at, root
         left = at.basis()
@@ -172,7 +173,7 @@ class _Walk:
             edge = after
         return []
 
-    def _exact(self, unit: Unit, left: Tensor, right: Tensor, values: dict[Edge, Tensor]) -> None:
+    def _exact(self, unit: Unit, left: Tensor, right: Tensor, values: Arrivals) -> None:
         """The last layer: diag(J^T M J'), or the block of its parameters, with all of M."""
         (edge,) = unit.into
         other = self.sweep.partner(unit)

@@ -35,6 +35,11 @@ def node_name(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
 
 
+def signed(number: int) -> int:
+    """A saved axis or index, which autograd shows as an unsigned number."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def saved(node: Any, name: str) -> Tensor:
     """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed it."""
     try:

@@ -1,7 +1,7 @@
 """B = V U^T: the factor at a weight, whose input is seen in patches U, kept as its two thin factors."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -136,8 +136,7 @@ class Places(Factor):
         for s in range(n):
             u = self.patches(slice(s, s + 1))[0].mT
             for a in range(0, k, step):
-                v = self.v[a : a + step, s].transpose(0, 1).reshape(g, -1, l)
-                for b in (v @ u).unflatten(1, (-1, o)).unbind(1):
+                for b in _each(self.v[a : a + step, s], u):
                     total.addcmul_(b, b)
         return total.reshape(self.shape)
 
@@ -156,6 +155,18 @@ class Places(Factor):
             right = x[s : s + step, :, None] * y[s : s + step, None, :]
             total.addmm_(left.flatten(1).mT, right.flatten(1))
         return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
+
+
+def _each(v: Tensor, u: Tensor) -> Iterable[Tensor]:
+    """v (K, G, O, L) times u (G, L, I) for each of the K, one to be used before the next is asked for."""
+    k, g, o, l = v.shape
+    i = u.shape[2]
+    if g > 1 or v.stride(2) != 1 or o < i:
+        return (v.transpose(0, 1).reshape(g, -1, l) @ u).unflatten(1, (-1, o)).unbind(1)
+    if v.device.type != "cpu" or o * i < 1 << 15:  # v is as a linear layer on sequences has it: a copy would cost as much
+        return (v[:, 0] @ u.expand(k, -1, -1))[:, None].unbind(0)
+    room = v.new_empty(o, i)  # stays in the caches
+    return (torch.mm(column[0], u[0], out=room)[None] for column in v)
 
 
 def weighted(kernel: Tensor, patches: Patches) -> Tensor:

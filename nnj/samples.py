@@ -14,14 +14,14 @@ from torch import Tensor
 from nnj.errors import NNJError
 from nnj.graph import Unit
 from nnj.names import ALONG, ATTENTION, BATCHED, BROADCASTING, ELEMENTWISE, FLAT
-from nnj.nodes import node_name
+from nnj.nodes import node_name, signed
 from nnj.owners import Along, Owner
 
 
 def _axes(saved: Any, dims: int) -> set[int]:
-    """Saved axes, which autograd shows as unsigned numbers, from 0 to dims - 1."""
+    """Saved axes, from 0 to dims - 1."""
     values = saved if isinstance(saved, (tuple, list)) else [saved]
-    return {(v - 2**64 if v >= 2**63 else v) % max(dims, 1) for v in values}
+    return {signed(v) % max(dims, 1) for v in values}
 
 
 def carried(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...], n: int, at: Along) -> Along | None:
@@ -58,7 +58,7 @@ def _operand_axis(node: Any, name: str, child: int, out: int, into: int, axis: i
     if name in ALONG or name == "Stack":
         return _beside(node, name, out, into, axis)
     if name in ("Transpose", "Swapaxes"):
-        pair = [(d - 2**64 if d >= 2**63 else d) % into for d in (node._saved_dim0, node._saved_dim1)]
+        pair = [signed(d) % into for d in (node._saved_dim0, node._saved_dim1)]
         return pair[1 - pair.index(axis)] if axis in pair else axis
     if name == "Permute":
         (source,) = _axes(node._saved_dims[axis], into)

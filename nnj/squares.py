@@ -13,7 +13,7 @@ from nnj.attention import attention_squares, fused_attention
 from nnj.errors import NNJError
 from nnj.graph import Unit
 from nnj.names import ELEMENTWISE
-from nnj.nodes import call_node
+from nnj.nodes import call_node, signed
 from nnj.samples import describe
 
 # Jacobians of zeros and ones are their own squares: the same ones at every point, or (choices) chosen by the numbers.
@@ -72,7 +72,7 @@ def _refusal(unit: Unit, paths: dict[int, str]) -> NNJError:
 
 def _axis(saved: int, dims: int) -> int:
     """An axis of a node, counted from the end."""
-    return (saved - 2**64 if saved >= 2**63 else saved) % dims - dims
+    return signed(saved) % dims - dims
 
 
 def _products(m: Tensor, one: tuple[Any, Any], two: tuple[Any, Any]) -> list[Tensor | None]:

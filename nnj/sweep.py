@@ -1,62 +1,36 @@
-"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become factors at the parameters.
-
-Three ways in which columns can stand on an edge: plain (K, R, ...) with the samples in order along axis 0; owned, in any other
-order, which a probe finds out; explicit (K * n, ...), one column for each sample, where an operand has no batch at all
-(a bare parameter). The first two cost the same. What stands where is decided once, before any column walks.
-"""
+"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become factors at the parameters."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from nnj.arrivals import Arrivals
 from nnj.bare import product_backward
 from nnj.errors import NNJError
 from nnj.factors import Explicit, Factor
 from nnj.graph import Graph, Unit
-from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, sum_to
+from nnj.nodes import call_node, edge_dtype, edge_shape, own_task, signed, sum_to
 from nnj.operators import Jacobian
-from nnj.owners import Along, Owner, by_turns
+from nnj.owners import Owner
 from nnj.pieces import add_uses
-from nnj.records import Edge, place_of
+from nnj.planning import Plan
+from nnj.records import Edge
 from nnj.rules import blame, checked
-from nnj.samples import Coupled, Probe, broadcast_operand, carried, describe, split
+from nnj.samples import Coupled, Probe, describe, split
 
 Sink = Callable[[Tensor, Factor], None]
 
 
-class Sweep:
-    """The plan of one walk: for each edge whose entries are whose, for each unit what it does with them.
-
-    Args:
-        graph: the units.
-        n: the number of samples.
-        owners: for each root edge, whose its entries are.
-        cut: an operand beside the batch (the second of a product) has no samples, though layers lie behind it.
-        probed: where it is not known which axis holds the samples, a broadcast operand need not be without samples: ask.
-        bare: products with bare parameters have the samples in their rows, as layers have.
-
-    Errors: `NNJError` if samples influence one another.
-    """
+class Sweep(Plan):
+    """Walks over a graph as its plan says, of which a probe finds out what the names of nodes do not tell."""
 
     def __init__(self, graph: Graph, n: int, owners: dict[Edge, Owner], probed: bool = False,
                  cut: bool = False, bare: bool = False):
-        self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
-        self.plain, self.apart = Owner(n), Owner(n, explicit=True)
-        self.state: dict[Edge, Owner | None] = {}  # None: to be found by the probe
-        self._by_axis: dict[tuple[Along, tuple[int, ...], torch.device], Owner] = {}  # owners are the same if they are one
+        super().__init__(graph, n, owners, probed, cut, bare)
         self.found: dict[Edge, Owner] = {}  # what the probe said, with entries that are nobody's
         self.checked: set[Edge] = set()
-        self.leaving: dict[tuple[Unit, int], Owner | None] = {}
-        self.reduced: set[tuple[Unit, int]] = set()  # operands without the batch: their share is summed for each sample
-        self.split: set[tuple[Unit, int]] = set()  # bare parameters follow: walked with one column for each sample from here
-        self.explicit: set[Unit] = set()  # units that are given one column for each sample
-        for edge, owner in owners.items():
-            self._arrive(edge, self.apart if n == 1 else self._root(edge, owner))
-        for unit in graph.units:
-            self._plan(unit)
         self.uses: dict[int, int] = {}
         for unit in graph.units:
             for _, p in unit.params:
@@ -66,106 +40,10 @@ class Sweep:
         if None in self.state.values():
             own_task(lambda: self._find_owners(owners))
 
-    # -- planning -----------------------------------------------------------------------------------------------------
-
-    def _root(self, edge: Edge, owner: Owner) -> Owner:
-        of = owner.of
-        if of is None:
-            return self.plain
-        simple = of.numel() == len(of) and by_turns(of.flatten(), self.n)
-        return self._along(edge, Along(0, 1)) if simple else owner
-
-    def _along(self, edge: Edge, along: Along) -> Owner:
-        """The owner of an edge with the samples along one axis."""
-        shape = edge_shape(edge)
-        if along.axis == 0 and shape[0] == self.n * along.run:
-            return self.plain
-        key = along, shape, self._device(edge)
-        if key not in self._by_axis:
-            self._by_axis[key] = Owner.by_axis(self.n, shape, along, key[2])
-        return self._by_axis[key]
-
-    def _axis(self, edge: Edge, owner: Owner | None) -> Along | None:
-        """Along which axis of an edge the samples are; None if that is not known, or not all there is to say."""
-        return Along(0, edge_shape(edge)[0] // self.n) if owner is self.plain else None if owner is None else owner.along
-
-    def _arrive(self, edge: Edge, owner: Owner | None) -> None:
-        if edge not in self.state:
-            self.state[edge] = owner
-            return
-        there = self.state[edge]
-        if (there is not None and there.explicit) != (owner is not None and owner.explicit):
-            unit = self.graph._unit(edge)
-            if self._batch_behind(edge):
-                raise Coupled.at(describe(unit, self.graph.paths))
-            self.state[edge] = self.apart
-        elif there is not owner:
-            self.state[edge] = None
-
-    def _plan(self, unit: Unit) -> None:
-        states = [self.state[e] for e in unit.into]
-        if any(s is not None and s.explicit for s in states) or (unit.leaf is not None and unit.leaf is not self.graph.batched):
-            self.explicit.add(unit)
-        whole = unit in self.explicit
-        if whole and self._on_the_batch(unit):
-            raise Coupled.at(describe(unit, self.graph.paths))
-        for i, edge in enumerate(unit.out):
-            if edge is None:
-                continue
-            leaving = self.apart if whole else self._leaving(unit, i, edge, states)
-            self.leaving[unit, i] = leaving
-            self._arrive(edge, leaving)
-
-    def _on_the_batch(self, unit: Unit) -> bool:
-        """Whether a record stands on what was given to the model, or a view of it."""
-        if unit.record is None or unit.record.x.place is None or self.n == 1:
-            return False
-        storage, seen = unit.record.x.place[0], math.prod(unit.record.x.shape)
-        given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
-        return any(storage == place_of(t)[0] and t.numel() <= seen and t.dim() > axis and t.shape[axis] == self.n
-                   for t, axis in given)
-
-    def _batch_behind(self, edge: Edge) -> bool:
-        """Whether units with samples in their rows lie behind an edge, and not bare parameters alone."""
-        unit = self.graph._unit(edge)
-        return unit.batch or unit.batch_above or (self.bare and (unit.bare or unit.bare_above))
-
-    def _reducible(self, unit: Unit, edge: Edge, along: Along | None) -> bool:
-        axis = 0 if along is None else along.axis
-        return len(unit.into) == 1 and broadcast_operand(unit.node, edge_shape(unit.into[0]), edge_shape(edge), axis)
-
-    def _carried(self, unit: Unit, i: int, edge: Edge, alongs: list[Along | None]) -> Owner | None:
-        """Whose the entries of an operand are, if the names of nodes tell that."""
-        found = set()
-        for e, along in zip(unit.into, alongs, strict=True):
-            found.add(None if along is None else carried(unit.node, i, edge_shape(e), edge_shape(edge), self.n, along))
-        (along, *others) = found
-        return None if others or along is None else self._along(edge, along)
-
-    def _leaving(self, unit: Unit, i: int, edge: Edge, states: list[Owner | None]) -> Owner | None:
-        """Whose the entries are that leave a unit on one edge; None if only a probe can say."""
-        alongs = [self._axis(e, owner) for e, owner in zip(unit.into, states, strict=True)]
-        along, known = alongs[0], None not in alongs
-        if unit.record is not None:
-            rows = edge_shape(edge)[0]
-            if along is None or along.axis > 0 or rows != edge_shape(unit.into[0])[0]:
-                return None
-            return self._along(edge, along)
-        if self._reducible(unit, edge, along) and (known or not self.probed or not self._batch_behind(edge)):
-            self.reduced.add((unit, i))
-            return self.apart
-        owner = self._carried(unit, i, edge, alongs)
-        if owner is not None:
-            return owner
-        if self._batch_behind(edge) and not (self.cut and known):
-            return None
-        self.split.add((unit, i))
-        return self.apart
-
     def _find_owners(self, roots: dict[Edge, Owner]) -> None:
         """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
         found: dict[Edge, Owner] = {}
-        values: dict[Edge, Tensor] = {}
+        values = Arrivals()
         probe, k = Probe(self.n), 0
         for edge, owner in roots.items():
             like = torch.empty((), dtype=edge_dtype(edge), device=self._device(edge))
@@ -182,17 +60,13 @@ class Sweep:
             self.found[edge], tidy = owner, owner.tidy()
             self.state[edge] = self.plain if tidy.of is None else tidy
 
-    def _settle(self, unit: Unit, values: dict[Edge, Tensor], found: dict[Edge, Owner], probe: Probe) -> None:
+    def _settle(self, unit: Unit, values: Arrivals, found: dict[Edge, Owner], probe: Probe) -> None:
         for edge in unit.into:
             if self.state[edge] is None and edge in values:
                 found[edge] = probe.owner(values[edge], describe(unit, self.graph.paths))
         for edge in unit.into:
             if unit in self.explicit:
                 values.pop(edge, None)
-
-    @staticmethod
-    def _device(edge: Edge) -> torch.device:
-        return edge[0]._input_metadata[edge[1]].device
 
     # -- what a unit is: overridden where something else than J walks ------------------------------------------------
 
@@ -220,7 +94,7 @@ class Sweep:
         Returns:
             What stands on edges whose units were not walked.
         """
-        values = {edge: v.to(edge_dtype(edge)) for edge, v in roots.items()}
+        values = Arrivals({edge: v.to(edge_dtype(edge)) for edge, v in roots.items()})
         pending: dict[int, tuple[Tensor, list[Factor]]] = {}
 
         def use(p: Tensor, factor: Factor) -> None:
@@ -240,7 +114,7 @@ class Sweep:
 
     def watch(self, roots: dict[Edge, Tensor], k: int, units: list[Unit]) -> list[tuple[Unit, Tensor]]:
         """What arrives at some records, without any factor."""
-        values, seen = dict(roots), []
+        values, seen = Arrivals(roots), []
 
         def walk() -> None:
             for unit in self.graph.units:
@@ -251,8 +125,8 @@ class Sweep:
         own_task(walk)
         return seen
 
-    def _step(self, unit: Unit, values: dict[Edge, Tensor], k: int, use: Sink | None, probing: bool = False) -> None:
-        arrived = {e: values.pop(e) for e in unit.into if e in values}
+    def _step(self, unit: Unit, values: Arrivals, k: int, use: Sink | None, probing: bool = False) -> None:
+        arrived = {e: values.take(e) for e in unit.into if e in values}
         if not arrived:
             return
         if unit in self.explicit and not probing:
@@ -267,6 +141,8 @@ class Sweep:
                 if unit.held is not None:
                     unit.held.take()
                 self._params(unit, edge, v.to(unit.dtype), use)
+            if unit.name == "Select" and self._select(unit, arrived, values):
+                return
             if any(e is not None for e in unit.out):
                 self._node(unit, arrived, values, probing)
 
@@ -315,7 +191,7 @@ class Sweep:
             raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
                           "sample n, in axis 0")
 
-    def _record(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], use: Sink | None) -> None:
+    def _record(self, unit: Unit, arrived: dict[Edge, Tensor], values: Arrivals, use: Sink | None) -> None:
         (edge, v), = arrived.items()
         record = unit.record
         assert record is not None
@@ -328,7 +204,7 @@ class Sweep:
             back = checked("vjp of 'input'", self.operator(unit, "input").vjp(v), (v.shape[0], *record.x.shape), who)
             self._send(unit, 0, back, values)
 
-    def _node(self, unit: Unit, arrived: dict[Edge, Tensor], values: dict[Edge, Tensor], probing: bool) -> None:
+    def _node(self, unit: Unit, arrived: dict[Edge, Tensor], values: Arrivals, probing: bool) -> None:
         k = next(iter(arrived.values())).shape[0]
         apart = {i for i in range(len(unit.out)) if (unit, i) in self.split}
         plain = k if any(e is not None and i not in apart for i, e in enumerate(unit.out)) else 0
@@ -353,6 +229,17 @@ class Sweep:
             else:
                 self._send(unit, i, sum_to(back[:plain], edge_shape(out), 1), values)
 
+    def _select(self, unit: Unit, arrived: dict[Edge, Tensor], values: Arrivals) -> bool:
+        """One index of an axis: it goes to its place, where else as many tensors of zeros would be added as there are indices."""
+        edge, = unit.out
+        leaving = self.leaving[unit, 0] if edge is not None else None
+        if edge is None or leaving is None or self.state[edge] is not leaving or {(unit, 0)} & (self.split | self.reduced):
+            return False
+        (v,), shape = arrived.values(), edge_shape(edge)
+        axis, index = unit.node._saved_dim, unit.node._saved_index
+        values.add_part(edge, shape, signed(axis) % len(shape), signed(index), v.to(edge_dtype(edge)))
+        return True
+
     def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, unit: Unit) -> Tensor:
         """An operand without the batch: each sample's share of what arrived, summed to the operand's shape."""
         if tuple(unreduced.shape[1:]) != edge_shape(source):
@@ -367,7 +254,7 @@ class Sweep:
         shape = edge_shape(edge)
         return sum_to(parts, shape, 1).reshape(k * self.n, *shape)
 
-    def _send(self, unit: Unit, i: int, v: Tensor, values: dict[Edge, Tensor]) -> None:
+    def _send(self, unit: Unit, i: int, v: Tensor, values: Arrivals) -> None:
         edge = unit.out[i]
         assert edge is not None
         v = v.to(edge_dtype(edge))
@@ -377,8 +264,7 @@ class Sweep:
             if leaving is None:
                 raise NNJError(f"nnj could not find out whose the rows behind {describe(unit, self.graph.paths)} are")
             v = split(v, leaving)
-        there = values.get(edge)
-        values[edge] = v if there is None else there + v
+        values.add(edge, v)
 
 
 def _beyond_rounding(v: Tensor, nobody: Tensor) -> bool:

@@ -40,9 +40,11 @@ class Standardize(nnj.Jacobian):
     def _project(self, t: Tensor) -> Tensor:
         z, r = self._point
         flat = t.reshape(len(t), *z.shape)
-        out = flat - z * (z * flat).mean(-1, keepdim=True)
-        out = out - flat.mean(-1, keepdim=True) if self.centred else out
-        return (r * out).reshape(t.shape)
+        out = torch.addcmul(flat, z, (z * flat).mean(-1, keepdim=True), value=-1)
+        if self.centred:
+            out -= flat.mean(-1, keepdim=True)
+        out *= r
+        return out.reshape(t.shape)
 
     def jvp(self, v: Tensor) -> Tensor:
         return self._project(v) if self.w is None else self._project(v) * self.w

@@ -71,10 +71,12 @@ class Real:
 REAL: dict[str, Real] = {}
 
 
-def variant(name: str, base: str, inputs: Callable[[], dict[str, Any]] | None = None, train: bool = False, **changes: Any) -> None:
+def variant(name: str, base: str, inputs: Callable[[], dict[str, Any]] | None = None, train: bool = False,
+            **changes: Any) -> None:
     """A model of the table with other options."""
     real = REAL[base]
-    REAL[name] = dataclasses.replace(real, make=functools.partial(real.make, **changes), train=train, inputs=inputs or real.inputs)
+    make = functools.partial(real.make, **changes)
+    REAL[name] = dataclasses.replace(real, make=make, train=train, inputs=inputs or real.inputs)
 
 
 def hugging(name: str, model: str, config: str, *args: Any, **options: Any) -> None:
@@ -105,10 +107,11 @@ classifier("resnet bottleneck", "ResNet", embedding_size=4, hidden_sizes=[4, 8],
 classifier("mobilenet v2", "MobileNetV2", depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, expand_ratio=2, image_size=32)
 classifier("convnext", "ConvNext", num_stages=2, hidden_sizes=[4, 6], depths=[1, 1], patch_size=4, layer_scale_init_value=0.5)
 classifier("vit", "ViT", attn_implementation="sdpa", **PATCHES)
-classifier("swin", "Swin", attn_implementation="sdpa", image_size=16, patch_size=2, embed_dim=4, depths=[2, 2], num_heads=[1, 2], window_size=2)
+classifier("swin", "Swin", attn_implementation="sdpa", image_size=16, patch_size=2, embed_dim=4, depths=[2, 2],
+           num_heads=[1, 2], window_size=2)
 hugging("segformer", "SegformerForSemanticSegmentation", "SegformerConfig", images, of_pixels, num_labels=CLASSES,
-        attn_implementation="sdpa", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 6], patch_sizes=[7, 3], strides=[4, 2],
-        num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=4)
+        attn_implementation="sdpa", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 6], patch_sizes=[7, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=4)
 hugging("bert", "BertForSequenceClassification", "BertConfig", words, num_labels=CLASSES, max_position_embeddings=8,
         attn_implementation="sdpa", **SMALL)
 hugging("gpt2", "GPT2LMHeadModel", "GPT2Config", words, of_next_words, n_embd=8, n_layer=2, n_head=2, n_positions=8,

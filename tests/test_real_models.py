@@ -52,7 +52,7 @@ def in_float64():
 
 @dataclass
 class Truth:
-    """By the names of parameters that are reached: gradients, and rows of the Jacobian. H, the Hessian; the samples of entries."""
+    """By the names of parameters that are reached, gradients and rows of the Jacobian; the Hessian; the samples of entries."""
 
     gradient: dict[str, Tensor]
     j: dict[str, Tensor]
