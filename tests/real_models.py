@@ -110,8 +110,8 @@ classifier("vit", "ViT", attn_implementation="sdpa", **PATCHES)
 classifier("swin", "Swin", attn_implementation="sdpa", image_size=16, patch_size=2, embed_dim=4, depths=[2, 2],
            num_heads=[1, 2], window_size=2)
 hugging("segformer", "SegformerForSemanticSegmentation", "SegformerConfig", images, of_pixels, num_labels=CLASSES,
-        attn_implementation="sdpa", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 6], patch_sizes=[7, 3],
-        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=4)
+        attn_implementation="sdpa", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 6],
+        patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=4)
 hugging("bert", "BertForSequenceClassification", "BertConfig", words, num_labels=CLASSES, max_position_embeddings=8,
         attn_implementation="sdpa", **SMALL)
 hugging("gpt2", "GPT2LMHeadModel", "GPT2Config", words, of_next_words, n_embd=8, n_layer=2, n_head=2, n_positions=8,
