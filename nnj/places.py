@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnj.factors import CHUNK, Factor
 
-KERNELS = 1 << 23  # entries of all kernels of one parameter
+KERNELS = 1 << 22  # entries of all kernels of one parameter: beyond, a turn that adds to them goes through main memory
 SQUARED = 1 << 22  # entries of B that are formed and squared at a time
 
 
