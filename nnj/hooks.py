@@ -34,16 +34,16 @@ class _Frame:
     """A call that is going on.
 
     Attributes:
-        edge, version: of the only argument x, before anything in place changes it.
+        x, edge, version: the only argument, before anything in place changes it, if a record may be made of the call.
         given: the arguments of an outermost call.
         python: the call in Python that this stands for.
     """
 
     __slots__ = ("edge", "given", "module", "python", "version", "x")
 
-    def __init__(self, module: nn.Module, given: Sequence[Any], outermost: bool, python: FrameType):
+    def __init__(self, module: nn.Module, given: Sequence[Any], layer: bool, outermost: bool, python: FrameType):
         self.module, self.python = module, python
-        x = given[0] if len(given) == 1 else None
+        x = given[0] if layer and len(given) == 1 else None
         self.x = x if isinstance(x, Tensor) else None
         self.edge, self.version = (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
         self.given = tensors(list(given)) if outermost else []
@@ -60,17 +60,21 @@ def extended_roots() -> list[nn.Module]:
 
 
 class _Before:
-    """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last of all pre-hooks."""
+    """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last of all pre-hooks.
 
-    def __init__(self, batch_axis: int):
-        self.batch_axis = batch_axis
+    Args:
+        layer: whether a rule may describe the call; what holds layers with rules is a call alone.
+    """
+
+    def __init__(self, layer: bool):
+        self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inert():
             return
         frames, python = _local.frames, sys._getframe(1)
         _drop_finished(frames, python)
-        frames.append(_Frame(module, [*args, *kwargs.values()] if kwargs else args, not frames, python))
+        frames.append(_Frame(module, [*args, *kwargs.values()] if kwargs else args, self.layer, not frames, python))
 
 
 class _After:
@@ -158,6 +162,12 @@ def _sees_forward(module: nn.Module) -> bool:
 def is_leaf_layer(module: nn.Module) -> bool:
     """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes and they do better."""
     return not _has_known_part(module) and next(module.parameters(), None) is not None
+
+
+def _may_be_layer(module: nn.Module) -> bool:
+    """Whether a rule may describe a call. Said once, when it is extended: to ask at each call costs more than the call itself."""
+    entry = manager().find("layer", type(module))
+    return (entry is not None and entry.key is not nn.Module) or not _has_known_part(module)
 
 
 def _has_known_part(module: nn.Module) -> bool:
@@ -263,7 +273,7 @@ def _put(module: nn.Module, batch_axis: int) -> None:
     if _is_leaf_of_torch(module):
         module.register_forward_hook(_AfterLeaf(batch_axis), with_kwargs=True, prepend=True)
         return
-    module.register_forward_pre_hook(_Before(batch_axis), with_kwargs=True)
+    module.register_forward_pre_hook(_Before(_may_be_layer(module)), with_kwargs=True)
     module.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
 
 

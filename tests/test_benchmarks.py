@@ -187,3 +187,12 @@ def test_time_and_error_against_the_tolerance(tmp_path):
     for tol, columns, deficit, error, *_ in rows:
         assert 0 <= float(deficit) <= float(tol) and 1 <= int(columns) <= 99 and 0 <= float(error) < 1
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cost_of_extending():
+    command = [sys.executable, str(FOLDER / "overhead.py"), "--cases", "0", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| MLP")]
+    plain, extended, ratio = map(float, row[1:])
+    assert 0 < plain < extended and ratio == pytest.approx(extended / plain, rel=0.01)
