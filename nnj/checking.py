@@ -1,7 +1,6 @@
 """check_model: what nnj collects at a user's model, beside brute force by autograd in float64; and which rules took part."""
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,12 +67,12 @@ def check_model(model: nn.Module, loss_func: Any, x: Any, *targets: Any,
     from nnj.testing import loss_curvature  # which has this module's name in it
 
     axis = hooks.batch_axis_of(model)
-    model, x, targets = hooks.retract(copy.deepcopy(model)).double(), _double(x), tuple(_double(targets))
-    loss = hooks.retract(copy.deepcopy(loss_func)).double() if isinstance(loss_func, nn.Module) else loss_func
+    model, x, targets = hooks.copied(model).double(), _double(x), tuple(_double(targets))
+    loss = hooks.copied(loss_func).double() if isinstance(loss_func, nn.Module) else loss_func
     run = reference or (lambda loss, *given: loss(*given))
     truth = _Truth(model, lambda z: run(loss, z, *targets), x, axis)
-    found = hooks.extend(copy.deepcopy(model), batch_axis=axis)
-    extended = hooks.extend(copy.deepcopy(loss), loss=True)
+    found = hooks.extend(hooks.copied(model), batch_axis=axis)
+    extended = hooks.extend(hooks.copied(loss) if isinstance(loss, nn.Module) else loss, loss=True)
     blocks = [path for path, m in found.named_modules() if path in truth.own and not _large(m)]
     report = ModelReport(truth.n, left_out=[path for path in truth.own if path not in blocks])
     report.rules = lines(model, x)
@@ -221,7 +220,7 @@ def _faults(found: nn.Module, x: Any, rules: list[Line]) -> list[str]:
     said = []
     for path, point in points.items():
         try:
-            check_layer(hooks.retract(copy.deepcopy(found.get_submodule(path))), point)
+            check_layer(hooks.copied(found.get_submodule(path)), point)
         except AssertionError as error:
             said.append(f"layer '{path}': {error}")
     return said or ["check_layer finds no fault in the rules of its layers: please report this"]

@@ -13,7 +13,7 @@ from nnj.errors import NNJError
 from nnj.expand import expand
 from nnj.nodes import node_name
 from nnj.operators import Jacobian
-from nnj.records import MARK, RECORD, CallMark, Edge, Record
+from nnj.records import MARK, CallMark, Edge, Record
 from nnj.rules import apply_rule
 from nnj.verify import confirmed
 
@@ -84,7 +84,7 @@ class Graph:
                 mark = found.get((MARK, nr))
                 if mark is not None:
                     self.marks.append(mark)
-                record = found.get((RECORD, nr))
+                record = Record.of(node, nr)
             made = self._from_record(node, record) if record is not None else None
             if made is not None:
                 self._units[edge] = made

@@ -5,6 +5,7 @@ Nothing is stored on modules or parameters, and nothing happens where no graph i
 """
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import threading
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from torch.nn.modules import module as torch_module
 from nnj.errors import NNJError
 from nnj.loss_hook import FunctionLoss, LossHook, is_loss
 from nnj.plugins import manager
-from nnj.records import MARK, RECORD, CallMark, Edge, Point, Record, edge_of, inert, tensors, write
-from nnj.rules import find_rule
+from nnj.records import MARK, RECORD, CallMark, Edge, edge_of, inert, note, tensors, write
+from nnj.rules import Known
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _Local(threading.local):
@@ -81,7 +84,7 @@ class _After:
     """Forward hook: stores the record on the output. Comes first of all hooks; called also when forward raises."""
 
     def __init__(self, batch_axis: int):
-        self.batch_axis = batch_axis
+        self.batch_axis, self.known = batch_axis, Known()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         frames = _local.frames
@@ -100,25 +103,19 @@ class _After:
 
     def _mark(self, module: nn.Module, given: list[Tensor], output: Any) -> None:
         """The end of an outermost call."""
-        axis = self.batch_axis
-        sizes = list(dict.fromkeys(t.shape[axis] for t in given if t.dim() > axis))
-        mark = CallMark(module, sizes, [t.detach() for t in given], axis, next(_order))
+        mark = CallMark(module, [t.detach() for t in given], self.batch_axis, next(_order))
         _roots.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
             if t.grad_fn is not None:
                 write(t.grad_fn, (MARK, t.output_nr), mark)
 
     def _record(self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor) -> None:
-        assert y.grad_fn is not None
-        if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0] or not _sees_forward(module):
-            return
-        if y is x and edge is not None and edge[0] is y.grad_fn:
-            return  # nothing was computed
-        entry = find_rule(module)
-        if entry is None or (entry.key is nn.Module and not is_leaf_layer(module)):
-            return
-        x_point, y_point = Point(x, "x" in entry.uses, version), Point(y, "y" in entry.uses, y._version)
-        write(y.grad_fn, (RECORD, y.output_nr), Record(module, entry, x_point, y_point, edge))
+        node = y.grad_fn
+        if not _sees_forward(module) or (y is x and edge is not None and edge[0] is node):
+            return  # in the latter case nothing was computed
+        entry = self.known.rule(module)
+        if entry is not None and (entry.key is not nn.Module or is_leaf_layer(module)):
+            write(node, (RECORD, y.output_nr), note(module, entry, x, version, edge, y))
 
 
 class _AfterLeaf(_After):
@@ -153,10 +150,12 @@ def _sees_forward(module: nn.Module) -> bool:
     """Whether what our hooks see is what `forward` takes and gives: no other hook stands between."""
     if torch_module._global_forward_hooks:
         return False
-    first = next(iter(module._forward_hooks.values()))
-    if isinstance(first, _AfterLeaf) or len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:
+    own = module.__dict__
+    after, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+    first = next(iter(after.values()))
+    if isinstance(first, _AfterLeaf) or len(after) == len(before) == 1:
         return isinstance(first, _After)
-    return isinstance(first, _After) and isinstance(next(reversed(module._forward_pre_hooks.values())), _Before)
+    return isinstance(first, _After) and isinstance(next(reversed(before.values())), _Before)
 
 
 def is_leaf_layer(module: nn.Module) -> bool:
@@ -235,6 +234,14 @@ def retract(module: nn.Module) -> nn.Module:
         _remove(part)
     _roots.discard(module)
     return module
+
+
+def copied(module: M) -> M:
+    """A deep copy without our hooks; also of a module that keeps what it computed, as pruned layers do."""
+    kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    copy_of = copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
+    retract(copy_of)
+    return copy_of
 
 
 @contextmanager

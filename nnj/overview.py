@@ -17,7 +17,7 @@ from nnj.graph import working_point
 from nnj.hooks import is_leaf_layer, temporarily_extended
 from nnj.loss_hook import is_loss
 from nnj.plugins import Entry, manager
-from nnj.records import RECORD, tensors
+from nnj.records import Record, tensors
 from nnj.rules import ask_rule, find_rule, undescribed
 from nnj.verify import confirmed
 
@@ -142,7 +142,7 @@ def _said(path: str, module: nn.Module, entry: Entry, call: _Call) -> tuple[bool
     """Whether a rule is taken for a call, and what is to be said of it."""
     if not isinstance(call.y, Tensor):
         return False, "declined: it takes or gives several tensors"
-    record = None if call.node is None else call.node.metadata.get((RECORD, call.number))
+    record = None if call.node is None else Record.of(call.node, call.number)
     if call.node is None or (record is None and call.y is call.x):
         return True, "nothing to be differentiated"
     if record is None:

@@ -70,7 +70,7 @@ class PluginManager:
 
     def __init__(self, load: bool = True):
         self._claims: list[Entry] = []
-        self._tables: Tables = {table: {} for table in HOOKS}
+        self.tables: Tables = {table: {} for table in HOOKS}
         self._found: dict[str, WeakKeyDictionary[type, Entry | None]] = {table: WeakKeyDictionary() for table in HOOKS}
         self._lock = threading.RLock()
         self._loaded, self._loading = not load, False
@@ -130,7 +130,7 @@ class PluginManager:
             self._take(claims, tables)
 
     def _take(self, claims: list[Entry], tables: Tables) -> None:
-        self._claims, self._tables = claims, tables
+        self._claims, self.tables = claims, tables
         self._found = {table: WeakKeyDictionary() for table in HOOKS}
 
     # -- looking up ---------------------------------------------------------------------------------------------------
@@ -141,19 +141,19 @@ class PluginManager:
             return self._found[table][cls]  # empty until the plugins are loaded
         except KeyError:
             self.load()
-            known = self._tables[table]
+            known = self.tables[table]
             found = self._found[table][cls] = next((known[base] for base in cls.__mro__ if base in known), None)
             return found
 
     def quantity(self, name: str) -> Entry | None:
         """The claim of a quantity's name."""
         self.load()
-        return self._tables["quantity"].get(name)
+        return self.tables["quantity"].get(name)
 
     def entries(self, table: str) -> Iterator[Entry]:
         """All claims of a table that hold, sorted by name."""
         self.load()
-        return iter(sorted(self._tables[table].values(), key=lambda entry: full_name(entry.key)))
+        return iter(sorted(self.tables[table].values(), key=lambda entry: full_name(entry.key)))
 
     def unsupported(self, module: Any, path: str, table: str = "layer") -> UnsupportedLayer:
         """The error for a layer (or a loss) that nobody knows."""

@@ -20,7 +20,7 @@ def place_of(t: Tensor) -> tuple[Any, ...]:
 
 
 class Point:
-    """A tensor of a call, detached, and the version that it had; only its shape where the rule does not read it.
+    """A tensor of a call, detached, and the version that it had; only its shape and dtype where the rule does not read it.
 
     Attributes:
         place: where its numbers are, if they may be those that were given to the model: nothing has computed them from such.
@@ -28,10 +28,10 @@ class Point:
 
     __slots__ = ("dtype", "place", "shape", "value", "version")
 
-    def __init__(self, t: Tensor, keep: bool, version: int):
-        self.shape, self.dtype, self.version = t.shape, t.dtype, version
-        self.value = t.detach() if keep else None
-        self.place = place_of(t) if t.grad_fn is None or t._is_view() else None
+    def __init__(self, seen: Tensor | tuple[torch.Size, torch.dtype], version: int, place: tuple[Any, ...] | None = None):
+        self.value = seen if isinstance(seen, Tensor) else None
+        self.shape, self.dtype = (seen.shape, seen.dtype) if isinstance(seen, Tensor) else seen
+        self.version, self.place = version, place
 
     def tensor(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
@@ -42,14 +42,30 @@ class Point:
         return self.value is not None and self.value._version != self.version
 
 
+def note(module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor) -> tuple[Any, ...]:
+    """What the forward pass keeps of a call, for `Record`: a tuple, as a small network feels every object that is made."""
+    uses = entry.uses
+    return (module, entry, edge, x.detach() if "x" in uses else (x.shape, x.dtype), version,
+            place_of(x) if x.grad_fn is None or x._is_view() else None,
+            y.detach() if "y" in uses else (y.shape, y.dtype), y._version, layer_state(module))
+
+
 class Record:
     """One call of a module with a rule: from the edge of its output straight to the edge of its input."""
 
     __slots__ = ("edge", "entry", "module", "state", "x", "y")
 
-    def __init__(self, module: nn.Module, entry: Entry, x: Point, y: Point, edge: Edge | None):
-        self.module, self.entry, self.x, self.y, self.edge = module, entry, x, y, edge
-        self.state = layer_state(module)
+    def __init__(self, noted: tuple[Any, ...]):
+        self.module, self.entry, self.edge, x, version, place, y, now, self.state = noted
+        self.x, self.y = Point(x, version, place), Point(y, now)
+
+    @staticmethod
+    def of(node: Any, nr: int) -> Record | None:
+        """That of the call that made output `nr` of a node of autograd; None if there is none, or it has no rows."""
+        noted = node.metadata.get((RECORD, nr))
+        record = None if noted is None else Record(noted)
+        rows = record is not None and len(record.x.shape) > 0 < len(record.y.shape) and record.x.shape[0] == record.y.shape[0]
+        return record if rows else None
 
     @property
     def stale(self) -> bool:
@@ -57,8 +73,7 @@ class Record:
         if self.x.stale or self.y.stale:
             return True
         now = layer_state(self.module)
-        return len(now) != len(self.state) or any(
-            a is not b if isinstance(a, Tensor) else a != b for a, b in zip(now, self.state, strict=True))
+        return len(now) != len(self.state) or any(map(_changed, self.state, now))
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -66,11 +81,10 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 def layer_state(module: nn.Module) -> list[Any]:
     """What a rule reads of a layer beside x and y: its mode and options, its tensors and their versions."""
-    parts = module.modules() if module._modules else (module,)
     found: list[Any] = []
-    for part in parts:
+    for part in module.modules() if module._modules else (module,):
         own = part.__dict__
-        found += [v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)]
+        found.append(own.copy())  # to look for the options in it can wait until somebody asks
         for t in own["_parameters"].values():
             if t is not None:
                 found += (t, t._version)
@@ -80,15 +94,28 @@ def layer_state(module: nn.Module) -> list[Any]:
     return found
 
 
-@dataclass(eq=False)
+def _changed(before: Any, now: Any) -> bool:
+    """Whether an element of a layer's state is another."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return before is not now if isinstance(before, Tensor) else bool(before != now)
+    options = [{k: v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)} for own in (before, now)]
+    return options[0] != options[1]
+
+
+@dataclass(eq=False, slots=True)
 class CallMark:
     """An outermost call of an extended module: its batch says what a sample is."""
 
     module: nn.Module
-    sizes: list[int]  # the lengths of the batch axis of its arguments, each once
     inputs: list[Tensor]  # its arguments, detached
     batch_axis: int
     order: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """The lengths of the batch axis of its arguments, each once."""
+        axis = self.batch_axis
+        return list(dict.fromkeys(t.shape[axis] for t in self.inputs if t.dim() > axis))
 
 
 @dataclass(eq=False)
@@ -126,7 +153,7 @@ def edge_of(t: Tensor) -> Edge | None:
 def inert() -> bool:
     """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
     return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_compiling())
+            or torch._C._is_tracing() or torch.compiler.is_compiling())
 
 
 def write(node: Any, key: tuple[str, int], value: Any) -> None:

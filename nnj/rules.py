@@ -51,6 +51,33 @@ def find_rule(module: nn.Module) -> Entry | None:
     return entry if entry is not None and describes(entry, module) else None
 
 
+class Known:
+    """`find_rule` for one module, asked at each of its calls: what cannot have changed since the last one is not asked again."""
+
+    __slots__ = ("_cls", "_entry", "_tables")
+
+    def __init__(self) -> None:
+        self._cls: type | None = None
+
+    def rule(self, module: nn.Module) -> Entry | None:
+        held, tables = module.__dict__, manager().tables
+        if type(module) is not self._cls or tables is not self._tables or held["_modules"] or "forward" in held:
+            return self._ask(module)
+        for p in held["_parameters"].values():
+            if p is not None and type(p) is not nn.Parameter:
+                return self._ask(module)
+        return self._entry
+
+    def _ask(self, module: nn.Module) -> Entry | None:
+        entry, self._cls = find_rule(module), None
+        if entry is not None and entry.when is None and type(module) is entry.key:
+            self._cls, self._entry, self._tables = entry.key, entry, manager().tables
+        return entry
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Known, ()  # a copy of a module asks anew
+
+
 def blame(entry: Entry, module: nn.Module, path: str) -> str:
     """Subject of an error about a rule."""
     return f"plugin '{entry.source.plugin}' (layer '{path or type(module).__name__}')"

@@ -13,6 +13,7 @@ from nnj.checking import ModelReport, check_model
 from nnj.curvature import Curvature
 from nnj.factors import Factor
 from nnj.hessian import twice
+from nnj.hooks import copied
 from nnj.loss_hook import FunctionLoss, name_of
 from nnj.operators import Jacobian
 from nnj.owners import Owner
@@ -66,7 +67,7 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
 
     Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes the module.
     """
-    module, x = copy.deepcopy(module).double(), _double(x)
+    module, x = copied(module).double(), _double(x)
     entry = find_rule(module)
     if entry is None:
         raise manager().unsupported(module, type(module).__name__)

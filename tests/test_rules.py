@@ -227,3 +227,43 @@ def test_a_rule_sees_what_it_uses(rules):
     module, x = Squash(), torch.randn(5, 4)
     apply_rule(find_rule(module), module, x, module(x))
     assert seen == [("meta", "cpu")]
+
+
+# -- what was known of a module at its last call ---------------------------------------------------------------------
+
+
+def reparametrized(layer: nn.Linear) -> None:
+    parametrizations.weight_norm(layer)
+
+
+def given_another_forward(layer: nn.Linear) -> None:
+    layer.forward = lambda x: torch.tanh(nn.Linear.forward(layer, x))
+
+
+def made_another_class(layer: nn.Linear) -> None:
+    layer.__class__ = Doubled
+
+
+def cut(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [reparametrized, given_another_forward, made_another_class, cut])
+def test_a_layer_that_became_another_since_its_last_call(change):
+    model = nnj.extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double())
+    x = torch.randn(5, 4).double()
+    for _ in range(2):
+        model(x)
+    change(model[0])
+    nnj.testing.check_model(model, nn.MSELoss(), x, torch.randn(5, 2).double())
+
+
+def test_a_rule_that_came_after_the_first_call(rules):
+    layer = nnj.extend(nn.Linear(4, 3, bias=False))
+    layer(torch.randn(5, 4))
+    seen = []
+    rules(nn.Linear, lambda m, x, y: seen.append(m) or twice(m, x, y))
+    plugins.manager().register(nnj.quantities, "nnj-quantities")
+    with nnj.collect("batch_grad"):
+        nnj.extend(nn.MSELoss())(layer(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+    assert seen
