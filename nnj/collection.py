@@ -32,7 +32,8 @@ class collect:  # noqa: N801
     Args:
         quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of installed plugins.
         modules: collect at the parameters of these modules alone; the sweep walks no further back than it must.
-        memory: bytes that columns may take while they walk; more of them are walked in turns.
+        memory: bytes that columns may take while they walk; more of them are walked in turns. Under glibc the process keeps as
+            many freed bytes for the next turn (`nnj.heap` says how to have it otherwise).
         tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of the trace of the Hessians in
             the outputs. ggn_diag and ggn_block are then lower bounds (their difference from the exact ones is positive
             semi-definite), at the cost of `columns` walks. A model that is sure of most of its answers needs few.

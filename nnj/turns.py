@@ -1,16 +1,14 @@
 """How many columns walk together."""
 from __future__ import annotations
 
-import functools
 import math
 
-import torch
-
+from nnj.heap import keep_heap
 from nnj.nodes import edge_shape
 from nnj.operators import Affine, Scale, Select
 from nnj.sweep import Sweep
 
-CACHE = 1 << 19  # entries of a tangent that stay in the caches of a CPU while a turn walks
+CACHE = 1 << 22  # entries of a tangent that the caches of a CPU still serve while a turn walks
 
 
 def even(k: int, fits: int, likes: int) -> int:
@@ -21,7 +19,7 @@ def even(k: int, fits: int, likes: int) -> int:
 def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     """How many columns may walk together: what `memory` holds; and on a CPU about what its caches like.
 
-    Of memory each takes the share of the largest unit, with what is formed on the way (3 times, in 8 bytes). A turn should not be
+    Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A turn should not be
     larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
     """
     most, widest, patches = 1, 1, 0
@@ -38,19 +36,11 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
                 size += p.numel() * sweep.n
             elif isinstance(j, Affine) and j.places > 1:
                 patches += j.n * j.places * math.prod(j.matrix[::2])
+                size *= 2  # a convolution works on copies in a layout of its own
         most = max(most, size)
-    fits = max(1, memory // (8 * 3 * most))
-    device = sweep.graph.roots[0][0]._input_metadata[0].device
-    if device.type == "cpu":
-        keep_heap()
-    return fits, max(1, min(fits, (CACHE + patches) // widest) if device.type == "cpu" else fits)
-
-
-@functools.cache
-def keep_heap() -> None:
-    """Let the C library keep what is freed between turns, instead of giving it back to the system and faulting it in anew.
-
-    glibc takes blocks from the system one by one until it has seen one as large being freed, up to 32 MiB (mallopt(3),
-    M_MMAP_THRESHOLD). This one is never touched, so it costs no memory; without it an MLP takes half as long again.
-    """
-    torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
+    root = sweep.graph.roots[0][0]._input_metadata[0]
+    fits = max(1, memory // (root.dtype.itemsize * 3 * most))
+    if root.device.type != "cpu":
+        return fits, fits
+    keep_heap(memory)
+    return fits, max(1, min(fits, (CACHE + patches) // widest))
