@@ -12,10 +12,11 @@ from nnj.hessian import twice
 from nnj.hooks import extend, retract
 from nnj.hookspecs import hookimpl
 from nnj.loss_hook import FunctionLoss
-from nnj.operators import Affine, Dense, Diagonal, Identity, Jacobian, LinearMap, Scale, Select
+from nnj.operators import Dense, Diagonal, Identity, Jacobian, LinearMap
 from nnj.plugins import PluginManager
 from nnj.products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
 from nnj.quantities.base import Quantity
+from nnj.weights import Affine, Scale, Select
 
 __version__ = "1.0.0"
 __all__ = [

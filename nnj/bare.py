@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from nnj.arranged import Arranged
 from nnj.factors import Factor
 from nnj.nodes import edge_shape, node_name, own_task, saved, signed
-from nnj.operators import Affine, Jacobian, Scale
+from nnj.operators import Jacobian
 from nnj.owners import Owner
 from nnj.pieces import Rows
 from nnj.records import Edge
+from nnj.weights import Affine, Scale
 
 NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
 FORMS = {"Addmm": 1, "Mm": 0}  # y = x M: the operand that x is; M is saved as mat2

@@ -15,11 +15,12 @@ from nnj.curvature import Curvature, DiagonalCurvature, SoftmaxCurvature
 from nnj.factors import CHUNK, Factor
 from nnj.graph import Unit
 from nnj.nodes import edge_dtype
-from nnj.operators import Affine, Identity, LinearMap, Scale
+from nnj.operators import Identity, LinearMap
 from nnj.places import Places
 from nnj.records import Edge
 from nnj.selection import Selection, Whole
 from nnj.sweep import Sink, Sweep
+from nnj.weights import Affine, Scale
 
 
 class Head(Factor):

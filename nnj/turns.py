@@ -5,10 +5,10 @@ import math
 
 from nnj.heap import keep_heap
 from nnj.nodes import edge_shape
-from nnj.operators import Affine, Scale, Select
 from nnj.sweep import Sweep
+from nnj.weights import Affine, Scale, Select
 
-CACHE = 1 << 22  # entries of a tangent that the caches of a CPU still serve while a turn walks
+CACHE = 1 << 21  # entries of a tangent that the caches of a CPU still serve while a turn walks
 
 
 def even(k: int, fits: int, likes: int) -> int:
