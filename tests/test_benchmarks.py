@@ -134,6 +134,13 @@ def result(seconds: list[float], error: float = 1e-7, size: float = 2**21, faile
     return {"failed": failed, "error": error, "bytes": size, "times": seconds, "others": 0.0}
 
 
+def test_units_and_long_refusals(bench):
+    assert bench.harness.lasting(0.0123) == "12.3 ms"
+    assert bench.harness.lasting(0.9996, 0.98, 15.13) == "1 s (0.98–15.1)"
+    assert bench.harness.lasting(0.9, 0.8, 1.234) == "900 ms (800–1234)"
+    assert bench.harness.cell(result([], failed="refused: " + "word " * 20)) == "refused: " + "word " * 9 + "word …"
+
+
 def test_table_of_the_comparison(bench):
     row = {"gradient": result([0.001], math.nan), "nnj": result([0.004, 0.003, 0.005]), "backpack": result([0.002], size=2**22),
            "jax": result([0.001], error=0.5), "laplace": result([], failed="missing: laplace")}

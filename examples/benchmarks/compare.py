@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from harness import WRONG, Pool, cell, disturbed, machine, median, milliseconds, parser
+from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
 from networks import ROWS
 from tools import NAMES
 
@@ -37,7 +37,7 @@ def table(results: dict[str, Any]) -> str:
     for name, row in results["rows"].items():
         spec, best = ROWS[name], ratios(row)
         last = [f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–" for key in ("time", "memory")]
-        cells = [milliseconds(row["gradient"]), *(cell(row[t]) for t in tools), *last]
+        cells = [time_of(row["gradient"]), *(cell(row[t]) for t in tools), *last]
         lines.append(f"| {' | '.join([spec.text, str(spec.shape[0]), str(spec.classes), *cells])} |")
     return "\n".join([*lines, "", results["machine"] + "." + disturbed(results["rows"])])
 

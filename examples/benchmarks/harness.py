@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -187,17 +188,23 @@ def median(r: dict[str, Any]) -> float:
     return statistics.median(r["times"]) if r["times"] and not r["failed"] else math.nan
 
 
-def milliseconds(r: dict[str, Any]) -> str:
-    return "–" if math.isnan(median(r)) else f"{median(r) * 1e3:.3g} ms"
+def lasting(*seconds: float) -> str:
+    """Seconds, from one to the last, in the unit that suits the first."""
+    factor, unit = (1.0, "s") if seconds[0] >= 0.9995 else (1e3, "ms")
+    found = [f"{s * factor:.3g}" if s * factor < 999.5 else f"{s * factor:.0f}" for s in seconds]
+    return f"{found[0]} {unit}" + (f" ({'–'.join(found[1:])})" if found[1:] else "")
+
+
+def time_of(r: dict[str, Any]) -> str:
+    return "–" if math.isnan(median(r)) else lasting(median(r))
 
 
 def cell(r: dict[str, Any]) -> str:
     """What a table says of one tool on one network: time (fastest–slowest), memory, error."""
     if r["failed"]:
-        return r["failed"].replace("|", "/")[:60]
-    low, high = min(r["times"]) * 1e3, max(r["times"]) * 1e3
+        return textwrap.shorten(r["failed"].replace("|", "/"), 60, placeholder=" …")
     memory = "" if math.isnan(r["bytes"]) else f", {r['bytes'] / 2**20:.0f} MiB"
-    text = f"{milliseconds(r)} ({low:.3g}–{high:.3g}){memory}"
+    text = f"{lasting(median(r), min(r['times']), max(r['times']))}{memory}"
     return f"{text}, error {r['error']:.0e}" if r["error"] <= WRONG else f"wrong by {r['error']:.1g}: {text}"
 
 

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness import WRONG, Pool, cell, disturbed, machine, median, milliseconds, parser
+from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
 from tools import NAMES
 
 BASE = {"N": 32, "C": 16, "width": 128, "depth": 4}
@@ -51,7 +51,7 @@ def table(results: dict[str, Any]) -> str:
     for axis, sizes in results["sweeps"].items():
         for size in sizes:
             row = results["rows"][name(axis, size)]
-            lines.append(f"| {axis} = {size} | {' | '.join([milliseconds(row['gradient']), *(cell(row[t]) for t in tools)])} |")
+            lines.append(f"| {axis} = {size} | {' | '.join([time_of(row['gradient']), *(cell(row[t]) for t in tools)])} |")
         slopes = [exponent(line(results, axis, tool)) for tool in ("gradient", *tools)]
         lines.append(f"| time ∝ {axis}^a, a = | {' | '.join('–' if math.isnan(a) else f'{a:.2f}' for a in slopes)} |")
     base = ", ".join(f"{key} = {value}" for key, value in BASE.items())
