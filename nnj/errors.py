@@ -15,3 +15,9 @@ class UnsupportedLayer(NNJError, NotImplementedError):
 
 class Indefinite(NNJError):
     """The Hessian of a loss is not positive semi-definite."""
+
+
+def complex_parameter(subject: str) -> NNJError:
+    """Of a parameter in which derivatives are asked for: what models do with it is mostly not holomorphic."""
+    return NNJError(f"{subject} is complex, but Jacobians and curvature are those in real parameters. Hold its real and "
+                    f"imaginary parts in a real parameter (torch.view_as_complex makes one of it), or freeze it")

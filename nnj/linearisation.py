@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from nnj import hooks
-from nnj.errors import NNJError
+from nnj.errors import NNJError, complex_parameter
 from nnj.factors import Factor
 from nnj.forward import Forward
 from nnj.graph import Graph
@@ -74,6 +74,9 @@ class Linearisation:
         if x.dim() == 0 or x.shape[0] == 0:
             raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
         self.n = x.shape[0]
+        self.params = parameters(module) if wrt == "weight" else []
+        if any(p.is_complex() for p in self.params):
+            raise complex_parameter(f"a parameter of {type(module).__name__}")
         if wrt == "input" and not x.is_floating_point():
             raise NNJError(f"x is {x.dtype}, which has no derivative; the input must be of floating point for wrt='input'")
         with hooks.temporarily_extended(module), torch.enable_grad():
@@ -82,8 +85,9 @@ class Linearisation:
         if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != self.n:
             what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise NNJError(f"{type(module).__name__} gave {what} for {self.n} samples; products need one tensor (N, ...)")
+        if not y.is_floating_point():
+            raise NNJError(f"{type(module).__name__} gave {y.dtype}; products are those of a real output")
         self.y = y.detach()
-        self.params = parameters(module) if wrt == "weight" else []
         self.outputs, self.inputs = tuple(y.shape[1:]), tuple(x.shape[1:])
         self.sizes = [p.numel() for p in self.params]
         wanted = {id(p) for p in self.params} if wrt == "weight" else {id(self.x)}

@@ -98,6 +98,8 @@ def ask_rule(entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = 
     Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of parameters;
     `NNJError` with the path of the layer if the rule refuses.
     """
+    if x.is_complex() or y.is_complex():
+        return "its tensors are complex, and rules are those of real ones"  # autograd's vjp is J^H u, where theirs is J^T u
     who = blame(entry, module, path)
     try:
         slots = entry.rule(module, x if "x" in entry.uses else _shape_of(x), y if "y" in entry.uses else _shape_of(y))

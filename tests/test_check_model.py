@@ -145,3 +145,41 @@ def test_model_and_loss_are_as_they_were():
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None and not hasattr(p, "ggn_diag")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), loss])
+
+
+class Attention(nn.Module):
+    """The softmax does not see the bias of the keys: its gradient is zero, of which rounding leaves something."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.head = (nn.Linear(4, o) for o in (4, 4, 4, 3))
+        self.gate = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        weights = torch.einsum("nid,njd->nij", self.q(x), self.k(x)).softmax(-1)
+        return self.head((weights @ self.v(x) * torch.tanh(self.gate)).mean(1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parameters_without_influence_and_without_axes(seed):
+    torch.manual_seed(seed)
+    model = Attention()
+    report = check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6, 4), targets())
+    assert not report.refused and max(report.errors[name] for name in ("ggn_diag", "ggn_block")) < 1e-10
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-5])
+def test_a_wrong_rule_of_little_influence(doubled, factor):
+    """What rounding leaves of a zero is let pass, and no more."""
+
+    class Faint(Residual):
+        def __init__(self):
+            super().__init__()
+            self.wrong = Doubled()
+
+        def forward(self, x):
+            return super().forward(x) + factor * self.wrong(x)
+
+    model = nn.Sequential(nn.Linear(6, 5), Faint(), nn.Linear(5, 3))
+    with pytest.raises(AssertionError, match=r"ggn_diag of '1\.wrong\.weight' is wrong"):
+        check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6), targets())
