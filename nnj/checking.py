@@ -67,15 +67,17 @@ def check_model(model: nn.Module, loss_func: Any, x: Any, *targets: Any,
     pass `check_layer`; or samples that influence one another. `NNJError` where nnj refuses the model
     (`ggn_diag`; what else it refuses is in the report).
     """
-    from nnj.testing import loss_curvature  # which has this module's name in it
+    from nnj.testing import loss_curvature, loss_reference  # which has this module's name in it
 
     axis = hooks.batch_axis_of(model)
     model, x, targets = _doubled(model), _double(x), tuple(_double(targets))
     loss = _doubled(loss_func) if isinstance(loss_func, nn.Module) else loss_func
-    run = reference or (lambda loss, *given: loss(*given))
-    truth = _Truth(model, lambda z: run(loss, z, *targets), x, axis)
     found = hooks.extend(hooks.copied(model), batch_axis=axis)
     extended = hooks.extend(hooks.copied(loss) if isinstance(loss, nn.Module) else loss, loss=True)
+    run = reference or loss_reference(extended)
+    truth = _Truth(model, lambda z: run(extended, z, *targets), x, axis)
+    value = extended.forward(truth.output, *targets).detach()
+    assert torch.allclose(truth.value, value), f"the reference is {float(truth.value):.6g} where the loss is {float(value):.6g}"
     blocks = [path for path, m in found.named_modules() if path in truth.own and not _large(m)]
     report = ModelReport(truth.n, left_out=[path for path in truth.own if path not in blocks])
     report.rules = lines(model, x)

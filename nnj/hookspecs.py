@@ -32,11 +32,14 @@ def nnj_register_layers(register: Callable[..., None]) -> None:
 
 @hookspec
 def nnj_register_losses(register: Callable[..., None]) -> None:
-    """Say what the Hessian of a loss is: `register(cls, rule, *, replace=False)`.
+    """Say what the Hessian of a loss is: `register(cls, rule, *, reference=None, replace=False)`.
 
     `rule(module, scale, output, *args) -> nnj.Curvature`: `scale` is what multiplies the loss in the scalar that
     is differentiated (a tensor of the shape of the loss), `output` the model's detached output, `args` what else was given
     to the loss. Raise `NotImplementedError` with a reason to decline: nnj then differentiates the loss twice.
+
+    `reference(module, output, *args)` is what `nnj.testing` differentiates twice in place of the loss, where autograd cannot, or
+    where the rule takes in what made the output (the log_softmax before an NLLLoss). At `output` it has the value of the loss.
     """
 
 

@@ -45,6 +45,7 @@ class Entry:
     table: str = "layer"
     replace: bool = False
     when: Callable[[Any], bool] | None = None
+    reference: Callable[..., Any] | None = None
 
 
 Tables = dict[str, dict[Any, Entry]]
@@ -223,7 +224,7 @@ def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
 
 def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
     def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False,
-                 when: Callable[[Any], bool] | None = None, **unknown: Any) -> None:
+                 when: Callable[[Any], bool] | None = None, reference: Callable[..., Any] | None = None, **unknown: Any) -> None:
         fault = ""
         if unknown:
             fault = f"nnj {nnj.__version__} knows no option {', '.join(map(repr, unknown))} of register"
@@ -235,11 +236,11 @@ def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[...,
             fault = f"its rule {rule!r} cannot be called"
         elif uses not in ("", "x", "y", "xy"):
             fault = f"uses={uses!r}, expected 'x', 'y', 'xy' or ''"
-        elif when is not None and not callable(when):
-            fault = f"when={when!r} cannot be called"
+        elif not all(given is None or callable(given) for given in (when, reference)):
+            fault = f"when={when!r} and reference={reference!r} are to be called"
         if fault:
             raise PluginError(f"plugin {source} registers the {table} {full_name(key)}, but {fault}.{_remedy(source)}")
-        claims.append(Entry(key, rule, source, uses, table, replace, when))
+        claims.append(Entry(key, rule, source, uses, table, replace, when, reference))
 
     return register
 

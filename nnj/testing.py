@@ -163,6 +163,14 @@ def loss_curvature(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -
     return twice(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), name_of(loss))
 
 
+def loss_reference(loss: Any) -> Callable[..., Tensor]:
+    """What a loss is compared with, `reference(loss, output, *args)`: what its rule declares, by default its forward."""
+    entry = manager().find("loss", type(loss)) if isinstance(loss, nn.Module) else None
+    if entry is not None and entry.reference is not None and describes(entry, loss):
+        return entry.reference
+    return lambda loss, *given: loss.forward(*given) if isinstance(loss, nn.Module) else loss(*given)
+
+
 def check_loss(loss: Callable[..., Tensor], output: Tensor, *args: Any, reference: Callable[..., Tensor] | None = None) -> None:
     """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
 
@@ -173,16 +181,17 @@ def check_loss(loss: Callable[..., Tensor], output: Tensor, *args: Any, referenc
 
     Args:
         loss: a loss module, or a function as `nnj.extend` takes it (its reduction is its own).
-        reference: `reference(loss, output, *args)` is what is differentiated twice, by default loss.forward: for a loss that
-            autograd cannot differentiate twice, or the rule of which takes in more than the loss (that of NLLLoss is right with
-            `lambda loss, z, y: loss(z.log_softmax(1), y)`). At `output` it must have the value of the loss.
+        output: log probabilities must be such in float64.
+        reference: `reference(loss, output, *args)` is what is differentiated twice, by default what the rule has registered
+            (for NLLLoss the loss of `output.log_softmax(1)`), or the loss: for one that autograd cannot differentiate twice, or
+            the rule of which takes in more than the loss. At `output` it must have the value of the loss.
 
     Errors: AssertionError naming the loss, its reduction and the product; `NNJError` for a loss that `nnj.collect` refuses, such
     as one that is not convex in `output`.
     """
     loss = loss if isinstance(loss, nn.Module) else FunctionLoss(loss)
     output, args = _double(output), tuple(map(_double, args))
-    run: Callable[..., Tensor] = reference or (lambda loss, *given: loss.forward(*given))
+    run = reference or loss_reference(loss)
     reductions = dict.fromkeys(["mean", "sum", "none", loss.reduction]) if hasattr(loss, "reduction") else [None]
     for reduction in reductions:
         module: Any = copy.deepcopy(loss).double()
@@ -225,4 +234,4 @@ def _check_curvature(who: str, h: Curvature, dense: Tensor, output: Tensor) -> N
     _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
 
 
-__all__ = ["ModelReport", "check_layer", "check_loss", "check_model", "layer_jacobians", "loss_curvature"]
+__all__ = ["ModelReport", "check_layer", "check_loss", "check_model", "layer_jacobians", "loss_curvature", "loss_reference"]

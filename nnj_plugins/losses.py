@@ -66,6 +66,13 @@ def kl_div(m: nn.KLDivLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.Cur
     return nnj.SoftmaxCurvature(z, mass / max(total, 1), type(m).__name__, axes[0])
 
 
+def of_logits(m: nn.NLLLoss | nn.KLDivLoss, z: Tensor, target: Tensor) -> Tensor:
+    """The loss of log_softmax(z), of which the rules say the Hessian in z: at log probabilities the loss itself."""
+    axes = nnj.SoftmaxCurvature.axes(z)
+    axis = axes[0] if isinstance(m, nn.KLDivLoss) and axes else min(1, z.dim() - 1)
+    return m.forward(z.log_softmax(axis), target)
+
+
 def _wide(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
@@ -101,8 +108,8 @@ def any_loss(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.Curvatur
 @nnj.hookimpl
 def nnj_register_losses(register):
     register(nn.CrossEntropyLoss, cross_entropy)
-    register(nn.NLLLoss, nll)
-    register(nn.NLLLoss2d, nll)
-    register(nn.KLDivLoss, kl_div)
+    register(nn.NLLLoss, nll, reference=of_logits)
+    register(nn.NLLLoss2d, nll, reference=of_logits)
+    register(nn.KLDivLoss, kl_div, reference=of_logits)
     register(nn.CTCLoss, ctc)
     register(nn.Module, any_loss)

@@ -147,6 +147,30 @@ class _Pairs(nnj.Curvature):
         return s.scatter_(-1, self.t[:, None, None].expand(*j.shape, 1, 1), -own)
 
 
+# autograd knows no second derivative of torch's margins, so these are what the rules are compared with.
+
+
+def by_pairs(m: nn.MultiMarginLoss, y: Tensor, target: Tensor) -> Tensor:
+    """w_t / C sum_c max(0, margin - y_t + y_c)^p over c != t."""
+    z, t = torch.atleast_2d(y), target.reshape(-1, 1)
+    pairs = (m.margin - z.gather(1, t) + z).clamp(min=0) ** m.p
+    rows = pairs.scatter(1, t, 0.0).sum(1) / z.shape[1]
+    return _reduced(m, (rows if m.weight is None else rows * m.weight[t[:, 0]]).reshape(target.shape))
+
+
+def by_label_pairs(m: nn.MultiLabelMarginLoss, y: Tensor, target: Tensor) -> Tensor:
+    """1 / C sum_{t, c} max(0, 1 - y_t + y_c) over the targets t, which end at the first -1, and the classes c that are none."""
+    z, t = torch.atleast_2d(y), torch.atleast_2d(target)
+    listed = (t >= 0).cumprod(1)
+    other = 1 - torch.zeros_like(t).scatter_reduce(1, t.clamp(min=0), listed, "amax")
+    pairs = (1 - z.gather(1, t.clamp(min=0))[:, :, None] + z[:, None]).clamp(min=0)
+    return _reduced(m, ((pairs * listed[:, :, None] * other[:, None]).sum((1, 2)) / z.shape[1]).reshape(y.shape[:-1]))
+
+
+def _reduced(m: Any, rows: Tensor) -> Tensor:
+    return rows.mean() if m.reduction == "mean" else rows.sum() if m.reduction == "sum" else rows
+
+
 @nnj.hookimpl
 def nnj_register_losses(register):
     register(nn.MSELoss, mse)
@@ -158,6 +182,7 @@ def nnj_register_losses(register):
     register(nn.GaussianNLLLoss, gaussian_nll)
     register(nn.SoftMarginLoss, soft_margin)
     register(nn.MultiLabelSoftMarginLoss, multi_label_soft_margin)
-    register(nn.MultiMarginLoss, multi_margin)
-    for cls in (nn.L1Loss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss):
+    register(nn.MultiMarginLoss, multi_margin, reference=by_pairs)
+    register(nn.MultiLabelMarginLoss, piecewise_linear, reference=by_label_pairs)
+    for cls in (nn.L1Loss, nn.HingeEmbeddingLoss):
         register(cls, piecewise_linear)

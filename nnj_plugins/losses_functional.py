@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
-from nnj.testing import loss_curvature
+from nnj.testing import loss_curvature, loss_reference
 
 MODULES: dict[Any, type[nn.Module]] = {
     F.binary_cross_entropy: nn.BCELoss, F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
@@ -21,8 +21,8 @@ MODULES: dict[Any, type[nn.Module]] = {
 }
 
 
-def functional(m: nnj.FunctionLoss, scale: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> nnj.Curvature:
-    """F.cross_entropy(y, target, weight) has the curvature of CrossEntropyLoss(weight)(y, target); so has a partial of it."""
+def _as_module(m: nnj.FunctionLoss, y: Tensor, *args: Any, **kwargs: Any) -> tuple[nn.Module, list[Any]]:
+    """F.cross_entropy(y, target, weight), or a partial of it, as CrossEntropyLoss(weight) and (y, target)."""
     function: Any = m.function
     while isinstance(function, functools.partial) and not function.args:
         function, kwargs = function.func, {**function.keywords, **kwargs}
@@ -36,9 +36,24 @@ def functional(m: nnj.FunctionLoss, scale: Tensor, y: Tensor, *args: Any, **kwar
     tensors = [given.pop(name) for name in list(given)[: len(inspect.signature(cls.forward).parameters) - 1]]
     if any(value is not None for value in given.values()):
         raise NotImplementedError("the module has no such option")
-    return loss_curvature(cls(**options), scale, *tensors)
+    return cls(**options), tensors
+
+
+def functional(m: nnj.FunctionLoss, scale: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> nnj.Curvature:
+    """F.cross_entropy(y, target, weight) has the curvature of CrossEntropyLoss(weight)(y, target)."""
+    module, tensors = _as_module(m, y, *args, **kwargs)
+    return loss_curvature(module, scale, *tensors)
+
+
+def reference(m: nnj.FunctionLoss, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What the module is compared with; another function is its own reference."""
+    try:
+        module, tensors = _as_module(m, y, *args, **kwargs)
+    except NotImplementedError:
+        return m.forward(y, *args, **kwargs)
+    return loss_reference(module)(module, *tensors)
 
 
 @nnj.hookimpl
 def nnj_register_losses(register):
-    register(nnj.FunctionLoss, functional)
+    register(nnj.FunctionLoss, functional, reference=reference)

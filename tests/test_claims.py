@@ -64,7 +64,9 @@ def test_one_class_may_be_a_layer_and_a_loss():
     (Plugin(lambda register: register(nn.ReLU, 1)), "registers the layer torch.nn.ReLU, but its rule 1 cannot be called"),
     (Plugin(lambda register: register(nn.ReLU, print, uses="z")),
      "registers the layer torch.nn.ReLU, but uses='z', expected 'x', 'y', 'xy' or ''"),
-], ids=["layer", "loss", "name", "quantity", "rule", "uses"])
+    (Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
+     "registers the loss torch.nn.MSELoss, but when=None and reference=3 are to be called"),
+], ids=["layer", "loss", "name", "quantity", "rule", "uses", "reference"])
 def test_a_claim_that_makes_no_sense(plugin, message):
     with pytest.raises(nnj.PluginError) as caught:
         PluginManager(load=False).register(plugin, "mine")

@@ -13,7 +13,7 @@ from torch import nn
 import nnj
 from nnj import loss_hook
 from nnj.plugins import manager
-from nnj.testing import check_model
+from nnj.testing import check_loss, check_model, loss_reference
 from nnj_plugins.losses_functional import MODULES
 from tests.losses import y
 from tests.test_losses_closed import multi_label_margin, multi_margin
@@ -98,6 +98,38 @@ def test_module_in_a_model(name, reduction):
     last, targets, reference = EXACT[name]
     loss = getattr(nn, name)(reduction=reduction)
     check_model(Net(last()), loss, torch.randn(N, 3), *[make() for make in targets], reference=reference)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_a_rule_is_compared_with(name):
+    """A user of check_model and check_loss has no reference: what rules declare is right, for modules and for functions."""
+    last, targets, reference = EXACT[name]
+    losses = [getattr(nn, name)(), getattr(nn, name)(reduction="sum")]
+    losses += [functools.partial(FUNCTIONS[name], reduction="sum")] if name in FUNCTIONS else []
+    for loss in losses:
+        given = [make() for make in targets]
+        check_model(Net(last()), loss, torch.randn(N, 3), *given)
+        check_loss(loss, last()(torch.randn(N, C).double()), *given)
+    loss, output = losses[0], last()(torch.randn(N, C))
+    value = loss_reference(loss)(loss, output, *given)
+    torch.testing.assert_close(value, loss(output, *given))
+    torch.testing.assert_close(value, reference(loss, output, *given))
+
+
+def test_a_loss_without_a_rule_is_its_own_reference():
+    class Squares(nn.Module):
+        def forward(self, output, target):
+            return (output - target).square().sum()
+
+    output, target = torch.randn(2, 3), torch.randn(2, 3)
+    for loss in (Squares(), lambda y, t: (y - t).square().sum(), nnj.extend(lambda y, t: (y - t).square().sum())):
+        assert torch.equal(loss_reference(loss)(loss, output, target), (output - target).square().sum())
+
+
+def test_a_reference_with_another_value():
+    with pytest.raises(AssertionError, match="the reference is .* where the loss is"):
+        check_model(nn.Linear(3, C), nn.MSELoss(), torch.randn(N, 3), torch.rand(N, C),
+                    reference=lambda loss, y, t: 2 * loss(y, t))
 
 
 @pytest.mark.parametrize("options", [{}, dict(reduction="sum")])
