@@ -1,27 +1,33 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
 from nnj import utils
-from nnj.abstract import AbstractJacobian
-from nnj.arranged import Arranged
-from nnj.collection import collect
-from nnj.curvature import BlockCurvature, Curvature, DiagonalCurvature, SoftmaxCurvature
+from nnj._version import __version__
+from nnj.collecting.collect import collect
+from nnj.collecting.fit import fit
+from nnj.collecting.fit_result import Fit
+from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
-from nnj.factors import Factor
-from nnj.fitted import Fit
-from nnj.fitting import fit
-from nnj.hessian import twice
-from nnj.hooks import extend, retract
-from nnj.hookspecs import hookimpl
-from nnj.loss_hook import FunctionLoss
-from nnj.operators import Dense, Diagonal, Identity, Jacobian, LinearMap
-from nnj.plugins import PluginManager
-from nnj.products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
-from nnj.quantities.base import Quantity
-from nnj.weights import Affine, Scale, Select
+from nnj.jacobians.factor import Factor
+from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
+from nnj.jacobians.sums import SquareSum
+from nnj.jacobians.views import PermutedJacobian
+from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
+from nnj.loss_hessian.autodiff import autodiff_hessian
+from nnj.loss_hessian.base import LossHessian
+from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian
+from nnj.products.jacobian_products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
+from nnj.products.methods import AbstractJacobian
+from nnj.recording.extend import extend, retract
+from nnj.registry.hookspecs import hookimpl
+from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, reference_of_loss
+from nnj.registry.manager import PluginManager
 
-__version__ = "1.0.0"
-__all__ = [
-    "AbstractJacobian", "Affine", "Arranged", "BlockCurvature", "Curvature", "Dense", "Diagonal", "DiagonalCurvature", "Factor",
-    "Fit", "FunctionLoss", "Identity", "Jacobian", "LinearMap", "NNJError", "PluginError", "PluginManager", "Quantity", "Scale",
-    "Select", "SoftmaxCurvature", "UnsupportedLayer", "collect", "extend", "fit", "hookimpl", "jTmjp", "jTmjp_pair", "jacobian",
-    "jmjTp", "jmp", "jvp", "mjp", "retract", "twice", "utils", "vjp",
+__all__ = [  # noqa: RUF022 (in three groups)
+    # What users use.
+    "Fit", "collect", "extend", "fit", "jTmjp", "jTmjp_pair", "jacobian", "jmjTp", "jmp", "jvp", "mjp", "retract", "utils", "vjp",
+    # What authors of plugins use.
+    "AbstractJacobian", "BlockHessian", "Dense", "Diagonal", "DiagonalHessian", "Factor", "FunctionLoss", "Identity", "Jacobian",
+    "LinearMap", "LossHessian", "PatchMatmul", "PermutedJacobian", "PluginManager", "Quantity", "ScaleShift", "SoftmaxHessian",
+    "SquareSum", "TableRows", "__version__", "autodiff_hessian", "hessian_of_loss", "hookimpl", "reference_of_loss",
+    # Errors.
+    "NNJError", "PluginError", "UnsupportedLayer",
 ]

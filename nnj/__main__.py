@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from nnj.errors import NNJError
-from nnj.overview import columns, lines, load, rule_name, text, widths_of
-from nnj.plugins import Entry, PluginManager, full_name, manager
+from nnj.registry.claim import Entry, full_name
+from nnj.registry.manager import PluginManager, manager
+from nnj.testing.describe import columns, lines, load, rule_name, text, widths_of
 
 
 def table(of: PluginManager) -> str:

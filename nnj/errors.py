@@ -1,4 +1,5 @@
 """The errors of nnj. Each message says what (subject), what is the matter (fact) and what to do (remedy)."""
+from __future__ import annotations
 
 
 class NNJError(RuntimeError):
@@ -21,3 +22,13 @@ def complex_parameter(subject: str) -> NNJError:
     """Of a parameter in which derivatives are asked for: what models do with it is mostly not holomorphic."""
     return NNJError(f"{subject} is complex, but Jacobians and curvature are those in real parameters. Hold its real and "
                     f"imaginary parts in a real parameter (torch.view_as_complex makes one of it), or freeze it")
+
+
+class Coupled(NNJError):
+    """Samples influence one another."""
+
+    @classmethod
+    def at(cls, who: str) -> Coupled:
+        """With the sentence that says where it was seen."""
+        return cls(f"samples influence one another (seen at {who}): the GGN is then not a sum over samples. If the samples are "
+                   f"not in axis 0 of the model's input, say so with nnj.extend(model, batch_axis=...)")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from nnj.abstract import AbstractJacobian
+from nnj.products.methods import AbstractJacobian
 
 M = TypeVar("M", bound=nn.Module)
 _classes: dict[type, type] = {}
@@ -65,6 +65,3 @@ def _reduce(module: Any) -> tuple[Any, ...]:
 def _rebuild(cls: type) -> Any:
     made: Any = _class(cls)
     return made.__new__(made)
-
-
-__all__ = ["convert_to_nnj"]

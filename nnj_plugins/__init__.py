@@ -1,1 +1,1 @@
-"""nnj's own plugins: one file for each family of layers, each an entry point without any privilege."""
+"""nnj's own plugins, each file an entry point without any privilege: layers, losses, quantities."""

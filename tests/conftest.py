@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tests.fakes import fakes  # noqa: F401
+from tests.support.distributions import fakes  # noqa: F401
 
 torch.set_num_threads(1)
 

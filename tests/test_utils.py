@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import nnj
-from nnj.rules import find_rule
+from nnj.registry.layer_rules import find_rule
 from nnj.testing import check_layer
-from nnj_plugins.layers import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
-from tests.test_products import MODELS, N, case, dense_jacobian, r, same
+from nnj_plugins.layers.extra import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+from tests.products.test_jacobian_products import MODELS, N, case, dense_jacobian, r, same
 
 
 def network():

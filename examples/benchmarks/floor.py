@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import nnj
-from nnj.sweep import Sweep
+from nnj.propagation.backward import Sweep
 
 COPIES = {"clone", "copy_", "_to_copy", "cat", "stack", "contiguous", "index", "index_put_", "gather", "scatter", "index_add_",
           "select_backward", "slice_backward", "constant_pad_nd", "scatter_add_"}

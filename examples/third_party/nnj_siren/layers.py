@@ -20,7 +20,7 @@ def sine(m: Sine, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w cos(w x) dx;  dy = x cos(w x) dw."""
     w = m.weight.detach()
     c = torch.cos(w * x)
-    return {"input": nnj.Diagonal(w * c), "weight": nnj.Scale(w.shape, x.shape[1:], x, m=lambda: x * c)}
+    return {"input": nnj.Diagonal(w * c), "weight": nnj.ScaleShift(w.shape, x.shape[1:], x, m=lambda: x * c)}
 
 
 @nnj.hookimpl

@@ -21,13 +21,13 @@ class LogCosh(nn.Module):
         return value.mean() if self.reduction == "mean" else value.sum() if self.reduction == "sum" else value
 
 
-def log_cosh(m: LogCosh, scale: Tensor, y: Tensor, target: Tensor) -> nnj.Curvature:
+def log_cosh(m: LogCosh, scale: Tensor, y: Tensor, target: Tensor) -> nnj.LossHessian:
     """The second derivative is 1 / cosh^2, and zero between entries; `scale` is what multiplies the loss."""
     if target.shape != y.shape:
         raise NotImplementedError("its target is broadcast")  # nnj then differentiates the loss twice
     size = (y - target).abs()
     root = 2 * torch.exp(-size) / (1 + torch.exp(-2 * size))
-    return nnj.DiagonalCurvature(scale * root.square() / (y.numel() if m.reduction == "mean" else 1))
+    return nnj.DiagonalHessian(scale * root.square() / (y.numel() if m.reduction == "mean" else 1))
 
 
 @nnj.hookimpl

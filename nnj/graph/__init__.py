@@ -1,0 +1,1 @@
+"""Autograd's graph as linear steps on many columns."""

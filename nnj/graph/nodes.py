@@ -1,0 +1,73 @@
+"""Autograd's nodes and edges: their names, shapes and saved tensors, and passes of our own."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nnj.errors import NNJError
+from nnj.recording.records import Edge
+
+T = TypeVar("T")
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor on an edge."""
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
+
+
+def edge_dtype(edge: Edge) -> torch.dtype:
+    """The dtype of the tensor on an edge."""
+    return edge[0]._input_metadata[edge[1]].dtype
+
+
+def node_name(node: Any) -> str:
+    """The name of a node without its number: 'Add' for AddBackward0."""
+    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+
+
+def signed(number: int) -> int:
+    """A saved axis or index, which autograd shows as an unsigned number."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def saved(node: Any, name: str) -> Tensor:
+    """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed it."""
+    try:
+        found: Tensor = getattr(node, f"_saved_{name}")
+    except RuntimeError as error:
+        _freed(error)
+        raise
+    return found
+
+
+def _freed(error: RuntimeError) -> None:
+    if "second time" in str(error):
+        raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+
+
+def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
+    """Sum the broadcast axes of t away, behind `free` leading axes, as the engine does."""
+    extra = t.dim() - free - len(shape)
+    if extra > 0:
+        t = t.sum(tuple(range(free, free + extra)))
+    axes = tuple(free + i for i, s in enumerate(shape) if s == 1 and t.shape[free + i] != 1)
+    return t.sum(axes, keepdim=True) if axes else t
+
+
+def own_task(run: Callable[[], T]) -> T:
+    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in each."""
+    result: list[T] = []
+
+    def hook(_: Tensor) -> None:
+        with torch.no_grad():
+            result.append(run())
+
+    with torch.enable_grad():
+        start = torch.zeros((), requires_grad=True) * 1
+        start.register_hook(hook)
+        torch.autograd.backward(start)
+    return result[0]

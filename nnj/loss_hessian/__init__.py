@@ -1,0 +1,1 @@
+"""The Hessian of a loss in its outputs, and its columns."""

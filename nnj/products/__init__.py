@@ -1,0 +1,1 @@
+"""The eight Jacobian products, without a loss."""

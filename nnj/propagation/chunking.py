@@ -1,0 +1,51 @@
+"""How many columns walk together."""
+from __future__ import annotations
+
+import math
+
+from nnj.graph.nodes import edge_shape
+from nnj.graph.step import Step
+from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
+from nnj.propagation.allocator import keep_heap
+from nnj.propagation.backward import Sweep
+
+CACHE = 1 << 21  # entries of a tangent that the caches of a CPU still serve while a turn walks
+
+
+def even(k: int, fits: int, likes: int) -> int:
+    """The length of turns of about `likes` columns, `fits` at most, that are all about as long."""
+    return max(1, math.ceil(k / max(math.ceil(k / fits), round(k / likes), 1)))
+
+
+def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
+    """How many columns may walk together: what `memory` holds; and on a CPU about what its caches like.
+
+    Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A turn should not be
+    larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
+    """
+    units = [_entries(sweep, unit) for unit in sweep.graph.units]
+    root = sweep.graph.roots[0][0]._input_metadata[0]
+    size = max(4, root.dtype.itemsize)  # half precision is summed in float32
+    fits = max(1, memory // (size * 3 * max([1, *(held for held, _, _ in units)])))
+    if root.device.type != "cpu":
+        return fits, fits
+    keep_heap(memory)
+    widest, patches = max([1, *(came for _, came, _ in units)]), sum(made for _, _, made in units)
+    return fits, max(1, min(fits, (CACHE + patches) // widest))
+
+
+def _entries(sweep: Sweep, unit: Step) -> tuple[int, int, int]:
+    """Of one column at a unit: the entries that are held, and those that came to it; and of its patches, for all columns."""
+    times = sweep.n if unit in sweep.explicit else 1
+    came = held = sum(math.prod(edge_shape(e)) for e in unit.into) * times
+    for i, edge in enumerate(unit.out):
+        if edge is not None:
+            held += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
+    dense = patches = 0
+    for slot, p in unit.params:
+        j = unit.slots[slot]
+        if times > 1 or not isinstance(j, (PatchMatmul, ScaleShift, TableRows)):
+            dense += p.numel() * sweep.n
+        elif isinstance(j, PatchMatmul) and j.places > 1:
+            patches += j.n * j.places * math.prod(j.matrix[::2])
+    return held * (2 if patches else 1) + dense, came, patches  # a convolution works on copies in a layout of its own

@@ -1,0 +1,64 @@
+"""Finds out by numbers which entry on which edge belongs to which sample."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nnj.errors import Coupled
+from nnj.jacobians.sample_index import SampleIndex
+
+
+class Probe:
+    """Numbers the samples and lets the sweep carry the bits of the numbers backwards.
+
+    With one random cotangent, column 2b holds the samples whose number has bit b, column 2b + 1 the others. An entry of any
+    edge is non-zero in exactly the columns that spell its owner; both columns of a pair mean that samples influence
+    one another. 2 ceil(log2 n) columns tell all owners of a graph at once, in any order of rows.
+    """
+
+    DRAWS = 2  # cotangents: an entry is nobody's only if it is zero for each of them
+
+    def __init__(self, n: int):
+        self.bits = max(1, math.ceil(math.log2(n)))
+        self.n = n
+        self.generator = torch.Generator().manual_seed(0x6E6E6A)  # one for all roots, so that they do not cancel
+
+    def columns(self, owner: SampleIndex, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The columns that start at one root edge, (2 * bits * DRAWS, *shape)."""
+        if owner.of is None:
+            of = owner.rows(shape[0], like.device)
+            assert of is not None
+            of = of.reshape(-1, *[1] * (len(shape) - 1))
+        else:
+            of = owner.of
+        columns = []
+        for _ in range(self.DRAWS):
+            # Sizes are bounded away from zero, so that small ones do not vanish on the way.
+            u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+            cotangent = ((u - 0.5).sign() * (0.5 + u)).to(device=like.device, dtype=like.dtype)
+            for bit in range(self.bits):
+                has = (of >> bit) & 1 == 1
+                columns += [cotangent * (has & (of >= 0)), cotangent * (~has & (of >= 0))]
+        return torch.stack(columns)
+
+    def owner(self, v: Tensor, who: str) -> SampleIndex:
+        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another.
+
+        An entry where nothing arrived is given to the one sample of its row, if there is one: what arrives there later can only
+        be what rounding leaves of zero.
+        """
+        there = (v != 0).unflatten(0, (self.DRAWS, self.bits, 2)).any(0)
+        one, zero = there[:, 0], there[:, 1]
+        if bool((one & zero).any()):
+            raise Coupled.at(who)
+        weights = (2 ** torch.arange(self.bits, device=v.device)).reshape(-1, *[1] * (v.dim() - 1))
+        told = (one | zero).all(0)
+        number = torch.where(told, (one * weights).sum(0), -1)
+        if number.dim() == 0 or number.numel() == 0:
+            return SampleIndex(self.n, number)
+        number = number[..., None].flatten(1)
+        most = number.amax(1, keepdim=True)
+        alone = ((number < 0) | (number == most)).all(1, keepdim=True)
+        return SampleIndex(self.n, torch.where(alone, most, number).reshape(told.shape))

@@ -1,0 +1,131 @@
+"""extend() and retract(): puts the hooks on a model or a loss, and takes them away."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nnj.errors import NNJError
+from nnj.recording.loss_hook import LossHook
+from nnj.recording.module_hook import _After, _AfterLeaf, _Before, _has_known_part, _roots
+from nnj.registry.loss_rules import FunctionLoss, is_loss
+from nnj.registry.manager import manager
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _is_leaf_of_torch(module: nn.Module) -> bool:
+    """Whether `_AfterLeaf` will do."""
+    known = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in module.__dict__
+    return known and not module._modules and not getattr(module, "inplace", False)
+
+
+def _may_be_layer(module: nn.Module) -> bool:
+    """Whether a rule may describe a call. Said once, when it is extended: to ask at each call costs more than the call itself."""
+    entry = manager().find("layer", type(module))
+    return (entry is not None and entry.key is not nn.Module) or not _has_known_part(module)
+
+
+def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
+    """Put nnj's hooks on a model or a loss; the same object comes back, and computes what it did.
+
+    Args:
+        module: a model, a loss module, a module that contains losses, or a plain function of (output, target, ...), which
+            comes back as a module.
+        loss: True for a module of your own that is a loss; by default torch's losses and those with a loss rule are.
+        batch_axis: where the samples are in the model's first input; 1 for sequence-first models.
+
+    Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies, pickles and state dicts of an
+    extended model are as usual.
+
+    Errors: `NNJError` for a compiled module; TypeError for what is neither a module nor callable.
+    """
+    if not isinstance(module, nn.Module):
+        if not callable(module) or isinstance(module, type):
+            raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
+        module, loss = FunctionLoss.of(module), True
+    check_hookable(module)
+    if loss and not is_loss(module):
+        _remove(module)
+        module.register_forward_hook(LossHook(), with_kwargs=True)
+        return module
+    for part in module.modules():
+        if is_loss(part):
+            if not any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
+                part.register_forward_hook(LossHook(), with_kwargs=True)
+        elif not isinstance(part, torch.jit.ScriptModule):
+            if any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
+                continue
+            _put(part, batch_axis)
+    _roots.add(module)
+    return module
+
+
+def retract(module: nn.Module) -> nn.Module:
+    """Take away every hook that `extend` has put on a module and its parts; the same object comes back."""
+    for part in module.modules():
+        _remove(part)
+    _roots.discard(module)
+    return module
+
+
+def copied(module: M) -> M:
+    """A deep copy without our hooks; also of a module that keeps what it computed, as pruned layers do."""
+    kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    copy_of = copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
+    retract(copy_of)
+    return copy_of
+
+
+@contextmanager
+def temporarily_extended(module: nn.Module) -> Iterator[None]:
+    """Our hooks on a module, where it has none; they are gone afterwards."""
+    known = module in _roots
+    parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
+             and not any(isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values())]
+    for part in parts:
+        _put(part, 0)
+    try:
+        yield
+    finally:
+        for part in parts:
+            _remove(part)
+        if not known:
+            _roots.discard(module)
+
+
+def batch_axis_of(module: nn.Module) -> int:
+    """The batch axis under which a module was extended; 0 if it was not."""
+    return next((hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0)
+
+
+def check_hookable(module: nn.Module) -> None:
+    """Errors: `NNJError` for a compiled or scripted module."""
+    if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
+        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
+                       "torch.compile, and collect with that one (model._orig_mod)")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
+
+
+def _put(module: nn.Module, batch_axis: int) -> None:
+    _remove(module)
+    if _is_leaf_of_torch(module):
+        module.register_forward_hook(_AfterLeaf(batch_axis), with_kwargs=True, prepend=True)
+        return
+    module.register_forward_pre_hook(_Before(_may_be_layer(module)), with_kwargs=True)
+    module.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
+
+
+def _remove(module: nn.Module) -> None:
+    tables = ((module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+              (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)))
+    for hooks, flags in tables:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Before, _After, LossHook))]:
+            del hooks[key]
+            for flag in flags:
+                flag.pop(key, None)

@@ -1,0 +1,174 @@
+"""What a forward pass leaves on autograd's graph: records of layers, marks of calls, and the call of a loss."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from nnj.registry.claim import Entry
+
+RECORD, MARK = "nnj.record", "nnj.call"
+Edge = tuple[Any, int]  # (grad_fn, output_nr)
+
+
+def place_of(t: Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a tensor are: another tensor with the same place is the same, seen in the same way."""
+    return (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
+
+
+class Point:
+    """A tensor of a call, detached, and the version that it had; only its shape and dtype where the rule does not read it.
+
+    Attributes:
+        place: where its numbers are, if they may be those that were given to the model: nothing has computed them from such.
+    """
+
+    __slots__ = ("dtype", "place", "shape", "value", "version")
+
+    def __init__(self, seen: Tensor | tuple[torch.Size, torch.dtype], version: int, place: tuple[Any, ...] | None = None):
+        self.value = seen if isinstance(seen, Tensor) else None
+        self.shape, self.dtype = (seen.shape, seen.dtype) if isinstance(seen, Tensor) else seen
+        self.version, self.place = version, place
+
+    def tensor(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
+
+    @property
+    def stale(self) -> bool:
+        """Whether something was written over the value after the call."""
+        return self.value is not None and self.value._version != self.version
+
+
+def note(module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor) -> tuple[Any, ...]:
+    """What the forward pass keeps of a call, for `Record`: a tuple, as a small network feels every object that is made."""
+    uses = entry.uses
+    return (module, entry, edge, x.detach() if "x" in uses else (x.shape, x.dtype), version,
+            place_of(x) if x.grad_fn is None or x._is_view() else None,
+            y.detach() if "y" in uses else (y.shape, y.dtype), y._version, layer_state(module))
+
+
+class Record:
+    """One call of a module with a rule: from the edge of its output straight to the edge of its input."""
+
+    __slots__ = ("edge", "entry", "module", "state", "x", "y")
+
+    def __init__(self, noted: tuple[Any, ...]):
+        self.module, self.entry, self.edge, x, version, place, y, now, self.state = noted
+        self.x, self.y = Point(x, version, place), Point(y, now)
+
+    @staticmethod
+    def of(node: Any, nr: int) -> Record | None:
+        """That of the call that made output `nr` of a node of autograd; None if there is none, or it has no rows."""
+        noted = node.metadata.get((RECORD, nr))
+        record = None if noted is None else Record(noted)
+        rows = record is not None and len(record.x.shape) > 0 < len(record.y.shape) and record.x.shape[0] == record.y.shape[0]
+        return record if rows else None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the module is no longer as it was in the call, or what the rule reads was written over."""
+        if self.x.stale or self.y.stale:
+            return True
+        now = layer_state(self.module)
+        return len(now) != len(self.state) or any(map(_changed, self.state, now))
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def layer_state(module: nn.Module) -> list[Any]:
+    """What a rule reads of a layer beside x and y: its mode and options, its tensors and their versions."""
+    found: list[Any] = []
+    for part in module.modules() if module._modules else (module,):
+        own = part.__dict__
+        found.append(own.copy())  # to look for the options in it can wait until somebody asks
+        for t in own["_parameters"].values():
+            if t is not None:
+                found += (t, t._version)
+        for t in own["_buffers"].values():
+            if t is not None:
+                found += (t, t._version)
+    return found
+
+
+def _changed(before: Any, now: Any) -> bool:
+    """Whether an element of a layer's state is another."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return before is not now if isinstance(before, Tensor) else bool(before != now)
+    options = [{k: v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)} for own in (before, now)]
+    return options[0] != options[1]
+
+
+@dataclass(eq=False, slots=True)
+class CallMark:
+    """An outermost call of an extended module: its batch says what a sample is."""
+
+    module: nn.Module
+    inputs: list[Tensor]  # its arguments, detached
+    batch_axis: int
+    order: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """The lengths of the batch axis of its arguments, each once."""
+        axis = self.batch_axis
+        return list(dict.fromkeys(t.shape[axis] for t in self.inputs if t.dim() > axis))
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One call of an extended loss: its arguments, detached, and the edges of those that are outputs of a model."""
+
+    module: nn.Module
+    name: str  # of the loss, for errors
+    leaves: list[Any]
+    spec: Any
+    outputs: list[int]  # which leaves are outputs of a model
+    edges: list[Edge]
+    versions: list[tuple[Tensor, int]]
+    thread: int
+    value: Tensor
+
+    def arguments(self, outputs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """(args, kwargs) of the call with other outputs in place of the model's."""
+        leaves = list(self.leaves)
+        for index, t in zip(self.outputs, outputs, strict=True):
+            leaves[index] = t
+        return (leaves, {}) if self.spec is None else tree_unflatten(leaves, self.spec)
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    """The gradient edge of a tensor; None where no gradient flows."""
+    if not t.requires_grad:
+        return None
+    if t.grad_fn is not None:
+        return t.grad_fn, t.output_nr
+    found = torch.autograd.graph.get_gradient_edge(t)
+    return found.node, found.output_nr
+
+
+def inert() -> bool:
+    """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
+    return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._is_tracing() or torch.compiler.is_compiling())
+
+
+def write(node: Any, key: tuple[str, int], value: Any) -> None:
+    """Put something on a node of autograd's graph."""
+    node.metadata[key] = value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and objects with fields."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors(v)]
+    if hasattr(type(value), "__dataclass_fields__"):  # of the type: a proxy of torch.fx has every attribute
+        return [t for name in value.__dataclass_fields__ for t in tensors(getattr(value, name))]
+    return []

@@ -1,0 +1,1 @@
+"""What plugins claim, how they are found, and which rule describes a module."""

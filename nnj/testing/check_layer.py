@@ -1,0 +1,111 @@
+"""check_layer: the rule of a layer against dense Jacobians, in float64."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from nnj.jacobians.factor import Factor
+from nnj.jacobians.jacobian import Jacobian
+from nnj.jacobians.sample_index import SampleIndex
+from nnj.recording.extend import copied
+from nnj.registry.layer_rules import ask_rule, blame, checked, find_rule
+from nnj.registry.manager import manager
+from nnj.testing.compare import _double, _owners, _same
+
+
+def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The dense Jacobian of each slot by `torch.func.jacrev`, (N, out, in); the oracle of `check_layer`.
+
+    Errors: AssertionError if one row's output depends on another row's input.
+    """
+    params = dict(module.named_parameters())
+    run = lambda p, z: functional_call(module, p, (z.clone(),))
+    y = run(params, x)
+    n = y.shape[0]
+    found = {}
+    for name, p in params.items():
+        j = jacrev(lambda q, name=name: run({**params, name: q}, x))(p)
+        found[name] = j.reshape(n, -1, p.numel())
+    if x.is_floating_point():
+        j = jacrev(lambda z: run(params, z))(x).reshape(n, -1, n, x[0].numel())
+        own = torch.stack([j[i, :, i] for i in range(n)])
+        cross = torch.stack([j[i, :, m] for i in range(n) for m in range(n) if i != m]) if n > 1 else own[:0]
+        assert not cross.any(), f"{type(module).__name__}: rows of the batch influence one another"
+        found["input"] = own
+    return {name: j.detach() for name, j in found.items()}
+
+
+def check_layer(module: nn.Module, x: Tensor) -> None:
+    """Check every slot and every product of the rule for `module` at `x` against a dense Jacobian, in float64.
+
+    jvp, vjp, jmp, mjp, jmjTp and jTmjp (with metrics that are not symmetric), square, dense, the shared direction of a
+    parameter, and what quantities ask: diagonal, block and per-sample gradient, with several rows for each sample in several
+    orders. The module is copied, x is not changed. Any plugin author can call it in a test of one line.
+
+    Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes the module.
+    """
+    module, x = copied(module).double(), _double(x)
+    entry = find_rule(module)
+    if entry is None:
+        raise manager().unsupported(module, type(module).__name__)
+    oracle = layer_jacobians(module, x)
+    with torch.no_grad():
+        point = x.clone()
+        y = module(point)
+        if "x" in entry.uses:
+            point = x.clone()
+        slots = ask_rule(entry, module, point, y.clone())
+        assert not isinstance(slots, str), f"{type(module).__name__}: its rule declines it: {slots}"
+        missing = set(oracle) - set(slots)
+        assert not missing, f"{type(module).__name__}: its rule leaves out {sorted(missing)}"
+        for slot in oracle:
+            who = blame(entry, module, type(module).__name__)
+            _check_products(who, slot, slots[slot], oracle[slot])
+            _check_pullback(f"{who} '{slot}'", slots[slot], oracle[slot])
+
+
+def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> None:
+    n, out, into = dense.shape
+    who = f"{entry_layer} '{slot}'"
+    v = torch.randn(3, n, *j.inputs, dtype=dense.dtype)
+    u = torch.randn(3, n, *j.outputs, dtype=dense.dtype)
+
+    def jvp(t: Tensor) -> Tensor:
+        whole = t.reshape(3, -1, into).expand(3, n, into)
+        return torch.einsum("noi,kni->kno", dense, whole).reshape(3, n, *j.outputs)
+
+    found = checked(f"vjp of '{slot}'", j.vjp(u), (3, n, *j.inputs), entry_layer)
+    expected = torch.einsum("noi,kno->kni", dense, u.reshape(3, n, out)).reshape(3, n, *j.inputs)
+    _same(f"{who}: vjp", found, expected)
+    _same(f"{who}: jvp", checked(f"jvp of '{slot}'", j.jvp(v), (3, n, *j.outputs), entry_layer), jvp(v))
+    if slot != "input":
+        _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
+    _same(f"{who}: dense", j.dense(), dense)
+    for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
+        a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
+        _same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
+        _same(f"{who}: {name}mjp", op.mjp(b[:, :2]), b[:, :2] @ matrix)
+        _same(f"{who}: {name}jmjTp", op.jmjTp(a), matrix @ a @ matrix.mT)
+        _same(f"{who}: {name}jTmjp", op.jTmjp(b), matrix.mT @ b @ matrix)
+
+
+def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
+    n = dense.shape[0]
+    u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
+    for way, (owner, of) in _owners(n, j.outputs).items():
+        per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(owner.n)]
+        expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
+        name = f"{who}: pullback ({way})"
+        factor = j.pullback(u, owner)
+        _check_factor(name, factor, expected.reshape(4, owner.n, *j.inputs))
+        split = torch.stack(per, 1).reshape(4 * owner.n, n, *j.outputs)
+        _check_factor(f"{name}, explicit", j.pullback(split, SampleIndex(owner.n, explicit=True)), expected.reshape(4, -1, *j.inputs))
+
+
+def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
+    flat = expected.reshape(-1, factor.dense()[0, 0].numel())
+    _same(f"{name}, per sample", factor.dense(), expected)
+    _same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
+    _same(f"{name}, block", factor.gram(factor), flat.T @ flat)
+    _same(f"{name}, some columns", factor.columns(slice(1, 3)).square_sum(), expected[1:3].square().sum((0, 1)))

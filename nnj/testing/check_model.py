@@ -1,0 +1,263 @@
+"""check_model: what nnj collects at a user's model, beside brute force by autograd in float64; and which rules took part."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nnj.collecting.collect import collect
+from nnj.errors import NNJError
+from nnj.loss_hessian.base import LossHessian
+from nnj.recording.extend import batch_axis_of, copied, extend
+from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
+from nnj.testing.check_layer import check_layer
+from nnj.testing.describe import Line, call_with, lines, text
+
+DRAWS = 2
+LARGEST_BLOCK = 2000  # parameters of a module whose full block is compared
+EXACT, NEAR = 1e-8, 1e-9  # of the entry, and of the largest one
+ROUNDING = 1e-13  # what may be left of a zero, of the largest entry anywhere; where J is squared, so is this
+_Row = tuple[str, str, Any, Tensor]  # quantity, path, parameter or module, brute force
+
+
+@dataclass
+class ModelReport:
+    """What `check_model` has found; `print` it.
+
+    Attributes:
+        samples: the number of samples.
+        errors: the largest error of each quantity, relative to the largest entry at its parameter or module.
+        rules: a line for each module: path, class, rule, plugin, and why a rule was not taken, as `python -m nnj MODEL` has them.
+        left_out: modules whose `ggn_block` was too large to be compared.
+        refused: quantities that nnj refuses on this model, with its reason.
+    """
+
+    samples: int
+    errors: dict[str, float] = field(default_factory=dict)
+    rules: list[Line] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = [f"{self.samples} samples, independent of one another. What was collected agrees with brute force:"]
+        told += [f"  {name:12} largest relative error {error:.0e}" for name, error in self.errors.items()]
+        told += [f"  (the ggn_block of '{path}' is too large to be compared)" for path in self.left_out]
+        told += [f"  {name:12} refused: {reason}" for name, reason in self.refused.items()]
+        return "\n".join([*told, "", text(self.rules)])
+
+
+def check_model(model: nn.Module, loss_func: Any, x: Any, *targets: Any,
+                reference: Callable[..., Tensor] | None = None) -> ModelReport:
+    """Check every quantity of nnj on *this* model at `x` against J^T H J from dense derivatives by autograd, in float64.
+
+    `ggn_diag`, `ggn_block` and `batch_grad` exactly; `ggn_diag_mc` under the signs that a generator gives. Each sample is also
+    run through the model alone, which must give what it gives among the others. Model and loss are copied. The model takes x (a
+    tensor; a tuple of arguments; a dict of named ones) and gives one tensor, the loss takes (output, *targets) and gives a
+    scalar. The dense Jacobian has (entries of the output) x (number of parameters) entries: take a small batch.
+
+    Args:
+        reference: `reference(loss, output, *targets)` is what is differentiated twice, by default the loss: see `check_loss`.
+
+    Returns: a report with the rule of each module, to be printed.
+
+    Errors: AssertionError naming the quantity, the parameter or module, the size of the error, and each layer whose rule does not
+    pass `check_layer`; or samples that influence one another. `NNJError` where nnj refuses the model
+    (`ggn_diag`; what else it refuses is in the report).
+    """
+
+    axis = batch_axis_of(model)
+    model, x, targets = _doubled(model), _double(x), tuple(_double(targets))
+    loss = _doubled(loss_func) if isinstance(loss_func, nn.Module) else loss_func
+    found = extend(copied(model), batch_axis=axis)
+    extended = extend(copied(loss) if isinstance(loss, nn.Module) else loss, loss=True)
+    run = reference or reference_of_loss(extended)
+    truth = _Truth(model, lambda z: run(extended, z, *targets), x, axis)
+    value = extended.forward(truth.output, *targets).detach()
+    assert torch.allclose(truth.value, value), f"the reference is {float(truth.value):.6g} where the loss is {float(value):.6g}"
+    blocks = [path for path, m in found.named_modules() if path in truth.own and not _large(m)]
+    report = ModelReport(truth.n, left_out=[path for path in truth.own if path not in blocks])
+    report.rules = lines(model, x)
+
+    _collect(report, found, x, lambda out: extended(out, *targets), {
+        "ggn_diag": {}, "batch_grad": {}, "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
+        **({"ggn_block": {"modules": [found.get_submodule(path) for path in blocks]}} if blocks else {})})
+    curvature = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
+    wrong = _wrong(report, list(_points(truth, found, curvature)), _blocks(truth, found, blocks))
+    if wrong:
+        raise AssertionError("\n".join(wrong + _faults(found, x, report.rules)))
+    return report
+
+
+def _wrong(report: ModelReport, points: list[_Row], blocks: Iterable[_Row]) -> list[str]:
+    """What differs from brute force; the errors are written into the report."""
+    wrong = []
+    largest: dict[str, float] = {}
+    for quantity, _, _, expected in points:
+        largest[quantity] = max(largest.get(quantity, 0.0), float(expected.abs().max()))
+    largest["ggn_block"] = largest.get("ggn_diag", 0.0)  # no entry of a positive semi-definite matrix is beyond its diagonal
+    for quantity, path, holder, expected in itertools.chain(points, blocks):
+        if quantity in report.refused:
+            continue
+        value = getattr(holder, quantity, None)
+        value = torch.zeros_like(expected) if value is None else value
+        off, size = (value - expected).abs(), float(expected.abs().max())
+        zero = largest[quantity] * (ROUNDING if quantity == "batch_grad" else ROUNDING**2)
+        report.errors[quantity] = max(report.errors.get(quantity, 0.0), float(off.max()) / max(size, NEAR))
+        if not bool((off <= EXACT * expected.abs() + NEAR * max(size, NEAR) + zero).all()):
+            wrong.append(f"{quantity} of '{path}' is wrong: off by {float(off.max()):.3g}, where the largest entry is {size:.3g}")
+    return wrong
+
+
+def _collect(report: ModelReport, found: nn.Module, x: Any, loss: Callable[[Any], Tensor], options: dict[str, Any]) -> None:
+    """Each quantity by itself, so that one that is refused does not take the others with it."""
+    for quantity, given in options.items():
+        try:
+            with collect(quantity, **given):
+                loss(call_with(found, x)).backward()
+        except NNJError as error:
+            if quantity == "ggn_diag":
+                raise
+            report.refused[quantity] = str(error)
+    if "batch_grad" in report.refused:
+        report.refused["ggn_diag_mc"] = "not compared, since draws are summed over rows that nnj cannot tell apart"
+
+
+class _Truth:
+    """Dense derivatives by autograd, with the sample to which each entry of the output belongs."""
+
+    def __init__(self, model: nn.Module, scalar_of: Callable[[Tensor], Tensor], x: Any, axis: int):
+        out = call_with(model, x)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"check_model takes a model that gives one tensor, and this one gives {type(out).__name__}. Wrap it "
+                            f"in a module that gives the tensor which the loss takes")
+        self.output, shape = out.detach(), out.shape
+        self.n, self.owner = _owners(model, x, self.output, axis)
+        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        params = list(self.names.values())
+        rows = [torch.autograd.grad(t, params, retain_graph=True, allow_unused=True) for t in out.flatten()]
+        self.j = {name: torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows]).reshape(len(rows), -1)
+                  for i, (name, p) in enumerate(self.names.items())}
+        scalar = lambda z: scalar_of(z.reshape(shape))
+        z = self.output.flatten().clone().requires_grad_()
+        self.value = scalar(z)
+        if self.value.dim() > 0:
+            raise TypeError(f"check_model takes a loss that gives a scalar, and this one gives {tuple(self.value.shape)}")
+        self.g = torch.autograd.grad(self.value, z)[0]
+        self.value = self.value.detach()
+        self.h = torch.autograd.functional.hessian(scalar, z.detach())
+        apart = self.h * (self.owner[:, None] != self.owner)
+        assert float(apart.abs().max()) <= NEAR * float(self.h.abs().max()), \
+            f"the loss couples samples: its Hessian between them is up to {float(apart.abs().max()):.3g}"
+        self.own = {path: names for path, m in model.named_modules() if (names := self._names(path, m))}
+
+    def _names(self, path: str, m: nn.Module) -> list[str]:
+        """The names in the whole model of a module's own parameters; a shared one has its first."""
+        known = {id(p): name for name, p in self.names.items()}
+        return [known[id(p)] for _, p in m.named_parameters(recurse=False) if id(p) in known]
+
+    def per_sample(self, v: Tensor, j: Tensor) -> Tensor:
+        """v^T J with the rows of each sample apart: (N, P)."""
+        share = v.new_zeros(self.n, len(v))
+        share[self.owner, torch.arange(len(v))] = v
+        return share @ j
+
+
+def _points(truth: _Truth, found: nn.Module, curvature: LossHessian) -> Iterator[_Row]:
+    """What stands on parameters."""
+    (drawn,) = curvature.place(curvature.sample(DRAWS, torch.Generator().manual_seed(0)))
+    for name, p in found.named_parameters():
+        if name in truth.j:
+            j = truth.j[name]
+            yield "ggn_diag", name, p, ((truth.h @ j) * j).sum(0).reshape(p.shape)
+            yield "batch_grad", name, p, truth.per_sample(truth.g, j).reshape(truth.n, *p.shape)
+            squares = sum(truth.per_sample(v.flatten(), j).square().sum(0) for v in drawn) / DRAWS
+            yield "ggn_diag_mc", name, p, squares.reshape(p.shape)  # type: ignore[union-attr]
+
+
+def _blocks(truth: _Truth, found: nn.Module, blocks: list[str]) -> Iterator[_Row]:
+    """What stands on modules."""
+    for path in blocks:
+        j = torch.cat([truth.j[name] for name in truth.own[path]], 1)
+        yield "ggn_block", path, found.get_submodule(path), j.T @ truth.h @ j
+
+
+def _large(module: nn.Module) -> bool:
+    return any(sum(p.numel() for p in m.parameters(recurse=False)) > LARGEST_BLOCK for m in module.modules())
+
+
+def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, Tensor]:
+    """The number of samples, and that of the sample of each entry of the output, found by running every sample alone.
+
+    Errors: AssertionError if no order of rows explains what they give alone.
+    """
+    n = next(t.shape[min(axis, t.dim() - 1)] for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim() > 0)
+    with torch.no_grad():
+        again = call_with(model, x)
+        assert torch.allclose(again, output, rtol=NEAR, atol=NEAR), (
+            "the model gives another output when it is called again: it draws random numbers, or keeps a state. Use model.eval()")
+        try:
+            alone = [call_with(model, tree_map(lambda t: _part(t, n, m, axis), x)) for m in range(n)]  # noqa: B023
+        except (RuntimeError, ValueError) as error:
+            raise AssertionError(f"samples influence one another, or the model does not take one alone: {error}") from error
+    numbers, nearest = torch.arange(n), float("inf")
+    for place in range(output.dim()):
+        if output.shape[place] % n == 0:
+            k = output.shape[place] // n
+            for order in (numbers.repeat_interleave(k), numbers.repeat(k)):
+                parts = [output.index_select(place, (order == m).nonzero()[:, 0]) for m in range(n)]
+                if all(a.shape == b.shape for a, b in zip(parts, alone, strict=True)):
+                    off = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
+                    if off <= NEAR * max(1.0, float(output.abs().max())):
+                        return n, order.reshape(-1, *[1] * (output.dim() - place - 1)).expand(output.shape).flatten()
+                    nearest = min(nearest, off)
+    raise AssertionError(f"samples influence one another: among the others they give something else than alone, off by "
+                         f"{nearest:.3g}. Batch norm in training mode does this; use model.eval()")
+
+
+def _part(t: Any, n: int, m: int, axis: int) -> Any:
+    """Sample m of an argument that has n samples."""
+    has = isinstance(t, Tensor) and t.dim() > 0 and t.shape[min(axis, t.dim() - 1)] == n
+    return t.narrow(min(axis, t.dim() - 1), m, 1) if has else t
+
+
+def _faults(found: nn.Module, x: Any, rules: list[Line]) -> list[str]:
+    """What `check_layer` says of the layers that rules took."""
+    points: dict[str, Tensor] = {}
+
+    def noting(path: str) -> Any:
+        return lambda m, args: points.setdefault(path, args[0].detach().clone())
+
+    handles = [found.get_submodule(line.path).register_forward_pre_hook(noting(line.path)) for line in rules if line.plugin]
+    call_with(found, x)
+    for handle in handles:
+        handle.remove()
+    said = []
+    for path, point in points.items():
+        try:
+            check_layer(copied(found.get_submodule(path)), point)
+        except AssertionError as error:
+            said.append(f"layer '{path}': {error}")
+    return said or ["check_layer finds no fault in the rules of its layers: please report this"]
+
+
+def _doubled(module: nn.Module) -> nn.Module:
+    """A copy in float64; `Module.double` would leave complex tensors as they are."""
+    module = copied(module).double()
+    for t in [*module.parameters(), *module.buffers()]:
+        t.data = _double(t)
+    return module
+
+
+def _double(value: Any) -> Any:
+    """Its tensors in double precision."""
+    def double(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+            return t
+        return t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
+
+    return tree_map(double, value)

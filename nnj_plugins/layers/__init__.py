@@ -1,0 +1,1 @@
+"""Rules of layers: one file for each family."""

@@ -1,0 +1,1 @@
+"""Quantities: one file for each."""

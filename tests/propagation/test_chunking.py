@@ -1,0 +1,98 @@
+"""How many columns walk together, and what becomes of the memory that they took."""
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import nnj
+from nnj.collecting import per_loss
+from nnj.propagation import allocator
+from nnj.propagation.allocator import SET_BY_USERS, keep_heap
+from nnj.propagation.chunking import columns_at_once, even
+
+
+@pytest.mark.parametrize(("k", "fits", "likes", "size"), [
+    (9, 20, 9, 9), (9, 20, 5, 5), (9, 4, 9, 3), (9, 1, 1, 1), (99, 7, 20, 7), (10, 6, 6, 5)])
+def test_turns_are_about_as_long_as_each_other(k, fits, likes, size):
+    assert even(k, fits, likes) == size
+
+
+def lengths(monkeypatch, model: nn.Module, x: torch.Tensor, memory: int) -> list[int]:
+    """The number of columns of each turn."""
+    seen: list[int] = []
+    take = columns_at_once
+
+    def noting(sweep, memory):
+        run = sweep.run
+        sweep.run = lambda roots, k, *rest, **options: (seen.append(k), run(roots, k, *rest, **options))[1]
+        return take(sweep, memory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(per_loss, "columns_at_once", noting)
+        with nnj.collect("ggn_diag", memory=memory):
+            nnj.extend(nn.MSELoss())(nnj.extend(model)(x), torch.zeros(len(x), 6)).backward()
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_says_how_many_columns_walk(monkeypatch, dtype):
+    """The largest unit, the first tanh, has 5 * (8 + 8) entries for each column; they are there three times."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh()).to(dtype), torch.randn(5, 4, dtype=dtype)
+    column = 5 * (8 + 8) * 3 * dtype.itemsize
+    assert lengths(monkeypatch, model, x, 6 * column) == [6]
+    assert lengths(monkeypatch, model, x, 6 * column - 1) == [3, 3]
+    assert lengths(monkeypatch, model, x, 2 * column) == [2, 2, 2]
+    assert lengths(monkeypatch, model, x, 1) == [1] * 6
+
+
+class Library:
+    """A C library that notes what it is told."""
+
+    def __init__(self, *names: str):
+        self.told: list[tuple[int, int]] = []
+        if "mallopt" in names:
+            self.mallopt = lambda option, value: self.told.append((option, value))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    def use(*names: str) -> Library:
+        made = Library(*names)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: made)
+        monkeypatch.setattr(allocator, "_kept", 0)
+        monkeypatch.setattr(sys, "platform", "linux")
+        for name in SET_BY_USERS:
+            monkeypatch.delenv(name, raising=False)
+        return made
+
+    return use
+
+
+def test_freed_memory_is_kept_for_the_next_turn(library):
+    made = library("mallopt")
+    for memory in (2**20, 2**28, 2**20, 2**28):
+        keep_heap(memory)
+    assert made.told == [(-3, 2**20), (-1, 2**20), (-3, 2**28), (-1, 2**28)]
+    keep_heap(2**40)
+    assert made.told[4:] == [(-3, 2**30), (-1, 2**30)]  # the C library takes an int
+
+
+@pytest.mark.parametrize("name", SET_BY_USERS)
+def test_what_users_say_of_their_memory_holds(library, monkeypatch, name):
+    made = library("mallopt")
+    monkeypatch.setenv(name, "131072")
+    keep_heap(2**28)
+    assert made.told == []
+
+
+def test_a_c_library_without_mallopt(library, monkeypatch):
+    library()
+    keep_heap(2**28)
+    made = library("mallopt")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    keep_heap(2**28)
+    assert made.told == []

@@ -1,0 +1,270 @@
+"""Which rule describes a module, and what it may answer."""
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import nnj
+from nnj.registry.claim import DISABLED
+from nnj.registry.layer_rules import apply_rule, checked, find_rule
+from nnj.registry.manager import PluginManager, manager, use
+from nnj.testing import check_layer, layer_jacobians
+from nnj_plugins.quantities import batch_grad
+from tests.support.distributions import Plugin, load
+
+# -- which rule describes a module -----------------------------------------------------------------------------------
+
+
+def twice(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """A right rule for nn.Linear without bias, on vectors."""
+    eye = torch.eye(m.out_features, dtype=x.dtype)
+    j = torch.einsum("op,ni->nopi", eye, x).flatten(2)
+    return {"input": nnj.Dense(m.weight.detach().expand(len(x), -1, -1), x.shape[1:], y.shape[1:]),
+            "weight": nnj.Dense(j, m.weight.shape, y.shape[1:])}
+
+
+class Squash(nn.Module):
+    """(N, 4) -> (N, 4), not symmetric."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * x[:, :1]
+
+
+@pytest.fixture
+def rules():
+    """`rules(cls, rule)`: a manager in use that knows only this."""
+    former = manager()
+
+    def only(cls, rule, name="nnj-squash", **options) -> None:
+        mine = PluginManager(load=False)
+        mine.register(Plugin(lambda register: register(cls, rule, **options)), name)
+        use(mine)
+
+    yield only
+    use(former)
+
+
+class Renamed(nn.Linear):
+    """Overrides nothing that matters."""
+
+    def __init__(self, size: int):
+        super().__init__(size, size, bias=False)
+
+    def extra_repr(self) -> str:
+        return "renamed"
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Grandchild(Doubled):
+    """Inherits a forward that is not nn.Linear's."""
+
+
+def test_a_rule_holds_for_its_class_and_harmless_subclasses(rules):
+    rules(nn.Linear, twice)
+    check_layer(nn.Linear(4, 3, bias=False), torch.randn(5, 4))
+    check_layer(Renamed(4), torch.randn(5, 4))
+
+
+def replaced() -> nn.Module:
+    module = nn.Linear(4, 3, bias=False)
+    module.forward = lambda x: 2 * nn.Linear.forward(module, x)
+    return module
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(4, 3, bias=False), "weight", amount=0.5)
+
+
+def old_weight_norm() -> nn.Module:
+    module = nn.Linear(4, 3, bias=False)
+    weight = module._parameters.pop("weight")  # as torch.nn.utils.weight_norm does
+    module.register_parameter("weight_v", nn.Parameter(weight.detach()))
+    module.weight = module.weight_v * 2
+    return module
+
+
+NOT_ITS_CLASS = {
+    "a subclass overrides forward": lambda: Doubled(4, 3, bias=False),
+    "a parent overrides forward": lambda: Grandchild(4, 3, bias=False),
+    "an instance has another forward": replaced,
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 3, bias=False)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 3, bias=False)),
+}
+
+
+@pytest.mark.parametrize("make", NOT_ITS_CLASS.values(), ids=NOT_ITS_CLASS)
+def test_a_module_is_not_taken_for_its_class(rules, make):
+    rules(nn.Linear, twice)
+    module = make()
+    assert find_rule(module) is None
+    with pytest.raises(nnj.UnsupportedLayer, match=rf"^no plugin knows {type(module).__name__} "):
+        check_layer(module, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("make", [pruned, old_weight_norm])
+def test_a_weight_that_is_no_parameter(rules, make):
+    """What a rule says of `weight` is not taken where the parameter is another one: it is left to others, or refused."""
+    rules(nn.Linear, twice)
+    module, x = make(), torch.randn(5, 4)
+    entry = find_rule(module)
+    try:
+        assert entry is None or apply_rule(entry, module, x, module(x).detach()) is None
+    except nnj.PluginError as error:
+        assert "the rule names 'weight', which is neither 'input' nor a parameter of the layer" in str(error)
+
+
+def test_an_unknown_layer(fakes, monkeypatch):
+    fakes.claim("nnj-linear")
+    fakes.claim("nnj-fallback", "torch.nn.Module")
+    monkeypatch.setenv(DISABLED, "nnj-fallback")
+    manager = load()
+    error = manager.unsupported(nn.GELU(), "encoder.3.act")
+    assert str(error) == ("no plugin knows GELU ('encoder.3.act'). Installed: nnj-linear (disabled: nnj-fallback). Enable what "
+                          "is disabled, or write a rule for it (see nnj.registry.hookspecs)")
+    error = manager.unsupported(nn.HuberLoss(), "HuberLoss", "loss")
+    assert str(error).startswith("no plugin knows HuberLoss ('HuberLoss'). Installed: none (disabled: ")
+    assert isinstance(error, nnj.UnsupportedLayer) and isinstance(error, NotImplementedError)
+
+
+def test_the_nearest_class_has_the_rule(rules):
+    rules(nn.Module, lambda m, x, y: {})
+    assert manager().find("layer", nn.Linear).key is nn.Module
+    manager().register(Plugin(lambda register: register(nn.Linear, twice)))
+    assert manager().find("layer", nn.Linear).key is nn.Linear
+    assert manager().find("layer", nn.ReLU).key is nn.Module
+    assert manager().find("layer", int) is None
+
+
+# -- what a rule answers ---------------------------------------------------------------------------------------------
+
+
+class Short(nnj.Jacobian):
+    """The vjp forgets the last entry."""
+
+    def dense(self) -> Tensor:
+        return layer_jacobians(Squash(), self.like)["input"]
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return super().vjp(u)[..., :-1]
+
+
+def eye(x: Tensor, outputs: int = 4) -> Tensor:
+    return torch.eye(outputs, 4, dtype=x.dtype).expand(len(x), -1, -1)
+
+
+@pytest.mark.parametrize("rule, message", [
+    (lambda m, x, y: [], "the rule returned list, expected a dict of Jacobians"),
+    (lambda m, x, y: {"inputs": nnj.Dense(eye(x), (4,), (4,))},
+     "the rule names 'inputs', which is neither 'input' nor a parameter of the layer"),
+    (lambda m, x, y: {"input": eye(x)}, "'input' is Tensor, expected a nnj.Jacobian"),
+    (lambda m, x, y: {"input": nnj.Dense(eye(x, 3), (4,), (3,))},
+     "'input' maps (4,) to (3,) for 5 rows, expected (4,) to (4,) for 5"),
+    (lambda m, x, y: {"input": nnj.Dense(eye(x[:2]), (4,), (4,))},
+     "'input' maps (4,) to (4,) for 2 rows, expected (4,) to (4,) for 5"),
+    (lambda m, x, y: {"input": x.nothing}, "the rule failed with AttributeError: 'Tensor' object has no attribute 'nothing'"),
+], ids=["list", "slot", "tensor", "outputs", "rows", "failure"])
+def test_an_answer_that_is_none(rules, rule, message):
+    rules(Squash, rule)
+    module, x = Squash(), torch.randn(5, 4)
+    with pytest.raises(nnj.PluginError) as caught:
+        apply_rule(find_rule(module), module, x, module(x), "head")
+    assert str(caught.value) == f"plugin 'nnj-squash' (layer 'head'): {message}"
+    with pytest.raises(nnj.PluginError, match=re.escape(f"plugin 'nnj-squash' (layer 'Squash'): {message}")):
+        check_layer(module, x)
+
+
+def test_the_shape_of_a_product():
+    who = "plugin 'nnj-squash' (layer 'head')"
+    right = torch.zeros(5, 4)
+    assert checked("vjp of 'input'", right, (5, 4), who) is right
+    for wrong, found in ((torch.zeros(5, 3), r"\(5, 3\)"), (None, "NoneType")):
+        with pytest.raises(nnj.PluginError, match=rf"^{re.escape(who)}: vjp of 'input' returned {found}, expected \(5, 4\)$"):
+            checked("vjp of 'input'", wrong, (5, 4), who)
+
+
+def test_products_of_another_shape(rules):
+    rules(Squash, lambda m, x, y: {"input": Short((4,), (4,), x)})
+    message = r"^plugin 'nnj-squash' \(layer 'Squash'\).*vjp.* returned \(3, 5, 3\), expected \(3, 5, 4\)$"
+    with pytest.raises(nnj.PluginError, match=message):
+        check_layer(Squash(), torch.randn(5, 4))
+
+
+def test_a_rule_that_is_wrong(rules):
+    rules(Squash, lambda m, x, y: {"input": nnj.Dense(eye(x), (4,), (4,))})
+    with pytest.raises(AssertionError, match=r"plugin 'nnj-squash' .*'input': vjp is wrong"):
+        check_layer(Squash(), torch.randn(5, 4))
+
+
+def test_a_rule_that_declines(rules):
+    def rule(m, x, y):
+        raise NotImplementedError("odd option")
+
+    rules(Squash, rule)
+    module, x = Squash(), torch.randn(5, 4)
+    assert apply_rule(find_rule(module), module, x, module(x)) is None
+    with pytest.raises(AssertionError, match="^Squash: its rule declines it: odd option$"):
+        check_layer(module, x)
+
+
+def test_a_rule_that_leaves_out_a_parameter_is_not_taken(rules):
+    rules(nn.Linear, twice)
+    module, x = nn.Linear(4, 3), torch.randn(5, 4)
+    assert apply_rule(find_rule(module), module, x, module(x)) is None
+    module.bias.requires_grad_(False)
+    assert apply_rule(find_rule(module), module, x, module(x)) is not None
+
+
+def test_a_rule_sees_what_it_uses(rules):
+    seen = []
+    rules(Squash, lambda m, x, y: seen.append((x.device.type, y.device.type)) or {}, uses="y")
+    module, x = Squash(), torch.randn(5, 4)
+    apply_rule(find_rule(module), module, x, module(x))
+    assert seen == [("meta", "cpu")]
+
+
+# -- what was known of a module at its last call ---------------------------------------------------------------------
+
+
+def reparametrized(layer: nn.Linear) -> None:
+    parametrizations.weight_norm(layer)
+
+
+def given_another_forward(layer: nn.Linear) -> None:
+    layer.forward = lambda x: torch.tanh(nn.Linear.forward(layer, x))
+
+
+def made_another_class(layer: nn.Linear) -> None:
+    layer.__class__ = Doubled
+
+
+def cut(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [reparametrized, given_another_forward, made_another_class, cut])
+def test_a_layer_that_became_another_since_its_last_call(change):
+    model = nnj.extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double())
+    x = torch.randn(5, 4).double()
+    for _ in range(2):
+        model(x)
+    change(model[0])
+    nnj.testing.check_model(model, nn.MSELoss(), x, torch.randn(5, 2).double())
+
+
+def test_a_rule_that_came_after_the_first_call(rules):
+    layer = nnj.extend(nn.Linear(4, 3, bias=False))
+    layer(torch.randn(5, 4))
+    seen = []
+    rules(nn.Linear, lambda m, x, y: seen.append(m) or twice(m, x, y))
+    manager().register(batch_grad, "nnj-batch-grad")
+    with nnj.collect("batch_grad"):
+        nnj.extend(nn.MSELoss())(layer(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+    assert seen

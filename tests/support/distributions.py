@@ -1,0 +1,91 @@
+"""Distributions that are fakes on sys.path, and plugins made by hand, for the tests of plugins."""
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import nnj
+from nnj.registry.claim import DISABLED
+from nnj.registry.manager import PluginManager
+
+ROOT = Path(__file__).resolve().parents[2]
+CLAIM = """
+import nnj, torch
+def rule(m, x, y): return {{}}
+@nnj.hookimpl
+def nnj_register_layers(register):
+    register({cls}, rule{more})
+"""
+
+
+class Fakes:
+    """Distributions in a folder on sys.path: real metadata, real modules."""
+
+    def __init__(self, path: Path):
+        self.path, self.modules = path, []
+
+    def install(self, name: str, code: str | None, *, version: str = "0.1", entries: dict[str, str] | None = None) -> None:
+        """A distribution of one module (no module if `code` is None) and of one entry point of its own name."""
+        module = name.replace("-", "_") + "_fake"
+        if code is not None:
+            (self.path / f"{module}.py").write_text(code)
+            self.modules.append(module)
+        info = self.path / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        lines = [f"{entry} = {value}" for entry, value in (entries or {name: module}).items()]
+        (info / "entry_points.txt").write_text("\n".join(["[nnj]", *lines, ""]))
+
+    def claim(self, name: str, cls: str = "torch.nn.Linear", more: str = "", **options) -> None:
+        self.install(name, CLAIM.format(cls=cls, more=more), **options)
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    """Only these distributions are found, not nnj's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(DISABLED, raising=False)
+    found = metadata.entry_points
+    inside = lambda point: Path(point.dist.locate_file("")) == tmp_path
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [p for p in found(group=group) if inside(p)])
+    importlib.invalidate_caches()
+    fakes = Fakes(tmp_path)
+    yield fakes
+    for name in fakes.modules:
+        sys.modules.pop(name, None)
+
+
+def load() -> PluginManager:
+    importlib.invalidate_caches()
+    manager = PluginManager()
+    manager.load()
+    return manager
+
+
+def refusal() -> str:
+    with pytest.raises(nnj.PluginError) as caught:
+        load()
+    return str(caught.value)
+
+
+class Plugin:
+    """A plugin made by hand."""
+
+    def __init__(self, layers=None, *, losses=None, quantities=None):
+        self.hooks = [layers, losses, quantities]
+
+    @nnj.hookimpl
+    def nnj_register_layers(self, register):
+        self.hooks[0] and self.hooks[0](register)
+
+    @nnj.hookimpl
+    def nnj_register_losses(self, register):
+        self.hooks[1] and self.hooks[1](register)
+
+    @nnj.hookimpl
+    def nnj_register_quantities(self, register):
+        self.hooks[2] and self.hooks[2](register)

@@ -1,0 +1,165 @@
+"""The truth, from torch.func alone: dense Jacobians of a model that was never extended, and the Hessian of its scalar.
+
+A case is a piece of user code, `run(model, loss, *data) -> scalar`. Here it is run with a functional model and with a loss that
+notes what it is given: these are the outputs. The same code with other outputs put in their place is the scalar as a
+function of the outputs, so that reductions, factors, sums of losses and weighted sums are all in it.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tests.support.cases import CASES, EITHER, Case
+
+
+def build(case: Case, twin: bool = False) -> nn.Module:
+    """The model of a case in float64, with parameters that are neither zero nor one, always the same."""
+    torch.manual_seed(0)
+    model = case.make().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    if not twin or case.twin is None:
+        return model
+    other = case.twin().double()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def data_of(case: Case) -> tuple[Any, ...]:
+    torch.manual_seed(1)
+    return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.data())
+
+
+def losses_of(case: Case) -> tuple[Any, ...]:
+    torch.manual_seed(3)
+    made = case.loss()
+    return tuple(l.double() if isinstance(l, nn.Module) else l for l in (made if isinstance(made, tuple) else (made,)))
+
+
+def run(case: Case, model: Any, losses: tuple[Any, ...], data: tuple[Any, ...] | None = None) -> Tensor:
+    """The user's code, with its random numbers always the same."""
+    data = data_of(case) if data is None else data
+    torch.manual_seed(2)
+    return case.run(model, losses[0] if len(losses) == 1 else losses, *data)
+
+
+class _Notes:
+    """A loss that notes the outputs which it is given, or puts others in their place."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+        self.put: list[Tensor] | None = None
+        self.which: list[list[int]] = []  # for each call of a loss, which leaves of its arguments are outputs
+        self.first = True
+        self.calls = 0
+
+    def start(self, put: list[Tensor] | None = None) -> None:
+        self.seen, self.calls, self.put = [], 0, put
+
+    def wrap(self, loss: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            leaves, spec = tree_flatten((args, kwargs))
+            if self.first:
+                self.which.append([i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad])
+            which = self.which[self.calls]
+            self.calls += 1
+            for i in which:
+                if self.put is not None:
+                    leaves[i] = self.put[len(self.seen)]
+                self.seen.append(leaves[i])
+            args, kwargs = tree_unflatten(leaves, spec)
+            return loss(*args, **kwargs)
+
+        return noting
+
+
+class Truth:
+    """Dense truth of one case: `diag`, `block` and `batch_grad` by the names of parameters.
+
+    Errors: AssertionError if torch.func computes another output (another mask of dropout), or another gradient, than
+    autograd: the case then needs a twin.
+    """
+
+    def __init__(self, case: Case):
+        model, data = build(case, twin=True), data_of(case)
+        notes = _Notes()
+        losses = tuple(notes.wrap(loss) for loss in losses_of(case))
+        self.value = run(case, model, losses, data).detach()
+        notes.first = False
+        outs = notes.seen
+        shapes = [t.shape for t in outs]
+        params = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def outputs(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            notes.start()
+            run(case, lambda *args, **kwargs: functional_call(model, p, args, kwargs), losses, data)
+            flat = torch.cat([t.flatten() for t in notes.seen])
+            return flat, flat
+
+        def scalar(flat: Tensor) -> Tensor:
+            parts = [t.reshape(s) for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+            notes.start(parts)
+            return run(case, lambda *args, **kwargs: functional_call(model, params, args, kwargs), losses, data)
+
+        z = torch.cat([t.detach().flatten() for t in outs])
+        j, again = jacrev(outputs, has_aux=True)(params)
+        assert torch.allclose(again, z, rtol=1e-12, atol=1e-14), f"{case.name}: torch.func computes another output"
+        self.jacobian = {name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()}
+        self.gradient = jacrev(scalar)(z).detach()
+        self.hessian = jacrev(jacrev(scalar))(z).detach()
+        numbers = case.numbers([t.detach() for t in outs], data)
+        self._owners(numbers, outs, case)
+        run(case, model, losses_of(case), data).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                assert torch.allclose(self.batch_grad(name).sum(0), p.grad, rtol=1e-9, atol=1e-12), f"{case.name}: {name}"
+
+    def _owners(self, numbers: list[Tensor], outs: list[Tensor], case: Case) -> None:
+        self.owners = torch.cat([w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
+                                 for w, t in zip(numbers, outs, strict=True)])
+        self.n = int(self.owners.max()) + 1 if case.n is None else case.n
+
+    def columns(self, name: str) -> Tensor:
+        """The Jacobian of all outputs in one parameter, (D, P)."""
+        j = self.jacobian[name]
+        return j.reshape(len(j), -1)
+
+    def block(self, names: list[str]) -> Tensor:
+        j = torch.cat([self.columns(name) for name in names], 1)
+        return j.T @ self.hessian @ j
+
+    def diag(self, name: str) -> Tensor:
+        return self.block([name]).diagonal().reshape(self.jacobian[name].shape[1:])
+
+    def batch_grad(self, name: str) -> Tensor:
+        share = torch.zeros(self.n, len(self.owners), dtype=self.gradient.dtype)
+        at = torch.arange(len(self.owners))
+        share[self.owners, at] = self.gradient[at]
+        return (share @ self.columns(name)).reshape(self.n, *self.jacobian[name].shape[1:])
+
+
+@functools.cache
+def truth(name: str) -> Truth:
+    return Truth((CASES | EITHER)[name])
+
+
+def close(found: Any, expected: Tensor) -> str:
+    """Nothing if equal, to 1e-8 of each entry or 1e-12 of the largest; else what is the matter."""
+    if not isinstance(found, Tensor):
+        return f"is {found!r}"
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return f"is {found.dtype}, expected {expected.dtype}"
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = (found - expected).abs()
+    bad = ~(error <= 1e-8 * expected.abs() + 1e-12 * max(scale, 1e-3))
+    if not bool(bad.any()):
+        return ""
+    return f"is off by {float(error.max()):.3g} of {scale:.3g} in {int(bad.sum())} of {bad.numel()} entries"
