@@ -1,4 +1,5 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
+
 from nnj import utils
 from nnj._version import __version__
 from nnj.collecting.collect import collect
@@ -23,11 +24,47 @@ from nnj.registry.manager import PluginManager
 
 __all__ = [  # noqa: RUF022 (in three groups)
     # What users use.
-    "Fit", "collect", "extend", "fit", "jTmjp", "jTmjp_pair", "jacobian", "jmjTp", "jmp", "jvp", "mjp", "retract", "utils", "vjp",
+    "Fit",
+    "collect",
+    "extend",
+    "fit",
+    "jTmjp",
+    "jTmjp_pair",
+    "jacobian",
+    "jmjTp",
+    "jmp",
+    "jvp",
+    "mjp",
+    "retract",
+    "utils",
+    "vjp",
     # What authors of plugins use.
-    "AbstractJacobian", "BlockHessian", "Dense", "Diagonal", "DiagonalHessian", "Factor", "FunctionLoss", "Identity", "Jacobian",
-    "LinearMap", "LossHessian", "PatchMatmul", "PermutedJacobian", "PluginManager", "Quantity", "ScaleShift", "SoftmaxHessian",
-    "SquareSum", "TableRows", "__version__", "autodiff_hessian", "hessian_of_loss", "hookimpl", "reference_of_loss",
+    "AbstractJacobian",
+    "BlockHessian",
+    "Dense",
+    "Diagonal",
+    "DiagonalHessian",
+    "Factor",
+    "FunctionLoss",
+    "Identity",
+    "Jacobian",
+    "LinearMap",
+    "LossHessian",
+    "PatchMatmul",
+    "PermutedJacobian",
+    "PluginManager",
+    "Quantity",
+    "ScaleShift",
+    "SoftmaxHessian",
+    "SquareSum",
+    "TableRows",
+    "__version__",
+    "autodiff_hessian",
+    "hessian_of_loss",
+    "hookimpl",
+    "reference_of_loss",
     # Errors.
-    "NNJError", "PluginError", "UnsupportedLayer",
+    "NNJError",
+    "PluginError",
+    "UnsupportedLayer",
 ]

@@ -1,4 +1,7 @@
-"""`python -m nnj`: which layer is handled by which rule of which plugin; with a model, which rule each of its modules gets."""
+"""`python -m nnj`: which layer is handled by which rule of which plugin; with a model, which rule
+each of its modules gets.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -15,12 +18,23 @@ from nnj.testing.describe import columns, lines, load, rule_name, text, widths_o
 
 
 def table(of: PluginManager) -> str:
-    """What all plugins have registered, as text: layers, losses and quantities in columns, sorted by name."""
+    """What all plugins have registered, as text: layers, losses and quantities in columns, sorted
+    by name.
+    """
+
     def row(entry: Entry) -> tuple[str, ...]:
         source = entry.source
-        return full_name(entry.key), rule_name(entry.rule), source.plugin, f"{source.distribution} {source.version}".strip()
+        return (
+            full_name(entry.key),
+            rule_name(entry.rule),
+            source.plugin,
+            f"{source.distribution} {source.version}".strip(),
+        )
 
-    blocks = [[(kind, "rule", "plugin", "distribution"), *map(row, of.entries(kind))] for kind in ("layer", "loss", "quantity")]
+    blocks = [
+        [(kind, "rule", "plugin", "distribution"), *map(row, of.entries(kind))]
+        for kind in ("layer", "loss", "quantity")
+    ]
     widths = widths_of([line for block in blocks for line in block])
     parts = [columns(block, widths) for block in blocks]
     if of.disabled:
@@ -30,10 +44,19 @@ def table(of: PluginManager) -> str:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m nnj", description=__doc__)
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="module:callable that returns a model, or (model, input)")
-    parser.add_argument("--input", metavar="SHAPE", type=lambda s: [int(part) for part in s.split(",")],
-                        help="call the model once with random numbers of this shape, such as 4,3,32,32, and ask each rule "
-                             "what it says of its call")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="module:callable that returns a model, or (model, input)",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        type=lambda s: [int(part) for part in s.split(",")],
+        help="call the model once with random numbers of this shape, such as 4,3,32,32, and ask "
+        "each rule what it says of its call",
+    )
     return parser.parse_args(argv)
 
 

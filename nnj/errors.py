@@ -1,4 +1,7 @@
-"""The errors of nnj. Each message says what (subject), what is the matter (fact) and what to do (remedy)."""
+"""The errors of nnj. Each message says what (subject), what is the matter (fact) and what to do
+(remedy).
+"""
+
 from __future__ import annotations
 
 
@@ -7,7 +10,9 @@ class NNJError(RuntimeError):
 
 
 class PluginError(NNJError):
-    """A plugin is broken: it cannot be imported, claims what another one has, or breaks the contract of a rule."""
+    """A plugin is broken: it cannot be imported, claims what another one has, or breaks the
+    contract of a rule.
+    """
 
 
 class UnsupportedLayer(NNJError, NotImplementedError):
@@ -19,9 +24,14 @@ class Indefinite(NNJError):
 
 
 def complex_parameter(subject: str) -> NNJError:
-    """Of a parameter in which derivatives are asked for: what models do with it is mostly not holomorphic."""
-    return NNJError(f"{subject} is complex, but Jacobians and curvature are those in real parameters. Hold its real and "
-                    f"imaginary parts in a real parameter (torch.view_as_complex makes one of it), or freeze it")
+    """Of a parameter in which derivatives are asked for: what models do with it is mostly not
+    holomorphic.
+    """
+    return NNJError(
+        f"{subject} is complex, but Jacobians and curvature are those in real parameters. Hold its "
+        "real and imaginary parts in a real parameter (torch.view_as_complex makes one of it), or "
+        "freeze it"
+    )
 
 
 class Coupled(NNJError):
@@ -30,5 +40,8 @@ class Coupled(NNJError):
     @classmethod
     def at(cls, who: str) -> Coupled:
         """With the sentence that says where it was seen."""
-        return cls(f"samples influence one another (seen at {who}): the GGN is then not a sum over samples. If the samples are "
-                   f"not in axis 0 of the model's input, say so with nnj.extend(model, batch_axis=...)")
+        return cls(
+            f"samples influence one another (seen at {who}): the GGN is then not a sum over "
+            "samples. If the samples are not in axis 0 of the model's input, say so with "
+            "nnj.extend(model, batch_axis=...)"
+        )

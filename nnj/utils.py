@@ -1,4 +1,5 @@
 """convert_to_nnj: the interface of the original nnj, for any model."""
+
 from __future__ import annotations
 
 import copyreg
@@ -16,17 +17,20 @@ _OWN = set(nn.Module().__dict__)  # the tables that torch keeps on a module
 
 
 def convert_to_nnj(model: M) -> M:
-    """The model with the products of `AbstractJacobian` as methods, and so its parts: `converted[0]._vjp(...)`.
+    """The model with the products of `AbstractJacobian` as methods, and so its parts:
+    `converted[0]._vjp(...)`.
 
-    Modules are copied, what they hold is shared: parameters, buffers and attributes are the same objects, so that training one
-    trains the other. The given model is left as it was. The class of each is a subclass of what it was, of the same name, with
-    the methods of `AbstractJacobian` that it lacks. Converting again gives the same object; scripted parts stay as they are.
-    References to parts that are not registered (in a plain list) still lead to the given model's parts, of which the
-    numbers are the same.
-    """
+    Modules are copied, what they hold is shared: parameters, buffers and attributes are the same
+    objects, so that training one trains the other. The given model is left as it was. The class of
+    each is a subclass of what it was, of the same name, with the methods of `AbstractJacobian` that
+    it lacks. Converting again gives the same object; scripted parts stay as they are. References to
+    parts that are not registered (in a plain list) still lead to the given model's parts, of which
+    the numbers are the same."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_to_nnj takes a torch.nn.Module, not {model!r}")
-    if all(isinstance(part, (AbstractJacobian, torch.jit.ScriptModule)) for part in model.modules()):
+    if all(
+        isinstance(part, (AbstractJacobian, torch.jit.ScriptModule)) for part in model.modules()
+    ):
         return model
     return _convert(model, {})
 
@@ -48,10 +52,20 @@ def _convert(module: M, done: dict[int, Any]) -> M:
 
 
 def _class(cls: type) -> type:
-    """The class with the mixin behind it: what the class has is kept, what it lacks is added. One for each class."""
+    """The class with the mixin behind it: what the class has is kept, what it lacks is added. One
+    for each class.
+    """
     if cls not in _classes:
-        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        made = types.new_class(cls.__name__, (cls, AbstractJacobian), exec_body=lambda namespace: namespace.update(body))
+        body = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        }
+        made = types.new_class(
+            cls.__name__,
+            (cls, AbstractJacobian),
+            exec_body=lambda namespace: namespace.update(body),
+        )
         copyreg.pickle(made, _reduce)
         _classes[cls] = made
     return _classes[cls]

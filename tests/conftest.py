@@ -1,4 +1,5 @@
 """One thread a worker: the models are tiny."""
+
 import pytest
 import torch
 

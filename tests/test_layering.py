@@ -1,7 +1,9 @@
-"""The floors of the house: each package imports only those below it, no files go in a circle, and plugins see `nnj` alone.
+"""The floors of the house: each package imports only those below it, no files go in a circle, and
+plugins see `nnj` alone.
 
-Every import is read, also under TYPE_CHECKING and inside functions; a package's `__init__` is a file like any other.
-"""
+Every import is read, also under TYPE_CHECKING and inside functions; a package's `__init__` is a
+file like any other."""
+
 from __future__ import annotations
 
 import ast
@@ -44,7 +46,9 @@ MODULES = {module_of(path): path for path in CORE}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The full names that a file imports; of `from a.b import c` the module a.b.c if there is one, else a.b."""
+    """The full names that a file imports; of `from a.b import c` the module a.b.c if there is one,
+    else a.b.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -83,7 +87,10 @@ def test_a_package_imports_only_those_below(path):
 
 def test_no_circle_of_files():
     """Also where only a type hint closes it: then none of the files can be read first."""
-    needs = {module: {name for name in own_imports(path) if name != module} for module, path in MODULES.items()}
+    needs = {
+        module: {name for name in own_imports(path) if name != module}
+        for module, path in MODULES.items()
+    }
     while True:
         free = {module for module, others in needs.items() if not others & needs.keys()}
         if not free:
@@ -111,17 +118,26 @@ def test_a_plugin_uses_public_names_alone(path):
     """It imports the name `nnj` and nothing inside it, and of nnj only what is in `__all__`."""
     mine = {name for name in imports(path) if name.split(".")[0] in ("nnj", "nnj_plugins")}
     assert mine <= {"nnj"}
-    used = {node.attr for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnj"}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "nnj"
+    }
     assert used <= set(nnj.__all__)
 
 
 def test_extend_loads_no_testing():
-    """What only checks and the command need is not imported with the library, nor by the plugins that it loads."""
+    """What only checks and the command need is not imported with the library, nor by the plugins
+    that it loads.
+    """
     import subprocess
     import sys
 
-    code = "import sys, torch, nnj; nnj.extend(torch.nn.Linear(2, 2)); " \
-           "print([m for m in sys.modules if m.startswith('nnj.testing')])"
+    code = (
+        "import sys, torch, nnj; nnj.extend(torch.nn.Linear(2, 2)); "
+        "print([m for m in sys.modules if m.startswith('nnj.testing')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

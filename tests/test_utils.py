@@ -1,4 +1,7 @@
-"""The interface of the original nnj: converted models, layers with a Jacobian of their own, its further layers."""
+"""The interface of the original nnj: converted models, layers with a Jacobian of their own, its
+further layers.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -31,7 +34,10 @@ def test_the_readme_of_the_original():
     v, m = r(N, 4), r(N, 3, 5)
     j, w = dense_jacobian(network_nn[0], x, "input"), dense_jacobian(network_nn[0], x, "weight")
     same(layer._vjp(x=x, value=None, vector=v, wrt="weight"), torch.einsum("no,nop->np", v, w))
-    same(layer._jvp(x=x, value=None, vector=m[..., 0], wrt="input"), torch.einsum("noi,ni->no", j, m[..., 0]))
+    same(
+        layer._jvp(x=x, value=None, vector=m[..., 0], wrt="input"),
+        torch.einsum("noi,ni->no", j, m[..., 0]),
+    )
     same(layer._jmp(x=x, matrix=m, wrt="input"), j @ m)
     same(layer._mjp(x=x, matrix=v[:, None], wrt="input"), v[:, None] @ j)
     m = r(N, 3, 3)
@@ -56,7 +62,10 @@ def test_positions_names_and_forms():
     m = r(N, 2, 2)
     for name in ("_jTmjp", "jTmjp"):
         product = getattr(model, name)
-        same(product(x, val, m, "weights", False, True), nnj.jTmjp(model, x, m, "weight", to_diag=True))
+        same(
+            product(x, val, m, "weights", False, True),
+            nnj.jTmjp(model, x, m, "weight", to_diag=True),
+        )
         same(product(x, val=val, matrix=m), nnj.jTmjp(model, x, m))
         blocks = product(x, None, m, "weight")
         assert isinstance(blocks, list) and [b.shape for b in blocks] == [(N, 16, 16), (N, 10, 10)]
@@ -67,8 +76,12 @@ def test_positions_names_and_forms():
         assert getattr(type(model), name) is getattr(type(model), "_" + name)
     metrics = (m, r(N, 2, 2), r(N, 2, 2))
     found = model._jTmjp_batch2(x, x2, val, val2, metrics, "weight", False, True)
-    assert isinstance(found, tuple) and all(isinstance(part, list) and len(part) == 2 for part in found)
-    for part, expected in zip(found, nnj.jTmjp_pair(model, x, x2, metrics, "weight", diag_backprop=True), strict=True):
+    assert isinstance(found, tuple) and all(
+        isinstance(part, list) and len(part) == 2 for part in found
+    )
+    for part, expected in zip(
+        found, nnj.jTmjp_pair(model, x, x2, metrics, "weight", diag_backprop=True), strict=True
+    ):
         same(part, expected)
     found = model._jTmjp_batch2(x, x2, val, val2, None, "weight", True, True)
     assert [part.shape for part in found] == [(N, 26)] * 3
@@ -76,12 +89,21 @@ def test_positions_names_and_forms():
 
 
 def test_what_has_no_parameters_has_no_products_in_them():
-    model = nnj.utils.convert_to_nnj(nn.Sequential(nn.Tanh(), nn.Sequential(nn.Flatten(), nn.Identity())).double())
+    model = nnj.utils.convert_to_nnj(
+        nn.Sequential(nn.Tanh(), nn.Sequential(nn.Flatten(), nn.Identity())).double()
+    )
     x, v = r(N, 2), r(N, 2)
     for layer in (model, model[0], model[1]):
         assert layer._n_params == 0 and layer.get_weight() is None
         layer.set_weight(None)
-        for name, given in (("jvp", v), ("vjp", v), ("jmp", None), ("mjp", None), ("jmjTp", None), ("jTmjp", None)):
+        for name, given in (
+            ("jvp", v),
+            ("vjp", v),
+            ("jmp", None),
+            ("mjp", None),
+            ("jmjTp", None),
+            ("jTmjp", None),
+        ):
             assert getattr(layer, name)(x, None, given, "weight") is None
         assert layer._jacobian(x, None, "weight") is None
         assert layer._jTmjp_batch2(x, x, None, None, None, "weight", True, True) is None
@@ -90,7 +112,9 @@ def test_what_has_no_parameters_has_no_products_in_them():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_converted_models(name):
-    """They compute what the model does, by the same rules; the model is left as it was, and shares its weights."""
+    """They compute what the model does, by the same rules; the model is left as it was, and shares
+    its weights.
+    """
     model, x, j = case(name, "weight")
     classes = [type(m) for m in model.modules()]
     before = {key: id(t) for key, t in model.state_dict(keep_vars=True).items()}
@@ -98,9 +122,15 @@ def test_converted_models(name):
     assert nnj.utils.convert_to_nnj(converted) is converted
     assert [type(m) for m in model.modules()] == classes
     assert {key: id(t) for key, t in converted.state_dict(keep_vars=True).items()} == before
-    assert converted is not model and type(converted).__name__ == type(model).__name__ and isinstance(converted, type(model))
-    assert all(isinstance(m, nnj.AbstractJacobian) and not isinstance(n, nnj.AbstractJacobian)
-               for m, n in zip(converted.modules(), model.modules(), strict=True))
+    assert (
+        converted is not model
+        and type(converted).__name__ == type(model).__name__
+        and isinstance(converted, type(model))
+    )
+    assert all(
+        isinstance(m, nnj.AbstractJacobian) and not isinstance(n, nnj.AbstractJacobian)
+        for m, n in zip(converted.modules(), model.modules(), strict=True)
+    )
     assert [find_rule(m) for m in converted.modules()] == [find_rule(m) for m in model.modules()]
     same(converted(x), model(x))
     assert converted._n_params == j.shape[2]
@@ -123,7 +153,11 @@ def test_copies_pickles_and_slices():
     model.train(False)
     model[0] = nn.Linear(3, 4).double()
     again = nnj.utils.convert_to_nnj(model)
-    assert again is not model and isinstance(again[0], nnj.AbstractJacobian) and again[2] is not model[2]
+    assert (
+        again is not model
+        and isinstance(again[0], nnj.AbstractJacobian)
+        and again[2] is not model[2]
+    )
 
 
 def test_conversion_keeps_what_is_used_twice_and_what_a_class_has():
@@ -180,7 +214,9 @@ class Quadratic(nnj.AbstractJacobian, nn.Module):
         if wrt == "input":
             return torch.einsum("oij,nj->noi", self.a + self.a.mT, x)
         eye = torch.eye(2, dtype=x.dtype)
-        return torch.cat([torch.einsum("op,ni,nj->nopij", eye, x, x).flatten(2), eye.expand(len(x), 2, 2)], 2)
+        return torch.cat(
+            [torch.einsum("op,ni,nj->nopij", eye, x, x).flatten(2), eye.expand(len(x), 2, 2)], 2
+        )
 
 
 class Named(Quadratic):
@@ -208,8 +244,14 @@ def test_a_layer_that_gives_its_jacobian(make):
         same(layer._mjp(x, None, m, wrt), m @ j)
         same(layer._jmjTp(x, None, big, wrt), j @ big @ j.mT)
         same(layer._jTmjp(x, None, m, wrt), j.mT @ m @ j)
-        same(layer._jTmjp(x, None, m, wrt, to_diag=True, diag_backprop=True), (j.mT @ m @ j).diagonal(dim1=1, dim2=2))
-        same(list(layer._jTmjp_batch2(x, x2, None, None, (m, m, m), wrt)), [j.mT @ m @ j, j.mT @ m @ k, k.mT @ m @ k])
+        same(
+            layer._jTmjp(x, None, m, wrt, to_diag=True, diag_backprop=True),
+            (j.mT @ m @ j).diagonal(dim1=1, dim2=2),
+        )
+        same(
+            list(layer._jTmjp_batch2(x, x2, None, None, (m, m, m), wrt)),
+            [j.mT @ m @ j, j.mT @ m @ k, k.mT @ m @ k],
+        )
         assert layer._n_params == 20 and d in (3, 20)
 
 
@@ -219,7 +261,10 @@ def test_such_a_layer_takes_part_in_models_and_in_collect():
     x, m = r(N, 2), r(N, 2, 2)
     j = dense_jacobian(model, x, "weight")
     same(nnj.jacobian(model, x, "weight"), j)
-    same(nnj.utils.convert_to_nnj(model)._jTmjp(x, None, m, "weight", to_diag=True), (j.mT @ m @ j).diagonal(dim1=1, dim2=2))
+    same(
+        nnj.utils.convert_to_nnj(model)._jTmjp(x, None, m, "weight", to_diag=True),
+        (j.mT @ m @ j).diagonal(dim1=1, dim2=2),
+    )
     assert "weight" in model[1].asked
     nnj.extend(model)
     with nnj.collect("ggn_diag"):
@@ -242,8 +287,10 @@ def test_a_layer_with_no_jacobian_of_its_own_goes_through_autograd():
 
 
 WRONG = {
-    "shape": (lambda x, wrt: x[:, None],
-              r"Bad._jacobian\(wrt='input'\) returned \(3, 1, 2\), expected \(N, out, in\) = \(3, 2, 2\)"),
+    "shape": (
+        lambda x, wrt: x[:, None],
+        r"Bad._jacobian\(wrt='input'\) returned \(3, 1, 2\), expected \(N, out, in\) = \(3, 2, 2\)",
+    ),
     "none": (lambda x, wrt: None, r"returned NoneType, expected \(N, out, in\) = \(3, 2, 2\)"),
 }
 
@@ -265,7 +312,10 @@ def test_what_is_refused():
     model, x = nnj.utils.convert_to_nnj(network()), r(N, 3)
     with pytest.raises(TypeError, match=r"convert_to_nnj takes a torch\.nn\.Module, not 3"):
         nnj.utils.convert_to_nnj(3)
-    with pytest.raises(nnj.NNJError, match=r"val is \(2, 2\), expected the output of the module at x, \(3, ...\), or None"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"val is \(2, 2\), expected the output of the module at x, \(3, ...\), or None",
+    ):
         model._jTmjp(x, r(2, 2))
     with pytest.raises(nnj.NNJError, match=r"w has shape \(3,\), expected \(26,\)"):
         model.set_weight(r(3))
@@ -281,19 +331,35 @@ def test_what_is_refused():
         Alone().jacobian(x)
 
 
-@pytest.mark.parametrize("layer, shape", [(Sinusoidal(), (2, 3)), (TruncExp(), (3,)), (L2Norm(), (2, 3)), (Reshape(3, 2), (6,)),
-                                          (SkipConnection(nn.Linear(3, 2), nn.Tanh()), (3,))])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (Sinusoidal(), (2, 3)),
+        (TruncExp(), (3,)),
+        (L2Norm(), (2, 3)),
+        (Reshape(3, 2), (6,)),
+        (SkipConnection(nn.Linear(3, 2), nn.Tanh()), (3,)),
+    ],
+)
 def test_the_further_layers(layer, shape):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Flatten(1), nn.Unflatten(1, shape), layer, nn.Flatten(1)).double(), r(N, *shape) * 8
+    model, x = (
+        nn.Sequential(nn.Flatten(1), nn.Unflatten(1, shape), layer, nn.Flatten(1)).double(),
+        r(N, *shape) * 8,
+    )
     for wrt in ("input", "weight"):
         same(nnj.jacobian(model, x, wrt), dense_jacobian(model, x, wrt))
     j = dense_jacobian(model, x, "input")
     v = r(*x.shape)
     same(nnj.jvp(model, x, v), torch.func.jvp(model, (x,), (v,))[1])
     same(nnj.jTmjp(model, x, to_diag=True), j.square().sum(1))
-    assert layer(x).shape == {"Reshape": (N, 3, 2), "SkipConnection": (N, 5)}.get(type(layer).__name__, x.shape)
+    assert layer(x).shape == {"Reshape": (N, 3, 2), "SkipConnection": (N, 5)}.get(
+        type(layer).__name__, x.shape
+    )
 
 
 def test_l2norm_at_zero():
-    same(nnj.jacobian(L2Norm(0.5), torch.zeros(1, 2, dtype=torch.float64)), 2 * torch.eye(2, dtype=torch.float64)[None])
+    same(
+        nnj.jacobian(L2Norm(0.5), torch.zeros(1, 2, dtype=torch.float64)),
+        2 * torch.eye(2, dtype=torch.float64)[None],
+    )

@@ -1,9 +1,11 @@
-"""The exact GGN diagonal of cross entropy by every tool that has one: agreement, time and memory, in a table and a figure.
+"""The exact GGN diagonal of cross entropy by every tool that has one: agreement, time and memory,
+in a table and a figure.
 
     python examples/benchmarks/compare.py --out results
 
-writes results/table.md, figure.png and results.json. harness.py says how it is measured, and how to get the other tools.
-"""
+writes results/table.md, figure.png and results.json. harness.py says how it is measured, and how to
+get the other tools."""
+
 from __future__ import annotations
 
 import json
@@ -17,28 +19,46 @@ from tools import NAMES
 
 
 def ratios(row: dict[str, dict[str, Any]]) -> dict[str, tuple[str, float]]:
-    """nnj's time and memory over those of the fastest tool that is right, and its memory over that of the leanest."""
-    right = {tool: r for tool, r in row.items() if tool not in ("nnj", "gradient") and median(r) > 0 and r["error"] <= WRONG}
+    """nnj's time and memory over those of the fastest tool that is right, and its memory over that
+    of the leanest.
+    """
+    right = {
+        tool: r
+        for tool, r in row.items()
+        if tool not in ("nnj", "gradient") and median(r) > 0 and r["error"] <= WRONG
+    }
     mine = row.get("nnj", {"times": [], "failed": "", "bytes": math.nan})
     if not right or math.isnan(median(mine)):
         return {}
-    fast, lean = min(right, key=lambda t: median(right[t])), min(right, key=lambda t: right[t]["bytes"])
-    return {"time": (fast, median(mine) / median(right[fast])),
-            "memory": (fast, mine["bytes"] / max(right[fast]["bytes"], 2**20)),
-            "leanest": (lean, mine["bytes"] / max(right[lean]["bytes"], 2**20))}
+    fast, lean = (
+        min(right, key=lambda t: median(right[t])),
+        min(right, key=lambda t: right[t]["bytes"]),
+    )
+    return {
+        "time": (fast, median(mine) / median(right[fast])),
+        "memory": (fast, mine["bytes"] / max(right[fast]["bytes"], 2**20)),
+        "leanest": (lean, mine["bytes"] / max(right[lean]["bytes"], 2**20)),
+    }
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for each network, a column for each tool."""
     tools = results["tools"]
     names = [NAMES[t] for t in tools]
-    lines = [f"| network | N | C | gradient | {' | '.join(names)} | nnj ÷ fastest: time | memory |",
-             "|" + "---|" * (len(names) + 6)]
+    lines = [
+        f"| network | N | C | gradient | {' | '.join(names)} | nnj ÷ fastest: time | memory |",
+        "|" + "---|" * (len(names) + 6),
+    ]
     for name, row in results["rows"].items():
         spec, best = ROWS[name], ratios(row)
-        last = [f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–" for key in ("time", "memory")]
+        last = [
+            f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–"
+            for key in ("time", "memory")
+        ]
         cells = [time_of(row["gradient"]), *(cell(row[t]) for t in tools), *last]
-        lines.append(f"| {' | '.join([spec.text, str(spec.shape[0]), str(spec.classes), *cells])} |")
+        lines.append(
+            f"| {' | '.join([spec.text, str(spec.shape[0]), str(spec.classes), *cells])} |"
+        )
     return "\n".join([*lines, "", results["machine"] + "." + disturbed(results["rows"])])
 
 
@@ -51,7 +71,10 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
     rows, tools = results["rows"], results["tools"]
     fig, axes = plt.subplots(1, 2, figsize=(12, 0.75 * len(rows) + 1.8), sharey=True)
-    for axis, key, title in ((axes[0], "time", "time [s]"), (axes[1], "bytes", "peak memory beyond a gradient [MiB]")):
+    for axis, key, title in (
+        (axes[0], "time", "time [s]"),
+        (axes[1], "bytes", "peak memory beyond a gradient [MiB]"),
+    ):
         for i, tool in enumerate(tools):
             xs, ys, bad = [], [], []
             for place, row in enumerate(rows.values()):
@@ -62,25 +85,46 @@ def figure(results: dict[str, Any], path: Path) -> None:
                     ys.append(place + 0.3 * (i / max(len(tools) - 1, 1) - 0.5))
                     bad.append(not r["error"] <= WRONG)
             color = "black" if tool == "nnj" else f"C{i}"
-            axis.scatter(xs, ys, s=[70 if tool == "nnj" else 45] * len(xs), color=color, label=NAMES[tool], zorder=3,
-                         marker="D" if tool == "nnj" else "o")
+            axis.scatter(
+                xs,
+                ys,
+                s=[70 if tool == "nnj" else 45] * len(xs),
+                color=color,
+                label=NAMES[tool],
+                zorder=3,
+                marker="D" if tool == "nnj" else "o",
+            )
             for x, y, wrong in zip(xs, ys, bad, strict=True):
                 if wrong:
-                    axis.annotate("wrong", (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+                    axis.annotate(
+                        "wrong",
+                        (x, y),
+                        xytext=(6, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=8,
+                    )
         axis.set_xscale("log")
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(rows)), [f"{ROWS[n].text}\nN = {ROWS[n].shape[0]}, C = {ROWS[n].classes}" for n in rows])
+    axes[0].set_yticks(
+        range(len(rows)),
+        [f"{ROWS[n].text}\nN = {ROWS[n].shape[0]}, C = {ROWS[n].classes}" for n in rows],
+    )
     axes[0].invert_yaxis()
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    fig.suptitle("Exact GGN diagonal of cross entropy: what is missing was refused, too slow or too large")
+    fig.suptitle(
+        "Exact GGN diagonal of cross entropy: what is missing was refused, too slow or too large"
+    )
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 
 
 def main() -> None:
     options = parser(__doc__, list(NAMES), "benchmark")
-    options.add_argument("--rows", nargs="+", choices=ROWS, default=[r for r in ROWS if r != "tiny"])
+    options.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=[r for r in ROWS if r != "tiny"]
+    )
     args = options.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,21 @@
-"""What compare.py and scaling.py share: tools in processes of their own, measured in turn on the same weights and data.
+"""What compare.py and scaling.py share: tools in processes of their own, measured in turn on the
+same weights and data.
 
-Every tool runs in its own process (worker.py) with its own idiomatic code (tools.py), on the same cores and as many threads, in
-float32. Its first run is no measure: it loads and compiles. Its result is compared with a reference in float64 (plain autograd)
-before it is timed. Then one run of each tool follows another, so that a busy machine slows them alike. Memory is the peak of a
-run beyond that of a plain gradient in the same process: of the process (Linux; to a few MiB), or on a GPU of the allocator.
-Another program on one of the cores makes all that has threads slow, many times over: the table says where there was one.
+Every tool runs in its own process (worker.py) with its own idiomatic code (tools.py), on the same
+cores and as many threads, in float32. Its first run is no measure: it loads and compiles. Its
+result is compared with a reference in float64 (plain autograd) before it is timed. Then one run of
+each tool follows another, so that a busy machine slows them alike. Memory is the peak of a run
+beyond that of a plain gradient in the same process: of the process (Linux; to a few MiB), or on a
+GPU of the allocator. Another program on one of the cores makes all that has threads slow, many
+times over: the table says where there was one.
 
-What goes wrong becomes a cell that says so: wrong, refused, missing, crashed, out of memory, or longer than the limit.
+What goes wrong becomes a cell that says so: wrong, refused, missing, crashed, out of memory, or
+longer than the limit.
 
-`pip install -e '.[benchmarks]'` brings the other tools. On a GPU: `--device cuda`; JAX is refused there unless its jaxlib has
-one. Results are kept in --out; so are the references, which are read again where they exist: delete them with a change of
-networks.py.
-"""
+`pip install -e '.[benchmarks]'` brings the other tools. On a GPU: `--device cuda`; JAX is refused
+there unless its jaxlib has one. Results are kept in --out; so are the references, which are read
+again where they exist: delete them with a change of networks.py."""
+
 from __future__ import annotations
 
 import argparse
@@ -41,7 +45,9 @@ PATIENCE = 3600.0  # seconds for a command to the reference, which is exact and 
 
 
 def busy(threads: int) -> float:
-    """Seconds so far in which the cores of the workers did anything, or were taken by the host (Linux; elsewhere 0)."""
+    """Seconds so far in which the cores of the workers did anything, or were taken by the host
+    (Linux; elsewhere 0).
+    """
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0
@@ -49,7 +55,8 @@ def busy(threads: int) -> float:
     found = 0
     for name, *values in map(str.split, path.read_text().splitlines()):
         if name in cores:
-            user, nice, system, _, _, *rest = map(int, values[:8])  # left out: idle, and waiting for disks
+            # left out: idle, and waiting for disks
+            user, nice, system, _, _, *rest = map(int, values[:8])
             found += user + nice + system + sum(rest)
     return found / os.sysconf("SC_CLK_TCK")
 
@@ -58,23 +65,45 @@ class Process:
     """One tool. After a failure it is dead and says why."""
 
     def __init__(self, tool: str, args: argparse.Namespace):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads),
-                       "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(args.threads),
+            "MKL_NUM_THREADS": str(args.threads),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
         if args.device == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
-        self.tool, self.limit, self.failed = tool, PATIENCE if tool == "reference" else args.limit, ""
+        self.tool, self.limit, self.failed = (
+            tool,
+            PATIENCE if tool == "reference" else args.limit,
+            "",
+        )
         self.threads = args.threads if args.device == "cpu" else 0
         self.stderr = tempfile.TemporaryFile()
-        self.pipe = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE,
-                                     stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
+        self.pipe = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            text=True,
+            env=environment,
+        )
         self.clear()
-        self.ask("start", tool=tool, threads=args.threads, device=args.device, limit=int(args.memory * 2**30))
+        self.ask(
+            "start",
+            tool=tool,
+            threads=args.threads,
+            device=args.device,
+            limit=int(args.memory * 2**30),
+        )
         self.started = not self.failed
 
     def clear(self) -> None:
         self.times: list[float] = []
         self.error = self.bytes = math.nan
-        self.spent = self.others = 0.0  # seconds by the clock, and of cores that other programs had meanwhile
+        # seconds by the clock, and of cores that other programs had meanwhile
+        self.spent = self.others = 0.0
 
     def load(self, row: str) -> None:
         """Go on with another network."""
@@ -95,7 +124,11 @@ class Process:
         except BrokenPipeError:
             pass  # it died since the last command, which `death` explains
         self.spent += time.monotonic() - start
-        answer = json.loads(line) if line else {"failed": self.death() if ready else f"> {self.limit:g} s"}
+        answer = (
+            json.loads(line)
+            if line
+            else {"failed": self.death() if ready else f"> {self.limit:g} s"}
+        )
         if "failed" in answer:
             self.failed = answer["failed"]
             self.close()
@@ -126,12 +159,19 @@ class Process:
         self.stderr.close()
 
     def summary(self) -> dict[str, Any]:
-        return {"failed": self.failed, "error": self.error, "bytes": self.bytes, "times": self.times,
-                "others": self.others}
+        return {
+            "failed": self.failed,
+            "error": self.error,
+            "bytes": self.bytes,
+            "times": self.times,
+            "others": self.others,
+        }
 
 
 class Pool:
-    """The processes of one run, ended with it. What died on one network starts again for the next."""
+    """The processes of one run, ended with it. What died on one network starts again for the
+    next.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.processes = args, dict[str, Process]()
@@ -205,13 +245,23 @@ def cell(r: dict[str, Any]) -> str:
         return textwrap.shorten(r["failed"].replace("|", "/"), 60, placeholder=" …")
     memory = "" if math.isnan(r["bytes"]) else f", {r['bytes'] / 2**20:.0f} MiB"
     text = f"{lasting(median(r), min(r['times']), max(r['times']))}{memory}"
-    return f"{text}, error {r['error']:.0e}" if r["error"] <= WRONG else f"wrong by {r['error']:.1g}: {text}"
+    return (
+        f"{text}, error {r['error']:.0e}"
+        if r["error"] <= WRONG
+        else f"wrong by {r['error']:.1g}: {text}"
+    )
 
 
 def disturbed(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """A sentence where other programs had more than a quarter of a core during a run: such a table is to be made again."""
+    """A sentence where other programs had more than a quarter of a core during a run: such a table
+    is to be made again.
+    """
     most = max((r["others"] for row in rows.values() for r in row.values()), default=0.0)
-    return f" **Disturbed:** other programs used up to {most:.1f} cores meanwhile." if most > 0.25 else ""
+    return (
+        f" **Disturbed:** other programs used up to {most:.1f} cores meanwhile."
+        if most > 0.25
+        else ""
+    )
 
 
 def version(package: str) -> str:
@@ -227,25 +277,43 @@ def machine(args: argparse.Namespace) -> str:
 
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        models = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
+        models = [
+            s.split(":")[1].strip()
+            for s in Path("/proc/cpuinfo").read_text().splitlines()
+            if s.startswith("model name")
+        ]
         processor = models[0] if models else processor
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{processor}, {threads}"
     versions = [version(p) for tool in args.tools for p in PACKAGES[tool]]
-    return (f"{datetime.date.today()}, {where}, float32, torch {torch.__version__}, Python {platform.python_version()}; "
-            f"{', '.join(versions)}; median of {args.repeats} interleaved runs (fastest–slowest), peak memory beyond a plain "
-            f"gradient, largest error relative to the largest entry of a parameter")
+    return (
+        f"{datetime.date.today()}, {where}, float32, torch {torch.__version__}, Python "
+        f"{platform.python_version()}; {', '.join(versions)}; median of {args.repeats} interleaved "
+        "runs (fastest–slowest), peak memory beyond a plain gradient, largest error relative to "
+        "the largest entry of a parameter"
+    )
 
 
 def parser(text: str | None, tools: list[str], out: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     found.add_argument("--tools", nargs="+", choices=NAMES, default=tools)
     found.add_argument("--repeats", type=int, default=7)
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--device", default="cpu", help="cpu or cuda")
-    found.add_argument("--limit", type=float, default=120.0, help="seconds for one command; after them runs repeat no more")
-    found.add_argument("--memory", type=float, default=16.0, help="GiB that one tool may use; all share one GPU")
+    found.add_argument(
+        "--limit",
+        type=float,
+        default=120.0,
+        help="seconds for one command; after them runs repeat no more",
+    )
+    found.add_argument(
+        "--memory", type=float, default=16.0, help="GiB that one tool may use; all share one GPU"
+    )
     found.add_argument("--out", default=out)
-    found.add_argument("--no-figure", dest="figure", action="store_false", help="for those without matplotlib")
+    found.add_argument(
+        "--no-figure", dest="figure", action="store_false", help="for those without matplotlib"
+    )
     return found

@@ -1,4 +1,7 @@
-"""The networks of the comparison: each a row of its table, always with the same weights and data."""
+"""The networks of the comparison: each a row of its table, always with the same weights and
+data.
+"""
+
 from __future__ import annotations
 
 import re
@@ -21,11 +24,18 @@ class Row:
     shape: tuple[int, ...]
     classes: int
 
-    def make(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, Tensor]:
-        """(model, x, y), the same in every process: drawn in float64 on the CPU, then rounded and moved."""
+    def make(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, Tensor, Tensor]:
+        """(model, x, y), the same in every process: drawn in float64 on the CPU, then rounded and
+        moved.
+        """
         torch.manual_seed(0)
         model = self.build().double()
-        x, y = torch.randn(self.shape, dtype=torch.float64), torch.randint(0, self.classes, self.shape[:1])
+        x, y = (
+            torch.randn(self.shape, dtype=torch.float64),
+            torch.randint(0, self.classes, self.shape[:1]),
+        )
         return model.to(device, dtype), x.to(device, dtype), y.to(device)
 
 
@@ -38,24 +48,57 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 
 def net_2c2d(classes: int = 10) -> nn.Sequential:
     """2C2D of DeepOBS (Schneider et al. 2019), for images of 28 x 28."""
-    return nn.Sequential(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(),
-                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3136, 1024), nn.ReLU(), nn.Linear(1024, classes))
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3136, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, classes),
+    )
 
 
 def net_3c3d(classes: int = 10) -> nn.Sequential:
     """3C3D of DeepOBS, for images of 32 x 32."""
     pool = lambda: nn.MaxPool2d(3, 2, ceil_mode=True)
-    return nn.Sequential(nn.Conv2d(3, 64, 5), nn.ReLU(), pool(), nn.Conv2d(64, 96, 3), nn.ReLU(), pool(),
-                         nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), pool(), nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(),
-                         nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5),
+        nn.ReLU(),
+        pool(),
+        nn.Conv2d(64, 96, 3),
+        nn.ReLU(),
+        pool(),
+        nn.Conv2d(96, 128, 3, padding=1),
+        nn.ReLU(),
+        pool(),
+        nn.Flatten(),
+        nn.Linear(1152, 512),
+        nn.ReLU(),
+        nn.Linear(512, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
 
 
 def all_cnn_c(classes: int = 100) -> nn.Sequential:
     """All-CNN-C (Springenberg et al. 2015), as in DeepOBS."""
     layers: list[nn.Module] = []
     before = 3
-    for after, kernel, stride, padding in ((96, 3, 1, 1), (96, 3, 1, 1), (96, 3, 2, 1), (192, 3, 1, 1), (192, 3, 1, 1),
-                                           (192, 3, 2, 1), (192, 3, 1, 0), (192, 1, 1, 0), (classes, 1, 1, 0)):
+    for after, kernel, stride, padding in (
+        (96, 3, 1, 1),
+        (96, 3, 1, 1),
+        (96, 3, 2, 1),
+        (192, 3, 1, 1),
+        (192, 3, 1, 1),
+        (192, 3, 2, 1),
+        (192, 3, 1, 0),
+        (192, 1, 1, 0),
+        (classes, 1, 1, 0),
+    ):
         layers += [nn.Conv2d(before, after, kernel, stride, padding), nn.ReLU()]
         before = after
     return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
@@ -71,8 +114,13 @@ class BasicBlock(nn.Module):
         self.norm1, self.norm2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
         self.relu = nn.ReLU(inplace=True)
         same = stride == 1 and before == after
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False),
-                                                                 nn.BatchNorm2d(after))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
@@ -82,10 +130,23 @@ class BasicBlock(nn.Module):
 
 def resnet18(classes: int = 1000) -> nn.Module:
     """ResNet-18 in eval mode, its running statistics not those of a fresh network."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
-                               nn.MaxPool2d(3, 2, 1)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     before = 64
-    for after, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
+    for after, stride in (
+        (64, 1),
+        (64, 1),
+        (128, 2),
+        (128, 1),
+        (256, 2),
+        (256, 1),
+        (512, 2),
+        (512, 1),
+    ):
         layers.append(BasicBlock(before, after, stride))
         before = after
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
@@ -110,7 +171,12 @@ class Transformer(nn.Module):
 
 
 ROWS = {
-    "mlp-tanh": Row("MLP 100-100-100-100, tanh", lambda: mlp(100, 100, 100, 100, activation=nn.Tanh), (128, 100), 100),
+    "mlp-tanh": Row(
+        "MLP 100-100-100-100, tanh",
+        lambda: mlp(100, 100, 100, 100, activation=nn.Tanh),
+        (128, 100),
+        100,
+    ),
     "mlp-wide": Row("MLP 784-512-512-1000", lambda: mlp(784, 512, 512, 1000), (32, 784), 1000),
     "mlp-narrow": Row("MLP 784-256-64-1000", lambda: mlp(784, 256, 64, 1000), (32, 784), 1000),
     "2c2d": Row("2C2D, 28 x 28", net_2c2d, (32, 1, 28, 28), 10),
@@ -123,11 +189,18 @@ ROWS = {
 
 
 def find(name: str) -> Row:
-    """The row of that name; `mlp-N64-C10-width256-depth3` is an MLP of that size, 64 samples, inputs as wide as layers."""
+    """The row of that name; `mlp-N64-C10-width256-depth3` is an MLP of that size, 64 samples,
+    inputs as wide as layers.
+    """
     if name in ROWS:
         return ROWS[name]
     match = SCALED.fullmatch(name)
     if match is None:
         raise KeyError(f"no row {name!r}; there are {', '.join(ROWS)}, and {SCALED.pattern}")
     n, classes, width, depth = map(int, match.groups())
-    return Row(f"MLP, {depth} layers of {width}", lambda: mlp(*[width] * depth, classes), (n, width), classes)
+    return Row(
+        f"MLP, {depth} layers of {width}",
+        lambda: mlp(*[width] * depth, classes),
+        (n, width),
+        classes,
+    )

@@ -1,7 +1,9 @@
-"""What nnj.extend costs while nothing is collected: a forward and a backward pass, plain and extended, in turns.
+"""What nnj.extend costs while nothing is collected: a forward and a backward pass, plain and
+extended, in turns.
 
     python examples/benchmarks/overhead.py
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +30,10 @@ def vectors() -> tuple[nn.Module, Tensor, Tensor]:
     return mlp(100, 100, 100, 100), torch.randn(32, 100), torch.arange(32)
 
 
-CASES = {"MLP, 3 layers of width 100, N = 32": (vectors, 200),
-         **{f"ResNet-18, 64 x 64, N = {n}": (images(n), 1) for n in (4, 16, 32)}}
+CASES = {
+    "MLP, 3 layers of width 100, N = 32": (vectors, 200),
+    **{f"ResNet-18, 64 x 64, N = {n}": (images(n), 1) for n in (4, 16, 32)},
+}
 
 
 def passes(model: nn.Module, loss_func: nn.Module, x: Tensor, y: Tensor, count: int) -> float:
@@ -39,18 +43,27 @@ def passes(model: nn.Module, loss_func: nn.Module, x: Tensor, y: Tensor, count: 
     return (time.perf_counter() - start) / count
 
 
-def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], count: int, repeats: int) -> tuple[float, float]:
+def measure(
+    make: Callable[[], tuple[nn.Module, Tensor, Tensor]], count: int, repeats: int
+) -> tuple[float, float]:
     """Seconds of both passes, plain and extended: medians of turns."""
     plain, x, y = make()
     extended = nnj.extend(make()[0])
     losses = nn.CrossEntropyLoss(), nnj.extend(nn.CrossEntropyLoss())
-    turns = [[passes(m, f, x, y, count) for m, f in zip((plain, extended), losses, strict=True)] for _ in range(repeats + 1)]
+    turns = [
+        [passes(m, f, x, y, count) for m, f in zip((plain, extended), losses, strict=True)]
+        for _ in range(repeats + 1)
+    ]
     return statistics.median(t[0] for t in turns[1:]), statistics.median(t[1] for t in turns[1:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", type=int, choices=range(len(CASES)), default=list(range(len(CASES))))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", type=int, choices=range(len(CASES)), default=list(range(len(CASES)))
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -59,7 +72,10 @@ def main() -> None:
     for number in args.cases:
         name, (make, count) = list(CASES.items())[number]
         plain, extended = measure(make, count, args.repeats)
-        print(f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |", flush=True)
+        print(
+            f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

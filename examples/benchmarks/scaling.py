@@ -1,10 +1,12 @@
-"""How the cost of an exact GGN diagonal grows with classes C, samples N, width and depth of an MLP, one of them at a time.
+"""How the cost of an exact GGN diagonal grows with classes C, samples N, width and depth of an MLP,
+one of them at a time.
 
     python examples/benchmarks/scaling.py --out scaling
 
-writes scaling/table.md, figure.png and results.json. harness.py says how it is measured, and how to get the other tools. The
-exponent a in time ∝ C^a (and so on) is fitted to the three largest sizes; it is below its limit while fixed costs matter.
-"""
+writes scaling/table.md, figure.png and results.json. harness.py says how it is measured, and how to
+get the other tools. The exponent a in time ∝ C^a (and so on) is fitted to the three largest sizes;
+it is below its limit while fixed costs matter."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +19,12 @@ from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_
 from tools import NAMES
 
 BASE = {"N": 32, "C": 16, "width": 128, "depth": 4}
-SWEEPS = {"C": [4, 16, 64, 256, 1024], "N": [8, 32, 128, 512, 2048], "width": [64, 128, 256, 512, 1024],
-          "depth": [2, 4, 8, 16, 32]}
+SWEEPS = {
+    "C": [4, 16, 64, 256, 1024],
+    "N": [8, 32, 128, 512, 2048],
+    "width": [64, 128, 256, 512, 1024],
+    "depth": [2, 4, 8, 16, 32],
+}
 
 
 def name(axis: str, size: int) -> str:
@@ -41,21 +47,35 @@ def exponent(points: list[tuple[int, float, float]]) -> float:
     points = points[-3:]
     if len(points) < 2:
         return math.nan
-    return statistics.linear_regression([math.log(p[0]) for p in points], [math.log(p[1]) for p in points]).slope
+    return statistics.linear_regression(
+        [math.log(p[0]) for p in points], [math.log(p[1]) for p in points]
+    ).slope
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for each size, a column for each tool."""
     tools = results["tools"]
-    lines = [f"| | gradient | {' | '.join(NAMES[t] for t in tools)} |", "|" + "---|" * (len(tools) + 2)]
+    lines = [
+        f"| | gradient | {' | '.join(NAMES[t] for t in tools)} |",
+        "|" + "---|" * (len(tools) + 2),
+    ]
     for axis, sizes in results["sweeps"].items():
         for size in sizes:
             row = results["rows"][name(axis, size)]
-            lines.append(f"| {axis} = {size} | {' | '.join([time_of(row['gradient']), *(cell(row[t]) for t in tools)])} |")
+            lines.append(
+                f"| {axis} = {size} | "
+                f"{' | '.join([time_of(row['gradient']), *(cell(row[t]) for t in tools)])} |"
+            )
         slopes = [exponent(line(results, axis, tool)) for tool in ("gradient", *tools)]
-        lines.append(f"| time ∝ {axis}^a, a = | {' | '.join('–' if math.isnan(a) else f'{a:.2f}' for a in slopes)} |")
+        lines.append(
+            f"| time ∝ {axis}^a, a = | "
+            f"{' | '.join('–' if math.isnan(a) else f'{a:.2f}' for a in slopes)} |"
+        )
     base = ", ".join(f"{key} = {value}" for key, value in BASE.items())
-    text = f"MLP with ReLU, {base} where nothing else is said. {results['machine']}.{disturbed(results['rows'])}"
+    text = (
+        f"MLP with ReLU, {base} where nothing else is said. "
+        f"{results['machine']}.{disturbed(results['rows'])}"
+    )
     return "\n".join([*lines, "", text])
 
 
@@ -67,11 +87,26 @@ def figure(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     sweeps = results["sweeps"]
-    fig, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps) + 1.5, 6), sharex="col", sharey="row", squeeze=False)
+    fig, axes = plt.subplots(
+        2,
+        len(sweeps),
+        figsize=(3.2 * len(sweeps) + 1.5, 6),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+    )
     for column, axis in zip(axes.T, sweeps, strict=True):
         for i, tool in enumerate(("gradient", *results["tools"])):
-            sizes, seconds, memory = zip(*line(results, axis, tool), strict=True) if line(results, axis, tool) else ((), (), ())
-            style = {"color": {"gradient": "gray", "nnj": "black"}.get(tool, f"C{i}"), "marker": "o", "ms": 4}
+            sizes, seconds, memory = (
+                zip(*line(results, axis, tool), strict=True)
+                if line(results, axis, tool)
+                else ((), (), ())
+            )
+            style = {
+                "color": {"gradient": "gray", "nnj": "black"}.get(tool, f"C{i}"),
+                "marker": "o",
+                "ms": 4,
+            }
             column[0].plot(sizes, [1e3 * s for s in seconds], label=NAMES.get(tool, tool), **style)
             if tool != "gradient":
                 column[1].plot(sizes, [max(b / 2**20, 0.5) for b in memory], **style)
@@ -93,14 +128,22 @@ def main() -> None:
     options = parser(__doc__, ["nnj", "backpack"], "scaling")
     options.set_defaults(repeats=3)
     options.add_argument("--axes", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    options.add_argument("--points", type=int, default=5, help="how many sizes on each axis, the smallest first")
+    options.add_argument(
+        "--points", type=int, default=5, help="how many sizes on each axis, the smallest first"
+    )
     args = options.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": machine(args), "tools": args.tools, "rows": {},
-                               "sweeps": {axis: SWEEPS[axis][:args.points] for axis in args.axes}}
+    results: dict[str, Any] = {
+        "machine": machine(args),
+        "tools": args.tools,
+        "rows": {},
+        "sweeps": {axis: SWEEPS[axis][: args.points] for axis in args.axes},
+    }
     with Pool(args) as pool:
-        for row in dict.fromkeys(name(axis, size) for axis, sizes in results["sweeps"].items() for size in sizes):
+        for row in dict.fromkeys(
+            name(axis, size) for axis, sizes in results["sweeps"].items() for size in sizes
+        ):
             found = results["rows"][row] = pool.measure(row)
             (out / "results.json").write_text(json.dumps(results, indent=1))
             print(row, *(f"{NAMES[t]}: {cell(found[t])}" for t in args.tools), sep="; ", flush=True)

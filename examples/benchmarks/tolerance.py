@@ -1,10 +1,12 @@
-"""collect("ggn_diag", tol=…) on a trained network with 100 classes: time and true error against tol, beside Monte Carlo.
+"""collect("ggn_diag", tol=…) on a trained network with 100 classes: time and true error against
+tol, beside Monte Carlo.
 
     python examples/benchmarks/tolerance.py --out tolerance
 
-writes tolerance/table.md and figure.png. A tolerance leaves out columns of the loss's Hessian that carry little, so the result
-is a lower bound, and `collect` reports what is missing. Monte Carlo is given as many columns as the tolerance has kept.
-"""
+writes tolerance/table.md and figure.png. A tolerance leaves out columns of the loss's Hessian that
+carry little, so the result is a lower bound, and `collect` reports what is missing. Monte Carlo is
+given as many columns as the tolerance has kept."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,15 +32,27 @@ def images(n: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (n,), generator=g)
     shift = torch.randint(-2, 3, (n, 2), generator=g)
-    x = torch.stack([prototypes[c].roll(tuple(s.tolist()), (1, 2)) for c, s in zip(y, shift, strict=True)])
+    x = torch.stack(
+        [prototypes[c].roll(tuple(s.tolist()), (1, 2)) for c, s in zip(y, shift, strict=True)]
+    )
     return x + noise * torch.randn(x.shape, generator=g), y
 
 
 def trained(noise: float, epochs: int) -> tuple[nn.Module, float]:
     """A small convolutional network, and its accuracy on data that it has not seen."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-                          nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1024, 128),
+        nn.ReLU(),
+        nn.Linear(128, CLASSES),
+    )
     x, y = images(6000, noise, 1)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(epochs):
@@ -51,7 +65,9 @@ def trained(noise: float, epochs: int) -> tuple[nn.Module, float]:
         return model, float((model(x).argmax(1) == y).float().mean())
 
 
-def collected(model: nn.Module, loss_func: Any, x: Tensor, y: Tensor, name: str, repeats: int, **options: Any) -> dict[str, Any]:
+def collected(
+    model: nn.Module, loss_func: Any, x: Tensor, y: Tensor, name: str, repeats: int, **options: Any
+) -> dict[str, Any]:
     """The diagonal as one vector, the median time, and what the context says."""
     seconds = []
     for _ in range(repeats):
@@ -60,10 +76,17 @@ def collected(model: nn.Module, loss_func: Any, x: Tensor, y: Tensor, name: str,
             loss_func(model(x), y).backward()
         seconds.append(time.perf_counter() - start)
     flat = torch.cat([getattr(p, name).flatten() for p in model.parameters()])
-    return {"value": flat, "time": statistics.median(seconds), "columns": context.columns, "deficit": context.deficit}
+    return {
+        "value": flat,
+        "time": statistics.median(seconds),
+        "columns": context.columns,
+        "deficit": context.deficit,
+    }
 
 
-def measure(model: nn.Module, n: int, noise: float, repeats: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(
+    model: nn.Module, n: int, noise: float, repeats: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The exact diagonal, and a row for each tolerance."""
     nnj.extend(model)
     loss_func = nnj.extend(nn.CrossEntropyLoss())
@@ -73,20 +96,36 @@ def measure(model: nn.Module, n: int, noise: float, repeats: int) -> tuple[dict[
     rows = []
     for tol in TOLERANCES:
         bound = collected(model, loss_func, x, y, "ggn_diag", repeats, tol=tol)
-        draws = [collected(model, loss_func, x, y, "ggn_diag_mc", 1, samples=bound["columns"]) for _ in range(repeats)]
-        rows.append({"tol": tol, "columns": bound["columns"], "deficit": bound["deficit"], "time": bound["time"],
-                     "error": error(bound["value"]), "mc_time": statistics.median(d["time"] for d in draws),
-                     "mc_error": statistics.median(error(d["value"]) for d in draws)})
+        draws = [
+            collected(model, loss_func, x, y, "ggn_diag_mc", 1, samples=bound["columns"])
+            for _ in range(repeats)
+        ]
+        rows.append(
+            {
+                "tol": tol,
+                "columns": bound["columns"],
+                "deficit": bound["deficit"],
+                "time": bound["time"],
+                "error": error(bound["value"]),
+                "mc_time": statistics.median(d["time"] for d in draws),
+                "mc_error": statistics.median(error(d["value"]) for d in draws),
+            }
+        )
     return exact, rows
 
 
 def table(exact: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Markdown; errors are sums of absolute differences over the sum of the exact diagonal."""
-    lines = ["| tol | columns | deficit | error | time | Monte Carlo, as many columns: error | time |", "|---" * 7 + "|",
-             f"| 0 (exact) | {exact['columns']} | 0 | 0 | {exact['time'] * 1e3:.0f} ms | – | – |"]
+    lines = [
+        "| tol | columns | deficit | error | time | Monte Carlo, as many columns: error | time |",
+        "|---" * 7 + "|",
+        f"| 0 (exact) | {exact['columns']} | 0 | 0 | {exact['time'] * 1e3:.0f} ms | – | – |",
+    ]
     for r in reversed(rows):
-        lines.append(f"| {r['tol']:g} | {r['columns']} | {r['deficit']:.1e} | {r['error']:.1e} | {r['time'] * 1e3:.0f} ms | "
-                     f"{r['mc_error']:.1e} | {r['mc_time'] * 1e3:.0f} ms |")
+        lines.append(
+            f"| {r['tol']:g} | {r['columns']} | {r['deficit']:.1e} | {r['error']:.1e} | "
+            f"{r['time'] * 1e3:.0f} ms | {r['mc_error']:.1e} | {r['mc_time'] * 1e3:.0f} ms |"
+        )
     return "\n".join(lines)
 
 
@@ -99,17 +138,41 @@ def figure(exact: dict[str, Any], rows: list[dict[str, Any]], title: str, path: 
 
     tols = [r["tol"] for r in rows]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.axhline(1e3 * exact["time"], color="gray", ls="--", label=f"exact: {exact['columns']} columns")
+    left.axhline(
+        1e3 * exact["time"], color="gray", ls="--", label=f"exact: {exact['columns']} columns"
+    )
     left.plot(tols, [1e3 * r["time"] for r in rows], "o-", color="black", label="with tol")
-    left.plot(tols, [1e3 * r["mc_time"] for r in rows], "s-", color="C1", label="Monte Carlo, as many columns")
+    left.plot(
+        tols,
+        [1e3 * r["mc_time"] for r in rows],
+        "s-",
+        color="C1",
+        label="Monte Carlo, as many columns",
+    )
     for r in rows:
-        left.annotate(str(r["columns"]), (r["tol"], 1e3 * r["time"]), xytext=(0, 6), textcoords="offset points", ha="center",
-                      fontsize=8)
+        left.annotate(
+            str(r["columns"]),
+            (r["tol"], 1e3 * r["time"]),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     left.set_ylabel("time [ms] (and columns)")
     left.set_ylim(bottom=0)
-    right.plot(tols, [max(r["error"], 1e-9) for r in rows], "o-", color="black", label="true error with tol")
-    right.plot(tols, [max(r["deficit"], 1e-9) for r in rows], "k:", label="deficit that collect reports")
-    right.plot(tols, [r["mc_error"] for r in rows], "s-", color="C1", label="Monte Carlo, as many columns")
+    right.plot(
+        tols,
+        [max(r["error"], 1e-9) for r in rows],
+        "o-",
+        color="black",
+        label="true error with tol",
+    )
+    right.plot(
+        tols, [max(r["deficit"], 1e-9) for r in rows], "k:", label="deficit that collect reports"
+    )
+    right.plot(
+        tols, [r["mc_error"] for r in rows], "s-", color="C1", label="Monte Carlo, as many columns"
+    )
     right.set_yscale("log")
     right.set_ylabel("sum of absolute errors / sum of the diagonal")
     for axis in (left, right):
@@ -123,9 +186,13 @@ def figure(exact: dict[str, Any], rows: list[dict[str, Any]], title: str, path: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="tolerance")
-    parser.add_argument("--noise", type=float, default=0.8, help="of the pictures: more makes the network less sure")
+    parser.add_argument(
+        "--noise", type=float, default=0.8, help="of the pictures: more makes the network less sure"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -134,8 +201,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     model, accuracy = trained(args.noise, args.epochs)
     exact, rows = measure(model, args.samples, args.noise, args.repeats)
-    title = f"A network with {CLASSES} classes, {accuracy:.0%} of test data right, {args.samples} samples"
-    text = f"{title}; errors are sums of absolute differences, relative to the sum of the exact diagonal.\n\n{table(exact, rows)}"
+    title = (
+        f"A network with {CLASSES} classes, {accuracy:.0%} of test data right, {args.samples} "
+        "samples"
+    )
+    text = (
+        f"{title}; errors are sums of absolute differences, relative to the sum of the exact "
+        f"diagonal.\n\n{table(exact, rows)}"
+    )
     (out / "table.md").write_text(text + "\n")
     figure(exact, rows, title, out / "figure.png")
     print(text)

@@ -1,8 +1,9 @@
-"""One function for each tool: `prepare(model, x, y)` gives `run()`, which gives the exact GGN diagonal in the tool's own idiom.
+"""One function for each tool: `prepare(model, x, y)` gives `run()`, which gives the exact GGN
+diagonal in the tool's own idiom.
 
-The loss is the mean cross entropy; the result is one tensor for each parameter, in the order of `model.parameters()`. What a tool
-cannot do is left to raise.
-"""
+The loss is the mean cross entropy; the result is one tensor for each parameter, in the order of
+`model.parameters()`. What a tool cannot do is left to raise."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,7 +18,10 @@ Run = Callable[[], list[Tensor]]
 def split(flat: Tensor, model: nn.Module) -> list[Tensor]:
     """A flat vector as tensors of the shapes of the parameters."""
     params = list(model.parameters())
-    return [part.reshape(p.shape) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    return [
+        part.reshape(p.shape)
+        for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)
+    ]
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Run:
@@ -72,14 +76,22 @@ def nngeometry(model: nn.Module, x: Tensor, y: Tensor) -> Run:
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
 
     def run() -> list[Tensor]:
-        f = FIM(model=model, loader=loader, representation=PMatDiag, variant="classif_logits", device=x.device)
+        f = FIM(
+            model=model,
+            loader=loader,
+            representation=PMatDiag,
+            variant="classif_logits",
+            device=x.device,
+        )
         return split(f.get_diag(), model)
 
     return run
 
 
 def asdfghjkl(model: nn.Module, x: Tensor, y: Tensor) -> Run:
-    """ASDL; the exact Fisher information, which for cross entropy is the GGN. It needs no labels."""
+    """ASDL; the exact Fisher information, which for cross entropy is the GGN. It needs no
+    labels.
+    """
     from asdl import FisherConfig, get_fisher_maker
     from asdl.matrices import FISHER_EXACT, SHAPE_DIAG
 
@@ -106,8 +118,8 @@ def asdfghjkl(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 def laplace(model: nn.Module, x: Tensor, y: Tensor) -> Run:
     """laplace-torch with its default backend, curvlinops; its GGN is that of the sum.
 
-    (curvlinops by itself has only estimates of a diagonal, or products with the P columns of the identity.)
-    """
+    (curvlinops by itself has only estimates of a diagonal, or products with the P columns of the
+    identity.)"""
     from laplace import Laplace
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -135,7 +147,9 @@ def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Run:
         for name in params:
             j = jacobian[name].flatten(2)
             mean = torch.einsum("nc,ncp->np", p, j)
-            found.append((torch.einsum("nc,ncp->p", p, j.square_()) - mean.square().sum(0)) / len(x))
+            found.append(
+                (torch.einsum("nc,ncp->p", p, j.square_()) - mean.square().sum(0)) / len(x)
+            )
         return [t.reshape(q.shape) for t, q in zip(found, params.values(), strict=True)]
 
     return run
@@ -144,8 +158,8 @@ def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 def jax(model: nn.Module, x: Tensor, y: Tensor) -> Run:
     """Jitted: the vjp of every column of the factor of the Hessian, under vmap, for every sample.
 
-    Samples under vmap on a GPU; on a CPU one after the other, which was 12 times faster on an MLP and never slower.
-    """
+    Samples under vmap on a GPU; on a CPU one after the other, which was 12 times faster on an MLP
+    and never slower."""
     import jax
     import jax.numpy as jnp
 
@@ -153,9 +167,12 @@ def jax(model: nn.Module, x: Tensor, y: Tensor) -> Run:
         raise NotImplementedError("not written in JAX")
     if x.is_cuda and jax.default_backend() != "gpu":
         raise NotImplementedError("this jaxlib has no GPU")
-    jax.config.update("jax_default_matmul_precision", "highest")  # float32, as torch has it; else a GPU rounds to TF32
+    # float32, as torch has it; else a GPU rounds to TF32
+    jax.config.update("jax_default_matmul_precision", "highest")
     layers = [_jax_layer(m) for m in model]
-    weights = [[jnp.asarray(p.detach().cpu().numpy()) for p in m.parameters(recurse=False)] for m in model]
+    weights = [
+        [jnp.asarray(p.detach().cpu().numpy()) for p in m.parameters(recurse=False)] for m in model
+    ]
     data = jnp.asarray(x.cpu().numpy())
 
     def network(params: Any, row: Any) -> Any:
@@ -193,14 +210,19 @@ def _jax_layer(m: nn.Module) -> Callable[..., Any]:
         return lambda z, w, b: z @ w.T + b
     if isinstance(m, nn.Conv2d):
         pad = [(p, p) for p in m.padding]
-        return lambda z, w, b: jax.lax.conv_general_dilated(z, w, m.stride, pad) + b[None, :, None, None]
+        return lambda z, w, b: (
+            jax.lax.conv_general_dilated(z, w, m.stride, pad) + b[None, :, None, None]
+        )
     if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
         k, s = ((v, v) if isinstance(v, int) else v for v in (m.kernel_size, m.stride))
 
         def pool(z: Any) -> Any:
             over = [0, 0]
             if m.ceil_mode:
-                over = [max(0, (-(-(n - k[i]) // s[i])) * s[i] + k[i] - n) for i, n in enumerate(z.shape[2:])]
+                over = [
+                    max(0, (-(-(n - k[i]) // s[i])) * s[i] + k[i] - n)
+                    for i, n in enumerate(z.shape[2:])
+                ]
             pad = [(0, 0), (0, 0), (0, over[0]), (0, over[1])]
             window, stride = (1, 1, *k), (1, 1, *s)
             if isinstance(m, nn.MaxPool2d):
@@ -208,15 +230,20 @@ def _jax_layer(m: nn.Module) -> Callable[..., Any]:
             return jax.lax.reduce_window(z, 0.0, jax.lax.add, window, stride, pad) / (k[0] * k[1])
 
         return pool
-    plain: dict[type, Callable[..., Any]] = {nn.ReLU: jax.nn.relu, nn.Tanh: jnp.tanh,
-                                             nn.Flatten: lambda z: z.reshape(len(z), -1)}
+    plain: dict[type, Callable[..., Any]] = {
+        nn.ReLU: jax.nn.relu,
+        nn.Tanh: jnp.tanh,
+        nn.Flatten: lambda z: z.reshape(len(z), -1),
+    }
     if type(m) not in plain:
         raise NotImplementedError(f"{type(m).__name__} is not written in JAX")
     return plain[type(m)]
 
 
 def reference(model: nn.Module, x: Tensor, y: Tensor) -> Run:
-    """Sample by sample, some columns at a time: in float64 what all are compared with, in float32 the lean way in plain torch."""
+    """Sample by sample, some columns at a time: in float64 what all are compared with, in float32
+    the lean way in plain torch.
+    """
     from torch.func import functional_call, vjp, vmap
 
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -237,10 +264,34 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 
 
 TOOLS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
-    "nnj": nnj, "backpack": backpack, "nngeometry": nngeometry, "asdfghjkl": asdfghjkl, "laplace": laplace,
-    "torch.func": torch_func, "by-sample": reference, "jax": jax, "gradient": gradient, "reference": reference,
+    "nnj": nnj,
+    "backpack": backpack,
+    "nngeometry": nngeometry,
+    "asdfghjkl": asdfghjkl,
+    "laplace": laplace,
+    "torch.func": torch_func,
+    "by-sample": reference,
+    "jax": jax,
+    "gradient": gradient,
+    "reference": reference,
 }
-NAMES = {"nnj": "nnj", "backpack": "BackPACK", "nngeometry": "NNGeometry", "asdfghjkl": "ASDL",
-         "laplace": "laplace-torch (curvlinops)", "torch.func": "torch.func", "by-sample": "torch.func by sample", "jax": "JAX"}
-PACKAGES = {"nnj": ["nnj"], "backpack": ["backpack-for-pytorch"], "nngeometry": ["nngeometry"], "asdfghjkl": ["asdfghjkl"],
-            "laplace": ["laplace-torch", "curvlinops-for-pytorch"], "torch.func": [], "by-sample": [], "jax": ["jax"]}
+NAMES = {
+    "nnj": "nnj",
+    "backpack": "BackPACK",
+    "nngeometry": "NNGeometry",
+    "asdfghjkl": "ASDL",
+    "laplace": "laplace-torch (curvlinops)",
+    "torch.func": "torch.func",
+    "by-sample": "torch.func by sample",
+    "jax": "JAX",
+}
+PACKAGES = {
+    "nnj": ["nnj"],
+    "backpack": ["backpack-for-pytorch"],
+    "nngeometry": ["nngeometry"],
+    "asdfghjkl": ["asdfghjkl"],
+    "laplace": ["laplace-torch", "curvlinops-for-pytorch"],
+    "torch.func": [],
+    "by-sample": [],
+    "jax": ["jax"],
+}

@@ -1,7 +1,9 @@
-"""A process that runs one tool on one network after another: it reads commands, a line of JSON each, and answers in the same way.
+"""A process that runs one tool on one network after another: it reads commands, a line of JSON
+each, and answers in the same way.
 
-Runs of several tools can so be interleaved, though none shares a process with another. See harness.py.
-"""
+Runs of several tools can so be interleaved, though none shares a process with another. See
+harness.py."""
+
 from __future__ import annotations
 
 import ctypes
@@ -17,11 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OUT = ("can't allocate memory", "out of memory", "bad_alloc", "RESOURCE_EXHAUSTED")  # how libraries say that memory is out
+# how libraries say that memory is out
+OUT = ("can't allocate memory", "out of memory", "bad_alloc", "RESOURCE_EXHAUSTED")
 
 
 def peak(device: str, reset: bool = False) -> float:
-    """The largest memory in use since the last reset, in bytes: of the process (Linux), or of torch on the GPU."""
+    """The largest memory in use since the last reset, in bytes: of the process (Linux), or of torch
+    on the GPU.
+    """
     import torch
 
     if reset:
@@ -37,7 +42,9 @@ def peak(device: str, reset: bool = False) -> float:
     if reset:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    line = next(
+        s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -47,9 +54,12 @@ class Worker:
     run: Callable[[], Any]
 
     def start(self, tool: str, threads: int, device: str, limit: int) -> dict[str, Any]:
-        """Import all that the tool needs, and run it once on the smallest network: libraries are not its memory."""
+        """Import all that the tool needs, and run it once on the smallest network: libraries are
+        not its memory.
+        """
         if device == "cpu":
-            if hasattr(os, "sched_setaffinity"):  # for those that ask how many cores there are, and not OMP_NUM_THREADS
+            # for those that ask how many cores there are, and not OMP_NUM_THREADS
+            if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         import torch
@@ -90,7 +100,9 @@ class Worker:
         return {}
 
     def time(self, least: float = 0.3) -> dict[str, Any]:
-        """The median of as many runs as fit into `least` seconds, one at least: short runs are not those of cold caches."""
+        """The median of as many runs as fit into `least` seconds, one at least: short runs are not
+        those of cold caches.
+        """
         seconds: list[float] = []
         used = time.process_time()
         while not seconds or sum(seconds) < least:
@@ -108,13 +120,16 @@ class Worker:
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory of a run beyond that of a plain gradient. What the tool keeps from run to run is its own."""
+        """Peak memory of a run beyond that of a plain gradient. What the tool keeps from run to run
+        is its own.
+        """
         self.result = None
         self.model.zero_grad()
         peak(self.device, reset=True)
         self.result = self.run()
         top = peak(self.device)
-        if self.tool == "jax" and self.device != "cpu":  # torch does not see it; it has weights and data of its own
+        # torch does not see it; it has weights and data of its own
+        if self.tool == "jax" and self.device != "cpu":
             import jax
 
             top = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
@@ -135,7 +150,9 @@ class Worker:
             return {"error": float("inf")}
         for found, expected in zip(self.result, references, strict=True):
             scale = float(expected.abs().max()) or 1.0
-            difference = (found.detach().cpu().double().reshape(expected.shape) - expected).abs().max()
+            difference = (
+                (found.detach().cpu().double().reshape(expected.shape) - expected).abs().max()
+            )
             errors.append(float(difference) / scale)
         return {"error": max(e if e == e else float("inf") for e in errors)}
 
@@ -147,7 +164,11 @@ def failure(error: Exception) -> str:
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
         return f"missing: {error.name}"
-    return f"refused: {text}" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
+    return (
+        f"refused: {text}"
+        if isinstance(error, NotImplementedError)
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def main() -> None:

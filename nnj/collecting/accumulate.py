@@ -1,4 +1,7 @@
-"""Values of one collection from one loss, or from all losses of one backward pass, and how they add up."""
+"""Values of one collection from one loss, or from all losses of one backward pass, and how they add
+up.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -43,10 +46,19 @@ class Contribution:
 
     @staticmethod
     def merge(parts: list[Contribution], per_sample: set[str]) -> Contribution:
-        """The sum over the losses of one pass; per-sample values of different forward calls are put one behind the other."""
+        """The sum over the losses of one pass; per-sample values of different forward calls are put
+        one behind the other.
+        """
         groups: list[Contribution] = []
         for part in sorted(parts, key=lambda c: max(c.calls, default=0)):
-            same = next((g for g in groups if g.n == part.n and (g.calls & part.calls or g.calls == part.calls)), None)
+            same = next(
+                (
+                    g
+                    for g in groups
+                    if g.n == part.n and (g.calls & part.calls or g.calls == part.calls)
+                ),
+                None,
+            )
             if same is None:
                 groups.append(part)
                 continue
@@ -55,7 +67,9 @@ class Contribution:
             for name, values in part.values.items():
                 for key, value in values.items():
                     same.add(name, part.known[key], value)
-        whole = Contribution(frozenset().union(*[g.calls for g in groups]), sum(g.n for g in groups))
+        whole = Contribution(
+            frozenset().union(*[g.calls for g in groups]), sum(g.n for g in groups)
+        )
         for group in groups:
             whole.known |= group.known
         whole.trace, whole.dropped = sum(p.trace for p in parts), sum(p.dropped for p in parts)
@@ -65,7 +79,9 @@ class Contribution:
                 found = [(g, g.values.get(name, {}).get(key)) for g in groups]
                 if name in per_sample:
                     like = next(v for _, v in found if v is not None)
-                    value = torch.cat([like.new_zeros(g.n, *like.shape[1:]) if v is None else v for g, v in found])
+                    value = torch.cat(
+                        [like.new_zeros(g.n, *like.shape[1:]) if v is None else v for g, v in found]
+                    )
                     whole.add(name, whole.known[key], value)
                     continue
                 for _, v in found:

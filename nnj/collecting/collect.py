@@ -1,4 +1,5 @@
 """nnj.collect: what is open, what each backward pass adds to it, and where results stand."""
+
 from __future__ import annotations
 
 import difflib
@@ -22,7 +23,8 @@ from nnj.recording.records import LossCall
 from nnj.registry.manager import manager
 
 _open: dict[int, list[collect]] = {}  # for each thread, outermost first
-_staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}  # for each thread and graph task
+# for each thread and graph task
+_staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}
 _published: dict[tuple[int, str], WeakIdKeyDictionary] = {}  # by thread
 
 
@@ -30,36 +32,56 @@ class collect:  # noqa: N801
     """Collect quantities during the backward passes inside the `with`.
 
     Args:
-        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of installed plugins.
-        modules: collect at the parameters of these modules alone; the sweep walks no further back than it must.
-        memory: bytes that columns may take while they walk; more of them are walked in turns. Under glibc the process keeps as
-            many freed bytes for the next turn (`nnj.propagation.allocator` says how to have it otherwise).
-        tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of the trace of the Hessians in
-            the outputs. ggn_diag and ggn_block are then lower bounds (their difference from the exact ones is positive
-            semi-definite), at the cost of `columns` walks. A model that is sure of most of its answers needs few.
-        signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-, walked one after the other.
-            Only for quantities of the exact Hessian, such as ggn_diag and ggn_block, which may then be negative.
+        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of
+            installed plugins.
+        modules: collect at the parameters of these modules alone; the sweep walks no further back
+            than it must.
+        memory: bytes that columns may take while they walk; more of them are walked in turns. Under
+            glibc the process keeps as many freed bytes for the next turn
+            (`nnj.propagation.allocator` says how to have it otherwise).
+        tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of
+            the trace of the Hessians in the outputs. ggn_diag and ggn_block are then lower bounds
+            (their difference from the exact ones is positive semi-definite), at the cost of
+            `columns` walks. A model that is sure of most of its answers needs few.
+        signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-,
+            walked one after the other. Only for quantities of the exact Hessian, such as ggn_diag
+            and ggn_block, which may then be negative.
         options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
 
     Attributes:
-        deficit, trace: what was left out under `tol`, as a part of that trace, over all backward passes so far; the trace.
+        deficit, trace: what was left out under `tol`, as a part of that trace, over all backward
+            passes so far; the trace.
         columns: how many exact columns walked in the pass that had most of them.
 
-    Results are attributes under the quantity's name: on each parameter that requires grad (of its shape; None if no backward
-    pass reached it), or on modules. They belong to exactly the scalar on which `.backward()` was called. Passes add
-    up, as .grad does; per-sample quantities are concatenated. They stay after the `with`; entering anew removes them.
+    Results are attributes under the quantity's name: on each parameter that requires grad (of its
+    shape; None if no backward pass reached it), or on modules. They belong to exactly the scalar on
+    which `.backward()` was called. Passes add up, as .grad does; per-sample quantities are
+    concatenated. They stay after the `with`; entering anew removes them.
 
-    Errors: `NNJError` for an unknown quantity or option; for anything that cannot be exact (after the backward pass, whose
-    gradients are intact); on exit, if no extended loss took part in any backward pass.
-    """
+    Errors: `NNJError` for an unknown quantity or option; for anything that cannot be exact (after
+    the backward pass, whose gradients are intact); on exit, if no extended loss took part in any
+    backward pass."""
 
-    def __init__(self, *quantities: str, modules: Iterable[nn.Module] | None = None, memory: int = 2**28, tol: float = 0.0,
-                 signed: bool = False, **options: Any):
+    def __init__(
+        self,
+        *quantities: str,
+        modules: Iterable[nn.Module] | None = None,
+        memory: int = 2**28,
+        tol: float = 0.0,
+        signed: bool = False,
+        **options: Any,
+    ):
         if not quantities:
-            raise NNJError("nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')")
+            raise NNJError(
+                "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
+            )
         self.quantities = _make(quantities, options)
         self.modules = None if modules is None else _checked_modules(modules)
-        self.memory, self.signed, self.tol = memory, signed, _checked_tolerance(tol, self.quantities)
+        self.memory, self.signed, self.tol = (
+            memory,
+            signed,
+            _checked_tolerance(tol, self.quantities),
+        )
         if signed:
             check_signed(self.quantities, self.tol)
         self.results: dict[str, WeakIdKeyDictionary] = {}
@@ -82,7 +104,8 @@ class collect:  # noqa: N801
                 vars(holder).pop(name, None)
             _published[threading.get_ident(), name] = WeakIdKeyDictionary()
         _open.setdefault(threading.get_ident(), []).append(self)
-        self._threads = torch.autograd.set_multithreading_enabled(False)  # hooks then run in this thread, on any device
+        # hooks then run in this thread, on any device
+        self._threads = torch.autograd.set_multithreading_enabled(False)
         self._threads.__enter__()
         return self
 
@@ -96,16 +119,21 @@ class collect:  # noqa: N801
         if kind is None:
             if self.passes == 0 and not self.refused:
                 names = ", ".join(self.quantities)
-                raise NNJError(f"nothing was collected for {names}: no extended loss took part in a backward pass inside the "
-                               f"`with`. Extend the loss, too (loss_func = nnj.extend(loss_func)), and call backward inside")
+                raise NNJError(
+                    f"nothing was collected for {names}: no extended loss took part in a backward "
+                    "pass inside the `with`. Extend the loss, too (loss_func = "
+                    "nnj.extend(loss_func)), and call backward inside"
+                )
             self.publish()
 
-    # -- results --------------------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def commit(self, contributions: list[Contribution]) -> None:
         """Take in what one backward pass has contributed."""
         self.passes += 1
-        merged = Contribution.merge(contributions, {name for name, q in self.quantities.items() if q.per_sample})
+        merged = Contribution.merge(
+            contributions, {name for name, q in self.quantities.items() if q.per_sample}
+        )
         self.trace, self._dropped = self.trace + merged.trace, self._dropped + merged.dropped
         self.columns = max(self.columns, merged.columns)
         for name, quantity in self.quantities.items():
@@ -116,7 +144,9 @@ class collect:  # noqa: N801
             for holder in merged.holders(quantity.of_modules):
                 value = merged.value(name, holder)
                 there = known.get(holder)
-                known[holder] = there if value is None else value if there is None else there + value
+                known[holder] = (
+                    there if value is None else value if there is None else there + value
+                )
         self.samples += merged.n
         self.publish()
 
@@ -138,10 +168,15 @@ class collect:  # noqa: N801
         """Set the attributes."""
         for name, known in self.results.items():
             for holder, value in known.items():
-                dtype = next((p.dtype for p in holder.parameters(recurse=False)), None) if isinstance(holder, nn.Module) \
+                dtype = (
+                    next((p.dtype for p in holder.parameters(recurse=False)), None)
+                    if isinstance(holder, nn.Module)
                     else holder.dtype
+                )
                 vars(holder)[name] = value if value is None or dtype is None else value.to(dtype)
-                _published.setdefault((threading.get_ident(), name), WeakIdKeyDictionary())[holder] = True
+                _published.setdefault((threading.get_ident(), name), WeakIdKeyDictionary())[
+                    holder
+                ] = True
 
 
 def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -174,17 +209,24 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
         entry = manager().quantity(name) if isinstance(name, str) else None
         if entry is None:
             known = sorted(e.key for e in manager().entries("quantity"))
-            raise NNJError(f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}")
+            raise NNJError(
+                f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}"
+            )
         accepted = _options(entry.rule)
         declared.update({option: name for option in accepted})
         made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
         if not isinstance(made[name], Quantity):
-            raise PluginError(f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity {name!r}, expected a "
-                              f"nnj.Quantity")
+            raise PluginError(
+                f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity "
+                f"{name!r}, expected a nnj.Quantity"
+            )
     for option in options:
         if option not in declared:
             known = sorted({*declared, "modules", "memory", "tol", "signed"})
-            raise NNJError(f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: {', '.join(known)}")
+            raise NNJError(
+                f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: "
+                f"{', '.join(known)}"
+            )
     return made
 
 
@@ -194,7 +236,9 @@ def _close(word: str, known: list[str]) -> str:
 
 
 def _arrived(call: LossCall, scale: Tensor) -> None:
-    """A loss's gradient has arrived: walk now, while every saved tensor is there, and hand over when the pass is done."""
+    """A loss's gradient has arrived: walk now, while every saved tensor is there, and hand over
+    when the pass is done.
+    """
     collections = _open.get(call.thread)
     if not collections:
         return

@@ -1,4 +1,7 @@
-"""What nnj.fit gives: quantities of a whole data set by the names of parameters and modules, to be kept, saved and flattened."""
+"""What nnj.fit gives: quantities of a whole data set by the names of parameters and modules, to be
+kept, saved and flattened.
+"""
+
 from __future__ import annotations
 
 import os
@@ -14,10 +17,11 @@ _FORMAT = 1
 
 
 class Fit(Mapping[str, dict[str, Tensor]]):
-    """`fit["ggn_diag"]["0.weight"]`: quantities by name, each a dict from names of parameters, or of modules, to tensors.
+    """`fit["ggn_diag"]["0.weight"]`: quantities by name, each a dict from names of parameters, or
+    of modules, to tensors.
 
-    Parameters stand in the order of `model.named_parameters()`, and are those that require grad; modules stand in that of
-    `model.named_modules()`.
+    Parameters stand in the order of `model.named_parameters()`, and are those that require grad;
+    modules stand in that of `model.named_modules()`.
 
     Attributes:
         samples: the number of samples.
@@ -26,14 +30,29 @@ class Fit(Mapping[str, dict[str, Tensor]]):
         loss: the name of the loss.
         per_sample: the quantities that have the samples in axis 0, in the order of the loader.
         of_modules: the quantities that belong to modules.
-        deficit: what was left out under tol=, as a part of the trace of the Hessians in the outputs.
+        deficit: what was left out under tol=, as a part of the trace of the Hessians in the
+            outputs.
     """
 
-    def __init__(self, values: dict[str, dict[str, Tensor]], *, samples: int, scale: str, total: float = 1.0, loss: str = "",
-                 per_sample: tuple[str, ...] = (), of_modules: tuple[str, ...] = (), deficit: float = 0.0):
+    def __init__(
+        self,
+        values: dict[str, dict[str, Tensor]],
+        *,
+        samples: int,
+        scale: str,
+        total: float = 1.0,
+        loss: str = "",
+        per_sample: tuple[str, ...] = (),
+        of_modules: tuple[str, ...] = (),
+        deficit: float = 0.0,
+    ):
         self.values_of = values
         self.samples, self.scale, self.total, self.loss = samples, scale, total, loss
-        self.per_sample, self.of_modules, self.deficit = tuple(per_sample), tuple(of_modules), deficit
+        self.per_sample, self.of_modules, self.deficit = (
+            tuple(per_sample),
+            tuple(of_modules),
+            deficit,
+        )
 
     def __getitem__(self, quantity: str) -> dict[str, Tensor]:
         return self.values_of[quantity]
@@ -45,14 +64,18 @@ class Fit(Mapping[str, dict[str, Tensor]]):
         return len(self.values_of)
 
     def vector(self, quantity: str) -> Tensor:
-        """A quantity of parameters as one vector (P,), in the order of `model.parameters()`; (N, P) for one of each sample.
+        """A quantity of parameters as one vector (P,), in the order of `model.parameters()`; (N, P)
+        for one of each sample.
 
         Errors: `NNJError` for a quantity that is not in it, or belongs to modules.
         """
         if quantity not in self.values_of:
             raise NNJError(f"{quantity!r} was not fitted. Fitted: {', '.join(self)}")
         if quantity in self.of_modules:
-            raise NNJError(f"{quantity!r} belongs to modules, and has no vector of parameters. Use fit[{quantity!r}][name]")
+            raise NNJError(
+                f"{quantity!r} belongs to modules, and has no vector of parameters. Use "
+                f"fit[{quantity!r}][name]"
+            )
         axis = 1 if quantity in self.per_sample else 0
         return torch.cat([t.flatten(axis) for t in self[quantity].values()], axis)
 
@@ -62,10 +85,15 @@ class Fit(Mapping[str, dict[str, Tensor]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], map_location: Any = None) -> Fit:
-        """Read what `save` wrote; no code in the file is run. Errors: `NNJError` for a file of another kind."""
+        """Read what `save` wrote; no code in the file is run. Errors: `NNJError` for a file of
+        another kind.
+        """
         found = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(found, dict) or found.pop("nnj.Fit", None) != _FORMAT:
-            raise NNJError(f"{os.fspath(path)} holds no nnj.Fit that this version can read. Write it with Fit.save")
+            raise NNJError(
+                f"{os.fspath(path)} holds no nnj.Fit that this version can read. Write it with "
+                "Fit.save"
+            )
         return cls(found.pop("values"), **found)
 
     def _facts(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The columns that a loss sends back: its exact factor, random combinations of it, and its gradient."""
+"""The columns that a loss sends back: its exact factor, random combinations of it, and its
+gradient.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,7 +26,9 @@ from nnj.registry.manager import manager
 
 @dataclass(eq=False)
 class Chunk:
-    """Some columns on the root edges, and which of them are whose: {"exact": slice, "signs": …, "gradient": …}."""
+    """Some columns on the root edges, and which of them are whose: {"exact": slice, "signs": …,
+    "gradient": …}.
+    """
 
     roots: dict[Edge, Tensor]
     k: int
@@ -37,26 +42,41 @@ class LossColumns:
         call: the call of the loss.
         scale: the gradient that arrived at its value, which multiplies everything.
 
-    Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that is not convex in its output.
-    """
+    Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
+    is not convex in its output."""
 
     def __init__(self, call: LossCall, scale: Tensor):
         self.call, self.scale = call, scale.detach()
         self.name = call.name
         if any(t._version != version for t, version in call.versions):
-            raise NNJError(f"{self.name}: an argument of the loss was changed in place after the call. Clone it first")
+            raise NNJError(
+                f"{self.name}: an argument of the loss was changed in place after the call. Clone "
+                "it first"
+            )
         if not bool(torch.isfinite(self.scale).all()):
-            raise NNJError(f"{self.name}: the factor of the loss is not finite; the loss or what was made of it has overflowed")
+            raise NNJError(
+                f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
+                "it has overflowed"
+            )
         if bool((self.scale < 0).any()):
-            raise NNJError(f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN is not positive "
-                           f"semi-definite. Collect with signed=True, or without that term, or call backward on it alone")
+            raise NNJError(
+                f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
+                "is not positive semi-definite. Collect with signed=True, or without that term, or "
+                "call backward on it alone"
+            )
         self.outputs = [call.leaves[i] for i in call.outputs]
         check_outputs(self.name, self.outputs)
 
     @cached_property
     def rows(self) -> int:
-        """How many rows the outputs have; a rule knows best (an output of (C,) is one row for cross entropy)."""
-        return rows_of([t.shape for t in self.outputs]) if self._by_rule is None else self._by_rule.rows
+        """How many rows the outputs have; a rule knows best
+        (an output of (C,) is one row for cross entropy).
+        """
+        return (
+            rows_of([t.shape for t in self.outputs])
+            if self._by_rule is None
+            else self._by_rule.rows
+        )
 
     @cached_property
     def curvature(self) -> LossHessian:
@@ -70,7 +90,12 @@ class LossColumns:
         args, kwargs = self.call.arguments(self.outputs)
         if entry is None or entry.key is torch.nn.Module or not describes(entry, module):
             return None
-        if len(self.outputs) > 1 or not args or args[0] is not self.outputs[0] or (kwargs and entry.key is not FunctionLoss):
+        if (
+            len(self.outputs) > 1
+            or not args
+            or args[0] is not self.outputs[0]
+            or (kwargs and entry.key is not FunctionLoss)
+        ):
             return None
         who = f"plugin '{entry.source.plugin}' (loss '{self.name}')"
         try:
@@ -80,11 +105,15 @@ class LossColumns:
         except NNJError:  # a refusal, not a fault
             raise
         except Exception as error:
-            raise PluginError(f"{who}: the rule failed with {type(error).__name__}: {error}"
-                              f"{at_work(entry.source)}") from error
+            raise PluginError(
+                f"{who}: the rule failed with {type(error).__name__}: {error}"
+                f"{at_work(entry.source)}"
+            ) from error
         if not isinstance(found, LossHessian):
-            raise PluginError(f"{who}: the rule returned {type(found).__name__}, expected a nnj.LossHessian"
-                              f"{at_work(entry.source)}")
+            raise PluginError(
+                f"{who}: the rule returned {type(found).__name__}, expected a nnj.LossHessian"
+                f"{at_work(entry.source)}"
+            )
         return found
 
     def _value(self, *outputs: Tensor) -> Tensor:
@@ -96,13 +125,20 @@ class LossColumns:
         with torch.enable_grad():
             outputs = [t.detach().requires_grad_() for t in self.outputs]
             value = self._value(*outputs)
-            if not torch.allclose(value, (self.call.value * self.scale).sum(), rtol=1e-3, equal_nan=True):
-                raise NNJError(f"{self.name} gives another value when it is called again: it draws random numbers, or a hook or "
-                               f"something in place has changed it. Draw them outside of the loss and give them as an argument")
+            if not torch.allclose(
+                value, (self.call.value * self.scale).sum(), rtol=1e-3, equal_nan=True
+            ):
+                raise NNJError(
+                    f"{self.name} gives another value when it is called again: it draws random "
+                    "numbers, or a hook or something in place has changed it. Draw them outside of "
+                    "the loss and give them as an argument"
+                )
             found = torch.autograd.grad(value, outputs, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True)]
+        return [
+            torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True)
+        ]
 
-    # -- the layout of columns ------------------------------------------------------------------------------------------
+    # -- the layout of columns ---------------------------------------------------------------------
 
     def roots(self, parts: tuple[Tensor, ...] | list[Tensor]) -> dict[Edge, Tensor]:
         """Columns on the root edges; an output given twice to the loss has its columns added."""
@@ -122,14 +158,21 @@ class LossColumns:
         one = (curvature.rows == owner.n and owner.of is None) or owner.n == curvature.rows == 1
         if one and (curvature.rows == 0 or (curvature.places == 1 and tol == 0)):
             return AllColumns(curvature)
-        whose = torch.arange(owner.n, device=curvature.device) if one else owner.rows(curvature.rows, curvature.device)
+        whose = (
+            torch.arange(owner.n, device=curvature.device)
+            if one
+            else owner.rows(curvature.rows, curvature.device)
+        )
         assert whose is not None
         return ColumnSelection(curvature, whose, tol)
 
-    def chunks(self, wants: dict[str, Any], selection: ColumnSelection | AllColumns | None, size: int) -> Iterator[Chunk]:
+    def chunks(
+        self, wants: dict[str, Any], selection: ColumnSelection | AllColumns | None, size: int
+    ) -> Iterator[Chunk]:
         """All columns that are wanted, `size` at a time at most.
 
-        Rows of one sample, and places of one row, are factorised on their own, so each has columns to itself.
+        Rows of one sample, and places of one row, are factorised on their own, so each has columns
+        to itself.
 
         Args:
             wants: the quantities by the source of their columns; "exact" and "gradient" are shared.
@@ -158,5 +201,8 @@ class LossColumns:
             k = tensors[0].shape[0]
             parts[name] = slice(start, start + k)
             start += k
-        joined = [torch.cat([t.to(g[0].dtype) for t in g]) for g in zip(*[tensors for _, tensors in groups], strict=True)]
+        joined = [
+            torch.cat([t.to(g[0].dtype) for t in g])
+            for g in zip(*[tensors for _, tensors in groups], strict=True)
+        ]
         return Chunk(self.roots(joined), start, parts)

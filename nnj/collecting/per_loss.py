@@ -1,4 +1,7 @@
-"""What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities take their share."""
+"""What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities
+take their share.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -35,9 +38,16 @@ def _executed(p: Tensor) -> bool:
         return True  # captured by torch.autograd.grad
 
 
-def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[collect],
-               columns: LossColumns | None = None) -> dict[int, Contribution]:
-    """Walk once for all open collections; `node` is the loss's own. Errors: `NNJError` wherever a number would not be exact."""
+def contribute(
+    call: LossCall,
+    scale: Tensor,
+    node: Any,
+    collections: list[collect],
+    columns: LossColumns | None = None,
+) -> dict[int, Contribution]:
+    """Walk once for all open collections; `node` is the loss's own. Errors: `NNJError` wherever a
+    number would not be exact.
+    """
     columns = LossColumns(call, scale) if columns is None else columns
     roots = extended_roots()
     paths = {id(m): name for root in roots for name, m in root.named_modules()}
@@ -55,21 +65,35 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
         return executed[id(p)]
 
     graph = Graph(list(dict.fromkeys(call.edges)), wanted, paths)
-    reached = {id(p) for u in graph.units for _, p in u.params} | {id(u.leaf) for u in graph.units if u.leaf is not None}
+    reached = {id(p) for u in graph.units for _, p in u.params} | {
+        id(u.leaf) for u in graph.units if u.leaf is not None
+    }
     calls = frozenset(mark.order for mark in graph.marks)
     for target in targets:
         target.check(reached, paths)
-    sweep, owner, known = plan(graph, columns.rows, scale.device) if graph.units else (None, SampleIndex(columns.rows), True)
-    each = [name for c in collections for name, quantity in c.quantities.items() if quantity.per_sample]
+    sweep, owner, known = (
+        plan(graph, columns.rows, scale.device)
+        if graph.units
+        else (None, SampleIndex(columns.rows), True)
+    )
+    each = [
+        name for c in collections for name, quantity in c.quantities.items() if quantity.per_sample
+    ]
     if each and not known:
-        raise NNJError(f"{each[0]}: nnj cannot tell which rows of the loss belong to which sample, since the model rearranges "
-                       f"its input before its first layer. Hand the input to that layer as it is given, or give the loss one "
-                       f"row for each sample; sums over samples, such as ggn_diag, do not need to know")
+        raise NNJError(
+            f"{each[0]}: nnj cannot tell which rows of the loss belong to which sample, since the "
+            "model rearranges its input before its first layer. Hand the input to that layer as it "
+            "is given, or give the loss one row for each sample; sums over samples, such as "
+            "ggn_diag, do not need to know"
+        )
     found = {id(t.collection): Contribution(calls, owner.n) for t in targets}
     for target in targets:
         _holders(target, found[id(target.collection)], roots, graph, reached)
     if not graph.marks and not any(c.known for c in found.values()):
-        raise NNJError("the loss reaches no parameter of an extended model. Extend the model, too: model = nnj.extend(model)")
+        raise NNJError(
+            "the loss reaches no parameter of an extended model. Extend the model, too: model = "
+            "nnj.extend(model)"
+        )
     if sweep is None:
         return found
     wants: dict[str, Any] = {}
@@ -91,7 +115,11 @@ def contribute(call: LossCall, scale: Tensor, node: Any, collections: list[colle
     selection = None
     fits, likes = columns_at_once(sweep, min(c.memory for c in collections))
     if "exact" in wants:
-        tol = min(t.collection.tol for t in targets if any(q.source == "exact" for q in t.collection.quantities.values()))
+        tol = min(
+            t.collection.tol
+            for t in targets
+            if any(q.source == "exact" for q in t.collection.quantities.values())
+        )
         selection = columns.select(owner, tol)
         shared = _of_several({id(m): m for t in targets for m in t.modules})
         head = LastLayerColumns(sweep, columns.curvature, shared, selection if tol else None)
@@ -123,8 +151,13 @@ def _of_several(modules: dict[int, nn.Module]) -> set[int]:
     return twice
 
 
-def _walk_behind(head: LastLayerColumns, sweep: Sweep, size: int, sink: Callable[[dict[str, slice]], Sink],
-                 flush: Callable[[dict[str, slice]], None]) -> None:
+def _walk_behind(
+    head: LastLayerColumns,
+    sweep: Sweep,
+    size: int,
+    sink: Callable[[dict[str, slice]], Sink],
+    flush: Callable[[dict[str, slice]], None],
+) -> None:
     """Exact columns, where the last layers are linear maps that all samples share."""
     head.parameters(lambda p, factor: sink({"exact": slice(0, factor.k)})(p, factor))
     units = sweep.graph.units[len(head.units) :]
@@ -136,11 +169,15 @@ def _walk_behind(head: LastLayerColumns, sweep: Sweep, size: int, sink: Callable
         flush(parts)
 
 
-def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]) -> None:
+def _holders(
+    target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]
+) -> None:
     """All that may hold a result: what belongs to a model that took part, reached or not."""
     called = {id(mark.module) for mark in graph.marks}
     if target.collection.modules is None:
-        tops = [r for r in roots if id(r) in called or any(id(p) in reached for p in r.parameters())]
+        tops = [
+            r for r in roots if id(r) in called or any(id(p) in reached for p in r.parameters())
+        ]
     else:
         tops = target.collection.modules
     for top in tops:
@@ -154,7 +191,9 @@ def _holders(target: Target, into: Contribution, roots: list[nn.Module], graph: 
 
 def _own_params(m: nn.Module) -> list[nn.Parameter]:
     """Each once, in order; torch's own iterators take much longer."""
-    return list({id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values())
+    return list(
+        {id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values()
+    )
 
 
 class Target:
@@ -172,17 +211,36 @@ class Target:
         self.in_all: dict[str, int] = {}  # how many columns of each source there will be
 
     def check(self, reached: set[int], paths: dict[int, str]) -> None:
-        """Errors: `NNJError` for what cannot be collected at the parameters that a sweep will reach."""
-        squared = [name for name, quantity in self.collection.quantities.items() if quantity.source != "gradient"]
+        """Errors: `NNJError` for what cannot be collected at the parameters that a sweep will
+        reach.
+        """
+        squared = [
+            name
+            for name, quantity in self.collection.quantities.items()
+            if quantity.source != "gradient"
+        ]
         if squared and any(p.is_complex() and key in reached for key, p in self.params.items()):
-            where = next(m for m in self.modules if any(p.is_complex() and id(p) in reached for p in self.own[id(m)]))
-            raise complex_parameter(f"{squared[0]}: a parameter of '{paths.get(id(where), '') or type(where).__name__}'")
+            where = next(
+                m
+                for m in self.modules
+                if any(p.is_complex() and id(p) in reached for p in self.own[id(m)])
+            )
+            raise complex_parameter(
+                f"{squared[0]}: a parameter of '{paths.get(id(where), '') or type(where).__name__}'"
+            )
         for quantity in self.blocks.values():
             for m in self.modules:
                 if any(id(p) in reached for p in self.own[id(m)]):
                     quantity.check(m, self.own[id(m)], paths.get(id(m), ""))
 
-    def take(self, into: Contribution, p: Tensor, factor: Factor, parts: dict[str, slice], reached: set[int]) -> None:
+    def take(
+        self,
+        into: Contribution,
+        p: Tensor,
+        factor: Factor,
+        parts: dict[str, slice],
+        reached: set[int],
+    ) -> None:
         """The factor of one parameter has arrived, with the columns of all sources in it."""
         if id(p) not in self.params:
             return
@@ -207,7 +265,9 @@ class Target:
             if id(m) in self.pending:
                 self._module(into, m, self.pending.pop(id(m)), parts)
 
-    def _module(self, into: Contribution, m: nn.Module, factors: dict[int, Factor], parts: dict[str, slice]) -> None:
+    def _module(
+        self, into: Contribution, m: nn.Module, factors: dict[int, Factor], parts: dict[str, slice]
+    ) -> None:
         own = self.own[id(m)]
         for name, quantity in self.blocks.items():
             which = parts.get(self.source(name, quantity))
@@ -217,4 +277,6 @@ class Target:
 
     def source(self, name: str, quantity: Quantity) -> str:
         """Draws are a quantity's own; exact columns and the gradient are shared."""
-        return f"signs {id(self.collection)} {name}" if quantity.source == "signs" else quantity.source
+        return (
+            f"signs {id(self.collection)} {name}" if quantity.source == "signs" else quantity.source
+        )

@@ -1,4 +1,7 @@
-"""Whether a record says all that autograd says of one call: the fallback assumes what only the graph of the call can confirm."""
+"""Whether a record says all that autograd says of one call: the fallback assumes what only the
+graph of the call can confirm.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,10 +16,11 @@ from nnj.recording.records import Record
 
 
 def confirmed(node: Any, record: Record, slots: dict[str, Jacobian], y: Tensor) -> bool:
-    """Whether every path through the call ends at its input or its own parameters, and one random vjp is autograd's own.
+    """Whether every path through the call ends at its input or its own parameters, and one random
+    vjp is autograd's own.
 
-    Samples that influence one another, tensors of other layers and hooks on gradients are seen in this.
-    """
+    Samples that influence one another, tensors of other layers and hooks on gradients are seen in
+    this."""
     ends = _inside(node, record)
     if ends is None:
         return False
@@ -40,7 +44,9 @@ def confirmed(node: Any, record: Record, slots: dict[str, Jacobian], y: Tensor) 
 
 
 def _inside(node: Any, record: Record) -> list[Any] | None:
-    """The nodes of the call in topological order, or None if a path leaves it elsewhere than at x and its parameters."""
+    """The nodes of the call in topological order, or None if a path leaves it elsewhere than at x
+    and its parameters.
+    """
     own = {id(p) for p in record.module.parameters()}
     order: list[Any] = []
     done: set[Any] = set()
@@ -81,13 +87,21 @@ def _backward(node: Any, record: Record, order: list[Any], u: Tensor) -> dict[An
             shape = tuple(edge[0]._input_metadata[edge[1]].shape)
             t = sum_to(back, shape, 1)[0]
             inner = hasattr(edge[0], "variable") and edge != record.edge
-            into, key = (found, id(edge[0].variable)) if inner else (found, edge) if edge == record.edge else (values, edge)
+            into, key = (
+                (found, id(edge[0].variable))
+                if inner
+                else (found, edge)
+                if edge == record.edge
+                else (values, edge)
+            )
             into[key] = into[key] + t if key in into else t
     return found
 
 
 def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
-    """x and y of a call in one dtype; where autocast has mixed precisions, the widest. None if parameters are narrower."""
+    """x and y of a call in one dtype; where autocast has mixed precisions, the widest. None if
+    parameters are narrower.
+    """
     x, y = record.x.tensor(), record.y.tensor()
     dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
     own = {p.dtype for p in record.module.parameters()}

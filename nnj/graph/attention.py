@@ -1,4 +1,7 @@
-"""O = softmax(s Q K^T + mask) V, backwards on many columns at once, which the fused kernels cannot do."""
+"""O = softmax(s Q K^T + mask) V, backwards on many columns at once, which the fused kernels cannot
+do.
+"""
+
 from __future__ import annotations
 
 import math
@@ -12,25 +15,38 @@ def fused_attention(node: Any) -> bool:
     """Whether a node is torch's fused attention in a form that `attention_backward` computes."""
     if "ScaledDotProduct" not in node.name():
         return False
-    names = ("_saved_query", "_saved_key", "_saved_value", "_saved_is_causal", "_saved_scale", "_saved_dropout_p")
-    if not all(hasattr(type(node), name) for name in names) or node._saved_dropout_p:  # a checkpoint unpacks a tensor once
+    names = (
+        "_saved_query",
+        "_saved_key",
+        "_saved_value",
+        "_saved_is_causal",
+        "_saved_scale",
+        "_saved_dropout_p",
+    )
+    # a checkpoint unpacks a tensor once
+    if not all(hasattr(type(node), name) for name in names) or node._saved_dropout_p:
         return False
-    if hasattr(type(node), "_saved_attn_bias") or len([n for n, _ in node.next_functions if n is not None]) > 3:
+    if (
+        hasattr(type(node), "_saved_attn_bias")
+        or len([n for n, _ in node.next_functions if n is not None]) > 3
+    ):
         return False
     return True
 
 
 def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
-    """Cotangents (K, N, H, T, d) of the output to those of Q, K and V. None where heads are grouped.
+    """Cotangents (K, N, H, T, d) of the output to those of Q, K and V. None where heads are
+    grouped.
 
-    With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(P o dP)),  dQ = s dS K,  dK = s dS^T Q.
-    """
+    With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(P o dP)),  dQ = s dS K,
+    dK = s dS^T Q."""
     q, k, v = node._saved_query, node._saved_key, node._saved_value
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
     p, scale = _probabilities(node, q, k)
     columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
-    g = g.movedim(0, -3)  # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
+    # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
+    g = g.movedim(0, -3)
     dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
     dp = (g.flatten(-3, -2) @ v.mT).unflatten(-2, (columns, t))
     p = p.unsqueeze(-3)
@@ -55,10 +71,11 @@ def _probabilities(node: Any, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
 
 
 def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] | None:
-    """(J o J')^T m for m of (K, N, H, T, d), with J' at the node `other`. None where heads are grouped.
+    """(J o J')^T m for m of (K, N, H, T, d), with J' at the node `other`. None where heads are
+    grouped.
 
-    dO_tc / dV_sc = P_ts,  dO_tc / dQ_td = s sum_s P_ts (V_sc - O_tc) K_sd,  dO_tc / dK_sd = s P_ts (V_sc - O_tc) Q_td.
-    """
+    dO_tc / dV_sc = P_ts,  dO_tc / dQ_td = s sum_s P_ts (V_sc - O_tc) K_sd,  dO_tc / dK_sd = s P_ts
+    (V_sc - O_tc) Q_td."""
     if node._saved_query.shape[:-2] != node._saved_key.shape[:-2]:
         return None
     p, jq, jk = _slopes(node)
@@ -70,7 +87,9 @@ def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] |
 
 
 def _slopes(node: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """P (N, H, T, S); dO_tc / dQ_td as (N, H, T, c, d); dO_tc / dK_sd without its factor Q_td, as (N, H, T, S, c)."""
+    """P (N, H, T, S); dO_tc / dQ_td as (N, H, T, c, d); dO_tc / dK_sd without its factor Q_td, as
+    (N, H, T, S, c).
+    """
     p, scale = _probabilities(node, node._saved_query, node._saved_key)
     v = node._saved_value
     jk = scale * p.unsqueeze(-1) * (v.unsqueeze(-3) - (p @ v).unsqueeze(-2))

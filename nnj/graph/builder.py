@@ -1,4 +1,7 @@
-"""Autograd's graph as the sweep sees it: steps (records and raw nodes) and their edges, in topological order."""
+"""Autograd's graph as the sweep sees it: steps (records and raw nodes) and their edges, in
+topological order.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,27 +31,46 @@ class Graph:
         products: whether products with bare parameters are taken for linear layers.
     """
 
-    def __init__(self, roots: list[Edge], wanted: Callable[[Tensor], bool], paths: dict[int, str], batched: Tensor | None = None,
-                 products: bool = True):
-        self.roots, self.wanted, self.paths, self.batched, self.products = roots, wanted, paths, batched, products
+    def __init__(
+        self,
+        roots: list[Edge],
+        wanted: Callable[[Tensor], bool],
+        paths: dict[int, str],
+        batched: Tensor | None = None,
+        products: bool = True,
+    ):
+        self.roots, self.wanted, self.paths, self.batched, self.products = (
+            roots,
+            wanted,
+            paths,
+            batched,
+            products,
+        )
         self.marks: list[CallMark] = []
         self._units: dict[Any, Step] = {}
         self._needed: dict[Step, bool] = {}
-        self._expanded: dict[Any, list[Edge | None] | None] = {}  # nodes that stand for many, and the edges of their outputs
+        # nodes that stand for many, and the edges of their outputs
+        self._expanded: dict[Any, list[Edge | None] | None] = {}
         self._aliases: dict[Any, Edge] = {}
         order = self._visit(roots)
         self.units = [unit for unit in order if self._needed[unit]]
         for unit in self.units:
-            unit.out = [e if e is not None and self._needed[self._unit(e)] else None for e in unit.out]
+            unit.out = [
+                e if e is not None and self._needed[self._unit(e)] else None for e in unit.out
+            ]
 
     def _unit(self, edge: Edge) -> Step:
         node, nr = edge
         if "CompiledFunction" in node.name():
-            raise NNJError("the model runs under torch.compile, which leaves no calls of layers in the graph. Collect with the "
-                           "model that was given to torch.compile (model._orig_mod)")
+            raise NNJError(
+                "the model runs under torch.compile, which leaves no calls of layers in the graph. "
+                "Collect with the model that was given to torch.compile (model._orig_mod)"
+            )
         if "CheckpointFunctionBackward" in node.name():
-            raise NNJError("torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward pass of its "
-                           "own and adds to .grad. Use use_reentrant=False")
+            raise NNJError(
+                "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
+                "pass of its own and adds to .grad. Use use_reentrant=False"
+            )
         if edge in self._units:
             return self._units[edge]
         if node in self._units:
@@ -73,7 +95,9 @@ class Graph:
         return unit
 
     def _from_node(self, node: Any) -> Step:
-        """A raw node as a unit; the bare parameters of a product are its own, and no columns go there."""
+        """A raw node as a unit; the bare parameters of a product are its own, and no columns go
+        there.
+        """
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
         unit = Step(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
         unit.held = SavedInput(node)
@@ -105,7 +129,9 @@ class Graph:
         if record.stale:
             return None
         if node_name(node) == "MaxPool2DWithIndices" and node.next_functions[0] == record.edge:
-            return None  # the node has saved where the largest entries are, which a rule would have to find again
+            # the node has saved where the largest entries are, which a rule would have to find
+            # again
+            return None
         point = working_point(record)
         if point is None:
             return None
@@ -116,7 +142,8 @@ class Graph:
         if record.entry.key is nn.Module and not confirmed(node, record, slots, y):
             return None
         for j in slots.values():
-            if j.like.device.type == "meta":  # the rule reads neither x nor y: only the node knows where they were
+            # the rule reads neither x nor y: only the node knows where they were
+            if j.like.device.type == "meta":
                 j.like = torch.empty(j.n, 0, dtype=y.dtype, device=node._input_metadata[0].device)
         own = dict(record.module.named_parameters(remove_duplicate=False))
         params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
@@ -124,7 +151,9 @@ class Graph:
         return Step(node, record, slots, [], [edge], None, y.dtype, params)
 
     def _visit(self, roots: list[Edge]) -> list[Step]:
-        """Units in topological order (reversed postorder of a depth-first walk), with what each of them leads to."""
+        """Units in topological order (reversed postorder of a depth-first walk), with what each of
+        them leads to.
+        """
         order: list[Step] = []
         done: set[Step] = set()
         for root in roots:
@@ -134,8 +163,12 @@ class Graph:
                 if leaving:
                     children = [self._unit(e) for e in unit.out if e is not None]
                     leaf = unit.leaf is not None and self.wanted(unit.leaf)
-                    self._needed[unit] = leaf or bool(unit.params) or any(self._needed[c] for c in children)
-                    unit.batch = (bool(unit.params) and not unit.bare) or (leaf and unit.leaf is self.batched)
+                    self._needed[unit] = (
+                        leaf or bool(unit.params) or any(self._needed[c] for c in children)
+                    )
+                    unit.batch = (bool(unit.params) and not unit.bare) or (
+                        leaf and unit.leaf is self.batched
+                    )
                     unit.batch_above = any(c.batch or c.batch_above for c in children)
                     unit.bare_above = any(c.bare or c.bare_above for c in children)
                     order.append(unit)

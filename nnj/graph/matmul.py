@@ -1,9 +1,10 @@
-"""A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what a layer's rule would.
+"""A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what
+a layer's rule would.
 
-The projections of attention, recurrent cells, adapters, functional and exported models end in such nodes; so do
-convolutions. Where the weight's edge leads straight to a parameter, through transposes and chunks of its rows alone, the
-pullback is that of `nnj.PatchMatmul`.
-"""
+The projections of attention, recurrent cells, adapters, functional and exported models end in such
+nodes; so do convolutions. Where the weight's edge leads straight to a parameter, through transposes
+and chunks of its rows alone, the pullback is that of `nnj.PatchMatmul`."""
+
 from __future__ import annotations
 
 import math
@@ -35,7 +36,8 @@ class BareParameter:
 
 
 class SavedInput:
-    """x of y = x W^T, as a node has saved it: taken once, in a pass of its own or during a walk, and then at hand.
+    """x of y = x W^T, as a node has saved it: taken once, in a pass of its own or during a walk,
+    and then at hand.
 
     A checkpoint gives it once in each pass, and another pass is the user's.
     """
@@ -57,11 +59,15 @@ class SavedInput:
 
 
 def product(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> list[BareParameter]:
-    """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is computed."""
+    """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is
+    computed.
+    """
     name = node_name(node)
     if name in ("Add", "Convolution"):
         return _bias(node, wanted) if name == "Add" else _convolution(node, wanted, held)
-    if name not in FORMS or any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
+    if name not in FORMS or any(
+        getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")
+    ):
         return []
     shape, first = tuple(node._input_metadata[0].shape), FORMS[name]
     end = _end(node.next_functions[first + 1], wanted)
@@ -72,9 +78,17 @@ def product(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> li
     like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
     patches = lambda at: held()[at, None, :, None].to(p.dtype)
     j: Jacobian = PatchMatmul(patches, (shape[1], width), shape[1:], like)
-    found = [BareParameter(first + 1, p, PermutedJacobian(j, j.inputs[::-1]) if turned else _whole(j, rows, p))]
+    found = [
+        BareParameter(
+            first + 1, p, PermutedJacobian(j, j.inputs[::-1]) if turned else _whole(j, rows, p)
+        )
+    ]
     end = _end(node.next_functions[0], wanted) if first else None
-    if end is not None and edge_shape(node.next_functions[0]) == shape[1:] and end[0].dtype == p.dtype:
+    if (
+        end is not None
+        and edge_shape(node.next_functions[0]) == shape[1:]
+        and end[0].dtype == p.dtype
+    ):
         b, _, rows = end
         found.append(BareParameter(0, b, _whole(ScaleShift(shape[1:], shape[1:], like), rows, b)))
     wide = torch.promote_types(p.dtype, node._input_metadata[0].dtype) == p.dtype
@@ -83,26 +97,43 @@ def product(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> li
 
 
 def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
-    """The bare parameters of y = x + b, with b along the last axis; torch adds it apart where the rows of x are scattered."""
+    """The bare parameters of y = x + b, with b along the last axis; torch adds it apart where the
+    rows of x are scattered.
+    """
     shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
     found = []
     for operand, edge in enumerate(node.next_functions):
-        end = _end(edge, wanted) if edge[0] is not None and len(shape) > 1 and edge_shape(edge) == shape[-1:] else None
+        end = (
+            _end(edge, wanted)
+            if edge[0] is not None and len(shape) > 1 and edge_shape(edge) == shape[-1:]
+            else None
+        )
         if end is None or end[0].dtype != dtype or node._saved_alpha != 1:
             continue
         p, _, rows = end
-        j = ScaleShift(shape[-1:], shape[1:], torch.empty(shape[0], 0, dtype=p.dtype, device=p.device))
+        j = ScaleShift(
+            shape[-1:], shape[1:], torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
+        )
         if (rows is None and p.shape == shape[-1:]) or (rows is not None and p.dim() == 1):
             found.append(BareParameter(operand, p, _whole(j, rows, p)))
     return found
 
 
-def _convolution(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> list[BareParameter]:
-    """The bare parameters of y = w * x + b on one or two spatial axes, w seen as a matrix and x in patches."""
+def _convolution(
+    node: Any, wanted: Callable[[Tensor], bool], held: SavedInput
+) -> list[BareParameter]:
+    """The bare parameters of y = w * x + b on one or two spatial axes, w seen as a matrix and x in
+    patches.
+    """
     (w, _), b = node.next_functions[1], node.next_functions[2]
     shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
     ends = [getattr(end, "variable", None) for end in (w, b[0])]
-    if node._saved_transposed or len(shape) not in (3, 4) or ends[0] is None or (b[0] is not None and ends[1] is None):
+    if (
+        node._saved_transposed
+        or len(shape) not in (3, 4)
+        or ends[0] is None
+        or (b[0] is not None and ends[1] is None)
+    ):
         return []
     if any(p is not None and (p.dtype != dtype or not wanted(p)) for p in ends):
         return []
@@ -111,12 +142,24 @@ def _convolution(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) 
 
     def patches(at: slice) -> Tensor:
         x = held()[at]
-        options = [tuple(value) for value in (kernel, node._saved_dilation, node._saved_padding, node._saved_stride)]
+        options = [
+            tuple(value)
+            for value in (kernel, node._saved_dilation, node._saved_padding, node._saved_stride)
+        ]
         if len(kernel) == 1:  # as one row of an image
-            x, options = x[:, :, None], [(neutral, *value) for neutral, value in zip((1, 1, 0, 1), options, strict=True)]
+            x, options = (
+                x[:, :, None],
+                [(neutral, *value) for neutral, value in zip((1, 1, 0, 1), options, strict=True)],
+            )
         return F.unfold(x, *options).unflatten(1, (groups, -1))
 
-    found = [BareParameter(1, ends[0], PatchMatmul(patches, ends[0].shape, shape[1:], like, groups=groups, last=False))]
+    found = [
+        BareParameter(
+            1,
+            ends[0],
+            PatchMatmul(patches, ends[0].shape, shape[1:], like, groups=groups, last=False),
+        )
+    ]
     if ends[1] is not None:
         found.append(BareParameter(2, ends[1], ScaleShift(shape[1:2], shape[1:], like, last=False)))
     return found
@@ -127,17 +170,33 @@ def _convolution_backward(node: Any, g: Tensor) -> Tensor:
     n, *shape = edge_shape(node.next_functions[0])
     like = g.new_empty(len(g) * n, *shape)  # of which only the shape is read
     found = torch.ops.aten.convolution_backward(
-        g.flatten(0, 1), like, saved(node, "weight"), None, node._saved_stride, node._saved_padding, node._saved_dilation, False,
-        node._saved_output_padding, node._saved_groups, [True, False, False])
+        g.flatten(0, 1),
+        like,
+        saved(node, "weight"),
+        None,
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        False,
+        node._saved_output_padding,
+        node._saved_groups,
+        [True, False, False],
+    )
     return found[0].unflatten(0, (len(g), n))
 
 
 def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
-    """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of columns."""
+    """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of
+    columns.
+    """
     if node_name(node) == "Add":
         return [g, g]
     if node_name(node) == "Convolution":
-        return [None if node.next_functions[0][0] is None else _convolution_backward(node, g), None, None]
+        return [
+            None if node.next_functions[0][0] is None else _convolution_backward(node, g),
+            None,
+            None,
+        ]
     first = FORMS[node_name(node)]
     back = None if node.next_functions[first][0] is None else g @ saved(node, "mat2").mT
     return [g, back, None] if first else [back, None]
@@ -147,15 +206,21 @@ def _whole(j: Jacobian, rows: tuple[int, int] | None, p: Tensor) -> Jacobian:
     return j if rows is None else RowsJacobian(j, rows[0], p.shape[0])
 
 
-def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> tuple[nn.Parameter, bool, tuple[int, int] | None] | None:
-    """The parameter where an edge ends, whether M is it and not its transpose, and which of its rows stand in it."""
+def _end(
+    edge: Edge, wanted: Callable[[Tensor], bool]
+) -> tuple[nn.Parameter, bool, tuple[int, int] | None] | None:
+    """The parameter where an edge ends, whether M is it and not its transpose, and which of its
+    rows stand in it.
+    """
     node, nr = edge
     turned, rows = True, None
     while node is not None and not hasattr(node, "variable"):
         name, dims = node_name(node), len(node._input_metadata[nr].shape)
         if rows is not None and name != "ToCopy":
             return None
-        if name == "T" or (name == "Transpose" and dims == 2 and (node._saved_dim0 - node._saved_dim1) % 2):
+        if name == "T" or (
+            name == "Transpose" and dims == 2 and (node._saved_dim0 - node._saved_dim1) % 2
+        ):
             turned = not turned
         elif name != "ToCopy":
             rows = _chunk(node, nr)
@@ -167,11 +232,17 @@ def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> tuple[nn.Parameter, bo
     if node is None or not wanted(node.variable):
         return None
     p = node.variable
-    return (p, turned and p.dim() == 2, rows) if p.dim() in (1, 2) and p.layout == torch.strided else None
+    return (
+        (p, turned and p.dim() == 2, rows)
+        if p.dim() in (1, 2) and p.layout == torch.strided
+        else None
+    )
 
 
 def _chunk(node: Any, nr: int) -> tuple[int, int] | None:
-    """Which rows of its operand output nr of a node is: a chunk, a split or a slice along axis 0."""
+    """Which rows of its operand output nr of a node is: a chunk, a split or a slice along axis
+    0.
+    """
     name = node_name(node)
     if name in ("Split", "SplitWithSizes", "UnsafeSplit") and node._saved_dim == 0:
         sizes: Sequence[int] = [m.shape[0] for m in node._input_metadata]

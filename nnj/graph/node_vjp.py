@@ -1,4 +1,5 @@
 """How a node of autograd is called on many columns at once."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from nnj.graph.op_names import TRUSTED
 
 
 def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
-    """A node's backward on k columns: autograd's own formula under vmap, column by column where vmap cannot take it."""
+    """A node's backward on k columns: autograd's own formula under vmap, column by column where
+    vmap cannot take it.
+    """
     if fused_attention(node) and arrived[0] is not None:
         found = attention_backward(node, arrived[0])
         if found is not None:
@@ -30,8 +33,10 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         call = node.apply
         metadata = getattr(node, "_input_metadata")  # noqa: B009 (unknown to the stubs)
         like = next(t for t in arrived if t is not None)
-        arrived = [like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
-                   for t, m in zip(arrived, metadata, strict=True)]
+        arrived = [
+            like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
+            for t, m in zip(arrived, metadata, strict=True)
+        ]
     which = [i for i, t in enumerate(arrived) if t is not None]
 
     def run(*given: Tensor) -> Any:
@@ -53,14 +58,18 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
     except RuntimeError as error:
         _freed(error)
     columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+    return [
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)
+    ]
 
 
-def _confirmed(run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: list[Tensor | None]) -> bool:
+def _confirmed(
+    run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: list[Tensor | None]
+) -> bool:
     """Whether a random combination of all columns comes out alone as it does of them under vmap.
 
-    Not every batching rule of torch is right (that of cdist's backward is not); a node is linear in what it is given.
-    """
+    Not every batching rule of torch is right (that of cdist's backward is not); a node is linear in
+    what it is given."""
     seed = torch.Generator().manual_seed(0x6E6E6A)
     weights = torch.rand(len(given[0]), generator=seed, dtype=torch.float64) + 0.5
     mix = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
@@ -70,16 +79,19 @@ def _confirmed(run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: 
             return False
         if one is not None and columns is not None and one.numel():
             tolerance = torch.finfo(one.dtype).eps ** 0.5 * columns.abs().max() * len(columns)
-            if one.shape != columns.shape[1:] or bool(((one - mix(columns)).abs() > tolerance).any()):
+            if one.shape != columns.shape[1:] or bool(
+                ((one - mix(columns)).abs() > tolerance).any()
+            ):
                 return False
     return True
 
 
 class _PlainRecomputation(TorchFunctionMode):
-    """What a checkpoint computes anew while its tensors are unpacked has nothing to do with the columns: it runs outside of vmap.
+    """What a checkpoint computes anew while its tensors are unpacked has nothing to do with the
+    columns: it runs outside of vmap.
 
-    There torch may take other kernels, which save other tensors than those that stand for the ones of the forward pass.
-    """
+    There torch may take other kernels, which save other tensors than those that stand for the ones
+    of the forward pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with temporarily_clear_interpreter_stack():
@@ -88,7 +100,9 @@ class _PlainRecomputation(TorchFunctionMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the user after the pass."""
+    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the
+    user after the pass.
+    """
     functorch: Any = torch._C._functorch
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
@@ -98,7 +112,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
-    """g of (K, N, C, *pooled) at the places that were the largest: what vmap would do column by column."""
+    """g of (K, N, C, *pooled) at the places that were the largest: what vmap would do column by
+    column.
+    """
     x, index = node._saved_self, node._saved_result1
     back = g.new_zeros(*g.shape[:-2], x.shape[-2] * x.shape[-1])
     back.scatter_add_(-1, index.flatten(-2).expand(*g.shape[:-2], -1), g.flatten(-2))

@@ -1,4 +1,5 @@
 """Autograd's nodes and edges: their names, shapes and saved tensors, and passes of our own."""
+
 from __future__ import annotations
 
 import re
@@ -35,7 +36,9 @@ def signed(number: int) -> int:
 
 
 def saved(node: Any, name: str) -> Tensor:
-    """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed it."""
+    """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed
+    it.
+    """
     try:
         found: Tensor = getattr(node, f"_saved_{name}")
     except RuntimeError as error:
@@ -46,7 +49,9 @@ def saved(node: Any, name: str) -> Tensor:
 
 def _freed(error: RuntimeError) -> None:
     if "second time" in str(error):
-        raise NNJError("the graph was freed by an earlier backward pass; use retain_graph=True there") from error
+        raise NNJError(
+            "the graph was freed by an earlier backward pass; use retain_graph=True there"
+        ) from error
 
 
 def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
@@ -59,7 +64,9 @@ def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
 
 
 def own_task(run: Callable[[], T]) -> T:
-    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in each."""
+    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in
+    each.
+    """
     result: list[T] = []
 
     def hook(_: Tensor) -> None:

@@ -1,4 +1,5 @@
 """One step of a graph: a record of a layer, or a raw node of autograd."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from nnj.recording.records import Edge, Record
 
 @dataclass(eq=False)
 class Step:
-    """One step of the walk: the edges on which columns arrive, and those on which they leave (None: nobody needs them)."""
+    """One step of the walk: the edges on which columns arrive, and those on which they leave
+    (None: nobody needs them).
+    """
 
     node: Any
     record: Record | None
@@ -24,10 +27,13 @@ class Step:
     out: list[Edge | None]
     leaf: Tensor | None = None
     dtype: torch.dtype | None = None  # in which a record works
-    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)  # wanted parameters of a record, or of a product
-    batch: bool = False  # whether it has the samples in its rows: a record with wanted parameters, or the model's input
+    # wanted parameters of a record, or of a product
+    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    # whether it has the samples in its rows: a record with wanted parameters, or the model's input
+    batch: bool = False
     batch_above: bool = False  # whether such a unit lies further on
-    bare: bool = False  # whether it is a product with bare parameters, which mostly has the samples in its rows, too
+    # whether it is a product with bare parameters, which mostly has the samples in its rows, too
+    bare: bool = False
     bare_above: bool = False
     held: SavedInput | None = None  # what the bare parameters of a product meet
 

@@ -1,8 +1,10 @@
-"""B = V J: what columns V of the loss become at a parameter, one (N, *p) for each column, kept as lazily as J allows.
+"""B = V J: what columns V of the loss become at a parameter, one (N, *p) for each column, kept as
+lazily as J allows.
 
-A GGN is sum over columns k and samples n of B[k, n]^T B[k, n]. Its diagonal and its blocks are asked of the *structure* of B,
-which mostly never stands in memory: `Places` holds the two thin factors of B, `Lookup` its few rows that are not zero.
-"""
+A GGN is sum over columns k and samples n of B[k, n]^T B[k, n]. Its diagonal and its blocks are
+asked of the *structure* of B, which mostly never stands in memory: `Places` holds the two thin
+factors of B, `Lookup` its few rows that are not zero."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +17,9 @@ CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is bei
 
 
 class Factor:
-    """B of shape (K, N, *shape). Must define `dense` and `columns`; may override the rest, for speed alone."""
+    """B of shape (K, N, *shape). Must define `dense` and `columns`; may override the rest, for
+    speed alone.
+    """
 
     k: int
     n: int
@@ -64,7 +68,9 @@ class Factor:
         return total
 
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
-        """B[:, sample, index] for paired samples and indices of the first axis: (K, M, *shape[1:])."""
+        """B[:, sample, index] for paired samples and indices of the first axis:
+        (K, M, *shape[1:]).
+        """
         return self.dense()[:, sample, index]
 
     def gram(self, other: Factor) -> Tensor:
@@ -96,7 +102,9 @@ class DenseFactor(Factor):
 
 
 class RowSparse(Factor):
-    """Rows of B that are not zero: v[k, m] stands at B[k, sample[m], row[m]]; every pair (sample, row) occurs once."""
+    """Rows of B that are not zero: v[k, m] stands at B[k, sample[m], row[m]]; every pair
+    (sample, row) occurs once.
+    """
 
     def __init__(self, v: Tensor, sample: Tensor, row: Tensor, n: int, shape: Sequence[int]):
         self.v, self.sample, self.row = v, sample, row
@@ -104,8 +112,12 @@ class RowSparse(Factor):
         self.device, self.dtype = v.device, v.dtype
 
     @classmethod
-    def build(cls, v: Tensor, sample: Tensor, row: Tensor, n: int, shape: Sequence[int]) -> RowSparse:
-        """From v of (K, M, *shape[1:]) in which pairs may repeat, and a negative sample means nobody's."""
+    def build(
+        cls, v: Tensor, sample: Tensor, row: Tensor, n: int, shape: Sequence[int]
+    ) -> RowSparse:
+        """From v of (K, M, *shape[1:]) in which pairs may repeat, and a negative sample means
+        nobody's.
+        """
         keep = (sample >= 0).nonzero()[:, 0]
         pair, where = torch.unique(sample[keep] * shape[0] + row[keep], return_inverse=True)
         total = v.new_zeros(v.shape[0], len(pair), *v.shape[2:]).index_add_(1, where, v[:, keep])

@@ -1,9 +1,10 @@
-"""J: the Jacobian of one layer in one slot, as a linear operator on every row of the batch, and its structures in an input.
+"""J: the Jacobian of one layer in one slot, as a linear operator on every row of the batch, and its
+structures in an input.
 
-Shapes, said once. A tangent is shaped like what it is a tangent of, with one free axis K in front: (K, N, *inputs) forward,
-(K, N, *outputs) backward. A direction v of a parameter is (K, N, *p), or (K, 1, *p) when the batch shares it. Metrics are
-over flattened tangents: (N, d, d).
-"""
+Shapes, said once. A tangent is shaped like what it is a tangent of, with one free axis K in front:
+(K, N, *inputs) forward, (K, N, *outputs) backward. A direction v of a parameter is (K, N, *p), or
+(K, 1, *p) when the batch shares it. Metrics are over flattened tangents: (N, d, d)."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,8 @@ from nnj.jacobians.sample_index import SampleIndex
 
 
 class Jacobian:
-    """A linear operator per row. A subclass defines `dense`, or both `jvp` and `vjp`; all else follows.
+    """A linear operator per row. A subclass defines `dense`, or both `jvp` and `vjp`; all else
+    follows.
 
     What follows may be overridden for speed, never for meaning.
 
@@ -37,25 +39,33 @@ class Jacobian:
         if cls.dense is base.dense and (cls.jvp is base.jvp or cls.vjp is base.vjp):
             raise TypeError(f"{cls.__name__} must define dense, or both jvp and vjp")
 
-    # -- primitives: each from the other --------------------------------------------------------------------------------
+    # -- primitives: each from the other -----------------------------------------------------------
 
     def dense(self) -> Tensor:
         """The matrix, (N, out, in) over flattened outputs and inputs."""
         d = math.prod(self.outputs)
-        eye = torch.eye(d, dtype=self.like.dtype, device=self.like.device).reshape(d, 1, *self.outputs)
+        eye = torch.eye(d, dtype=self.like.dtype, device=self.like.device).reshape(
+            d, 1, *self.outputs
+        )
         return self.vjp(eye.expand(d, self.n, *self.outputs)).reshape(d, self.n, -1).transpose(0, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (K, N, *inputs) -> (K, N, *outputs)."""
         out = self.dense() @ v.flatten(2).permute(1, 2, 0)
-        return out.permute(2, 0, 1).unflatten(2, self.outputs or (1,)).reshape(v.shape[0], self.n, *self.outputs)
+        return (
+            out.permute(2, 0, 1)
+            .unflatten(2, self.outputs or (1,))
+            .reshape(v.shape[0], self.n, *self.outputs)
+        )
 
     def vjp(self, u: Tensor) -> Tensor:
-        """u J: (K, N, *outputs) -> (K, N, *inputs), for each row on its own, also when the slot is a parameter."""
+        """u J: (K, N, *outputs) -> (K, N, *inputs), for each row on its own, also when the slot is
+        a parameter.
+        """
         out = u.reshape(*u.shape[:2], -1).transpose(0, 1) @ self.dense()
         return out.transpose(0, 1).reshape(*u.shape[:2], *self.inputs)
 
-    # -- products of matrices and metrics --------------------------------------------------------------------------------
+    # -- products of matrices and metrics ----------------------------------------------------------
 
     def jmp(self, m: Tensor) -> Tensor:
         """J M: (N, in, c) -> (N, out, c)."""
@@ -80,23 +90,30 @@ class Jacobian:
         return Dense(self.dense().square(), self.inputs, self.outputs)
 
     def times(self, other: Jacobian) -> Jacobian:
-        """The operator whose entries are products of those of J and of `other`, which is that of the same layer at another x."""
+        """The operator whose entries are products of those of J and of `other`, which is that of
+        the same layer at another x.
+        """
         return Dense(self.dense() * other.dense(), self.inputs, self.outputs)
 
-    # -- what a quantity asks at a parameter ------------------------------------------------------------------------------
+    # -- what a quantity asks at a parameter -------------------------------------------------------
 
     def pullback(self, u: Tensor, owner: SampleIndex) -> Factor:
-        """u J added up for each sample, as a `Factor` (K, n, *p): `owner` says whose the entries of u are."""
+        """u J added up for each sample, as a `Factor` (K, n, *p): `owner` says whose the entries of
+        u are.
+        """
         if not owner.explicit:
             factor = self.factor(u, owner)
             if factor is not None:
                 return factor
-            u = owner.split(u)  # an entry of each row for another sample: one column for each sample, always exact
+            # an entry of each row for another sample: one column for each sample, always exact
+            u = owner.split(u)
         b = self.explicit(u)
         return DenseFactor(b.reshape(-1, owner.n, *b.shape[1:]))
 
     def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
-        """`pullback` where a structure can tell samples apart; None where a row holds entries of several samples."""
+        """`pullback` where a structure can tell samples apart; None where a row holds entries of
+        several samples.
+        """
         b = owner.sum(self.vjp(u))
         return None if b is None else DenseFactor(b)
 
@@ -120,14 +137,18 @@ class Diagonal(Jacobian):
     """An elementwise map: d = f'(x), of (N, *shape).
 
     Args:
-        d: the slopes, or what makes them when they are asked for, so that they stand in memory no longer than they are used.
+        d: the slopes, or what makes them when they are asked for, so that they stand in memory no
+            longer than they are used.
         like: a tensor of d's shape and dtype, if d is made.
     """
 
     def __init__(self, d: Tensor | Callable[[], Tensor], like: Tensor | None = None):
         if like is None:
             if not isinstance(d, Tensor):
-                raise TypeError("Diagonal takes a tensor, or a function that makes it and a tensor that is like it")
+                raise TypeError(
+                    "Diagonal takes a tensor, or a function that makes it and a tensor that is "
+                    "like it"
+                )
             like = d
         super().__init__(like.shape[1:], like.shape[1:], like)
         self._d = d
@@ -147,7 +168,11 @@ class Diagonal(Jacobian):
         return Diagonal(lambda: self.d.square(), self.like)
 
     def times(self, other: Jacobian) -> Jacobian:
-        return Diagonal(lambda: self.d * other.d, self.like) if isinstance(other, Diagonal) else super().times(other)
+        return (
+            Diagonal(lambda: self.d * other.d, self.like)
+            if isinstance(other, Diagonal)
+            else super().times(other)
+        )
 
 
 class Identity(Jacobian):
@@ -167,26 +192,44 @@ class Identity(Jacobian):
 
 
 class LinearMap(Jacobian):
-    """A linear map given by itself and its adjoint, both on a plain batch (B, ...): pooling, padding, a convolution's input.
+    """A linear map given by itself and its adjoint, both on a plain batch (B, ...): pooling,
+    padding, a convolution's input.
 
     Args:
         forward: (B, *inputs) -> (B, *outputs).
         adjoint: (B, *outputs) -> (B, *inputs).
-        squared: makes the map with squared entries, if that is cheaper than squaring the dense matrix.
+        squared: makes the map with squared entries, if that is cheaper than squaring the dense
+            matrix.
         per_row: the maps differ from row to row and take (K, N, ...) as it is.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], inputs: Sequence[int],
-                 outputs: Sequence[int], like: Tensor, *, squared: Callable[[], Jacobian] | None = None,
-                 per_row: bool = False):
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        adjoint: Callable[[Tensor], Tensor],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        like: Tensor,
+        *,
+        squared: Callable[[], Jacobian] | None = None,
+        per_row: bool = False,
+    ):
         super().__init__(inputs, outputs, like)
         self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
 
     def jvp(self, v: Tensor) -> Tensor:
-        return self.forward(v) if self.per_row else self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+        return (
+            self.forward(v)
+            if self.per_row
+            else self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+        )
 
     def vjp(self, u: Tensor) -> Tensor:
-        return self.adjoint(u) if self.per_row else self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+        return (
+            self.adjoint(u)
+            if self.per_row
+            else self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+        )
 
     def square(self) -> Jacobian:
         return super().square() if self.squared is None else self.squared()

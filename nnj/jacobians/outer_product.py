@@ -1,4 +1,7 @@
-"""B = V U^T: the factor at a weight, whose input is seen in patches U, kept as its two thin factors."""
+"""B = V U^T: the factor at a weight, whose input is seen in patches U, kept as its two thin
+factors.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -8,17 +11,21 @@ from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor
 
-KERNELS = 1 << 22  # entries of all kernels of one parameter: beyond, a turn that adds to them goes through main memory
+# entries of all kernels of one parameter: beyond, a turn that adds to them goes through main memory
+KERNELS = 1 << 22
 SQUARED = 1 << 22  # entries of B that are formed and squared at a time
 
 
 def outer(v: Tensor, u: Tensor) -> Tensor:
-    """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
+    """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for
+    each.
+    """
     return (v[0] @ u.mT)[None] if len(v) == 1 else torch.stack([column @ u.mT for column in v])
 
 
 class Patches:
-    """U of (N, G, I, L), made for some samples when it is asked for: of all of a batch it is often the largest tensor there is.
+    """U of (N, G, I, L), made for some samples when it is asked for: of all of a batch it is often
+    the largest tensor there is.
 
     Args:
         make: U of the samples in a slice.
@@ -46,16 +53,20 @@ class Patches:
 
 
 class OuterProduct(Factor):
-    """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], with v of (K, N, G, O, L) and u of (N, G, I, L).
+    """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], with v of (K, N, G, O, L) and u of
+    (N, G, I, L).
 
     Linear, convolutions and biases are of this form. Two uses of one weight are more places.
 
     Args:
         u, v, shape: as above; `shape` is that of the parameter, (G * O, ...).
-        origin: the columns of which v is another view, so that what is asked of them by several parameters is computed once.
+        origin: the columns of which v is another view, so that what is asked of them by several
+            parameters is computed once.
     """
 
-    def __init__(self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None):
+    def __init__(
+        self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
+    ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
         self.k, self.n = v.shape[0], v.shape[1]
@@ -73,7 +84,8 @@ class OuterProduct(Factor):
         if g != 1 or out.dtype != self.dtype or out.stride(1) != 1:
             super().write(out, more)
             return
-        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT  # large, so formed where it is wanted
+        # large, so formed where it is wanted
+        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT
         target.baddbmm_(v, u) if more else torch.bmm(v, u, out=target)
 
     def columns(self, which: slice) -> Factor:
@@ -92,10 +104,10 @@ class OuterProduct(Factor):
     def by_gram(self, in_all: int) -> bool:
         """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in float64), and 32 L^2 to add them up
-        in each turn; K L I without, where B also writes and reads K I squares (8: what a square costs beside a multiply-add).
-        With one place they always do.
-        """
+        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels
+        (in float64), and 32 L^2 to add them up in each turn; K L I without, where B also writes and
+        reads K I squares (8: what a square costs beside a multiply-add). With one place they always
+        do."""
         n, g, o, l = self.v.shape[1:]
         i, turns = self.patches.inputs, max(1, in_all / self.k)
         kernels = 2 * l * l * (in_all + i / 2 + 16 * (turns - 1))
@@ -105,7 +117,9 @@ class OuterProduct(Factor):
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""
         if self.v.shape[-1] == 1:
             return self._one_place()
-        v = self.v.double()  # entries of B are differences of kernels: single precision would leave noise, even below zero
+        # entries of B are differences of kernels: single precision would leave noise, even below
+        # zero
+        v = self.v.double()
         return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
     def _one_place(self) -> Tensor:
@@ -122,7 +136,9 @@ class OuterProduct(Factor):
         return self.explicit_squares()
 
     def explicit_squares(self) -> Tensor:
-        """The sum over columns of B^2, each B formed, (*shape). By sample, in products as large as caches like them."""
+        """The sum over columns of B^2, each B formed, (*shape). By sample, in products as large as
+        caches like them.
+        """
         k, n, g, o, l = self.v.shape
         i = self.patches.inputs
         total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
@@ -141,7 +157,10 @@ class OuterProduct(Factor):
         return total.reshape(self.shape)
 
     def gram(self, other: Factor) -> Tensor:
-        one = isinstance(other, OuterProduct) and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
+        one = (
+            isinstance(other, OuterProduct)
+            and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
+        )
         if not one or self.k == 1:
             return super().gram(other)
         # One place: the block is sum_n (V^T V)_n (x) u_n u'_n^T, without B.
@@ -158,25 +177,31 @@ class OuterProduct(Factor):
 
 
 def _each(v: Tensor, u: Tensor) -> Iterable[Tensor]:
-    """v (K, G, O, L) times u (G, L, I) for each of the K, one to be used before the next is asked for."""
+    """v (K, G, O, L) times u (G, L, I) for each of the K, one to be used before the next is asked
+    for.
+    """
     k, g, o, l = v.shape
     i = u.shape[2]
     if g > 1 or v.stride(2) != 1 or o < i:
         return (v.transpose(0, 1).reshape(g, -1, l) @ u).unflatten(1, (-1, o)).unbind(1)
-    if v.device.type != "cpu" or o * i < 1 << 15:  # v is as a linear layer on sequences has it: a copy would cost as much
+    # v is as a linear layer on sequences has it: a copy would cost as much
+    if v.device.type != "cpu" or o * i < 1 << 15:
         return (v[:, 0] @ u.expand(k, -1, -1))[:, None].unbind(0)
     room = v.new_empty(o, i)  # stays in the caches
     return (torch.mm(column[0], u[0], out=room)[None] for column in v)
 
 
 def kernel_squares(kernel: Tensor, patches: Patches) -> Tensor:
-    """diag(U (V^T V) U^T), summed over the samples: kernels (N, G, O, L, L) of one factor give the squares (G, O, I) of its B."""
+    """diag(U (V^T V) U^T), summed over the samples: kernels (N, G, O, L, L) of one factor give the
+    squares (G, O, I) of its B.
+    """
     g, o, l = kernel.shape[1:4]
     i = patches.inputs
     if l == 1:
         return kernel[..., 0, 0].permute(1, 2, 0) @ patches()[..., 0].square().transpose(0, 1)
     left, right = torch.triu_indices(l, l, device=kernel.device)
-    twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)  # kernels are symmetric: half of them, twice
+    # kernels are symmetric: half of them, twice
+    twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
     found = torch.zeros(g, o, i, dtype=kernel.dtype, device=kernel.device)
     for rows in patches.parts(g * l * l * (o + i)):
         u = patches(rows).to(kernel.dtype)

@@ -1,4 +1,5 @@
 """Whose the entries of a tangent are."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -8,7 +9,9 @@ from torch import Tensor
 
 
 class SampleAxis(NamedTuple):
-    """Where the samples are in a tensor: entry i of an axis belongs to sample (i // run) % n, whatever the other indices."""
+    """Where the samples are in a tensor: entry i of an axis belongs to sample (i // run) % n,
+    whatever the other indices.
+    """
 
     axis: int
     run: int
@@ -17,20 +20,30 @@ class SampleAxis(NamedTuple):
 class SampleIndex:
     """Which of `n` samples each entry of a tangent (K, R, *outputs) belongs to.
 
-    `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that broadcasts against
-    (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0 of the tangent is (K * n): every column
-    is that of one sample, and all its entries are that sample's. `along` says the same as `of` where that is so simple.
-    """
+    `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that
+    broadcasts against (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0
+    of the tangent is (K * n): every column is that of one sample, and all its entries are that
+    sample's. `along` says the same as `of` where that is so simple."""
 
-    def __init__(self, n: int, of: Tensor | None = None, explicit: bool = False, along: SampleAxis | None = None):
+    def __init__(
+        self,
+        n: int,
+        of: Tensor | None = None,
+        explicit: bool = False,
+        along: SampleAxis | None = None,
+    ):
         self.n, self.of, self.explicit, self.along = n, of, explicit, along
 
     @classmethod
-    def by_axis(cls, n: int, shape: tuple[int, ...], along: SampleAxis, device: torch.device) -> SampleIndex:
+    def by_axis(
+        cls, n: int, shape: tuple[int, ...], along: SampleAxis, device: torch.device
+    ) -> SampleIndex:
         """That of a tangent of (R, *outputs) = shape with the samples along one axis."""
         if along.axis == 0 and shape[0] == n * along.run:
             return cls(n)
-        of = (torch.arange(shape[along.axis], device=device) // along.run % n).reshape(-1, *[1] * (len(shape) - along.axis - 1))
+        of = (torch.arange(shape[along.axis], device=device) // along.run % n).reshape(
+            -1, *[1] * (len(shape) - along.axis - 1)
+        )
         of = of.expand(shape[0], *[1] * (along.axis - 1), *of.shape) if along.axis else of
         return cls(n, of, along=along)
 
@@ -44,7 +57,9 @@ class SampleIndex:
         return flat[:, 0].expand(count)
 
     def tidy(self) -> SampleIndex:
-        """The same with nobody's entries given to the owner of the others in their row, and plain where it is sample-major."""
+        """The same with nobody's entries given to the owner of the others in their row, and plain
+        where it is sample-major.
+        """
         of = self.of
         if of is None or self.explicit:
             return self
@@ -59,7 +74,9 @@ class SampleIndex:
         return SampleIndex(self.n, of)
 
     def sum(self, t: Tensor) -> Tensor | None:
-        """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one sample."""
+        """(K, R, *s) -> (K, n, *s), rows of one sample added; None where rows are not of one
+        sample.
+        """
         if self.of is None:
             r = t.shape[1]
             return t if r == self.n else t.unflatten(1, (self.n, r // self.n)).sum(2)
@@ -73,7 +90,9 @@ class SampleIndex:
         return out.index_add_(1, rows[alive], t[:, alive])
 
     def split(self, v: Tensor) -> Tensor:
-        """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other samples' entries zero."""
+        """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other
+        samples' entries zero.
+        """
         of = self.of
         if of is None:
             of = self.rows(v.shape[1], v.device)
@@ -83,5 +102,9 @@ class SampleIndex:
 
 
 def is_cyclic(whose: Tensor, n: int) -> bool:
-    """Whether rows belong to samples 0, 1, ..., n - 1, 0, 1, ..., as those of a sequence-first model do."""
-    return len(whose) % n == 0 and torch.equal(whose, torch.arange(len(whose), device=whose.device) % n)
+    """Whether rows belong to samples 0, 1, ..., n - 1, 0, 1, ..., as those of a sequence-first
+    model do.
+    """
+    return len(whose) % n == 0 and torch.equal(
+        whose, torch.arange(len(whose), device=whose.device) % n
+    )

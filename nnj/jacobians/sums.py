@@ -1,4 +1,7 @@
-"""Sums over what comes one after the other: the uses of one parameter, and squares of columns that come in chunks."""
+"""Sums over what comes one after the other: the uses of one parameter, and squares of columns that
+come in chunks.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,10 +14,11 @@ from nnj.jacobians.outer_product import OuterProduct, Patches, kernel_squares
 
 
 class SquareSum:
-    """sum over columns and samples of B^2, of columns that come in turns. Turns add up with +, and `value` is the sum.
+    """sum over columns and samples of B^2, of columns that come in turns. Turns add up with +, and
+    `value` is the sum.
 
-    Where kernels are cheaper they add up over the turns, and meet U only once: diag(U (V^T V) U^T), no entry of B is formed.
-    """
+    Where kernels are cheaper they add up over the turns, and meet U only once: diag(U (V^T V) U^T),
+    no entry of B is formed."""
 
     def __init__(self, factor: Factor, in_all: int | None = None):
         self.shape, self.dtype = factor.shape, factor.dtype
@@ -49,7 +53,13 @@ class SumFactor(Factor):
     def __init__(self, parts: Sequence[Factor]):
         self.parts = list(parts)
         first = self.parts[0]
-        self.k, self.n, self.shape, self.device, self.dtype = first.k, first.n, first.shape, first.device, first.dtype
+        self.k, self.n, self.shape, self.device, self.dtype = (
+            first.k,
+            first.n,
+            first.shape,
+            first.device,
+            first.dtype,
+        )
 
     def dense(self) -> Tensor:
         return torch.stack([part.dense() for part in self.parts]).sum(0)
@@ -75,14 +85,24 @@ def merge_factors(parts: Sequence[Factor]) -> Factor:
     """One factor for all uses of a parameter."""
     if len(parts) == 1:
         return parts[0]
-    forms = {(p.v.shape[2], p.v.shape[3], p.patches.inputs) if isinstance(p, OuterProduct) else None for p in parts}
+    forms = {
+        (p.v.shape[2], p.v.shape[3], p.patches.inputs) if isinstance(p, OuterProduct) else None
+        for p in parts
+    }
     if len(forms) == 1 and None not in forms:
         places = [p for p in parts if isinstance(p, OuterProduct)]
-        u = Patches(lambda rows: torch.cat([p.patches(rows) for p in places], -1), parts[0].n, places[0].patches.inputs)
+        u = Patches(
+            lambda rows: torch.cat([p.patches(rows) for p in places], -1),
+            parts[0].n,
+            places[0].patches.inputs,
+        )
         return OuterProduct(u, torch.cat([p.v for p in places], -1), parts[0].shape)
     if all(isinstance(p, RowSparse) for p in parts):
         found = [p for p in parts if isinstance(p, RowSparse)]
-        v, sample, row = (torch.cat([getattr(p, name) for p in found], d) for name, d in (("v", 1), ("sample", 0), ("row", 0)))
+        v, sample, row = (
+            torch.cat([getattr(p, name) for p in found], d)
+            for name, d in (("v", 1), ("sample", 0), ("row", 0))
+        )
         return RowSparse.build(v, sample, row, parts[0].n, parts[0].shape)
     sparse = [p for p in parts if isinstance(p, RowSparse)]
     rest = [p for p in parts if not isinstance(p, RowSparse)]

@@ -1,4 +1,5 @@
 """A parameter seen in another arrangement, or some rows of it: factors and Jacobians of a view."""
+
 from __future__ import annotations
 
 import itertools
@@ -18,7 +19,9 @@ from nnj.jacobians.sums import merge_factors
 
 @dataclass(frozen=True)
 class Permutation:
-    """Entries in another order: of `shape`, seen as `split`, whose axes are put in `order` and seen as `inner`."""
+    """Entries in another order: of `shape`, seen as `split`, whose axes are put in `order` and seen
+    as `inner`.
+    """
 
     shape: tuple[int, ...]
     split: tuple[int, ...]
@@ -28,7 +31,9 @@ class Permutation:
     def put(self, t: Tensor) -> Tensor:
         """(..., *shape) -> (..., *inner)."""
         lead = t.shape[: t.dim() - len(self.shape)]
-        return self._permuted(t.reshape(*lead, *self.split), len(lead), self.order).reshape(*lead, *self.inner)
+        return self._permuted(t.reshape(*lead, *self.split), len(lead), self.order).reshape(
+            *lead, *self.inner
+        )
 
     def back(self, t: Tensor) -> Tensor:
         """(..., *inner) -> (..., *shape)."""
@@ -62,7 +67,9 @@ class PermutedFactor(Factor):
         return self.arrangement.back(self.factor.square_sum())
 
     def gram(self, other: Factor) -> Tensor:
-        """Rows of the block are put in the order of the parameter; so are its columns if the other is turned, too."""
+        """Rows of the block are put in the order of the parameter; so are its columns if the other
+        is turned, too.
+        """
         inner = other.factor if isinstance(other, PermutedFactor) else other
         found = self.factor.gram(self.factor if other is self else inner)
         found = self.arrangement.back(found.mT.reshape(-1, *self.factor.shape)).flatten(1).mT
@@ -72,7 +79,9 @@ class PermutedFactor(Factor):
 
 
 class RowsFactor(Factor):
-    """B of a parameter of which some rows are reached: parts (start, B of the rows from there), which do not overlap."""
+    """B of a parameter of which some rows are reached: parts (start, B of the rows from there),
+    which do not overlap.
+    """
 
     def __init__(self, parts: Sequence[tuple[int, Factor]], shape: Sequence[int]):
         self.parts, self.shape = list(parts), tuple(shape)
@@ -99,7 +108,9 @@ class RowsFactor(Factor):
 
     def gram(self, other: Factor) -> Tensor:
         width = math.prod(self.shape[1:])
-        out = torch.zeros(math.prod(self.shape), math.prod(other.shape), dtype=self.dtype, device=self.device)
+        out = torch.zeros(
+            math.prod(self.shape), math.prod(other.shape), dtype=self.dtype, device=self.device
+        )
         for start, part in self.parts:
             a = slice(start * width, (start + part.shape[0]) * width)
             if not isinstance(other, RowsFactor):
@@ -115,7 +126,9 @@ def merge_uses(parts: Sequence[Factor]) -> Factor:
     """One factor for all uses of a parameter, in the arrangement that they share."""
     turned = [part for part in parts if isinstance(part, PermutedFactor)]
     if len(turned) == len(parts) and len({part.arrangement for part in turned}) == 1:
-        return PermutedFactor(merge_factors([part.factor for part in turned]), turned[0].arrangement)
+        return PermutedFactor(
+            merge_factors([part.factor for part in turned]), turned[0].arrangement
+        )
     rows = [part for part in parts if isinstance(part, RowsFactor)]
     if len(rows) < len(parts):
         return merge_factors(parts)
@@ -126,11 +139,14 @@ def merge_uses(parts: Sequence[Factor]) -> Factor:
     ends = sorted((start, start + count) for start, count in pieces)
     if any(a[1] > b[0] for a, b in itertools.pairwise(ends)):
         return merge_factors(parts)
-    return RowsFactor([(start, merge_factors(found)) for (start, _), found in pieces.items()], rows[0].shape)
+    return RowsFactor(
+        [(start, merge_factors(found)) for (start, _), found in pieces.items()], rows[0].shape
+    )
 
 
 class PermutedJacobian(Jacobian):
-    """J in p, given `j`, that in p.reshape(split).permute(order).reshape(j.inputs): the transpose of a matrix, say.
+    """J in p, given `j`, that in p.reshape(split).permute(order).reshape(j.inputs): the transpose
+    of a matrix, say.
 
     Args:
         j: the operator in the entries as they are arranged.
@@ -139,7 +155,13 @@ class PermutedJacobian(Jacobian):
         order: of the axes of `split`; by default two axes change places.
     """
 
-    def __init__(self, j: Jacobian, inputs: Sequence[int], split: Sequence[int] | None = None, order: Sequence[int] = (1, 0)):
+    def __init__(
+        self,
+        j: Jacobian,
+        inputs: Sequence[int],
+        split: Sequence[int] | None = None,
+        order: Sequence[int] = (1, 0),
+    ):
         super().__init__(inputs, j.outputs, j.like)
         self.j, self.split, self.order = j, tuple(inputs if split is None else split), tuple(order)
         self.arrangement = Permutation(self.inputs, self.split, self.order, j.inputs)

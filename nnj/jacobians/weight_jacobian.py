@@ -1,4 +1,7 @@
-"""The structures of J in a parameter, which all rows share: a weight, a factor or a shift, rows of a table."""
+"""The structures of J in a parameter, which all rows share: a weight, a factor or a shift, rows of
+a table.
+"""
+
 from __future__ import annotations
 
 import math
@@ -14,7 +17,9 @@ from nnj.jacobians.sample_index import SampleIndex, is_cyclic
 
 
 class _Fold:
-    """(…, *outputs) <-> (…, G, O, L): the channels of an output in groups, its other axes in one axis of places."""
+    """(…, *outputs) <-> (…, G, O, L): the channels of an output in groups, its other axes in one
+    axis of places.
+    """
 
     def __init__(self, outputs: Sequence[int], channels: int, groups: int, last: bool):
         self.outputs, self.channels, self.groups, self.last = tuple(outputs), channels, groups, last
@@ -29,13 +34,21 @@ class _Fold:
         return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
 
 
-def _grouped(patches: Patches, v: Tensor, fold: _Fold, owner: SampleIndex, shape: Sequence[int]) -> OuterProduct | None:
-    """Rows (R) and places (L) regrouped as samples (n) and their places: U (R, G, I, L), v (K, R, G, O, L)."""
+def _grouped(
+    patches: Patches, v: Tensor, fold: _Fold, owner: SampleIndex, shape: Sequence[int]
+) -> OuterProduct | None:
+    """Rows (R) and places (L) regrouped as samples (n) and their places: U (R, G, I, L), v
+    (K, R, G, O, L).
+    """
     if owner.of is None:
         n, k = owner.n, patches.n // owner.n
         rows = lambda s: slice(s.start * k, s.stop * k) if s.start is not None else s
         of_sample = lambda s: patches(rows(s)).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
-        return OuterProduct(Patches(of_sample, n, patches.inputs), v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2), shape)
+        return OuterProduct(
+            Patches(of_sample, n, patches.inputs),
+            v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2),
+            shape,
+        )
     u = patches()
     of = fold(owner.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
     if not bool((of == of[:, :1, :1]).all()):
@@ -43,14 +56,19 @@ def _grouped(patches: Patches, v: Tensor, fold: _Fold, owner: SampleIndex, shape
     flat = of[:, 0, 0].reshape(-1)
     if is_cyclic(flat, owner.n):  # then the samples are an axis
         u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
-        return OuterProduct(u.unflatten(0, (-1, owner.n)).movedim(0, -1), v.unflatten(1, (-1, owner.n)).movedim(1, -1), shape)
+        return OuterProduct(
+            u.unflatten(0, (-1, owner.n)).movedim(0, -1),
+            v.unflatten(1, (-1, owner.n)).movedim(1, -1),
+            shape,
+        )
     order = torch.argsort(flat, stable=True)
     order = order[(flat < 0).sum() :]
     sample = flat[order]
     counts = torch.bincount(sample, minlength=owner.n)
     slot = torch.arange(len(order), device=flat.device) - (counts.cumsum(0) - counts)[sample]
     most = max(1, int(counts.max()) if len(order) else 1)
-    u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)  # (R*L, G, I), (K, R*L, G, O)
+    # (R*L, G, I), (K, R*L, G, O)
+    u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
     grouped_u = u.new_zeros(owner.n, most, *u.shape[1:]).index_put((sample, slot), u[order])
     grouped_v = v.new_zeros(v.shape[0], owner.n, most, *v.shape[2:])
     grouped_v[:, sample, slot] = v[:, order]
@@ -60,25 +78,40 @@ def _grouped(patches: Patches, v: Tensor, fold: _Fold, owner: SampleIndex, shape
 class PatchMatmul(Jacobian):
     """A weight: y = W U, with the input of each row seen in patches U of (N, G, I, L).
 
-    W.reshape(G, O, I) meets G groups of I inputs at L places. `patches` makes U when it is asked for, so that building
-    the operator costs nothing, and for some rows at a time, since U is often the largest tensor there is.
+    W.reshape(G, O, I) meets G groups of I inputs at L places. `patches` makes U when it is asked
+    for, so that building the operator costs nothing, and for some rows at a time, since U is often
+    the largest tensor there is.
 
     Args:
         patches: makes U for the rows in a slice of the batch, (rows, G, I, L).
         inputs: the shape of W, which reshapes to (G, O, I).
-        outputs: the shape of one row's output: channels last (*places, G*O), or first (G*O, *places).
+        outputs: the shape of one row's output: channels last (*places, G*O), or first
+            (G*O, *places).
         like: a tensor with the batch in axis 0.
         groups: G.
         last: whether the channels of the output are its last axis.
         shared: y for one W that all rows share, where the layer itself is faster than its patches.
     """
 
-    def __init__(self, patches: Callable[[slice], Tensor], inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
-                 groups: int = 1, last: bool = True, shared: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        patches: Callable[[slice], Tensor],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        like: Tensor,
+        *,
+        groups: int = 1,
+        last: bool = True,
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__(inputs, outputs, like)
         self.groups, self.shared = groups, shared
         self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
-        self.matrix = (groups, self.fold.channels // groups, math.prod(self.inputs) // self.fold.channels)
+        self.matrix = (
+            groups,
+            self.fold.channels // groups,
+            math.prod(self.inputs) // self.fold.channels,
+        )
         self.patches = Patches(patches, self.n, self.matrix[2])
         self.places = math.prod(self.outputs) // self.fold.channels
 
@@ -99,7 +132,9 @@ class PatchMatmul(Jacobian):
         return self._with(lambda rows: self.patches(rows) * other.patches(rows))
 
     def _with(self, patches: Callable[[slice], Tensor]) -> Jacobian:
-        return PatchMatmul(patches, self.inputs, self.outputs, self.like, groups=self.groups, last=self.fold.last)
+        return PatchMatmul(
+            patches, self.inputs, self.outputs, self.like, groups=self.groups, last=self.fold.last
+        )
 
     def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
         v = self.fold(u)
@@ -110,28 +145,41 @@ class PatchMatmul(Jacobian):
     def explicit(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
         v, p = self.fold(u), self.patches()
-        return (v.movedim(1, -2).flatten(-2) @ p.movedim(0, -2).flatten(-2).mT).reshape(-1, *self.inputs)
+        return (v.movedim(1, -2).flatten(-2) @ p.movedim(0, -2).flatten(-2).mT).reshape(
+            -1, *self.inputs
+        )
 
 
 class ScaleShift(Jacobian):
-    """A factor that all places share: y = w * m + …, the affine parameters of a norm. Without m, J = 1: a bias.
+    """A factor that all places share: y = w * m + …, the affine parameters of a norm. Without m,
+    J = 1: a bias.
 
     Args:
         inputs: the shape of the parameter.
-        outputs: the shape of one row's output: (*places, *inputs), or with `last` false (*inputs, *places).
+        outputs: the shape of one row's output: (*places, *inputs), or with `last` false
+            (*inputs, *places).
         like: a tensor with the batch in axis 0.
         m: makes the multiplier, (N, *outputs).
     """
 
-    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], like: Tensor, *,
-                 m: Callable[[], Tensor] | None = None, last: bool = True):
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        like: Tensor,
+        *,
+        m: Callable[[], Tensor] | None = None,
+        last: bool = True,
+    ):
         super().__init__(inputs, outputs, like)
         self.m = m
         self.fold = _Fold(outputs, math.prod(self.inputs), 1, last)
 
     def jvp(self, v: Tensor) -> Tensor:
         places = math.prod(self.outputs) // self.fold.channels
-        spread = v.reshape(*v.shape[:2], 1, -1, 1).expand(v.shape[0], self.n, 1, self.fold.channels, places)
+        spread = v.reshape(*v.shape[:2], 1, -1, 1).expand(
+            v.shape[0], self.n, 1, self.fold.channels, places
+        )
         out = self.fold.undo(spread)
         return out if self.m is None else out * self.m()
 
@@ -170,12 +218,15 @@ class ScaleShift(Jacobian):
 
 
 class TableRows(Jacobian):
-    """Rows of a table: y = W[index], with `index` of (N, *places); no row is touched where `keep` is false (padding).
+    """Rows of a table: y = W[index], with `index` of (N, *places); no row is touched where `keep`
+    is false (padding).
 
     The whole of one row of the table stands in y, so J is a matrix of zeros and ones.
     """
 
-    def __init__(self, index: Tensor, inputs: Sequence[int], like: Tensor, *, keep: Tensor | None = None):
+    def __init__(
+        self, index: Tensor, inputs: Sequence[int], like: Tensor, *, keep: Tensor | None = None
+    ):
         super().__init__(inputs, (*index.shape[1:], *inputs[1:]), like)
         self.index, self.keep = index, keep
 
@@ -183,7 +234,11 @@ class TableRows(Jacobian):
         if v.shape[1] == 1:
             out = v[:, 0][:, self.index]
         else:
-            out = v[:, torch.arange(self.n, device=v.device).reshape(-1, *[1] * (self.index.dim() - 1)), self.index]
+            out = v[
+                :,
+                torch.arange(self.n, device=v.device).reshape(-1, *[1] * (self.index.dim() - 1)),
+                self.index,
+            ]
         return out if self.keep is None else out * self._mask(out)
 
     def _mask(self, t: Tensor) -> Tensor:
@@ -197,13 +252,18 @@ class TableRows(Jacobian):
         if owner.of is None:
             whose = owner.rows(u.shape[1], u.device).reshape(-1, *[1] * (places - 1))  # type: ignore[union-attr]
         else:
-            whole = owner.of.expand(u.shape[1], *self.outputs).flatten(places) if len(self.inputs) > 1 else \
-                owner.of.expand(u.shape[1], *self.outputs)[..., None]
+            whole = (
+                owner.of.expand(u.shape[1], *self.outputs).flatten(places)
+                if len(self.inputs) > 1
+                else owner.of.expand(u.shape[1], *self.outputs)[..., None]
+            )
             if not bool((whole == whole[..., :1]).all()):
                 return None
             whose = whole[..., 0]
         sample = whose.expand(self.index.shape).reshape(-1)
-        return RowSparse.build(u.flatten(1, places), sample, self.index.reshape(-1), owner.n, self.inputs)
+        return RowSparse.build(
+            u.flatten(1, places), sample, self.index.reshape(-1), owner.n, self.inputs
+        )
 
     def vjp(self, u: Tensor) -> Tensor:
         found = self._pairs(u, SampleIndex(u.shape[1]))

@@ -1,4 +1,7 @@
-"""d² loss / d output², of any loss, by differentiating it twice with autograd, and verifying that rows are independent."""
+"""d² loss / d output², of any loss, by differentiating it twice with autograd, and verifying that
+rows are independent.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,30 +16,42 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from nnj.errors import NNJError
-from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, check_outputs, infinite, per_row, rows_of
+from nnj.loss_hessian.base import (
+    WRITE_A_RULE,
+    LossHessian,
+    check_outputs,
+    infinite,
+    per_row,
+    rows_of,
+)
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian, largest_of
 
 LIMIT = 4096  # entries of a row, above which `twice` refuses to build its block
 ENTRIES = 2**29  # of all blocks together
 
 
-def autodiff_hessian(call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss", sign: int = 0) -> LossHessian:
-    """The Hessian of any loss, differentiated twice by autograd; in float64 where the loss can be had in it.
+def autodiff_hessian(
+    call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss", sign: int = 0
+) -> LossHessian:
+    """The Hessian of any loss, differentiated twice by autograd; in float64 where the loss can be
+    had in it.
 
-    It is diagonal where the loss works on each entry for itself; a (diag(p) - p p^T) where it is cross entropy along an axis of
-    the output; else a block for each whole row over all outputs, by as many Hessian-vector products as a row has entries.
-    Random vectors verify which it is, and that rows do not influence one another.
+    It is diagonal where the loss works on each entry for itself; a (diag(p) - p p^T) where it is
+    cross entropy along an axis of the output; else a block for each whole row over all outputs, by
+    as many Hessian-vector products as a row has entries. Random vectors verify which it is, and
+    that rows do not influence one another.
 
     Args:
         call: `call(*outputs)` is the scalar that is differentiated, all factors included.
-        outputs: detached. Rows are axis 0 where all share it; otherwise, and for a 0-d output, there is one row.
+        outputs: detached. Rows are axis 0 where all share it; otherwise, and for a 0-d output,
+            there is one row.
         name: of the loss, for errors.
-        sign: 1 or -1 for the part of that sign alone, H_+ or H_- of H = H_+ - H_-, both positive semi-definite.
+        sign: 1 or -1 for the part of that sign alone, H_+ or H_- of H = H_+ - H_-, both positive
+            semi-definite.
 
-    Errors: `NNJError` for outputs that are not real or finite; a loss that is not convex in the outputs, couples rows of the
-    batch, draws random numbers, cannot be differentiated twice, couples more than 4096 entries in a row, or is linear in log
-    probabilities.
-    """
+    Errors: `NNJError` for outputs that are not real or finite; a loss that is not convex in the
+    outputs, couples rows of the batch, draws random numbers, cannot be differentiated twice,
+    couples more than 4096 entries in a row, or is linear in log probabilities."""
     outputs = tuple(outputs)
     check_outputs(name, outputs)
     shapes = [t.shape for t in outputs]
@@ -44,7 +59,9 @@ def autodiff_hessian(call: Callable[..., Tensor], outputs: Sequence[Tensor], nam
     n = rows_of(shapes)
     size = sum(per_row(shape, n) for shape in shapes)
     if n * size == 0:
-        return DiagonalHessian(torch.zeros(n, size, dtype=own, device=outputs[0].device), shapes, name)
+        return DiagonalHessian(
+            torch.zeros(n, size, dtype=own, device=outputs[0].device), shapes, name
+        )
     generator = torch.Generator("cpu").manual_seed(0)  # its own, and the same on every device
     z = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu")
     hessian, hz = _differentiate(call, outputs, own, name, z)
@@ -59,17 +76,25 @@ def autodiff_hessian(call: Callable[..., Tensor], outputs: Sequence[Tensor], nam
     if _agree(h * z, hz, scale, strict):
         return DiagonalHessian(_part(h, sign).to(own), shapes, name, scale)
     other = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu").to(z)
-    softmax = _softmax(outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict)
+    softmax = _softmax(
+        outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict
+    )
     if softmax is not None:
         a, axis = softmax
         return SoftmaxHessian(outputs[0], _part(a, sign).to(own), name, axis)
     if size > LIMIT or n * size * size > ENTRIES:
-        raise NNJError(f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row may have {LIMIT} "
-                       f"entries, and all blocks {ENTRIES}. Take a smaller batch, or {WRITE_A_RULE} that gives a structure")
+        raise NNJError(
+            f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row "
+            f"may have {LIMIT} entries, and all blocks {ENTRIES}. Take a smaller batch, or "
+            f"{WRITE_A_RULE} that gives a structure"
+        )
     matrix = hessian.blocks(signs[:, :1])
     if not _agree((matrix @ z[..., None])[..., 0], hz, scale, loose):
-        raise NNJError(f"{name} couples rows of the batch: its Hessian has entries between outputs of different rows, so that no "
-                       f"row has a curvature of its own. Use a loss that is a sum over rows")
+        raise NNJError(
+            f"{name} couples rows of the batch: its Hessian has entries between outputs of "
+            "different rows, so that no row has a curvature of its own. Use a loss that is a sum "
+            "over rows"
+        )
     return BlockHessian(_part_of_blocks(matrix, sign)[:, None], shapes, name, scale, own)
 
 
@@ -88,9 +113,18 @@ def _part_of_blocks(matrix: Tensor, sign: int) -> Tensor:
 
 
 class _Hessian:
-    """Hessian-vector products of `call` at outputs of `dtype`; tangents are (k, rows, entries of a row)."""
+    """Hessian-vector products of `call` at outputs of `dtype`; tangents are
+    (k, rows, entries of a row).
+    """
 
-    def __init__(self, call: Callable[..., Tensor], outputs: Sequence[Tensor], dtype: torch.dtype, n: int, everything: bool):
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        outputs: Sequence[Tensor],
+        dtype: torch.dtype,
+        n: int,
+        everything: bool,
+    ):
         with torch.enable_grad(), _Cast(dtype) if everything else contextlib.nullcontext():
             self.leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in outputs]
             self.value, again = (call(*[t.clone() for t in self.leaves]) for _ in range(2))
@@ -105,7 +139,10 @@ class _Hessian:
         return torch.autograd.grad(of, self.leaves, v, allow_unused=True, **options)
 
     def _flat(self, parts: Sequence[Tensor | None], k: tuple[int, ...]) -> Tensor:
-        full = [t.new_zeros(*k, *t.shape) if g is None else g for g, t in zip(parts, self.leaves, strict=True)]
+        full = [
+            t.new_zeros(*k, *t.shape) if g is None else g
+            for g, t in zip(parts, self.leaves, strict=True)
+        ]
         return torch.cat([g.reshape(*k, self.n, -1) for g in full], -1)
 
     def product(self, v: Tensor) -> Tensor:
@@ -113,29 +150,48 @@ class _Hessian:
         k, v = (v.shape[0],), v.to(self.gradient)
         if self.batched and len(v) > 1:
             try:
-                return self._flat(self._grad(self.gradient, v, retain_graph=True, is_grads_batched=True), k)
+                return self._flat(
+                    self._grad(self.gradient, v, retain_graph=True, is_grads_batched=True), k
+                )
             except RuntimeError:
                 self.batched = False
-        return torch.stack([self._flat(self._grad(self.gradient, t, retain_graph=True), ()) for t in v])
+        return torch.stack(
+            [self._flat(self._grad(self.gradient, t, retain_graph=True), ()) for t in v]
+        )
 
     def blocks(self, signs: Tensor) -> Tensor:
-        """H[r, :, r, :] for each row, (n, size, size): rows are asked together, each under its sign."""
+        """H[r, :, r, :] for each row, (n, size, size): rows are asked together, each under its
+        sign.
+        """
         n, size = self.gradient.shape
-        eye, chunk = torch.eye(size, dtype=signs.dtype, device=signs.device), max(1, 2**22 // (n * size))
-        parts = [self.product(eye[a : a + chunk, None] * signs) * signs for a in range(0, size, chunk)]
+        eye, chunk = (
+            torch.eye(size, dtype=signs.dtype, device=signs.device),
+            max(1, 2**22 // (n * size)),
+        )
+        parts = [
+            self.product(eye[a : a + chunk, None] * signs) * signs for a in range(0, size, chunk)
+        ]
         return torch.cat(parts).movedim(0, -1)
 
 
 class _Cast(TorchFunctionMode):
-    """Every real tensor that a function is given is cast to a dtype: a loss has targets, weights and constants of its own."""
+    """Every real tensor that a function is given is cast to a dtype: a loss has targets, weights
+    and constants of its own.
+    """
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = getattr(function, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+        in_place = (
+            (name.endswith("_") and not name.endswith("__"))
+            or name.startswith("__i")
+            or name == "__setitem__"
+        )
         if in_place or name in ("__get__", "__set__") or (kwargs and "out" in kwargs):
             return function(*args, **(kwargs or {}))
         cast = lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -143,8 +199,9 @@ class _Cast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _differentiate(call: Callable[..., Tensor], outputs: Sequence[Tensor], own: torch.dtype, name: str,
-                   z: Tensor) -> tuple[_Hessian, Tensor]:
+def _differentiate(
+    call: Callable[..., Tensor], outputs: Sequence[Tensor], own: torch.dtype, name: str, z: Tensor
+) -> tuple[_Hessian, Tensor]:
     """The Hessian and H z in the widest dtype in which the loss can be had, and is what it was."""
     n, failure = z.shape[0], None
     with torch.no_grad():
@@ -161,32 +218,48 @@ def _differentiate(call: Callable[..., Tensor], outputs: Sequence[Tensor], own: 
             failure = error
             continue
         if not hessian.same:
-            raise NNJError(f"{name} gives another value each time it is called, so the call that was made has no Hessian that "
-                           f"nnj could compute. Draw random numbers outside of the loss, and give them as an argument")
+            raise NNJError(
+                f"{name} gives another value each time it is called, so the call that was made has "
+                "no Hessian that nnj could compute. Draw random numbers outside of the loss, and "
+                "give them as an argument"
+            )
         return hessian, hz
-    raise NNJError(f"{name} cannot be differentiated twice by autograd: {type(failure).__name__}: {failure}. Remedy: "
-                   f"{WRITE_A_RULE}") from failure
+    raise NNJError(
+        f"{name} cannot be differentiated twice by autograd: {type(failure).__name__}: {failure}. "
+        f"Remedy: {WRITE_A_RULE}"
+    ) from failure
 
 
 def _same_value(found: Tensor, value: Tensor) -> bool:
     rtol = 4 * torch.finfo(value.dtype).eps ** 0.5
-    return not bool(torch.isfinite(value)) or torch.allclose(found, value.to(found.dtype), rtol=rtol, atol=0.0)
+    return not bool(torch.isfinite(value)) or torch.allclose(
+        found, value.to(found.dtype), rtol=rtol, atol=0.0
+    )
 
 
-def _moderate(call: Callable[..., Tensor], outputs: Sequence[Tensor], hessian: _Hessian) -> _Hessian | None:
-    """The Hessian where outputs are at most 1: a saturated loss is the rounding of terms as large as those there."""
+def _moderate(
+    call: Callable[..., Tensor], outputs: Sequence[Tensor], hessian: _Hessian
+) -> _Hessian | None:
+    """The Hessian where outputs are at most 1: a saturated loss is the rounding of terms as large
+    as those there.
+    """
     largest = max(map(largest_of, outputs))
     if largest <= 1:
         return hessian
     try:
-        return _Hessian(call, [t / largest for t in outputs], hessian.gradient.dtype, hessian.n, True)
+        return _Hessian(
+            call, [t / largest for t in outputs], hessian.gradient.dtype, hessian.n, True
+        )
     except Exception:
         return None
 
 
-def _check_log_probabilities(outputs: Sequence[Tensor], hessian: _Hessian, moderate: _Hessian | None, z: Tensor,
-                             name: str) -> None:
-    """Errors: `NNJError` if the loss is linear in an output of log probabilities, also where outputs are small."""
+def _check_log_probabilities(
+    outputs: Sequence[Tensor], hessian: _Hessian, moderate: _Hessian | None, z: Tensor, name: str
+) -> None:
+    """Errors: `NNJError` if the loss is linear in an output of log probabilities, also where
+    outputs are small.
+    """
     sizes = [per_row(t.shape, len(z)) for t in outputs]
     for i, t in enumerate(outputs):
         if not any(t.shape[axis] > 1 for axis in SoftmaxHessian.axes(t)):
@@ -194,10 +267,14 @@ def _check_log_probabilities(outputs: Sequence[Tensor], hessian: _Hessian, moder
         part = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
         v = torch.zeros_like(z)
         v[:, part] = z[:, part]
-        if bool(hessian.gradient[:, part].any()) and all(_size(h, v, part) == 0 for h in (hessian, moderate)):
-            raise NNJError(f"{name} is linear in log probabilities: its Hessian there is zero, though in what log_softmax was "
-                           f"given it is not. Extend NLLLoss, KLDivLoss or their functions, or a function of the logits; "
-                           f"each term of a sum may be a loss of its own")
+        if bool(hessian.gradient[:, part].any()) and all(
+            _size(h, v, part) == 0 for h in (hessian, moderate)
+        ):
+            raise NNJError(
+                f"{name} is linear in log probabilities: its Hessian there is zero, though in what "
+                "log_softmax was given it is not. Extend NLLLoss, KLDivLoss or their functions, or "
+                "a function of the logits; each term of a sum may be a loss of its own"
+            )
 
 
 def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> float:
@@ -209,13 +286,19 @@ def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> flo
     return size if math.isfinite(size) else 0.0
 
 
-def _softmax(outputs: Sequence[Tensor], moderate: _Hessian | None, z: Tensor, check: tuple[Tensor, Tensor], scale: float,
-             tolerance: float) -> tuple[Tensor, int] | None:
-    """a and the axis, if Hessian-vector products are those of a (diag(p) - p p^T), p the softmax of the output along an axis.
+def _softmax(
+    outputs: Sequence[Tensor],
+    moderate: _Hessian | None,
+    z: Tensor,
+    check: tuple[Tensor, Tensor],
+    scale: float,
+    tolerance: float,
+) -> tuple[Tensor, int] | None:
+    """a and the axis, if Hessian-vector products are those of a (diag(p) - p p^T), p the softmax of
+    the output along an axis.
 
-    For cross entropy a, the weight of the targets, is the same for any output, so it is found where no p vanishes, from H z
-    there; `check` is another vector, and H times it.
-    """
+    For cross entropy a, the weight of the targets, is the same for any output, so it is found where
+    no p vanishes, from H z there; `check` is another vector, and H times it."""
     if len(outputs) > 1 or moderate is None or outputs[0].dim() < 2:
         return None
     output, there = outputs[0].to(z), moderate.leaves[0].detach()
@@ -230,12 +313,21 @@ def _softmax(outputs: Sequence[Tensor], moderate: _Hessian | None, z: Tensor, ch
         u = unit(there, z.reshape(output.shape), axis)
         a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
         pairs = ((a * u, hz), (a * unit(output, v, axis), hv))
-        if all(_agree(found.flatten(1), expected.flatten(1), scale, tolerance) for found, expected in pairs):
+        if all(
+            _agree(found.flatten(1), expected.flatten(1), scale, tolerance)
+            for found, expected in pairs
+        ):
             return a.squeeze(axis), axis
     return None
 
 
 def _agree(found: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:
-    """Whether rows are equal, up to `tolerance` of each row and to the rounding of terms as large as `scale`."""
+    """Whether rows are equal, up to `tolerance` of each row and to the rounding of terms as large
+    as `scale`.
+    """
     floor = 1e3 * torch.finfo(expected.dtype).eps * scale
-    return bool(((found - expected).abs() <= tolerance * expected.abs().amax(-1, keepdim=True) + floor).all())
+    return bool(
+        (
+            (found - expected).abs() <= tolerance * expected.abs().amax(-1, keepdim=True) + floor
+        ).all()
+    )

@@ -1,4 +1,7 @@
-"""H = S S^T: the Hessian of a loss in its outputs, a positive semi-definite block for each row and each place of it."""
+"""H = S S^T: the Hessian of a loss in its outputs, a positive semi-definite block for each row and
+each place of it.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -15,20 +18,30 @@ WRITE_A_RULE = "write a loss rule (nnj_register_losses in nnj.registry.hookspecs
 
 
 class LossHessian:
-    """Hessian of a loss in its outputs: for each row r of R and each place d of D a block of B x B, and zero between blocks.
+    """Hessian of a loss in its outputs: for each row r of R and each place d of D a block of B x B,
+    and zero between blocks.
 
-    Subclasses define `columns`; the rest follows, and may be overridden for speed. It is the Hessian of exactly the
-    scalar that is differentiated, so factors before the loss and its reduction are in it.
+    Subclasses define `columns`; the rest follows, and may be overridden for speed. It is the
+    Hessian of exactly the scalar that is differentiated, so factors before the loss and its
+    reduction are in it.
 
     Args:
-        shapes: the shape of each output of the loss (usually one). An output's row is its axes (B, *places), flattened; if
-            there are several outputs, a block is their flattened rows one after the other, and there is one place.
+        shapes: the shape of each output of the loss (usually one). An output's row is its axes
+            (B, *places), flattened; if there are several outputs, a block is their flattened rows
+            one after the other, and there is one place.
         like: a tensor of the dtype and on the device of the blocks.
         block, rank: B, and the number of columns of S, the same for every block and at least 1.
         rows: R, by default the length of axis 0 where all outputs share it, else 1.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], like: Tensor, block: int, rank: int, rows: int | None = None):
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        like: Tensor,
+        block: int,
+        rank: int,
+        rows: int | None = None,
+    ):
         self.shapes = [tuple(shape) for shape in shapes]
         self.rows = rows_of(self.shapes) if rows is None else rows
         self.sizes = [per_row(shape, self.rows) for shape in self.shapes]
@@ -42,21 +55,38 @@ class LossHessian:
     def place(self, t: Tensor) -> tuple[Tensor, ...]:
         """From (k, R, D, B) to a tensor (k, *shape) for each output of the loss."""
         rows = t.mT.reshape(*t.shape[:2], self.block * self.places).split(self.sizes, -1)
-        return tuple(part.reshape(t.shape[0], *shape) for part, shape in zip(rows, self.shapes, strict=True))
+        return tuple(
+            part.reshape(t.shape[0], *shape) for part, shape in zip(rows, self.shapes, strict=True)
+        )
 
     def signs(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Random signs, (count, rank, R, D), of the default generator of the device or another one."""
+        """Random signs, (count, rank, R, D), of the default generator of the device or another
+        one.
+        """
         shape = (count, self.rank, self.rows, self.places)
         device = self.device if generator is None else generator.device
-        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device).to(self.device) * 2 - 1
+        return (
+            torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device).to(
+                self.device
+            )
+            * 2
+            - 1
+        )
 
     def combine(self, c: Tensor) -> Tensor:
-        """sum_j c_j S_j with coefficients (k, rank, R, D) for the columns of each block: (k, R, D, B)."""
+        """sum_j c_j S_j with coefficients (k, rank, R, D) for the columns of each block:
+        (k, R, D, B).
+        """
         parts = c.to(self.dtype).split(_CHUNK, 1)
-        return _sum(torch.einsum("kjrd,jrdb->krdb", c, s) for c, s in zip(parts, self._chunks(), strict=True))
+        return _sum(
+            torch.einsum("kjrd,jrdb->krdb", c, s)
+            for c, s in zip(parts, self._chunks(), strict=True)
+        )
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns with random signs, summed. Not divided by count."""
+        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns with random signs, summed.
+        Not divided by count.
+        """
         return self.combine(self.signs(count, generator))
 
     def diagonal(self) -> Tensor:
@@ -64,7 +94,9 @@ class LossHessian:
         return _sum(s.square().sum(0) for s in self._chunks())
 
     def norms(self) -> Tensor:
-        """The square sum of each column of each block, (rank, R, D): together they are the trace."""
+        """The square sum of each column of each block, (rank, R, D): together they are the
+        trace.
+        """
         return torch.cat([s.square().sum(-1) for s in self._chunks()])
 
     def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
@@ -74,7 +106,10 @@ class LossHessian:
 
     def product(self, v: Tensor) -> Tensor:
         """H v for v and the result of shape (k, R, D, B)."""
-        return _sum(torch.einsum("jrdb,jkrd->krdb", s, torch.einsum("jrdb,krdb->jkrd", s, v)) for s in self._chunks())
+        return _sum(
+            torch.einsum("jrdb,jkrd->krdb", s, torch.einsum("jrdb,krdb->jkrd", s, v))
+            for s in self._chunks()
+        )
 
     def _chunks(self) -> Iterator[Tensor]:
         for a in range(0, self.rank, _CHUNK):
@@ -82,15 +117,23 @@ class LossHessian:
 
 
 def check_outputs(name: str, outputs: Sequence[Tensor]) -> None:
-    """Errors: `NNJError` if an output of a model that is given to the loss is not real, not floating or not finite."""
+    """Errors: `NNJError` if an output of a model that is given to the loss is not real, not
+    floating or not finite.
+    """
     for t in outputs:
         if not t.is_floating_point():
             kind = "complex" if t.is_complex() else "not of floating point"
-            raise NNJError(f"{name}: the output of the model is {kind} ({t.dtype}), but curvature is that in a real output. "
-                           f"Give the loss a real tensor (torch.view_as_real makes one of a complex one)")
+            raise NNJError(
+                f"{name}: the output of the model is {kind} ({t.dtype}), but curvature is that in "
+                "a real output. Give the loss a real tensor (torch.view_as_real makes one of a "
+                "complex one)"
+            )
         if not bool(torch.isfinite(t).all()):
-            raise NNJError(f"{name}: the output of the model has entries that are not finite, where no loss has curvature. "
-                           f"Check the model's input and weights; instead of -inf, mask with a large negative number")
+            raise NNJError(
+                f"{name}: the output of the model has entries that are not finite, where no loss "
+                "has curvature. Check the model's input and weights; instead of -inf, mask with a "
+                "large negative number"
+            )
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:
@@ -108,5 +151,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 
 def infinite(name: str) -> str:
-    return (f"{name}: its Hessian is not finite at this output. Avoid what is singular there (a division by zero, a logarithm "
-            f"or a root at zero), or {WRITE_A_RULE}")
+    return (
+        f"{name}: its Hessian is not finite at this output. Avoid what is singular there (a "
+        f"division by zero, a logarithm or a root at zero), or {WRITE_A_RULE}"
+    )

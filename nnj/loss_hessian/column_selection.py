@@ -1,4 +1,7 @@
-"""Which columns of the loss's factor walk, and in what order: column k of a sample is one column of one of its blocks."""
+"""Which columns of the loss's factor walk, and in what order: column k of a sample is one column of
+one of its blocks.
+"""
+
 from __future__ import annotations
 
 import torch
@@ -17,11 +20,13 @@ class AllColumns:
 
 
 class ColumnSelection:
-    """The columns of all blocks, packed for each sample on its own, and those that carry nothing left out.
+    """The columns of all blocks, packed for each sample on its own, and those that carry nothing
+    left out.
 
-    Blocks of one sample (its rows, their places) have columns to themselves; a packed column holds one column of one block for
-    each sample. Without a tolerance blocks that are zero are left out. With one, each sample's columns come by falling square
-    sum, and packed columns are left out from the end while all that is lost over the batch is at most `tol` of the trace of H.
+    Blocks of one sample (its rows, their places) have columns to themselves; a packed column holds
+    one column of one block for each sample. Without a tolerance blocks that are zero are left out.
+    With one, each sample's columns come by falling square sum, and packed columns are left out from
+    the end while all that is lost over the batch is at most `tol` of the trace of H.
 
     Args:
         curvature: of the loss.
@@ -43,16 +48,29 @@ class ColumnSelection:
         self.trace = self.dropped = 0.0
         if tol == 0:
             size = curvature.diagonal().sum(-1)  # (R, D)
-            alive = size.new_zeros(*table, places).index_put((self.sample, self.slot), (size > 0).to(size.dtype)).flatten(1)
+            alive = (
+                size.new_zeros(*table, places)
+                .index_put((self.sample, self.slot), (size > 0).to(size.dtype))
+                .flatten(1)
+            )
             order = alive.argsort(dim=1, descending=True, stable=True)
             blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
-            self.index = (order[:, :blocks, None] * rank + torch.arange(rank, device=order.device)).flatten(1).mT
+            self.index = (
+                (order[:, :blocks, None] * rank + torch.arange(rank, device=order.device))
+                .flatten(1)
+                .mT
+            )
             self.k = self.index.shape[0]
             return
         size = curvature.norms().movedim(0, -1).double()  # (R, D, rank)
-        size = size.new_zeros(*table, places, rank).index_put((self.sample, self.slot), size).flatten(1)
+        size = (
+            size.new_zeros(*table, places, rank)
+            .index_put((self.sample, self.slot), size)
+            .flatten(1)
+        )
         size, order = size.sort(dim=1, descending=True, stable=True)
-        tail = size.sum(0).flip(0).cumsum(0).flip(0)  # what is lost without packed column k and those after it
+        # what is lost without packed column k and those after it
+        tail = size.sum(0).flip(0).cumsum(0).flip(0)
         self.trace = float(tail[0]) if len(tail) else 0.0
         self.k = min(len(tail), max(1, int((tail > tol * self.trace).sum())))
         self.dropped = float(tail[self.k]) if self.k < len(tail) else 0.0
@@ -61,7 +79,8 @@ class ColumnSelection:
     def columns(self, start: int, stop: int) -> Tensor:
         """Packed columns start to stop, (k, R, D, B)."""
         c = self.curvature
-        mine = self.index[start:stop, self.sample]  # (k, R): of the sample's column k, the place among all of its columns
+        # (k, R): of the sample's column k, the place among all of its columns
+        mine = self.index[start:stop, self.sample]
         j, block = mine % c.rank, mine // c.rank
         k, row = (block // c.places == self.slot).nonzero(as_tuple=True)
         place = block[k, row] % c.places

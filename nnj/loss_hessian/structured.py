@@ -1,4 +1,5 @@
 """Structures of H: a diagonal, small blocks, and the softmax's diag(p) - p p^T."""
+
 from __future__ import annotations
 
 import functools
@@ -19,16 +20,26 @@ class DiagonalHessian(LossHessian):
         h: the second derivatives, of the output's shape; of (R, entries of a row) with `shapes`.
         shapes: the shapes of several outputs.
         name: of the loss, for errors.
-        scale: how large the terms are from which h is made; a negative entry far below it is rounding.
-        dtype: of the result, by default that of h (which may be wider: sqrt(h) is in range where h is not).
+        scale: how large the terms are from which h is made; a negative entry far below it is
+            rounding.
+        dtype: of the result, by default that of h (which may be wider: sqrt(h) is in range where h
+            is not).
 
     Errors: `NNJError` if an entry is negative.
     """
 
-    def __init__(self, h: Tensor, shapes: Sequence[Sequence[int]] | None = None, name: str = "the loss", scale: float = 0.0,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        h: Tensor,
+        shapes: Sequence[Sequence[int]] | None = None,
+        name: str = "the loss",
+        scale: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ):
         h = _wide(h)
-        super().__init__([h.shape] if shapes is None else shapes, h.new_empty(0, dtype=dtype or h.dtype), 1, 1)
+        super().__init__(
+            [h.shape] if shapes is None else shapes, h.new_empty(0, dtype=dtype or h.dtype), 1, 1
+        )
         _refuse_negative(h, max(scale, largest_of(h)), h.dtype, name)
         self.h = h.clamp(min=0).reshape(self.rows, self.places, 1)
 
@@ -49,7 +60,8 @@ class DiagonalHessian(LossHessian):
 
 
 class BlockHessian(LossHessian):
-    """H given as symmetric positive semi-definite matrices, factorised by their eigenvectors: S = Q sqrt(lambda).
+    """H given as symmetric positive semi-definite matrices, factorised by their eigenvectors: S = Q
+    sqrt(lambda).
 
     Columns come by falling eigenvalue; those that are rounding noise in every block are left out.
 
@@ -57,14 +69,21 @@ class BlockHessian(LossHessian):
         matrix: (R, D, B, B).
         shapes: the shape of each output of the loss.
         name: of the loss, for errors.
-        scale: how large the terms are from which the matrix is made; negative eigenvalues far below it are rounding.
+        scale: how large the terms are from which the matrix is made; negative eigenvalues far below
+            it are rounding.
         dtype: of the result, by default that of the matrix; also how exact its entries are.
 
     Errors: `NNJError` if a matrix has a negative eigenvalue.
     """
 
-    def __init__(self, matrix: Tensor, shapes: Sequence[Sequence[int]], name: str = "the loss", scale: float = 0.0,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        matrix: Tensor,
+        shapes: Sequence[Sequence[int]],
+        name: str = "the loss",
+        scale: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ):
         matrix, dtype = _wide(matrix), dtype or _wide(matrix).dtype
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         b = matrix.shape[-1]
@@ -80,11 +99,13 @@ class BlockHessian(LossHessian):
 
 
 class SoftmaxHessian(LossHessian):
-    """H = a (diag(p) - p p^T) with p = softmax(z) over the classes: the Hessian of -a sum_c t_c log p_c, where sum_c t_c = 1.
+    """H = a (diag(p) - p p^T) with p = softmax(z) over the classes: the Hessian of -a sum_c t_c log
+    p_c, where sum_c t_c = 1.
 
-    With p in falling order and q_j = p_{j+1} + ... + p_C, the factor has C - 1 columns in closed form, Cholesky's:
-    S_jj = sqrt(a p_j q_j / q_{j-1}), S_ij = -p_i / q_j S_jj below. They are made when asked for, and none is kept. Those after
-    the first k are the factor of what remains, of trace a (q_k - (p_{k+1}^2 + ... + p_C^2) / q_k).
+    With p in falling order and q_j = p_{j+1} + ... + p_C, the factor has C - 1 columns in closed
+    form, Cholesky's: S_jj = sqrt(a p_j q_j / q_{j-1}), S_ij = -p_i / q_j S_jj below. They are made
+    when asked for, and none is kept. Those after the first k are the factor of what remains, of
+    trace a (q_k - (p_{k+1}^2 + ... + p_C^2) / q_k).
 
     Args:
         z: logits, (N, C, *places), or (C,) for one sample.
@@ -101,7 +122,11 @@ class SoftmaxHessian(LossHessian):
         z = z[None] if z.dim() == 1 else z
         n, classes, places = z.shape[0], z.shape[1], z.shape[2:]
         super().__init__([shape], z, classes, max(1, classes - 1), n)
-        a = torch.as_tensor(a, dtype=z.dtype, device=z.device).expand(n, *places).reshape(n, self.places, 1)
+        a = (
+            torch.as_tensor(a, dtype=z.dtype, device=z.device)
+            .expand(n, *places)
+            .reshape(n, self.places, 1)
+        )
         _refuse_negative(a, largest_of(a), a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
@@ -112,17 +137,24 @@ class SoftmaxHessian(LossHessian):
 
     @staticmethod
     def axes(z: Tensor) -> list[int]:
-        """The axes, but that of the batch, over which exp(z) sums to one, up to the rounding of z and of a log_softmax."""
+        """The axes, but that of the batch, over which exp(z) sums to one, up to the rounding of z
+        and of a log_softmax.
+        """
         wide = _wide(z)
         p = wide.exp()
         rounding = torch.finfo(z.dtype).eps + 32 * torch.finfo(wide.dtype).eps
         size = p * (1 + wide.abs())
-        return [axis for axis in (range(1, z.dim()) if z.dim() > 1 else range(z.dim()))
-                if bool(((p.sum(axis) - 1).abs() <= (rounding * size.sum(axis)).clamp(max=0.5)).all())]
+        return [
+            axis
+            for axis in (range(1, z.dim()) if z.dim() > 1 else range(z.dim()))
+            if bool(((p.sum(axis) - 1).abs() <= (rounding * size.sum(axis)).clamp(max=0.5)).all())
+        ]
 
     @functools.cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """p in falling order, which classes they are, q (summed from the small end; 1 where it is 0), and S_jj."""
+        """p in falling order, which classes they are, q
+        (summed from the small end; 1 where it is 0), and S_jj.
+        """
         p, order = self.p.sort(dim=-1, descending=True, stable=True)
         tails = p.flip(-1).cumsum(-1).flip(-1)  # q_{j-1}, counting j from 1
         q = torch.cat([tails[..., 1:], torch.zeros_like(p[..., :1])], -1)
@@ -134,13 +166,16 @@ class SoftmaxHessian(LossHessian):
         i = torch.arange(self.block, device=self.device)
         j = i[start : min(stop, self.rank), None]
         own, q = (t[..., start : min(stop, self.rank)].movedim(-1, 0)[..., None] for t in (root, q))
-        s = torch.where((i > j)[:, None, None], -p / q * own, torch.where((i == j)[:, None, None], own, 0.0))
+        s = torch.where(
+            (i > j)[:, None, None], -p / q * own, torch.where((i == j)[:, None, None], own, 0.0)
+        )
         return torch.zeros_like(s).scatter_(-1, order.expand_as(s), s)
 
     def norms(self) -> Tensor:
         p, _, q, root = self._sorted
         below = torch.nn.functional.pad(p.square().flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
-        return (root.square() + root / q * root * (below / q)).movedim(-1, 0)[: self.rank]  # q^2 may be zero where q is not
+        # q^2 may be zero where q is not
+        return (root.square() + root / q * root * (below / q)).movedim(-1, 0)[: self.rank]
 
     def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
         p, order, q, root = (t[row, place] for t in self._sorted)
@@ -151,15 +186,20 @@ class SoftmaxHessian(LossHessian):
 
     def combine(self, c: Tensor) -> Tensor:
         p, order, q, root = self._sorted
-        c = torch.nn.functional.pad(c.to(self.dtype).movedim(1, -1), (0, self.block - c.shape[1])) * root
-        head = torch.nn.functional.pad((c / q).cumsum(-1)[..., :-1], (1, 0))  # of the columns before
+        c = (
+            torch.nn.functional.pad(c.to(self.dtype).movedim(1, -1), (0, self.block - c.shape[1]))
+            * root
+        )
+        # of the columns before
+        head = torch.nn.functional.pad((c / q).cumsum(-1)[..., :-1], (1, 0))
         s = c - p * head
         return torch.zeros_like(s).scatter_(-1, order.expand_as(s), s)
 
     def diagonal(self) -> Tensor:
         p = self.p
         top = p.argmax(-1, keepdim=True)
-        others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)  # 1 - p of a sure class would be noise
+        # 1 - p of a sure class would be noise
+        others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
         return self.a * p * (1 - p).scatter(-1, top, others)
 
     def product(self, v: Tensor) -> Tensor:
@@ -183,6 +223,9 @@ def _refuse_negative(values: Tensor, scale: float, dtype: torch.dtype, name: str
     if not math.isfinite(smallest + largest):
         raise NNJError(infinite(name))
     if not smallest >= -32 * torch.finfo(dtype).eps * scale:
-        raise Indefinite(f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
-                         f"{smallest:.3g}), so it has no factor and no GGN. Use a loss that is convex in the output (the rest "
-                         f"may be part of the model), collect with signed=True, or {WRITE_A_RULE} that keeps a positive part")
+        raise Indefinite(
+            f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
+            f"{smallest:.3g}), so it has no factor and no GGN. Use a loss that is convex in the "
+            "output (the rest may be part of the model), collect with signed=True, or "
+            f"{WRITE_A_RULE} that keeps a positive part"
+        )

@@ -1,9 +1,11 @@
-"""(J o J)^T m: a metric of which only the diagonal is kept between layers, in one pass whatever the size of the output.
+"""(J o J)^T m: a metric of which only the diagonal is kept between layers, in one pass whatever the
+size of the output.
 
-This is the approximation that the original nnj calls diag_backprop: (J2 J1)o2 is not J2o2 J1o2, so what is neglected is how the
-inputs of a layer vary together, and how the uses of one tensor do. Within the last layer, the first one that the input meets, and
-each layer's own parameters nothing is neglected. With a second point, J o J' stands in the place of J o J.
-"""
+This is the approximation that the original nnj calls diag_backprop: (J2 J1)o2 is not J2o2 J1o2, so
+what is neglected is how the inputs of a layer vary together, and how the uses of one tensor do.
+Within the last layer, the first one that the input meets, and each layer's own parameters nothing
+is neglected. With a second point, J o J' stands in the place of J o J."""
+
 from __future__ import annotations
 
 import copy
@@ -28,7 +30,9 @@ from nnj.recording.records import Edge
 
 
 class DiagonalSweep(Sweep):
-    """The sweep with J o J in the place of J: what walks is the diagonal of a metric, (1, N, *shape)."""
+    """The sweep with J o J in the place of J: what walks is the diagonal of a metric,
+    (1, N, *shape).
+    """
 
     def __init__(self, *args: Any, **options: Any):
         self.made: dict[tuple[Step, str], Jacobian] = {}
@@ -37,16 +41,25 @@ class DiagonalSweep(Sweep):
         super().__init__(*args, **options)
 
     def paired(self, other: DiagonalSweep) -> DiagonalSweep:
-        """The same with J o J', J' being J at another point. Errors: `NNJError` if the model takes another way there."""
+        """The same with J o J', J' being J at another point. Errors: `NNJError` if the model takes
+        another way there.
+        """
         sweep = copy.copy(self)
         sweep.made, mine, theirs = {}, self.graph.units, other.graph.units
-        same = len(mine) == len(theirs) and all(_alike(a, b) for a, b in zip(mine, theirs, strict=True))
+        same = len(mine) == len(theirs) and all(
+            _alike(a, b) for a, b in zip(mine, theirs, strict=True)
+        )
         sweep.partners = dict(zip(mine, theirs, strict=True)) if same else {}
-        if not same or any(sweep.partners.get(self.graph._unit(a)) is not other.graph._unit(b)
-                           for one, two in sweep.partners.items() for a, b in zip(one.out, two.out, strict=True)
-                           if a is not None and b is not None):
-            raise NNJError("the model does other operations at x1 than at x2, so diag_backprop has no mixed term there. "
-                           "Leave out diag_backprop")
+        if not same or any(
+            sweep.partners.get(self.graph._unit(a)) is not other.graph._unit(b)
+            for one, two in sweep.partners.items()
+            for a, b in zip(one.out, two.out, strict=True)
+            if a is not None and b is not None
+        ):
+            raise NNJError(
+                "the model does other operations at x1 than at x2, so diag_backprop has no mixed "
+                "term there. Leave out diag_backprop"
+            )
         return sweep
 
     def partner(self, unit: Step) -> Step:
@@ -88,11 +101,18 @@ class _Walk:
         self.diagonal = at.y.new_empty(at.n, at.size if to_diag else 0)
         holders = [at.x] if at.wrt == "input" else at.params
         sizes = [at.size] if at.wrt == "input" else at.sizes
-        self.parts = {id(p): t for p, t in zip(holders, self.diagonal.split(sizes, 1), strict=True)} if to_diag else {}
+        self.parts = (
+            {id(p): t for p, t in zip(holders, self.diagonal.split(sizes, 1), strict=True)}
+            if to_diag
+            else {}
+        )
         self.written: set[int] = set()
         self.blocks: list[Tensor] = []
-        self.places: dict[int, tuple[int, int]] = {}  # of a parameter: which block, and where it begins
-        for number, own in enumerate(parameters_by_module(at.module) if at.wrt == "weight" and not to_diag else []):
+        # of a parameter: which block, and where it begins
+        self.places: dict[int, tuple[int, int]] = {}
+        for number, own in enumerate(
+            parameters_by_module(at.module) if at.wrt == "weight" and not to_diag else []
+        ):
             size = 0
             for p in own:
                 self.places[id(p)] = number, size
@@ -110,8 +130,10 @@ class _Walk:
         try:
             own_task(lambda: self._run(m))
         except CheckpointError as error:
-            raise NNJError("diag_backprop cannot go on at torch.utils.checkpoint, whose tensors may be read only once in a "
-                           "pass. Leave out the checkpoint, or diag_backprop") from error
+            raise NNJError(
+                "diag_backprop cannot go on at torch.utils.checkpoint, whose tensors may be read "
+                "only once in a pass. Leave out the checkpoint, or diag_backprop"
+            ) from error
         for key, part in self.parts.items():
             if key not in self.written:
                 part.zero_()
@@ -120,8 +142,11 @@ class _Walk:
         at, root = self.at, self.at.root
         assert root is not None
         if self.near == root:
-            self.full = torch.eye(at.out, dtype=at.y.dtype, device=at.y.device).expand(at.n, -1, -1) if m is None else (
-                m.diag_embed() if m.dim() == 2 else m)
+            self.full = (
+                torch.eye(at.out, dtype=at.y.dtype, device=at.y.device).expand(at.n, -1, -1)
+                if m is None
+                else (m.diag_embed() if m.dim() == 2 else m)
+            )
             return
         values = Cotangents()
         units = list(self.sweep.graph.units)
@@ -137,19 +162,27 @@ class _Walk:
             self.sweep._step(unit, values, 1, self.add)
 
     def _exactly(self, unit: Step, arrived: list[Edge], values: Cotangents) -> None:
-        """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal that has arrived."""
+        """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal
+        that has arrived.
+        """
         if unit.leaf is not None and self.at.wrt == "weight":
-            raise NNJError("diag_backprop keeps only the diagonal at a parameter that no layer with a rule owns. "
-                           "Use to_diag=True")
+            raise NNJError(
+                "diag_backprop keeps only the diagonal at a parameter that no layer with a rule "
+                "owns. Use to_diag=True"
+            )
         if unit.record is not None and unit.params:
             self._block(unit, *_columns(values[arrived[0]]))
-        if self.near is None or (self.near not in unit.out and not (unit.leaf is not None and self.near in unit.into)):
+        if self.near is None or (
+            self.near not in unit.out and not (unit.leaf is not None and self.near in unit.into)
+        ):
             return
         for edge in arrived:
             self._first(unit, edge, *_columns(values[edge]))
 
     def _head(self, m: Tensor, units: list[Step], root: Edge, values: Cotangents) -> list[Step]:
-        """A full metric enters exactly: rows of the identity and of M walk as columns down to the last layer."""
+        """A full metric enters exactly: rows of the identity and of M walk as columns down to the
+        last layer.
+        """
         at, edge = self.at, root
         left = at.basis()
         right = m.transpose(0, 1).reshape(at.out, at.n, *at.outputs)
@@ -165,7 +198,10 @@ class _Walk:
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
             number, after = outs[0]
-            pair = [through(u, number, edge[1], t) for u, t in ((unit, left), (self.sweep.partner(unit), right))]
+            pair = [
+                through(u, number, edge[1], t)
+                for u, t in ((unit, left), (self.sweep.partner(unit), right))
+            ]
             if pair[0] is None or pair[1] is None or tuple(pair[0].shape[1:]) != edge_shape(after):
                 values[edge] = (left * right).sum(0, keepdim=True)
                 return units[i:]
@@ -181,7 +217,9 @@ class _Walk:
             self._block(unit, left, right)
         for slot, p in unit.params if self.to_diag else []:
             owner = self.sweep._owner(edge, unit)
-            a, b = (u.slots[slot].pullback(t, owner).dense() for u, t in ((unit, left), (other, right)))
+            a, b = (
+                u.slots[slot].pullback(t, owner).dense() for u, t in ((unit, left), (other, right))
+            )
             self.add(p, DenseFactor((a * b).sum(0, keepdim=True)))
         out = unit.out[0]
         if out is not None:
@@ -191,11 +229,15 @@ class _Walk:
             values[out] = (a * b).sum(0, keepdim=True)
 
     def _first(self, unit: Step, edge: Edge, left: Tensor, right: Tensor) -> None:
-        """J^T M J' of the first layer, over the whole input: what arrives at a unit that the input feeds."""
+        """J^T M J' of the first layer, over the whole input: what arrives at a unit that the input
+        feeds.
+        """
         one_row_each(self.sweep, unit, edge, "Use to_diag=True")
         a, b = left, right
         if unit.leaf is None:
-            a, b = (self._into(u, edge, t) for u, t in ((unit, left), (self.sweep.partner(unit), right)))
+            a, b = (
+                self._into(u, edge, t) for u, t in ((unit, left), (self.sweep.partner(unit), right))
+            )
         a, b = (t.reshape(t.shape[0], self.at.n, -1).transpose(0, 1) for t in (a, b))
         assert self.full is not None
         self.full = self.full + a.mT @ b
@@ -207,7 +249,9 @@ class _Walk:
         args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
         args[edge[1]] = t
         found = call_node(unit.node, args, t.shape[0])
-        parts = [f for f, e in zip(found, unit.out, strict=False) if e == self.near and f is not None]
+        parts = [
+            f for f, e in zip(found, unit.out, strict=False) if e == self.near and f is not None
+        ]
         return torch.stack([sum_to(f, (self.at.n, *self.at.inputs), 1) for f in parts]).sum(0)
 
     def _block(self, unit: Step, left: Tensor, right: Tensor) -> None:
@@ -215,8 +259,10 @@ class _Walk:
         assert unit.record is not None
         (edge,) = unit.into
         one_row_each(self.sweep, unit, edge, "Use to_diag=True")
-        sides = [[u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in unit.params]
-                 for u, t in ((unit, left), (self.sweep.partner(unit), right))]
+        sides = [
+            [u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in unit.params]
+            for u, t in ((unit, left), (self.sweep.partner(unit), right))
+        ]
         for (_, p), a in zip(unit.params, sides[0], strict=True):
             for (_, q), b in zip(unit.params, sides[1], strict=True):
                 (one, i), (two, j) = self.places[id(p)], self.places[id(q)]
@@ -228,8 +274,10 @@ def one_row_each(sweep: Sweep, unit: Step, edge: Edge, remedy: str) -> None:
     """Errors: `NNJError` unless a unit has one row for each sample, in order."""
     owner = sweep._owner(edge, unit)
     if owner.of is not None or (owner.explicit and sweep.n > 1) or edge_shape(edge)[0] != sweep.n:
-        raise NNJError(f"diag_backprop takes full matrices only where a layer has one row for each sample, which "
-                       f"{describe(unit, sweep.graph.paths)} has not. {remedy}")
+        raise NNJError(
+            "diag_backprop takes full matrices only where a layer has one row for each sample, "
+            f"which {describe(unit, sweep.graph.paths)} has not. {remedy}"
+        )
 
 
 def through(unit: Step, number: int, nr: int, t: Tensor) -> Tensor | None:
@@ -252,18 +300,24 @@ def _zeros(at: Linearization, size: int) -> Tensor:
 
 
 def nearest(sweep: Sweep, at: Linearization) -> Edge | None:
-    """The edge on which the model takes its input: behind the view that keeps the leaf from being written over."""
+    """The edge on which the model takes its input: behind the view that keeps the leaf from being
+    written over.
+    """
     units = sweep.graph.units
     leaf = next((u for u in units if u.leaf is at.x), None)
     views = [u for u in units if leaf is not None and leaf.into[0] in u.out]
     if leaf is None:
         return None
-    return views[0].into[0] if len(views) == 1 and views[0].name in ("View", "Alias") else leaf.into[0]
+    return (
+        views[0].into[0] if len(views) == 1 and views[0].name in ("View", "Alias") else leaf.into[0]
+    )
 
 
-def backward(at: Linearization, m: Tensor | None, to_diag: bool, other: Linearization | None = None) -> Any:
-    """J^T M J' with only the diagonal kept between layers, J' being J at `other`: on the input (N, in, in) or its diagonal; on
-    the parameters the list of blocks, or the diagonal (N, P)."""
+def backward(
+    at: Linearization, m: Tensor | None, to_diag: bool, other: Linearization | None = None
+) -> Any:
+    """J^T M J' with only the diagonal kept between layers, J' being J at `other`: on the input
+    (N, in, in) or its diagonal; on the parameters the list of blocks, or the diagonal (N, P)."""
     sweep = at.sweep
     if sweep is not None and other is not None and other.sweep is not None:
         assert isinstance(sweep, DiagonalSweep) and isinstance(other.sweep, DiagonalSweep)
@@ -275,7 +329,11 @@ def backward(at: Linearization, m: Tensor | None, to_diag: bool, other: Lineariz
     if to_diag:
         return _zeros(at, at.size) if walk is None else walk.diagonal
     if at.wrt == "input":
-        return at.y.new_zeros(at.n, at.size, at.size) if walk is None or walk.full is None else walk.full
+        return (
+            at.y.new_zeros(at.n, at.size, at.size)
+            if walk is None or walk.full is None
+            else walk.full
+        )
     sizes = [sum(p.numel() for p in own) for own in parameters_by_module(at.module)]
     blocks = [at.y.new_zeros(at.n, size, size) for size in sizes] if walk is None else walk.blocks
     return blocks[0] if len(blocks) == 1 else blocks

@@ -1,8 +1,10 @@
-"""J M J^T with the diagonal alone between layers: the metric of the input or of the parameters goes forward in one pass.
+"""J M J^T with the diagonal alone between layers: the metric of the input or of the parameters goes
+forward in one pass.
 
-As in `nnj.products.diagonal_backward`, nothing is neglected within a layer: a full metric enters the first layer, and the block of a layer's own
-parameters that layer, as it is; and the last layer gives the full matrix, if that is asked for.
-"""
+As in `nnj.products.diagonal_backward`, nothing is neglected within a layer: a full metric enters
+the first layer, and the block of a layer's own parameters that layer, as it is; and the last layer
+gives the full matrix, if that is asked for."""
+
 from __future__ import annotations
 
 import math
@@ -26,7 +28,8 @@ class _Push(Forward):
 
     Args:
         at: the point.
-        m: None, a diagonal (N, d), a full metric (N, d, d), or blocks [(positions, (N, P_l, P_l)), …].
+        m: None, a diagonal (N, d), a full metric (N, d, d), or blocks [(positions, (N, P_l, P_l)),
+            …].
     """
 
     def __init__(self, at: Linearization, m: Any):
@@ -58,11 +61,18 @@ class _Push(Forward):
         at, d = self.at, self.diagonal()
         if at.wrt == "input":
             return {id(at.x): d.reshape(1, at.n, *at.inputs)}
-        return {id(p): t.reshape(1, at.n, *p.shape) for p, t in zip(at.params, d.split(at.sizes, 1), strict=True)}
+        return {
+            id(p): t.reshape(1, at.n, *p.shape)
+            for p, t in zip(at.params, d.split(at.sizes, 1), strict=True)
+        }
 
     def block(self, unit: Step) -> Tensor:
         """The metric on the parameters of a layer, (N, P_l, P_l), in the order of `unit.params`."""
-        index = [i for _, p in unit.params for i in range(self.starts[id(p)], self.starts[id(p)] + p.numel())]
+        index = [
+            i
+            for _, p in unit.params
+            for i in range(self.starts[id(p)], self.starts[id(p)] + p.numel())
+        ]
         if not self.whole:
             return self.diagonal()[:, index].diag_embed()
         if not isinstance(self.m, list):
@@ -71,15 +81,26 @@ class _Push(Forward):
         for positions, block in self.m:
             place = {i: k for k, i in enumerate(positions)}
             here = [(k, place[i]) for k, i in enumerate(index) if i in place]
-            mine, theirs = torch.tensor([k for k, _ in here], dtype=torch.long), [i for _, i in here]
-            found[:, mine[:, None], mine] = block[:, torch.tensor(theirs, dtype=torch.long)[:, None], theirs]
+            mine, theirs = (
+                torch.tensor([k for k, _ in here], dtype=torch.long),
+                [i for _, i in here],
+            )
+            found[:, mine[:, None], mine] = block[
+                :, torch.tensor(theirs, dtype=torch.long)[:, None], theirs
+            ]
         return found
 
     def rows(self, unit: Step, left: Tensor) -> Tensor:
-        """Rows of the Jacobian in a layer's parameters, (N, k, P_l), for columns (k, N, *outputs)."""
-        return torch.cat([unit.slots[s].vjp(left).flatten(2) for s, _ in unit.params], -1).transpose(0, 1)
+        """Rows of the Jacobian in a layer's parameters, (N, k, P_l), for columns
+        (k, N, *outputs).
+        """
+        return torch.cat(
+            [unit.slots[s].vjp(left).flatten(2) for s, _ in unit.params], -1
+        ).transpose(0, 1)
 
-    def _record(self, unit: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+    def _record(
+        self, unit: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int
+    ) -> dict[Edge, Tensor]:
         (edge,) = unit.into
         at_input = unit.out[0] is not None and unit.out[0] == self.near
         exact = self.whole and (at_input or any(id(p) in seeds for _, p in unit.params))
@@ -109,7 +130,9 @@ class _Push(Forward):
         for edge in unit.into:
             one_row_each(self.sweep, unit, edge, REMEDY)
             parts = [through(unit, i, edge[1], _eye(edge)) for i in mine]
-            rows = torch.stack([sum_to(t, (self.n, *self.at.inputs), 1) for t in parts if t is not None]).sum(0)
+            rows = torch.stack(
+                [sum_to(t, (self.n, *self.at.inputs), 1) for t in parts if t is not None]
+            ).sum(0)
             exact = self._out(edge, rows, self.m)
             found[edge] = found[edge] + exact if edge in found else exact
         return found
@@ -123,10 +146,12 @@ class _Push(Forward):
         self.seen[edge] = super()._at(edge, unit, t)
         return self.seen[edge]
 
-    # -- the last layer ---------------------------------------------------------------------------------------------------
+    # -- the last layer ----------------------------------------------------------------------------
 
     def last(self) -> Tensor:
-        """The full matrix, (N, out, out): rows of the identity walk back to the last layer, and meet there what has come."""
+        """The full matrix, (N, out, out): rows of the identity walk back to the last layer, and
+        meet there what has come.
+        """
         at = self.at
         edge, left = at.root, at.basis()
         assert edge is not None
@@ -149,7 +174,12 @@ class _Push(Forward):
     def _there(self, unit: Step, edge: Edge) -> Tensor:
         """The diagonal on an edge, (N, d)."""
         if edge not in self.seen:
-            return torch.zeros(self.n, math.prod(edge_shape(edge)[1:]), dtype=edge_dtype(edge), device=self.at.y.device)
+            return torch.zeros(
+                self.n,
+                math.prod(edge_shape(edge)[1:]),
+                dtype=edge_dtype(edge),
+                device=self.at.y.device,
+            )
         one_row_each(self.sweep, unit, edge, REMEDY)
         return self.seen[edge].reshape(self.n, -1)
 
@@ -180,7 +210,9 @@ def _eye(edge: Edge) -> Tensor:
 
 
 def forward(at: Linearization, m: Any, to_diag: bool) -> Tensor:
-    """J M J^T, (N, out, out), or its diagonal (N, out), with only the diagonal kept between layers."""
+    """J M J^T, (N, out, out), or its diagonal (N, out), with only the diagonal kept between
+    layers.
+    """
     zero = at.y.new_zeros(at.n, at.out)
     if at.sweep is None or at.root is None:
         return zero if to_diag else zero.diag_embed()

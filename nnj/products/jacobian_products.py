@@ -1,9 +1,10 @@
-"""jacobian, jvp, vjp, jmp, mjp, jmjTp, jTmjp of any module: a layer or a whole model, exact, per sample.
+"""jacobian, jvp, vjp, jmp, mjp, jmjTp, jTmjp of any module: a layer or a whole model, exact, per
+sample.
 
-With J = dy/dx or dy/dw of each sample, over flattened axes; P counts the parameters that require grad, in the order of
-`parameters()`. A metric is (N, d, d), symmetric or not, or its diagonal (N, d); without the sample axis it serves all samples;
-None is the identity.
-"""
+With J = dy/dx or dy/dw of each sample, over flattened axes; P counts the parameters that require
+grad, in the order of `parameters()`. A metric is (N, d, d), symmetric or not, or its diagonal
+(N, d); without the sample axis it serves all samples; None is the identity."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from nnj.errors import NNJError
 from nnj.products.diagonal_backward import DiagonalSweep, backward
 from nnj.products.diagonal_forward import forward
-from nnj.products.metrics import Metric, _apply, _block_metric, _blocks, _given, _metric, _rows, _take, slot_of
+from nnj.products.metrics import (
+    Metric,
+    _apply,
+    _block_metric,
+    _blocks,
+    _given,
+    _metric,
+    _rows,
+    _take,
+    slot_of,
+)
 from nnj.propagation.backward import Sweep
 from nnj.propagation.linearize import Linearization
 
@@ -28,9 +39,15 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
 
 
 def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
-    """J v: (N, out), for a vector (N, in) or of x's shape; or (N, P), or one (P,) for all samples."""
+    """J v: (N, out), for a vector (N, in) or of x's shape; or (N, P), or one (P,) for all
+    samples.
+    """
     at = Linearization(module, x, slot_of(wrt))
-    shapes = [(at.n, *at.inputs), (at.n, at.size)] if at.wrt == "input" else [(at.n, at.size), (at.size,)]
+    shapes = (
+        [(at.n, *at.inputs), (at.n, at.size)]
+        if at.wrt == "input"
+        else [(at.n, at.size), (at.size,)]
+    )
     v = _given("vector", vector, at, shapes)
     v = v.reshape(1, at.n, -1) if v.dim() > 1 else v[None, None]
     return at.jvp(v).reshape(at.n, at.out)
@@ -71,38 +88,54 @@ def _columns(at: Linearization) -> list[Tensor]:
     return list(at.basis().split(step))
 
 
-def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str = "input", from_diag: bool = False,
-          to_diag: bool = False, diag_backprop: bool = False, joint: bool = False) -> Any:
+def jTmjp(
+    module: nn.Module,
+    x: Tensor,
+    matrix: Tensor | None = None,
+    wrt: str = "input",
+    from_diag: bool = False,
+    to_diag: bool = False,
+    diag_backprop: bool = False,
+    joint: bool = False,
+) -> Any:
     """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
 
-    With respect to the parameters: the list of the blocks (N, P_l, P_l) of the modules that own parameters, in the order of
-    `modules()`; a bare tensor for a single one; (N, P, P) with `joint`.
+    With respect to the parameters: the list of the blocks (N, P_l, P_l) of the modules that own
+    parameters, in the order of `modules()`; a bare tensor for a single one; (N, P, P) with `joint`.
 
     Args:
         matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; None is the identity.
         to_diag: the diagonal alone, (N, in) or (N, P); exact, and no full matrix is made.
-        diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so that one backward pass
-            does. It neglects how the inputs of a layer vary together, and where a tensor is used twice, how its uses do:
-            (J2 J1)o2 is not J2o2 J1o2. The metric enters the last layer exactly; blocks of parameters, and the matrix on the
-            input, are exact within the layer.
+        diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so
+            that one backward pass does. It neglects how the inputs of a layer vary together, and
+            where a tensor is used twice, how its uses do: (J2 J1)o2 is not J2o2 J1o2. The metric
+            enters the last layer exactly; blocks of parameters, and the matrix on the input, are
+            exact within the layer.
 
-    Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which no diagonal can pass.
-    """
+    Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which
+    no diagonal can pass."""
     at = Linearization(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
     if joint and (to_diag or at.wrt == "input"):
-        raise NNJError("joint asks for the full matrix on all parameters, so it is for wrt='weight' without to_diag")
+        raise NNJError(
+            "joint asks for the full matrix on all parameters, so it is for wrt='weight' without "
+            "to_diag"
+        )
     m = _metric(matrix, at, at.out, from_diag)
     if diag_backprop:
         if joint:
-            raise NNJError("diag_backprop keeps only the diagonal between layers, so there is no full matrix on all parameters. "
-                           "Leave out joint, or diag_backprop")
+            raise NNJError(
+                "diag_backprop keeps only the diagonal between layers, so there is no full matrix "
+                "on all parameters. Leave out joint, or diag_backprop"
+            )
         return backward(at, m, to_diag)
     if to_diag:
         total = at.y.new_zeros(at.n, at.size)
         for u in _columns(at):
             left = at.vjp(u)
             if m is None or m.dim() == 2:
-                weights = 1.0 if m is None else (u.reshape(*u.shape[:2], -1) * m).sum(-1, keepdim=True)
+                weights = (
+                    1.0 if m is None else (u.reshape(*u.shape[:2], -1) * m).sum(-1, keepdim=True)
+                )
                 total += (left.square() * weights).sum(0)
             else:
                 total += (left * at.vjp(_rows(at, m, u))).sum(0)
@@ -115,18 +148,28 @@ def jTmjp(module: nn.Module, x: Tensor, matrix: Tensor | None = None, wrt: str =
     return found[0] if len(found) == 1 else found
 
 
-def jmjTp(module: nn.Module, x: Tensor, matrix: Metric = None, wrt: str = "input", from_diag: bool = False,
-          to_diag: bool = False, diag_backprop: bool = False) -> Tensor:
+def jmjTp(
+    module: nn.Module,
+    x: Tensor,
+    matrix: Metric = None,
+    wrt: str = "input",
+    from_diag: bool = False,
+    to_diag: bool = False,
+    diag_backprop: bool = False,
+) -> Tensor:
     """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
 
     Args:
-        matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of modules as `jTmjp` gives
-            them; (N, in) or (N, P) with from_diag; None is the identity. All of it is used.
+        matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of
+            modules as `jTmjp` gives them; (N, in) or (N, P) with from_diag; None is the identity.
+            All of it is used.
         to_diag: the diagonal alone, (N, out), without the full matrix.
-        diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the metric is kept. It enters the
-            first layer and each layer's own parameters exactly, without what lies between layers, and leaves the last exactly.
+        diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the
+            metric is kept. It enters the first layer and each layer's own parameters exactly,
+            without what lies between layers, and leaves the last exactly.
 
-    A posterior variance on the parameters gives the linearised predictive variance of the outputs, without sampling.
+    A posterior variance on the parameters gives the linearised predictive variance of the outputs,
+    without sampling.
 
     Errors: `NNJError` for shapes that do not fit.
     """
@@ -144,27 +187,45 @@ def jmjTp(module: nn.Module, x: Tensor, matrix: Metric = None, wrt: str = "input
     return _apply(j, blocks) @ j.mT
 
 
-def jTmjp_pair(module: nn.Module, x1: Tensor, x2: Tensor, matrices: Sequence[Tensor] | None = None, wrt: str = "input",
-               from_diag: bool = False, to_diag: bool = False, diag_backprop: bool = False) -> tuple[Any, Any, Any]:
-    """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of outputs, pulled back.
+def jTmjp_pair(
+    module: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    matrices: Sequence[Tensor] | None = None,
+    wrt: str = "input",
+    from_diag: bool = False,
+    to_diag: bool = False,
+    diag_backprop: bool = False,
+) -> tuple[Any, Any, Any]:
+    """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of
+    outputs, pulled back.
 
     Args:
         matrices: (M11, M12, M22), each as in `jTmjp`; None is the identity for each of them.
-        from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp` gives.
+        from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp`
+            gives.
 
-    Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or where the model does other
-    operations at x1 than at x2.
-    """
+    Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or
+    where the model does other operations at x1 than at x2."""
     if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
         raise NNJError("matrices is (M11, M12, M22) or None")
     walk = DiagonalSweep if diag_backprop else Sweep
-    one, two = Linearization(module, x1, slot_of(wrt), walk), Linearization(module, x2, slot_of(wrt), walk)
+    one, two = (
+        Linearization(module, x1, slot_of(wrt), walk),
+        Linearization(module, x2, slot_of(wrt), walk),
+    )
     if one.n != two.n or one.size != two.size or one.out != two.out:
-        raise NNJError(f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and {two.size} numbers")
+        raise NNJError(
+            f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and "
+            f"{two.size} numbers"
+        )
     metrics = [_metric(m, one, one.out, from_diag) for m in matrices or (None,) * 3]
     if diag_backprop:
-        return (backward(one, metrics[0], to_diag), backward(one, metrics[1], to_diag, two),
-                backward(two, metrics[2], to_diag))
+        return (
+            backward(one, metrics[0], to_diag),
+            backward(one, metrics[1], to_diag, two),
+            backward(two, metrics[2], to_diag),
+        )
     js = [(one, one), (one, two), (two, two)]
     dense = {id(one): one.dense(), id(two): two.dense()}
     results: list[Any] = []

@@ -1,4 +1,7 @@
-"""Metrics that a product is given: None, a diagonal (N, d), full (N, d, d), or blocks of modules."""
+"""Metrics that a product is given: None, a diagonal (N, d), full (N, d, d), or blocks of
+modules.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ Metric = Tensor | Sequence[Tensor] | None
 
 
 def slot_of(wrt: str) -> str:
-    """"input" or "weight". Errors: `NNJError` for any other wrt."""
+    """ "input" or "weight". Errors: `NNJError` for any other wrt."""
     if wrt not in ("input", "weight", "weights"):
         raise NNJError(f"wrt={wrt!r}; expected 'input' or 'weight'")
     return "input" if wrt == "input" else "weight"
@@ -58,7 +61,9 @@ def _blocks(at: Linearization, joint: bool) -> list[list[int]]:
         total += size
     if joint:
         return [list(range(total))]
-    return [[i for p in own for i in range(*starts[id(p)])] for own in parameters_by_module(at.module)]
+    return [
+        [i for p in own for i in range(*starts[id(p)])] for own in parameters_by_module(at.module)
+    ]
 
 
 def _take(j: Tensor, index: list[int]) -> Tensor:
@@ -69,14 +74,19 @@ def _take(j: Tensor, index: list[int]) -> Tensor:
 
 
 def _block_metric(matrix: Metric, at: Linearization, from_diag: bool) -> Any:
-    """A metric on input or parameters: None, (N, d), (N, d, d), or [(positions, (N, P_l, P_l)), …]."""
+    """A metric on input or parameters: None, (N, d), (N, d, d), or [(positions, (N, P_l, P_l)),
+    …].
+    """
     if not isinstance(matrix, (list, tuple)):
         return _metric(matrix, at, at.size, from_diag)
     if at.wrt == "input" or from_diag:
         raise NNJError("matrix is a list of blocks, which is for wrt='weight' without from_diag")
     index = _blocks(at, joint=False)
     if len(index) != len(matrix):
-        raise NNJError(f"matrix has {len(matrix)} blocks, expected {len(index)}, one for each module that owns parameters")
+        raise NNJError(
+            f"matrix has {len(matrix)} blocks, expected {len(index)}, one for each module that "
+            "owns parameters"
+        )
     found = []
     for number, (i, block) in enumerate(zip(index, matrix, strict=True)):
         d = len(i)

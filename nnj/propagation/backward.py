@@ -1,4 +1,7 @@
-"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become factors at the parameters."""
+"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become
+factors at the parameters.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,12 +30,22 @@ Sink = Callable[[Tensor, Factor], None]
 
 
 class Sweep(Plan):
-    """Walks over a graph as its plan says, of which a probe finds out what the names of nodes do not tell."""
+    """Walks over a graph as its plan says, of which a probe finds out what the names of nodes do
+    not tell.
+    """
 
-    def __init__(self, graph: Graph, n: int, owners: dict[Edge, SampleIndex], probed: bool = False,
-                 cut: bool = False, bare: bool = False):
+    def __init__(
+        self,
+        graph: Graph,
+        n: int,
+        owners: dict[Edge, SampleIndex],
+        probed: bool = False,
+        cut: bool = False,
+        bare: bool = False,
+    ):
         super().__init__(graph, n, owners, probed, cut, bare)
-        self.found: dict[Edge, SampleIndex] = {}  # what the probe said, with entries that are nobody's
+        # what the probe said, with entries that are nobody's
+        self.found: dict[Edge, SampleIndex] = {}
         self.checked: set[Edge] = set()
         self.uses: dict[int, int] = {}
         for unit in graph.units:
@@ -44,7 +57,9 @@ class Sweep(Plan):
             own_task(lambda: self._find_owners(owners))
 
     def _find_owners(self, roots: dict[Edge, SampleIndex]) -> None:
-        """Run the probe and write down the owners of all edges that are not known by the names of nodes alone."""
+        """Run the probe and write down the owners of all edges that are not known by the names of
+        nodes alone.
+        """
         found: dict[Edge, SampleIndex] = {}
         values = Cotangents()
         probe, k = Probe(self.n), 0
@@ -56,14 +71,20 @@ class Sweep(Plan):
             if unit in self.explicit:
                 self._settle(unit, values, found, probe)
                 continue
-            if unit.params or unit.leaf is not None or any((unit, i) in self.reduced | self.split for i in range(len(unit.out))):
+            if (
+                unit.params
+                or unit.leaf is not None
+                or any((unit, i) in self.reduced | self.split for i in range(len(unit.out)))
+            ):
                 self._settle(unit, values, found, probe)
             self._step(unit, values, k, None, probing=True)
         for edge, owner in found.items():
             self.found[edge], tidy = owner, owner.tidy()
             self.state[edge] = self.plain if tidy.of is None else tidy
 
-    def _settle(self, unit: Step, values: Cotangents, found: dict[Edge, SampleIndex], probe: Probe) -> None:
+    def _settle(
+        self, unit: Step, values: Cotangents, found: dict[Edge, SampleIndex], probe: Probe
+    ) -> None:
         for edge in unit.into:
             if self.state[edge] is None and edge in values:
                 found[edge] = probe.owner(values[edge], describe(unit, self.graph.paths))
@@ -71,7 +92,7 @@ class Sweep(Plan):
             if unit in self.explicit:
                 values.pop(edge, None)
 
-    # -- what a unit is: overridden where something else than J walks ------------------------------------------------
+    # -- what a unit is: overridden where something else than J walks ------------------------------
 
     def operator(self, unit: Step, slot: str) -> Jacobian:
         """The operator of a record in one slot."""
@@ -83,10 +104,13 @@ class Sweep(Plan):
             return product_backward(unit.node, args[0])
         return call_node(unit.node, args, k)
 
-    # -- walking ------------------------------------------------------------------------------------------------------
+    # -- walking -----------------------------------------------------------------------------------
 
-    def run(self, roots: dict[Edge, Tensor], k: int, sink: Sink, units: list[Step] | None = None) -> dict[Edge, Tensor]:
-        """Let k columns walk from the roots; `sink` is given each parameter with the factor of all its uses.
+    def run(
+        self, roots: dict[Edge, Tensor], k: int, sink: Sink, units: list[Step] | None = None
+    ) -> dict[Edge, Tensor]:
+        """Let k columns walk from the roots; `sink` is given each parameter with the factor of all
+        its uses.
 
         Args:
             roots: for each root edge its columns, (K, *shape).
@@ -115,7 +139,9 @@ class Sweep(Plan):
         own_task(walk)
         return values
 
-    def watch(self, roots: dict[Edge, Tensor], k: int, units: list[Step]) -> list[tuple[Step, Tensor]]:
+    def watch(
+        self, roots: dict[Edge, Tensor], k: int, units: list[Step]
+    ) -> list[tuple[Step, Tensor]]:
         """What arrives at some records, without any factor."""
         values, seen = Cotangents(roots), []
 
@@ -128,7 +154,9 @@ class Sweep(Plan):
         own_task(walk)
         return seen
 
-    def _step(self, unit: Step, values: Cotangents, k: int, use: Sink | None, probing: bool = False) -> None:
+    def _step(
+        self, unit: Step, values: Cotangents, k: int, use: Sink | None, probing: bool = False
+    ) -> None:
         arrived = {e: values.take(e) for e in unit.into if e in values}
         if not arrived:
             return
@@ -140,7 +168,7 @@ class Sweep(Plan):
             self._record(unit, arrived, values, use)
         else:
             if unit.bare and use is not None:
-                (edge, v), = arrived.items()
+                ((edge, v),) = arrived.items()
                 if unit.held is not None:
                     unit.held.take()
                 self._params(unit, edge, v.to(unit.dtype), use)
@@ -154,7 +182,11 @@ class Sweep(Plan):
         for slot, p in unit.params:
             factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
             if unit.record is not None and factor.shape != tuple(p.shape):
-                who = blame(unit.record.entry, unit.record.module, self.graph.paths.get(id(unit.record.module), ""))
+                who = blame(
+                    unit.record.entry,
+                    unit.record.module,
+                    self.graph.paths.get(id(unit.record.module), ""),
+                )
                 checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
             use(p, _wide(factor))
 
@@ -163,10 +195,13 @@ class Sweep(Plan):
         told = self.found.get(edge, owner)
         lost = False
         if v is not None and told is not None and told.of is not None and edge not in self.checked:
-            self.checked.add(edge)  # once: what is zero in all columns of a turn is so in the next one, masks are the same
+            # once: what is zero in all columns of a turn is so in the next one, masks are the same
+            self.checked.add(edge)
             lost = _beyond_rounding(v, told.of < 0)
         if owner is None or lost:
-            raise NNJError(f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are")
+            raise NNJError(
+                f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are"
+            )
         return owner
 
     def _leaf(self, unit: Step, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
@@ -187,15 +222,22 @@ class Sweep(Plan):
         use(unit.leaf, DenseFactor(v))
 
     def check_order(self, unit: Step, device: torch.device) -> None:
-        """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the output."""
+        """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the
+        output.
+        """
         of, own = self._owner(unit.into[0], unit).of, torch.arange(self.n, device=device)
         own = own if of is None else own.reshape(-1, *[1] * (of.dim() - 1))
-        if of is not None and not bool(((of == own) | (of < 0)).all()):  # an entry may be nobody's, behind a mask
-            raise Coupled("the rows of the output do not belong to the same rows of the input: output n must be that of "
-                          "sample n, in axis 0")
+        # an entry may be nobody's, behind a mask
+        if of is not None and not bool(((of == own) | (of < 0)).all()):
+            raise Coupled(
+                "the rows of the output do not belong to the same rows of the input: output n must "
+                "be that of sample n, in axis 0"
+            )
 
-    def _record(self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, use: Sink | None) -> None:
-        (edge, v), = arrived.items()
+    def _record(
+        self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, use: Sink | None
+    ) -> None:
+        ((edge, v),) = arrived.items()
         record = unit.record
         assert record is not None
         who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
@@ -204,10 +246,17 @@ class Sweep(Plan):
             self._params(unit, edge, v, use)
         out = unit.out[0]
         if out is not None:
-            back = checked("vjp of 'input'", self.operator(unit, "input").vjp(v), (v.shape[0], *record.x.shape), who)
+            back = checked(
+                "vjp of 'input'",
+                self.operator(unit, "input").vjp(v),
+                (v.shape[0], *record.x.shape),
+                who,
+            )
             self._send(unit, 0, back, values)
 
-    def _node(self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, probing: bool) -> None:
+    def _node(
+        self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, probing: bool
+    ) -> None:
         k = next(iter(arrived.values())).shape[0]
         apart = {i for i in range(len(unit.out)) if (unit, i) in self.split}
         plain = k if any(e is not None and i not in apart for i, e in enumerate(unit.out)) else 0
@@ -218,7 +267,9 @@ class Sweep(Plan):
         if probing and not plain:
             return
         rows = next(t.shape[0] for t in args if t is not None)
-        for i, (out, back) in enumerate(zip(unit.out, self.backward(unit, args, rows), strict=False)):
+        for i, (out, back) in enumerate(
+            zip(unit.out, self.backward(unit, args, rows), strict=False)
+        ):
             if out is None or back is None:
                 continue
             if i in apart:
@@ -226,27 +277,43 @@ class Sweep(Plan):
                     self._send(unit, i, sum_to(back[plain:], edge_shape(out), 1), values)
             elif (unit, i) in self.reduced:
                 if not probing:
-                    (source, v), = arrived.items()
-                    share = self._reduce(v if unit.name == "Expand" else back[:plain], source, out, unit)
+                    ((source, v),) = arrived.items()
+                    share = self._reduce(
+                        v if unit.name == "Expand" else back[:plain], source, out, unit
+                    )
                     self._send(unit, i, share, values)
             else:
                 self._send(unit, i, sum_to(back[:plain], edge_shape(out), 1), values)
 
     def _select(self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> bool:
-        """One index of an axis: it goes to its place, where else as many tensors of zeros would be added as there are indices."""
-        edge, = unit.out
+        """One index of an axis: it goes to its place, where else as many tensors of zeros would be
+        added as there are indices.
+        """
+        (edge,) = unit.out
         leaving = self.leaving[unit, 0] if edge is not None else None
-        if edge is None or leaving is None or self.state[edge] is not leaving or {(unit, 0)} & (self.split | self.reduced):
+        if (
+            edge is None
+            or leaving is None
+            or self.state[edge] is not leaving
+            or {(unit, 0)} & (self.split | self.reduced)
+        ):
             return False
         (v,), shape = arrived.values(), edge_shape(edge)
         axis, index = unit.node._saved_dim, unit.node._saved_index
-        values.add_part(edge, shape, signed(axis) % len(shape), signed(index), v.to(edge_dtype(edge)))
+        values.add_part(
+            edge, shape, signed(axis) % len(shape), signed(index), v.to(edge_dtype(edge))
+        )
         return True
 
     def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, unit: Step) -> Tensor:
-        """An operand without the batch: each sample's share of what arrived, summed to the operand's shape."""
+        """An operand without the batch: each sample's share of what arrived, summed to the
+        operand's shape.
+        """
         if tuple(unreduced.shape[1:]) != edge_shape(source):
-            raise NNJError(f"autograd's {unit.name} gave {tuple(unreduced.shape[1:])}, expected {edge_shape(source)}")
+            raise NNJError(
+                f"autograd's {unit.name} gave {tuple(unreduced.shape[1:])}, expected "
+                f"{edge_shape(source)}"
+            )
         owner = self._owner(source, unit, unreduced)
         k = unreduced.shape[0]
         if owner.of is None and not owner.explicit:
@@ -265,13 +332,18 @@ class Sweep(Plan):
         if state is not None and state.explicit and not (leaving is not None and leaving.explicit):
             # Explicit columns arrive there too, and only bare parameters follow.
             if leaving is None:
-                raise NNJError(f"nnj could not find out whose the rows behind {describe(unit, self.graph.paths)} are")
+                raise NNJError(
+                    "nnj could not find out whose the rows behind "
+                    f"{describe(unit, self.graph.paths)} are"
+                )
             v = split(v, leaving)
         values.add(edge, v)
 
 
 def _beyond_rounding(v: Tensor, nobody: Tensor) -> bool:
-    """Whether something arrived at entries where the probe saw nothing; what rounding leaves of zero is dropped there."""
+    """Whether something arrived at entries where the probe saw nothing; what rounding leaves of
+    zero is dropped there.
+    """
     if not bool(nobody.any()):
         return False
     size = v.abs().amax(0)

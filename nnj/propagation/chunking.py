@@ -1,4 +1,5 @@
 """How many columns walk together."""
+
 from __future__ import annotations
 
 import math
@@ -18,11 +19,12 @@ def even(k: int, fits: int, likes: int) -> int:
 
 
 def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
-    """How many columns may walk together: what `memory` holds; and on a CPU about what its caches like.
+    """How many columns may walk together: what `memory` holds; and on a CPU about what its caches
+    like.
 
-    Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A turn should not be
-    larger than CACHE, lest every step goes through main memory, but much larger than the patches that it makes anew.
-    """
+    Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A
+    turn should not be larger than CACHE, lest every step goes through main memory, but much larger
+    than the patches that it makes anew."""
     units = [_entries(sweep, unit) for unit in sweep.graph.units]
     root = sweep.graph.roots[0][0]._input_metadata[0]
     size = max(4, root.dtype.itemsize)  # half precision is summed in float32
@@ -35,7 +37,9 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
 
 
 def _entries(sweep: Sweep, unit: Step) -> tuple[int, int, int]:
-    """Of one column at a unit: the entries that are held, and those that came to it; and of its patches, for all columns."""
+    """Of one column at a unit: the entries that are held, and those that came to it; and of its
+    patches, for all columns.
+    """
     times = sweep.n if unit in sweep.explicit else 1
     came = held = sum(math.prod(edge_shape(e)) for e in unit.into) * times
     for i, edge in enumerate(unit.out):
@@ -48,4 +52,5 @@ def _entries(sweep: Sweep, unit: Step) -> tuple[int, int, int]:
             dense += p.numel() * sweep.n
         elif isinstance(j, PatchMatmul) and j.places > 1:
             patches += j.n * j.places * math.prod(j.matrix[::2])
-    return held * (2 if patches else 1) + dense, came, patches  # a convolution works on copies in a layout of its own
+    # a convolution works on copies in a layout of its own
+    return held * (2 if patches else 1) + dense, came, patches

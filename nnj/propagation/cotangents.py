@@ -1,4 +1,5 @@
 """What has arrived at the edges of a graph and not yet gone on."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -7,7 +8,9 @@ from nnj.recording.records import Edge
 
 
 class Cotangents(dict[Edge, Tensor]):
-    """Cotangents by edge, (K, *shape). Sums are tensors of our own, to which more is added in place."""
+    """Cotangents by edge, (K, *shape). Sums are tensors of our own, to which more is added in
+    place.
+    """
 
     def __init__(self, *args: dict[Edge, Tensor]):
         super().__init__(*args)
@@ -24,7 +27,9 @@ class Cotangents(dict[Edge, Tensor]):
             self[edge] = there + v
             self._own.add(edge)
 
-    def add_part(self, edge: Edge, shape: tuple[int, ...], axis: int, index: int, v: Tensor) -> None:
+    def add_part(
+        self, edge: Edge, shape: tuple[int, ...], axis: int, index: int, v: Tensor
+    ) -> None:
         """A share that is zero but at one index of an axis of `shape`."""
         there = self.get(edge)
         if there is None or edge not in self._own:

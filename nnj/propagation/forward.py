@@ -1,8 +1,10 @@
-"""The sweep the other way: tangents of the input and of parameters walk forward over the same units, each transposed.
+"""The sweep the other way: tangents of the input and of parameters walk forward over the same
+units, each transposed.
 
-A record's operators have jvp; a raw node is transposed by differentiating what it does to a cotangent. Where the backward sweep
-gives each sample a column of its own, tangents come in such columns, and each sample's entries are picked from its own.
-"""
+A record's operators have jvp; a raw node is transposed by differentiating what it does to a
+cotangent. Where the backward sweep gives each sample a column of its own, tangents come in such
+columns, and each sample's entries are picked from its own."""
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +22,9 @@ from nnj.recording.records import Edge
 
 
 def pick(t: Tensor, n: int, owner: SampleIndex) -> Tensor:
-    """The transpose of `split`: (K * n, *shape) -> (K, *shape), each entry from the column of the sample it belongs to."""
+    """The transpose of `split`: (K * n, *shape) -> (K, *shape), each entry from the column of the
+    sample it belongs to.
+    """
     t = t.unflatten(0, (-1, n))
     if owner.explicit or n == 1:
         return t[:, 0] if n == 1 else t.flatten(0, 1)
@@ -47,7 +51,8 @@ class Forward:
         """The tangents (K, *shape) of the root edges.
 
         Args:
-            seeds: by id of a leaf, (K, N, *p) for a parameter, (K, *shape) for an input that has the batch in axis 0.
+            seeds: by id of a leaf, (K, N, *p) for a parameter, (K, *shape) for an input that has
+                the batch in axis 0.
             k: K.
         """
         return own_task(lambda: self._walk(seeds, k))
@@ -64,7 +69,9 @@ class Forward:
                 for slot, p in unit.params:
                     if id(p) in seeds:
                         (edge,) = unit.into
-                        t = self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k).to(edge_dtype(edge))
+                        t = self._parameter(unit, slot, seeds[id(p)].to(unit.dtype), k).to(
+                            edge_dtype(edge)
+                        )
                         found[edge] = found[edge] + t if edge in found else t
             for edge, t in found.items():
                 tangents[edge] = self._at(edge, unit, t)
@@ -79,14 +86,18 @@ class Forward:
         return unit in self.sweep.explicit
 
     def _at(self, edge: Edge, unit: Step, t: Tensor) -> Tensor:
-        """What a unit gives for an edge, in the way in which columns stand on that edge (the transpose of the split there)."""
+        """What a unit gives for an edge, in the way in which columns stand on that edge
+        (the transpose of the split there).
+        """
         state = self.sweep.state[edge]
         if self._explicit(unit) and not (state is not None and state.explicit):
             return pick(t, self.n, self.sweep._owner(edge, unit))
         return t
 
     def _below(self, unit: Step, i: int, tangents: dict[Edge, Tensor]) -> Tensor | None:
-        """The tangent of operand i as this unit sends columns there: explicit edges that it serves plainly are picked from."""
+        """The tangent of operand i as this unit sends columns there: explicit edges that it serves
+        plainly are picked from.
+        """
         edge = unit.out[i]
         if edge is None or edge not in tangents:
             return None
@@ -94,7 +105,10 @@ class Forward:
         state, leaving = self.sweep.state[edge], self.sweep.leaving[unit, i]
         if state is not None and state.explicit and not (leaving is not None and leaving.explicit):
             if leaving is None:
-                raise NNJError(f"nnj could not find out whose the rows behind {describe(unit, self.sweep.graph.paths)} are")
+                raise NNJError(
+                    "nnj could not find out whose the rows behind "
+                    f"{describe(unit, self.sweep.graph.paths)} are"
+                )
             t = pick(t, self.n, leaving)
         return t
 
@@ -107,14 +121,17 @@ class Forward:
             if unit.leaf is self.sweep.graph.batched:
                 self.sweep.check_order(unit, seed.device)
             return {edge: seed}
-        if unit.leaf is self.sweep.graph.batched:  # each sample's column moves that sample's row alone
+        # each sample's column moves that sample's row alone
+        if unit.leaf is self.sweep.graph.batched:
             apart = seed.new_zeros(k, self.n, *seed.shape[1:])
             rows = torch.arange(self.n, device=seed.device)
             apart[:, rows, rows] = seed
             return {edge: apart.flatten(0, 1)}
         return {edge: seed.expand(k, self.n, *edge_shape(edge)).flatten(0, 1)}
 
-    def _record(self, unit: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int) -> dict[Edge, Tensor]:
+    def _record(
+        self, unit: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int
+    ) -> dict[Edge, Tensor]:
         (edge,) = unit.into
         parts = []
         x = self._below(unit, 0, tangents)
@@ -139,10 +156,16 @@ class Forward:
         rows = owner.rows(j.n, v.device)
         if rows is not None:
             return j.jvp(v[:, rows.clamp(min=0)] if owner.of is not None or j.n != self.n else v)
-        return pick(torch.stack([j.jvp(v[:, i : i + 1]) for i in range(self.n)], 1).flatten(0, 1), self.n, owner)
+        return pick(
+            torch.stack([j.jvp(v[:, i : i + 1]) for i in range(self.n)], 1).flatten(0, 1),
+            self.n,
+            owner,
+        )
 
     def _node(self, unit: Step, tangents: dict[Edge, Tensor], k: int) -> dict[Edge, Tensor]:
-        below = {i: t for i in range(len(unit.out)) if (t := self._below(unit, i, tangents)) is not None}
+        below = {
+            i: t for i in range(len(unit.out)) if (t := self._below(unit, i, tangents)) is not None
+        }
         if not below:
             return {}
         sweep = self.sweep
@@ -166,15 +189,21 @@ class Forward:
         return total
 
     def _spread(self, unit: Step, i: int, t: Tensor) -> Tensor:
-        """The transpose of a broadcast operand's sum: each sample's tangent (K * N, *small) at that sample's entries."""
+        """The transpose of a broadcast operand's sum: each sample's tangent (K * N, *small) at that
+        sample's entries.
+        """
         (source,) = unit.into
         shape = edge_shape(source)
         owner = self.sweep._owner(source, unit)
         lead = (1,) * (len(shape) - (t.dim() - 1))
-        return pick(t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(t.shape[0], *shape), self.n, owner)
+        return pick(
+            t.reshape(t.shape[0], *lead, *t.shape[1:]).expand(t.shape[0], *shape), self.n, owner
+        )
 
     def _transposed(self, unit: Step, below: dict[int, Tensor], rows: int) -> dict[Edge, Tensor]:
-        """Tangents of a node's outputs from those of some operands, by differentiating the node in its cotangents."""
+        """Tangents of a node's outputs from those of some operands, by differentiating the node in
+        its cotangents.
+        """
         node = unit.node
         metadata = node._input_metadata
         nrs = sorted(nr for _, nr in unit.into)
@@ -182,7 +211,9 @@ class Forward:
             cotangents: list[Tensor | None] = [None] * len(metadata)
             for nr in nrs:
                 m = metadata[nr]
-                cotangents[nr] = torch.zeros(rows, *m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
+                cotangents[nr] = torch.zeros(
+                    rows, *m.shape, dtype=m.dtype, device=m.device, requires_grad=True
+                )
             given = [t for t in cotangents if t is not None]
             if unit.name == "Expand" and all((unit, i) in self.sweep.reduced for i in below):
                 back: list[Tensor | None] = [given[0]]
@@ -190,17 +221,25 @@ class Forward:
                 back = self.sweep.backward(unit, cotangents, rows)
             known = {i: (b, _like(t, b)) for i, t in below.items() if (b := back[i]) is not None}
             pairs = [(b, t) for b, t in known.values() if b.requires_grad]
-            opaque = len(pairs) < len(known) and self._answers(unit, [i for i, (b, _) in known.items() if not b.requires_grad])
+            opaque = len(pairs) < len(known) and self._answers(
+                unit, [i for i, (b, _) in known.items() if not b.requires_grad]
+            )
             try:
                 if not opaque and pairs:
-                    found = torch.autograd.grad([b for b, _ in pairs], given, [t for _, t in pairs], allow_unused=True)
-                    return {(node, nr): g for nr, g in zip(nrs, found, strict=True) if g is not None}
+                    found = torch.autograd.grad(
+                        [b for b, _ in pairs], given, [t for _, t in pairs], allow_unused=True
+                    )
+                    return {
+                        (node, nr): g for nr, g in zip(nrs, found, strict=True) if g is not None
+                    }
             except RuntimeError:  # once_differentiable
                 opaque = True
         return self._entry_by_entry(unit, below, rows) if opaque else {}
 
     def _answers(self, unit: Step, operands: list[int]) -> bool:
-        """Whether a node sends anything to the operands: then what autograd does not see there (numpy, say) is not nothing."""
+        """Whether a node sends anything to the operands: then what autograd does not see there
+        (numpy, say) is not nothing.
+        """
         args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
         for _, nr in unit.into:
             m = unit.node._input_metadata[nr]
@@ -208,8 +247,12 @@ class Forward:
         back = self.sweep.backward(unit, args, 1)
         return any(b is not None and bool(b.any()) for b in (back[i] for i in operands))
 
-    def _entry_by_entry(self, unit: Step, below: dict[int, Tensor], rows: int) -> dict[Edge, Tensor]:
-        """A node that cannot be differentiated: what each entry of its outputs sends back, times the tangents there."""
+    def _entry_by_entry(
+        self, unit: Step, below: dict[int, Tensor], rows: int
+    ) -> dict[Edge, Tensor]:
+        """A node that cannot be differentiated: what each entry of its outputs sends back, times
+        the tangents there.
+        """
         node, total = unit.node, {}
         for _, nr in unit.into:
             m = node._input_metadata[nr]

@@ -1,8 +1,9 @@
 """The last layer needs no columns, and the first product needs no factor.
 
-With H = sum_c w_c (e_c - m)(e_c - m)^T for each sample, columns behind a linear last layer J are sqrt(w_c) (J_c - m J): its rows
-J_c serve all samples, and S, which is N x C x C, is never made. At the last layer's own parameters H itself is enough.
-"""
+With H = sum_c w_c (e_c - m)(e_c - m)^T for each sample, columns behind a linear last layer J are
+sqrt(w_c) (J_c - m J): its rows J_c serve all samples, and S, which is N x C x C, is never made. At
+the last layer's own parameters H itself is enough."""
+
 from __future__ import annotations
 
 import math
@@ -25,11 +26,18 @@ from nnj.recording.records import Edge
 
 
 class LastLayerFactor(Factor):
-    """B = S J at a parameter of the last layer: one place for each sample, u of (N, I), and the curvature H in the place of S."""
+    """B = S J at a parameter of the last layer: one place for each sample, u of (N, I), and the
+    curvature H in the place of S.
+    """
 
     def __init__(self, curvature: LossHessian, u: Tensor, shape: tuple[int, ...]):
         self.curvature, self.u, self.shape = curvature, u, tuple(shape)
-        self.k, self.n, self.device, self.dtype = curvature.rank * curvature.places, u.shape[0], u.device, u.dtype
+        self.k, self.n, self.device, self.dtype = (
+            curvature.rank * curvature.places,
+            u.shape[0],
+            u.device,
+            u.dtype,
+        )
 
     def _places(self) -> OuterProduct:
         """The same with columns: (K, N, 1, O, 1)."""
@@ -39,7 +47,9 @@ class LastLayerFactor(Factor):
             s = torch.diag_embed(s[0, :, :, 0]).movedim(1, 0)
         else:
             s = s[:, :, 0]
-        return OuterProduct(self.u[:, None, :, None], s[:, :, None, :, None].to(self.dtype), self.shape)
+        return OuterProduct(
+            self.u[:, None, :, None], s[:, :, None, :, None].to(self.dtype), self.shape
+        )
 
     def dense(self) -> Tensor:
         return self._places().dense()
@@ -60,7 +70,8 @@ class LastLayerFactor(Factor):
 
 
 class LastLayerColumns:
-    """The units from the output of the loss to the first layer that is not the same linear map for all samples.
+    """The units from the output of the loss to the first layer that is not the same linear map for
+    all samples.
 
     Args:
         sweep: the plan.
@@ -69,14 +80,27 @@ class LastLayerColumns:
         selection: the columns that walk, if not all do.
     """
 
-    def __init__(self, sweep: Sweep, curvature: LossHessian, shared: set[int], selection: ColumnSelection | AllColumns | None = None):
-        self.sweep, self.curvature, self.shared, self.selection = sweep, curvature, shared, selection
+    def __init__(
+        self,
+        sweep: Sweep,
+        curvature: LossHessian,
+        shared: set[int],
+        selection: ColumnSelection | AllColumns | None = None,
+    ):
+        self.sweep, self.curvature, self.shared, self.selection = (
+            sweep,
+            curvature,
+            shared,
+            selection,
+        )
         self.units: list[Step] = []
         self.edge: Edge = sweep.graph.roots[0]
         self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
         self.short: int | None = None  # how many columns there are after `narrow`
         self.stages: list[tuple[Edge, Tensor]] = []  # behind each unit its edge and the rows there
-        simple = isinstance(curvature, DiagonalHessian) or (isinstance(curvature, SoftmaxHessian) and curvature.places == 1)
+        simple = isinstance(curvature, DiagonalHessian) or (
+            isinstance(curvature, SoftmaxHessian) and curvature.places == 1
+        )
         if len(sweep.graph.roots) > 1 or not simple or curvature.rows != sweep.n or sweep.n == 1:
             return
         if sweep.state[self.edge] is not sweep.plain:
@@ -93,14 +117,18 @@ class LastLayerColumns:
         j = unit.slots["input"]
         if not isinstance(j, Identity) and not (isinstance(j, LinearMap) and not j.per_row):
             return False
-        if unit.params and (self.units or not all(self._one_place(unit, s, p) for s, p in unit.params)):
+        if unit.params and (
+            self.units or not all(self._one_place(unit, s, p) for s, p in unit.params)
+        ):
             return False
         if j.n != self.sweep.n or unit.dtype in (torch.float16, torch.bfloat16):
             return False
         rows = self.rows
         if rows is None:
             size = self.curvature.block * self.curvature.places
-            rows = torch.eye(size, dtype=unit.dtype, device=j.like.device).reshape(size, 1, *j.outputs)
+            rows = torch.eye(size, dtype=unit.dtype, device=j.like.device).reshape(
+                size, 1, *j.outputs
+            )
         self.rows = j.vjp(rows)
         self.units.append(unit)
         self.edge = out
@@ -109,9 +137,18 @@ class LastLayerColumns:
 
     def _one_place(self, unit: Step, slot: str, p: Tensor) -> bool:
         j = unit.slots[slot]
-        if not isinstance(j, (PatchMatmul, ScaleShift)) or self.sweep.uses[id(p)] > 1 or id(p) in self.shared or len(j.outputs) != 1:
+        if (
+            not isinstance(j, (PatchMatmul, ScaleShift))
+            or self.sweep.uses[id(p)] > 1
+            or id(p) in self.shared
+            or len(j.outputs) != 1
+        ):
             return False
-        return j.matrix[0] == 1 if isinstance(j, PatchMatmul) else j.m is None and j.inputs == j.outputs
+        return (
+            j.matrix[0] == 1
+            if isinstance(j, PatchMatmul)
+            else j.m is None and j.inputs == j.outputs
+        )
 
     @property
     def useful(self) -> bool:
@@ -128,16 +165,26 @@ class LastLayerColumns:
         for unit in self.units:
             for slot, p in unit.params:
                 j = unit.slots[slot]
-                u = j.patches()[:, 0, :, 0] if isinstance(j, PatchMatmul) else j.like.new_ones(j.n, 1, dtype=unit.dtype)
+                u = (
+                    j.patches()[:, 0, :, 0]
+                    if isinstance(j, PatchMatmul)
+                    else j.like.new_ones(j.n, 1, dtype=unit.dtype)
+                )
                 sink(p, LastLayerFactor(self.curvature, u, tuple(p.shape)))
 
     def narrow(self, memory: int) -> None:
-        """Go back to where columns are shortest, if they are worth recompressing there: `columns` are then as many as entries."""
+        """Go back to where columns are shortest, if they are worth recompressing there: `columns`
+        are then as many as entries.
+        """
         lengths = [rows[0].numel() for _, rows in self.stages]
         at = lengths.index(min(lengths))
         d, behind = lengths[at], self.sweep.graph.units[at + 1 :]
         n, fits = self.sweep.n, self.sweep.n * lengths[at] ** 2 * 8 * 3 <= memory
-        if fits and self.selection is None and worth_recompressing(self.k, n, self.curvature.block, d, walk_cost(behind)):
+        if (
+            fits
+            and self.selection is None
+            and worth_recompressing(self.k, n, self.curvature.block, d, walk_cost(behind))
+        ):
             self.units, (self.edge, self.rows) = self.units[: at + 1], self.stages[at]
             self.short = d
 
@@ -152,23 +199,34 @@ class LastLayerColumns:
             yield from self.columns(size)
             return
         assert self.rows is not None
-        v = triangular(self.gram()).to(edge_dtype(self.edge)).reshape(self.short, self.sweep.n, *self.rows.shape[2:])
+        v = (
+            triangular(self.gram())
+            .to(edge_dtype(self.edge))
+            .reshape(self.short, self.sweep.n, *self.rows.shape[2:])
+        )
         yield from v.split(size)
 
     def gram(self) -> Tensor:
-        """sum over columns of v v^T, (N, d, d), in float64, from the rows of J, without a column."""
+        """sum over columns of v v^T, (N, d, d), in float64, from the rows of J, without a
+        column.
+        """
         assert self.rows is not None
         c, flat = self.curvature, self.rows.reshape(len(self.rows), -1).double()
         if not isinstance(c, SoftmaxHessian):
             return _weighted_gram(flat, c.diagonal().reshape(c.rows, -1).double())
-        # With D_c = J_c - J_t for the likeliest class t, H is a (sum_c p_c D_c D_c^T - R R^T) and R = sum_c p_c D_c: no term is
-        # larger than 1 - p_t.
+        # With D_c = J_c - J_t for the likeliest class t, H is a (sum_c p_c D_c D_c^T - R R^T) and
+        # R = sum_c p_c D_c: no term is larger than 1 - p_t.
         p = c.p[:, 0].double()
         top = p.argmax(1, keepdim=True)
         rest = p.scatter(1, top, 0.0)
         best, mean, mass = flat[top[:, 0]], rest @ flat, rest.sum(1, keepdim=True)
         cross, r = mean[:, :, None] * best[:, None], mean - mass * best
-        whole = _weighted_gram(flat, rest) - cross - cross.mT + mass[:, :, None] * best[:, :, None] * best[:, None]
+        whole = (
+            _weighted_gram(flat, rest)
+            - cross
+            - cross.mT
+            + mass[:, :, None] * best[:, :, None] * best[:, None]
+        )
         return (whole - r[:, :, None] * r[:, None]) * c.a[:, 0, :, None].double()
 
     def columns(self, size: int) -> Iterator[Tensor]:
@@ -186,7 +244,9 @@ class LastLayerColumns:
             yield v.reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
 
     @staticmethod
-    def _selected(flat: Tensor, selection: ColumnSelection | AllColumns) -> Callable[[int, int], Tensor]:
+    def _selected(
+        flat: Tensor, selection: ColumnSelection | AllColumns
+    ) -> Callable[[int, int], Tensor]:
         """S J, of the columns of S that walk."""
         return lambda a, b: selection.columns(a, b).mT.flatten(2).to(flat.dtype) @ flat
 
@@ -196,12 +256,13 @@ class LastLayerColumns:
         return lambda a, b: flat[a:b, None] * weight[a:b, :, None]
 
     def _softmax(self, flat: Tensor, c: SoftmaxHessian) -> Callable[[int, int], Tensor]:
-        """sqrt(a p_c) (J_c - J_t - R / (1 + sqrt p_t)) for all classes c but the likeliest t, with R = sum_c p_c (J_c - J_t).
+        """sqrt(a p_c) (J_c - J_t - R / (1 + sqrt p_t)) for all classes c but the likeliest t, with
+        R = sum_c p_c (J_c - J_t).
 
-        With D_c = J_c - J_t the Hessian is a (sum_c p_c D_c D_c^T - R R^T). Columns D_c - k R in the place of D_c make it so
-        if k^2 (1 - p_t) - 2 k + 1 = 0, and this k is 1 / (1 + sqrt p_t). Where t is among the first C - 1 classes, the last class
-        stands in its place.
-        """
+        With D_c = J_c - J_t the Hessian is a (sum_c p_c D_c D_c^T - R R^T). Columns D_c - k R in
+        the place of D_c make it so if k^2 (1 - p_t) - 2 k + 1 = 0, and this k is
+        1 / (1 + sqrt p_t). Where t is among the first C - 1 classes, the last class stands in its
+        place."""
         p, last = c.p[:, 0].to(flat.dtype), c.block - 1
         best, top = p.max(1, keepdim=True)
         rest = p.scatter(1, top, 0.0)
@@ -230,9 +291,8 @@ def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
 def triangular(gram: Tensor) -> Tensor:
     """d columns with a given V^T V for each sample: (N, d, d), in float64 -> (d, N, d).
 
-    Cholesky's, of the matrix scaled to a unit diagonal, so that small entries keep their accuracy, and lifted by its own
-    rounding; the eigenvectors where that is not enough.
-    """
+    Cholesky's, of the matrix scaled to a unit diagonal, so that small entries keep their accuracy,
+    and lifted by its own rounding; the eigenvectors where that is not enough."""
     size = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     inverse = torch.where(size > 0, 1 / size, 0.0)
     scaled = gram * inverse[:, :, None] * inverse[:, None]
@@ -247,7 +307,8 @@ def triangular(gram: Tensor) -> Tensor:
 
 
 def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:
-    """Whether n matrices d x d, each the sum over c rows, and their roots cost less than (k - d) columns, each of `cost`.
+    """Whether n matrices d x d, each the sum over c rows, and their roots cost less than (k - d)
+    columns, each of `cost`.
 
     Multiply-adds; those of matrices in float64, which take twice the time.
     """
@@ -257,13 +318,15 @@ def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:
 def walk_cost(units: list[Step]) -> float:
     """Multiply-adds of one column through some units, by their parameters and places.
 
-    A layer with one place for each sample squares columns before it multiplies them by its input: they cost it their length.
-    """
+    A layer with one place for each sample squares columns before it multiplies them by its input:
+    they cost it their length."""
     total = 0.0
     for unit in units:
         for slot, p in unit.params:
             j = unit.slots[slot]
             places = j.places if isinstance(j, PatchMatmul) else 1
             back = p.numel() * places if unit.out[0] is not None else 0
-            total += j.n * (back + (2.0 * p.numel() * places if places > 1 else math.prod(j.outputs)))
+            total += j.n * (
+                back + (2.0 * p.numel() * places if places > 1 else math.prod(j.outputs))
+            )
     return max(total, 1.0)

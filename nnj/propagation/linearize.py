@@ -1,4 +1,7 @@
-"""A module at a point: its Jacobian in the input or in the parameters as one operator per sample, for layers and whole models."""
+"""A module at a point: its Jacobian in the input or in the parameters as one operator per sample,
+for layers and whole models.
+"""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +28,9 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def parameters_by_module(module: nn.Module) -> list[list[nn.Parameter]]:
-    """The own parameters that require grad of each module that has any, in the order of `modules()`; shared ones once."""
+    """The own parameters that require grad of each module that has any, in the order of
+    `modules()`; shared ones once.
+    """
     seen: set[int] = set()
     found = []
     for part in module.modules():
@@ -36,7 +41,9 @@ def parameters_by_module(module: nn.Module) -> list[list[nn.Parameter]]:
     return found
 
 
-def _plan(walk: type[Sweep], graph: Graph, n: int, roots: dict[Edge, SampleIndex], at_input: bool) -> Sweep:
+def _plan(
+    walk: type[Sweep], graph: Graph, n: int, roots: dict[Edge, SampleIndex], at_input: bool
+) -> Sweep:
     """The first plan in which samples do not influence one another.
 
     An operand that is cut off at the input would hide what other samples have to do with it.
@@ -53,7 +60,8 @@ def _plan(walk: type[Sweep], graph: Graph, n: int, roots: dict[Edge, SampleIndex
 
 
 class Linearization:
-    """The plan of all products of one module at one x. The forward pass is made here; the module is left as it was.
+    """The plan of all products of one module at one x. The forward pass is made here; the module is
+    left as it was.
 
     Args:
         module: extended or not, a layer or a whole model; it is called once.
@@ -61,8 +69,8 @@ class Linearization:
         wrt: "input" or "weight".
         walk: the kind of sweep.
 
-    Errors: `NNJError` if y is not one tensor with the samples in axis 0, or where samples influence one another.
-    """
+    Errors: `NNJError` if y is not one tensor with the samples in axis 0, or where samples influence
+    one another."""
 
     def __init__(self, module: nn.Module, x: Tensor, wrt: str, walk: type[Sweep] = Sweep):
         self.module, self.wrt = module, wrt
@@ -71,21 +79,31 @@ class Linearization:
         if not isinstance(x, Tensor):
             raise NNJError(f"x is {type(x).__name__}, expected a tensor")
         if x.dim() == 0 or x.shape[0] == 0:
-            raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
+            raise NNJError(
+                f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample"
+            )
         self.n = x.shape[0]
         self.params = parameters(module) if wrt == "weight" else []
         if any(p.is_complex() for p in self.params):
             raise complex_parameter(f"a parameter of {type(module).__name__}")
         if wrt == "input" and not x.is_floating_point():
-            raise NNJError(f"x is {x.dtype}, which has no derivative; the input must be of floating point for wrt='input'")
+            raise NNJError(
+                f"x is {x.dtype}, which has no derivative; the input must be of floating point for "
+                "wrt='input'"
+            )
         with temporarily_extended(module), torch.enable_grad():
             self.x = x.detach().clone() if wrt == "weight" else x.detach().clone().requires_grad_()
             y = module(self.x if wrt == "weight" else self.x.view_as(self.x))
         if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != self.n:
             what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise NNJError(f"{type(module).__name__} gave {what} for {self.n} samples; products need one tensor (N, ...)")
+            raise NNJError(
+                f"{type(module).__name__} gave {what} for {self.n} samples; products need one "
+                "tensor (N, ...)"
+            )
         if not y.is_floating_point():
-            raise NNJError(f"{type(module).__name__} gave {y.dtype}; products are those of a real output")
+            raise NNJError(
+                f"{type(module).__name__} gave {y.dtype}; products are those of a real output"
+            )
         self.y = y.detach()
         self.outputs, self.inputs = tuple(y.shape[1:]), tuple(x.shape[1:])
         self.sizes = [p.numel() for p in self.params]
@@ -95,7 +113,13 @@ class Linearization:
         self.sweep: Sweep | None = None
         if self.root is not None:
             roots: dict[Edge, SampleIndex] = {self.root: SampleIndex(self.n)}
-            graph = Graph([self.root], lambda p: id(p) in wanted, paths, None if wrt == "weight" else self.x, walk is Sweep)
+            graph = Graph(
+                [self.root],
+                lambda p: id(p) in wanted,
+                paths,
+                None if wrt == "weight" else self.x,
+                walk is Sweep,
+            )
             if graph.units:
                 self.sweep = _plan(walk, graph, self.n, roots, wrt == "input")
 
@@ -110,7 +134,9 @@ class Linearization:
         return math.prod(self.outputs)
 
     def walk(self, u: Tensor, sink: Callable[[Tensor, Factor], None]) -> None:
-        """u J for cotangents u (K, N, *outputs), as the factor of each parameter, or of the input."""
+        """u J for cotangents u (K, N, *outputs), as the factor of each parameter, or of the
+        input.
+        """
         if self.sweep is not None and self.root is not None:
             self.sweep.run({self.root: u}, u.shape[0], sink)
 
@@ -122,9 +148,17 @@ class Linearization:
         self.walk(u, lambda p, factor: found.__setitem__(id(p), factor.dense()))
         holders = [self.x] if self.wrt == "input" else self.params
         lead = u.shape[:2]
-        parts = [found[id(p)].reshape(*lead, -1).to(p.dtype) if id(p) in found
-                 else torch.zeros(*lead, p.numel() // (self.n if self.wrt == "input" else 1), dtype=p.dtype, device=p.device)
-                 for p in holders]
+        parts = [
+            found[id(p)].reshape(*lead, -1).to(p.dtype)
+            if id(p) in found
+            else torch.zeros(
+                *lead,
+                p.numel() // (self.n if self.wrt == "input" else 1),
+                dtype=p.dtype,
+                device=p.device,
+            )
+            for p in holders
+        ]
         return torch.cat(parts, -1) if parts else u.new_zeros(*lead, 0)
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -137,13 +171,17 @@ class Linearization:
             seeds = {id(self.x): v.reshape(k, self.n, *self.inputs)}
         else:
             split = v.split(self.sizes, -1)
-            seeds = {id(p): t.reshape(k, v.shape[1], *p.shape) for p, t in zip(self.params, split, strict=True)}
+            seeds = {
+                id(p): t.reshape(k, v.shape[1], *p.shape)
+                for p, t in zip(self.params, split, strict=True)
+            }
         try:
             return Forward(self.sweep).run(seeds, k).get(self.root, zero)
         except CheckpointError:
             if k == 1:
                 raise
-        # What a checkpoint computes anew under vmap need not be what it saved: one direction after the other.
+        # What a checkpoint computes anew under vmap need not be what it saved: one direction after
+        # the other.
         return torch.cat([self.jvp(v[i : i + 1]) for i in range(k)])
 
     def dense(self) -> Tensor:
@@ -153,4 +191,6 @@ class Linearization:
     def basis(self) -> Tensor:
         """The unit cotangents, (out, N, *outputs)."""
         eye = torch.eye(self.out, dtype=self.y.dtype, device=self.y.device)
-        return eye[:, None].expand(self.out, self.n, self.out).reshape(self.out, self.n, *self.outputs)
+        return (
+            eye[:, None].expand(self.out, self.n, self.out).reshape(self.out, self.n, *self.outputs)
+        )

@@ -1,8 +1,10 @@
-"""Which rows of the loss belong to which sample: readings are tried, likeliest first, until one in which samples are independent.
+"""Which rows of the loss belong to which sample: readings are tried, likeliest first, until one in
+which samples are independent.
 
-A sample is what stands at one place of the batch axis of the model's input. Where the loss has as many rows, each is a sample;
-where it has k times as many, k rows in order (or every N-th); otherwise each row is asked which sample it touches.
-"""
+A sample is what stands at one place of the batch axis of the model's input. Where the loss has as
+many rows, each is a sample; where it has k times as many, k rows in order (or every N-th);
+otherwise each row is asked which sample it touches."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,10 +23,12 @@ from nnj.recording.records import CallMark, Edge, place_of
 
 
 def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, SampleIndex, bool]:
-    """The sweep, the owners of the loss's rows, and whether samples are known to be those that were given to the model.
+    """The sweep, the owners of the loss's rows, and whether samples are known to be those that were
+    given to the model.
 
-    Where they are not known (what the model did to its input before its first layer leaves no trace), any grouping of rows in
-    which samples are independent gives the same GGN, but not the same gradient for each sample.
+    Where they are not known (what the model did to its input before its first layer leaves no
+    trace), any grouping of rows in which samples are independent gives the same GGN, but not the
+    same gradient for each sample.
 
     Errors: `NNJError` if samples influence one another in every reading.
     """
@@ -45,7 +49,11 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, SampleIn
             return sweep, owner, True
         if n == rows or in_order:
             evidence = _evidence(graph, mark, given)
-            known = all(bool((e.owners >= 0).all()) for e in evidence) if evidence else _alone(graph, rows, mark, n, owner)
+            known = (
+                all(bool((e.owners >= 0).all()) for e in evidence)
+                if evidence
+                else _alone(graph, rows, mark, n, owner)
+            )
             return sweep, owner, known
         out_of_order.append(owner)
     assert refusal is not None
@@ -53,19 +61,29 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, SampleIn
 
 
 def plans(graph: Graph) -> list[dict[str, bool]]:
-    """What a sweep may take for granted, the cheapest first; the rows that bare parameters meet may not be those of samples."""
-    found = [{"probed": probed, "cut": cut, "bare": False} for probed, cut in ((False, False), (True, False), (False, True))]
+    """What a sweep may take for granted, the cheapest first; the rows that bare parameters meet may
+    not be those of samples.
+    """
+    found = [
+        {"probed": probed, "cut": cut, "bare": False}
+        for probed, cut in ((False, False), (True, False), (False, True))
+    ]
     return [{**found[0], "bare": True}, *found] if any(unit.bare for unit in graph.units) else found
 
 
 def _alone(graph: Graph, rows: int, mark: CallMark, n: int, owner: SampleIndex) -> bool:
-    """Whether samples influence one another in the other order of rows, so that this one needs no evidence of first layers.
+    """Whether samples influence one another in the other order of rows, so that this one needs no
+    evidence of first layers.
 
-    The layers before the first wanted parameter (frozen ones) leave no trace; behind them, rows that mix are of one sample.
-    """
+    The layers before the first wanted parameter (frozen ones) leave no trace; behind them, rows
+    that mix are of one sample."""
     if n == rows or rows % n:
         return False
-    other = SampleIndex(n) if owner.of is not None else SampleIndex(n, torch.arange(rows, device=mark.inputs[0].device) % n)
+    other = (
+        SampleIndex(n)
+        if owner.of is not None
+        else SampleIndex(n, torch.arange(rows, device=mark.inputs[0].device) % n)
+    )
     for options in plans(graph):
         if options["cut"]:
             continue
@@ -81,13 +99,20 @@ def _on_roots(graph: Graph, owner: SampleIndex) -> dict[Edge, SampleIndex]:
     owners = {}
     for edge in graph.roots:
         dims = len(edge_shape(edge))
-        owners[edge] = owner if owner.of is None else SampleIndex(owner.n, owner.of.reshape(-1, *[1] * (dims - 1)))
+        owners[edge] = (
+            owner
+            if owner.of is None
+            else SampleIndex(owner.n, owner.of.reshape(-1, *[1] * (dims - 1)))
+        )
     return owners
 
 
-def _attempts(graph: Graph, rows: int, mark: CallMark | None,
-              device: torch.device) -> Iterator[tuple[int, SampleIndex, dict[str, bool]]]:
-    """(n, owners of the rows, a plan) of sweeps that may do; operands without samples (`cut`) only where all else fails."""
+def _attempts(
+    graph: Graph, rows: int, mark: CallMark | None, device: torch.device
+) -> Iterator[tuple[int, SampleIndex, dict[str, bool]]]:
+    """(n, owners of the rows, a plan) of sweeps that may do; operands without samples (`cut`) only
+    where all else fails.
+    """
     n, ways = None if mark is None else _samples(mark, rows), plans(graph)
     if mark is not None and n and rows != n:
         if rows % n == 0:
@@ -110,7 +135,9 @@ def _samples(mark: CallMark, rows: int) -> int | None:
 
 
 class _Evidence(NamedTuple):
-    """Whose the rows of a first layer are: `owners` along one axis of its input and output, -1 where it cannot be told."""
+    """Whose the rows of a first layer are: `owners` along one axis of its input and output, -1
+    where it cannot be told.
+    """
 
     unit: Step
     axis: int
@@ -118,7 +145,9 @@ class _Evidence(NamedTuple):
 
 
 def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
-    """What is known of layers on what the user gave to the model: as it was given, or rows of it in another order."""
+    """What is known of layers on what the user gave to the model: as it was given, or rows of it in
+    another order.
+    """
     found = []
     for unit in graph.units:
         record = unit.record
@@ -126,9 +155,15 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
             continue
         axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
         if record.x.place in [place_of(t) for t in mark.inputs]:
-            if len(shape) > axis and shape[axis] == n and record.y.shape[: axis + 1] == shape[: axis + 1]:
+            if (
+                len(shape) > axis
+                and shape[axis] == n
+                and record.y.shape[: axis + 1] == shape[: axis + 1]
+            ):
                 found.append(_Evidence(unit, axis, torch.arange(n)))
-        elif axis < 2 and any(t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs):
+        elif axis < 2 and any(
+            t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs
+        ):
             if shape[1 - axis] == n and record.y.shape[:2] == shape[:2]:
                 found.append(_Evidence(unit, 1 - axis, torch.arange(n)))
         elif record.x.value is not None and record.x.value.device.type != "meta":
@@ -139,16 +174,26 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
 
 
 def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
-    """The sample of each row of x, if every row is found among the rows of the model's inputs; None if some are not."""
+    """The sample of each row of x, if every row is found among the rows of the model's inputs; None
+    if some are not.
+    """
     rows, size = x.reshape(len(x), -1), x[0].numel()
     pool, owners = [], []
     for t in mark.inputs:
-        if t.dim() > mark.batch_axis and t.shape[mark.batch_axis] == n and t.dtype == x.dtype and t.numel() % (n * size) == 0:
+        if (
+            t.dim() > mark.batch_axis
+            and t.shape[mark.batch_axis] == n
+            and t.dtype == x.dtype
+            and t.numel() % (n * size) == 0
+        ):
             pool.append(t.movedim(mark.batch_axis, 0).reshape(-1, size))
             owners.append(torch.arange(n).repeat_interleave(len(pool[-1]) // n))
     if not pool or (not x.is_floating_point() and x.numel() != sum(t.numel() for t in pool)):
-        return None  # numbers that merely count, such as positions, are found among tokens by chance
-    mix = torch.rand(size, generator=torch.Generator().manual_seed(0x6E6E6A), dtype=torch.float64).to(x.device)
+        # numbers that merely count, such as positions, are found among tokens by chance
+        return None
+    mix = torch.rand(
+        size, generator=torch.Generator().manual_seed(0x6E6E6A), dtype=torch.float64
+    ).to(x.device)
     known, order = (torch.cat(pool).to(torch.float64) * mix).sum(1).sort()
     mine, owner = (rows.to(torch.float64) * mix).sum(1), torch.cat(owners)[order.cpu()]
     slack = 1e-12 * (1 + known.abs())
@@ -157,11 +202,13 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
     high = first.cpu()
     if bool((low > high).any()):
         return None
-    return torch.where(owner[low] == owner[high], owner[low], -1)  # equal rows of several samples tell nothing
+    # equal rows of several samples tell nothing
+    return torch.where(owner[low] == owner[high], owner[low], -1)
 
 
 def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
-    """Whether sample i of the sweep is what was given to the model at place i, as far as first layers tell.
+    """Whether sample i of the sweep is what was given to the model at place i, as far as first
+    layers tell.
 
     Errors: `Coupled` if what was given at one place reaches the loss in two samples.
     """
@@ -174,7 +221,11 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
             raise Coupled.at(describe(unit, sweep.graph.paths))
         of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
         of = of.reshape(*of.shape, *[1] * (len(shape) - of.dim()))
-        of = of.expand(*(shape[i] if i == axis else s for i, s in enumerate(of.shape))).movedim(axis, 0).flatten(1)
+        of = (
+            of.expand(*(shape[i] if i == axis else s for i, s in enumerate(of.shape)))
+            .movedim(axis, 0)
+            .flatten(1)
+        )
         told = (of >= 0) & (owners[:, None] >= 0)
         given, whose = owners[:, None].expand(of.shape)[told], of[told]
         unknown = to[given] < 0
@@ -186,7 +237,9 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
 
 
 def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
-    """The one sample that each row of the loss touches at the first layers, or None if a row touches none or several."""
+    """The one sample that each row of the loss touches at the first layers, or None if a row
+    touches none or several.
+    """
     evidence = {e.unit: e for e in _evidence(graph, mark, n) if bool((e.owners >= 0).all())}
     if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[:1] != (rows,):
         return None
@@ -204,6 +257,8 @@ def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
         columns[number - start, number] = cotangent[number]
         for unit, v in sweep.watch({root: columns}, len(number), list(evidence)):
             there = (v != 0).movedim(evidence[unit].axis + 1, 1).flatten(2).any(2).long()
-            found[number] += torch.zeros_like(found[number]).index_add_(1, evidence[unit].owners.to(device), there)
+            found[number] += torch.zeros_like(found[number]).index_add_(
+                1, evidence[unit].owners.to(device), there
+            )
     touched = found > 0
     return touched.int().argmax(1) if bool((touched.sum(1) == 1).all()) else None

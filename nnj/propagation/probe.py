@@ -1,4 +1,5 @@
 """Finds out by numbers which entry on which edge belongs to which sample."""
+
 from __future__ import annotations
 
 import math
@@ -13,17 +14,18 @@ from nnj.jacobians.sample_index import SampleIndex
 class Probe:
     """Numbers the samples and lets the sweep carry the bits of the numbers backwards.
 
-    With one random cotangent, column 2b holds the samples whose number has bit b, column 2b + 1 the others. An entry of any
-    edge is non-zero in exactly the columns that spell its owner; both columns of a pair mean that samples influence
-    one another. 2 ceil(log2 n) columns tell all owners of a graph at once, in any order of rows.
-    """
+    With one random cotangent, column 2b holds the samples whose number has bit b, column 2b + 1 the
+    others. An entry of any edge is non-zero in exactly the columns that spell its owner; both
+    columns of a pair mean that samples influence one another. 2 ceil(log2 n) columns tell all
+    owners of a graph at once, in any order of rows."""
 
     DRAWS = 2  # cotangents: an entry is nobody's only if it is zero for each of them
 
     def __init__(self, n: int):
         self.bits = max(1, math.ceil(math.log2(n)))
         self.n = n
-        self.generator = torch.Generator().manual_seed(0x6E6E6A)  # one for all roots, so that they do not cancel
+        # one for all roots, so that they do not cancel
+        self.generator = torch.Generator().manual_seed(0x6E6E6A)
 
     def columns(self, owner: SampleIndex, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The columns that start at one root edge, (2 * bits * DRAWS, *shape)."""
@@ -44,11 +46,11 @@ class Probe:
         return torch.stack(columns)
 
     def owner(self, v: Tensor, who: str) -> SampleIndex:
-        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples influence one another.
+        """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples
+        influence one another.
 
-        An entry where nothing arrived is given to the one sample of its row, if there is one: what arrives there later can only
-        be what rounding leaves of zero.
-        """
+        An entry where nothing arrived is given to the one sample of its row, if there is one: what
+        arrives there later can only be what rounding leaves of zero."""
         there = (v != 0).unflatten(0, (self.DRAWS, self.bits, 2)).any(0)
         one, zero = there[:, 0], there[:, 1]
         if bool((one & zero).any()):

@@ -1,8 +1,10 @@
-"""Which entry on which edge belongs to which sample: known from the names of autograd's nodes, or found out by a probe.
+"""Which entry on which edge belongs to which sample: known from the names of autograd's nodes, or
+found out by a probe.
 
-An edge is *plain* when its axis 0 holds the n samples in order, R / n rows each. Nodes listed here move samples from one axis to
-another, or leave them where they are; for any other node the sweep asks the numbers themselves (`Probe`).
-"""
+An edge is *plain* when its axis 0 holds the n samples in order, R / n rows each. Nodes listed here
+move samples from one axis to another, or leave them where they are; for any other node the sweep
+asks the numbers themselves (`Probe`)."""
+
 from __future__ import annotations
 
 import math
@@ -21,8 +23,11 @@ def _axes(saved: Any, dims: int) -> set[int]:
     return {signed(v) % max(dims, 1) for v in values}
 
 
-def carried(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...], n: int, at: SampleAxis) -> SampleAxis | None:
-    """Where the samples are at operand number `child`, of shape `into`, of a node with a result of shape `out`.
+def carried(
+    node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...], n: int, at: SampleAxis
+) -> SampleAxis | None:
+    """Where the samples are at operand number `child`, of shape `into`, of a node with a result of
+    shape `out`.
 
     Args:
         at: where they are in the result.
@@ -38,8 +43,12 @@ def carried(node: Any, child: int, out: tuple[int, ...], into: tuple[int, ...], 
     return SampleAxis(axis, at.run) if axis is not None and into[axis] == out[at.axis] else None
 
 
-def _reshaped(out: tuple[int, ...], into: tuple[int, ...], n: int, at: SampleAxis) -> SampleAxis | None:
-    """Entry number f, counted through all axes, belongs to sample (f // run) % n, and keeps its number."""
+def _reshaped(
+    out: tuple[int, ...], into: tuple[int, ...], n: int, at: SampleAxis
+) -> SampleAxis | None:
+    """Entry number f, counted through all axes, belongs to sample (f // run) % n, and keeps its
+    number.
+    """
     run = math.prod(out[at.axis + 1 :]) * at.run
     for axis in reversed(range(len(into))):
         below = math.prod(into[axis + 1 :])
@@ -49,7 +58,9 @@ def _reshaped(out: tuple[int, ...], into: tuple[int, ...], n: int, at: SampleAxi
 
 
 def _operand_axis(node: Any, name: str, child: int, out: int, into: int, axis: int) -> int | None:
-    """Which axis of an operand with `into` axes is an axis of the result, with `out` axes, entry by entry."""
+    """Which axis of an operand with `into` axes is an axis of the result, with `out` axes, entry by
+    entry.
+    """
     if name in ELEMENTWISE or name == "Expand":
         return axis if into == out else None
     if name in ALONG or name == "Stack":
@@ -70,11 +81,15 @@ def _operand_axis(node: Any, name: str, child: int, out: int, into: int, axis: i
         return 0 if child == axis == 0 and not node._saved_training else None
     if name.startswith(ATTENTION):
         return axis if child < 3 and into == 4 and axis < 2 else None
-    return 0 if axis == 0 and (name == "Bmm" or (BATCHED.get(name) == child and into >= 2)) else None
+    return (
+        0 if axis == 0 and (name == "Bmm" or (BATCHED.get(name) == child and into >= 2)) else None
+    )
 
 
 def _beside(node: Any, name: str, out: int, into: int, axis: int) -> int | None:
-    """The same for nodes that work along axes which they have saved; those may be missing in the result, or be new there."""
+    """The same for nodes that work along axes which they have saved; those may be missing in the
+    result, or be new there.
+    """
     saved = node._saved_dims if name == "Flip" else getattr(node, "_saved_dim", None)
     if saved is None or saved == ():
         return None
@@ -88,7 +103,9 @@ def _beside(node: Any, name: str, out: int, into: int, axis: int) -> int | None:
 
 
 def broadcast_operand(node: Any, out: tuple[int, ...], into: tuple[int, ...], axis: int) -> bool:
-    """Whether an operand of shape `into` is broadcast along the samples' axis, with the result not yet summed to its shape."""
+    """Whether an operand of shape `into` is broadcast along the samples' axis, with the result not
+    yet summed to its shape.
+    """
     if node_name(node) not in BROADCASTING | {"Expand"} or not out or len(into) > len(out):
         return False
     aligned = (1,) * (len(out) - len(into)) + into
@@ -97,5 +114,7 @@ def broadcast_operand(node: Any, out: tuple[int, ...], into: tuple[int, ...], ax
 
 
 def split(v: Tensor, owner: SampleIndex) -> Tensor:
-    """Each column once for each sample: (K, *shape) -> (K * n, *shape), with the other samples' entries zero."""
+    """Each column once for each sample: (K, *shape) -> (K * n, *shape), with the other samples'
+    entries zero.
+    """
     return v if owner.explicit else owner.split(v)

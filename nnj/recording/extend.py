@@ -1,4 +1,5 @@
 """extend() and retract(): puts the hooks on a model or a loss, and takes them away."""
+
 from __future__ import annotations
 
 import copy
@@ -20,12 +21,16 @@ M = TypeVar("M", bound=nn.Module)
 
 def _is_leaf_of_torch(module: nn.Module) -> bool:
     """Whether `_AfterLeaf` will do."""
-    known = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in module.__dict__
+    known = (
+        type(module).__module__.startswith("torch.nn.modules.") and "forward" not in module.__dict__
+    )
     return known and not module._modules and not getattr(module, "inplace", False)
 
 
 def _may_be_layer(module: nn.Module) -> bool:
-    """Whether a rule may describe a call. Said once, when it is extended: to ask at each call costs more than the call itself."""
+    """Whether a rule may describe a call. Said once, when it is extended: to ask at each call costs
+    more than the call itself.
+    """
     entry = manager().find("layer", type(module))
     return (entry is not None and entry.key is not nn.Module) or not _has_known_part(module)
 
@@ -34,19 +39,23 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     """Put nnj's hooks on a model or a loss; the same object comes back, and computes what it did.
 
     Args:
-        module: a model, a loss module, a module that contains losses, or a plain function of (output, target, ...), which
-            comes back as a module.
-        loss: True for a module of your own that is a loss; by default torch's losses and those with a loss rule are.
+        module: a model, a loss module, a module that contains losses, or a plain function of
+            (output, target, ...), which comes back as a module.
+        loss: True for a module of your own that is a loss; by default torch's losses and those with
+            a loss rule are.
         batch_axis: where the samples are in the model's first input; 1 for sequence-first models.
 
-    Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies, pickles and state dicts of an
-    extended model are as usual.
+    Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies,
+    pickles and state dicts of an extended model are as usual.
 
     Errors: `NNJError` for a compiled module; TypeError for what is neither a module nor callable.
     """
     if not isinstance(module, nn.Module):
         if not callable(module) or isinstance(module, type):
-            raise TypeError(f"nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not {module!r}")
+            raise TypeError(
+                "nnj.extend takes a torch.nn.Module or a function of (output, target, ...), not "
+                f"{module!r}"
+            )
         module, loss = FunctionLoss.of(module), True
     check_hookable(module)
     if loss and not is_loss(module):
@@ -66,7 +75,9 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
 
 
 def retract(module: nn.Module) -> nn.Module:
-    """Take away every hook that `extend` has put on a module and its parts; the same object comes back."""
+    """Take away every hook that `extend` has put on a module and its parts; the same object comes
+    back.
+    """
     for part in module.modules():
         _remove(part)
     _roots.discard(module)
@@ -74,8 +85,15 @@ def retract(module: nn.Module) -> nn.Module:
 
 
 def copied(module: M) -> M:
-    """A deep copy without our hooks; also of a module that keeps what it computed, as pruned layers do."""
-    kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    """A deep copy without our hooks; also of a module that keeps what it computed, as pruned layers
+    do.
+    """
+    kept = [
+        t
+        for part in module.modules()
+        for t in vars(part).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    ]
     copy_of = copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
     retract(copy_of)
     return copy_of
@@ -85,8 +103,14 @@ def copied(module: M) -> M:
 def temporarily_extended(module: nn.Module) -> Iterator[None]:
     """Our hooks on a module, where it has none; they are gone afterwards."""
     known = module in _roots
-    parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
-             and not any(isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values())]
+    parts = [
+        m
+        for m in module.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+        and not any(
+            isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values()
+        )
+    ]
     for part in parts:
         _put(part, 0)
     try:
@@ -100,16 +124,23 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
 
 def batch_axis_of(module: nn.Module) -> int:
     """The batch axis under which a module was extended; 0 if it was not."""
-    return next((hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0)
+    return next(
+        (hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0
+    )
 
 
 def check_hookable(module: nn.Module) -> None:
     """Errors: `NNJError` for a compiled or scripted module."""
     if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
-        raise NNJError("a compiled module has no calls of layers to hook. Extend the model that was given to "
-                       "torch.compile, and collect with that one (model._orig_mod)")
+        raise NNJError(
+            "a compiled module has no calls of layers to hook. Extend the model that was given to "
+            "torch.compile, and collect with that one (model._orig_mod)"
+        )
     if isinstance(module, torch.jit.ScriptModule):
-        raise NNJError("a scripted module has no calls of layers to hook. Extend the module before torch.jit.script")
+        raise NNJError(
+            "a scripted module has no calls of layers to hook. Extend the module before "
+            "torch.jit.script"
+        )
 
 
 def _put(module: nn.Module, batch_axis: int) -> None:
@@ -118,14 +149,23 @@ def _put(module: nn.Module, batch_axis: int) -> None:
         module.register_forward_hook(_AfterLeaf(batch_axis), with_kwargs=True, prepend=True)
         return
     module.register_forward_pre_hook(_Before(_may_be_layer(module)), with_kwargs=True)
-    module.register_forward_hook(_After(batch_axis), with_kwargs=True, prepend=True, always_call=True)
+    module.register_forward_hook(
+        _After(batch_axis), with_kwargs=True, prepend=True, always_call=True
+    )
 
 
 def _remove(module: nn.Module) -> None:
-    tables = ((module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-              (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)))
+    tables = (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (
+            module._forward_hooks,
+            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ),
+    )
     for hooks, flags in tables:
-        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Before, _After, LossHook))]:
+        for key in [
+            key for key, hook in hooks.items() if isinstance(hook, (_Before, _After, LossHook))
+        ]:
             del hooks[key]
             for flag in flags:
                 flag.pop(key, None)

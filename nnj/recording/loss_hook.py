@@ -1,4 +1,7 @@
-"""The hook of a loss: it notes what the loss is given, and is told when the gradient of its value arrives."""
+"""The hook of a loss: it notes what the loss is given, and is told when the gradient of its value
+arrives.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -11,16 +14,19 @@ from torch.utils._pytree import tree_flatten
 from nnj.recording.records import LossCall, edge_of, inert
 from nnj.registry.loss_rules import name_of, signature_of
 
-listeners: list[Callable[[LossCall, Tensor], None]] = []  # told when the gradient of a loss arrives; collection.py is one
+# told when the gradient of a loss arrives; collection.py is one
+listeners: list[Callable[[LossCall, Tensor], None]] = []
 
 
 class LossHook:
     """Forward hook of a loss: asks autograd to tell us when the gradient of its value arrives.
 
-    That is before any node of the model has run, so every saved tensor is there, and the gradient is the scale.
-    """
+    That is before any node of the model has run, so every saved tensor is there, and the gradient
+    is the scale."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> None:
         if inert() or not isinstance(value, Tensor) or value.grad_fn is None:
             return
         leaves, spec = _arguments(module, args, kwargs)
@@ -32,8 +38,17 @@ class LossHook:
                 edges.append(edge)
         held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
-        call = LossCall(module, name_of(module), held, spec, outputs, edges, versions, threading.get_ident(),
-                        value.detach().clone())
+        call = LossCall(
+            module,
+            name_of(module),
+            held,
+            spec,
+            outputs,
+            edges,
+            versions,
+            threading.get_ident(),
+            value.detach().clone(),
+        )
 
         def arrived(scale: Tensor) -> None:
             for listener in listeners:
@@ -42,8 +57,12 @@ class LossHook:
         value.register_hook(arrived)
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """All that a loss was given, flattened, with the structure to put it together again (None: these are the arguments)."""
+def _arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], Any]:
+    """All that a loss was given, flattened, with the structure to put it together again
+    (None: these are the arguments).
+    """
     if not kwargs and all(isinstance(a, Tensor) for a in args):
         return list(args), None
     bound = signature_of(module).bind(*args, **kwargs)

@@ -1,8 +1,9 @@
 """The hook manager: extend() and retract(), and the record of one call of one module.
 
-A record lives in the metadata of the autograd node that made the module's output, so it lives exactly as long as the graph.
-Nothing is stored on modules or parameters, and nothing happens where no graph is made.
-"""
+A record lives in the metadata of the autograd node that made the module's output, so it lives
+exactly as long as the graph. Nothing is stored on modules or parameters, and nothing happens where
+no graph is made."""
+
 from __future__ import annotations
 
 import itertools
@@ -30,18 +31,28 @@ class _Frame:
     """A call that is going on.
 
     Attributes:
-        x, edge, version: the only argument, before anything in place changes it, if a record may be made of the call.
+        x, edge, version: the only argument, before anything in place changes it, if a record may be
+            made of the call.
         given: the arguments of an outermost call.
         python: the call in Python that this stands for.
     """
 
     __slots__ = ("edge", "given", "module", "python", "version", "x")
 
-    def __init__(self, module: nn.Module, given: Sequence[Any], layer: bool, outermost: bool, python: FrameType):
+    def __init__(
+        self,
+        module: nn.Module,
+        given: Sequence[Any],
+        layer: bool,
+        outermost: bool,
+        python: FrameType,
+    ):
         self.module, self.python = module, python
         x = given[0] if layer and len(given) == 1 else None
         self.x = x if isinstance(x, Tensor) else None
-        self.edge, self.version = (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
+        self.edge, self.version = (
+            (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
+        )
         self.given = tensors(list(given)) if outermost else []
 
 
@@ -56,7 +67,8 @@ def extended_roots() -> list[nn.Module]:
 
 
 class _Before:
-    """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last of all pre-hooks.
+    """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last
+    of all pre-hooks.
 
     Args:
         layer: whether a rule may describe the call; what holds layers with rules is a call alone.
@@ -70,16 +82,28 @@ class _Before:
             return
         frames, python = _local.frames, sys._getframe(1)
         _drop_finished(frames, python)
-        frames.append(_Frame(module, [*args, *kwargs.values()] if kwargs else args, self.layer, not frames, python))
+        frames.append(
+            _Frame(
+                module,
+                [*args, *kwargs.values()] if kwargs else args,
+                self.layer,
+                not frames,
+                python,
+            )
+        )
 
 
 class _After:
-    """Forward hook: stores the record on the output. Comes first of all hooks; called also when forward raises."""
+    """Forward hook: stores the record on the output. Comes first of all hooks; called also when
+    forward raises.
+    """
 
     def __init__(self, batch_axis: int):
         self.batch_axis, self.known = batch_axis, RuleLookup()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         frames = _local.frames
         while frames:  # frames above ours belong to calls that raised
             frame = frames.pop()
@@ -102,7 +126,9 @@ class _After:
             if t.grad_fn is not None:
                 write(t.grad_fn, (MARK, t.output_nr), mark)
 
-    def _record(self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor) -> None:
+    def _record(
+        self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor
+    ) -> None:
         node = y.grad_fn
         if not _sees_forward(module) or (y is x and edge is not None and edge[0] is node):
             return  # in the latter case nothing was computed
@@ -112,12 +138,15 @@ class _After:
 
 
 class _AfterLeaf(_After):
-    """The only hook of a layer of torch that has no parts and does not work in place: all is still there after the call.
+    """The only hook of a layer of torch that has no parts and does not work in place: all is still
+    there after the call.
 
-    torch runs a hook before the call, and one that is always called, at a price that a small network would feel.
-    """
+    torch runs a hook before the call, and one that is always called, at a price that a small
+    network would feel."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if inert() or output is None:
             return
         frames = _local.frames
@@ -125,7 +154,8 @@ class _AfterLeaf(_After):
             _drop_finished(frames, sys._getframe(1))
         given = [*args, *kwargs.values()] if kwargs else args
         x = given[0] if len(given) == 1 else None
-        # In place after all, since `inplace` was set later, or `forward` replaced: autograd's nodes know what happened.
+        # In place after all, since `inplace` was set later, or `forward` replaced: autograd's nodes
+        # know what happened.
         there = isinstance(output, Tensor) and output.grad_fn is not None and output is not x
         if isinstance(x, Tensor) and there and "forward" not in module.__dict__:
             self._record(module, x, edge_of(x), x._version, output)
@@ -134,7 +164,9 @@ class _AfterLeaf(_After):
 
 
 def _sees_forward(module: nn.Module) -> bool:
-    """Whether what our hooks see is what `forward` takes and gives: no other hook stands between."""
+    """Whether what our hooks see is what `forward` takes and gives: no other hook stands
+    between.
+    """
     if torch_module._global_forward_hooks:
         return False
     own = module.__dict__
@@ -146,12 +178,16 @@ def _sees_forward(module: nn.Module) -> bool:
 
 
 def is_leaf_layer(module: nn.Module) -> bool:
-    """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes and they do better."""
+    """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes
+    and they do better.
+    """
     return not _has_known_part(module) and next(module.parameters(), None) is not None
 
 
 def _has_known_part(module: nn.Module) -> bool:
-    """Whether a layer with a rule of its own, and with parameters, is inside. It mostly is the first that is looked at."""
+    """Whether a layer with a rule of its own, and with parameters, is inside. It mostly is the
+    first that is looked at.
+    """
     for part in module._modules.values():
         if part is None:
             continue
@@ -163,7 +199,9 @@ def _has_known_part(module: nn.Module) -> bool:
 
 
 def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
-    """Forget calls that ended without a word (an interrupt by the keyboard): they are no callers of this one."""
+    """Forget calls that ended without a word (an interrupt by the keyboard): they are no callers of
+    this one.
+    """
     while frames:
         caller: FrameType | None = python
         last = frames[-1].python

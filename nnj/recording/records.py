@@ -1,4 +1,7 @@
-"""What a forward pass leaves on autograd's graph: records of layers, marks of calls, and the call of a loss."""
+"""What a forward pass leaves on autograd's graph: records of layers, marks of calls, and the call
+of a loss.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,26 +18,43 @@ Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
 def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Where the numbers of a tensor are: another tensor with the same place is the same, seen in the same way."""
-    return (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
+    """Where the numbers of a tensor are: another tensor with the same place is the same, seen in
+    the same way.
+    """
+    return (
+        (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride())
+        if t.layout == torch.strided
+        else (id(t),)
+    )
 
 
 class Point:
-    """A tensor of a call, detached, and the version that it had; only its shape and dtype where the rule does not read it.
+    """A tensor of a call, detached, and the version that it had; only its shape and dtype where the
+    rule does not read it.
 
     Attributes:
-        place: where its numbers are, if they may be those that were given to the model: nothing has computed them from such.
+        place: where its numbers are, if they may be those that were given to the model: nothing has
+            computed them from such.
     """
 
     __slots__ = ("dtype", "place", "shape", "value", "version")
 
-    def __init__(self, seen: Tensor | tuple[torch.Size, torch.dtype], version: int, place: tuple[Any, ...] | None = None):
+    def __init__(
+        self,
+        seen: Tensor | tuple[torch.Size, torch.dtype],
+        version: int,
+        place: tuple[Any, ...] | None = None,
+    ):
         self.value = seen if isinstance(seen, Tensor) else None
         self.shape, self.dtype = (seen.shape, seen.dtype) if isinstance(seen, Tensor) else seen
         self.version, self.place = version, place
 
     def tensor(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta") if self.value is None else self.value
+        return (
+            torch.empty(self.shape, dtype=self.dtype, device="meta")
+            if self.value is None
+            else self.value
+        )
 
     @property
     def stale(self) -> bool:
@@ -42,16 +62,30 @@ class Point:
         return self.value is not None and self.value._version != self.version
 
 
-def note(module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor) -> tuple[Any, ...]:
-    """What the forward pass keeps of a call, for `Record`: a tuple, as a small network feels every object that is made."""
+def note(
+    module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor
+) -> tuple[Any, ...]:
+    """What the forward pass keeps of a call, for `Record`: a tuple, as a small network feels every
+    object that is made.
+    """
     uses = entry.uses
-    return (module, entry, edge, x.detach() if "x" in uses else (x.shape, x.dtype), version,
-            place_of(x) if x.grad_fn is None or x._is_view() else None,
-            y.detach() if "y" in uses else (y.shape, y.dtype), y._version, layer_state(module))
+    return (
+        module,
+        entry,
+        edge,
+        x.detach() if "x" in uses else (x.shape, x.dtype),
+        version,
+        place_of(x) if x.grad_fn is None or x._is_view() else None,
+        y.detach() if "y" in uses else (y.shape, y.dtype),
+        y._version,
+        layer_state(module),
+    )
 
 
 class Record:
-    """One call of a module with a rule: from the edge of its output straight to the edge of its input."""
+    """One call of a module with a rule: from the edge of its output straight to the edge of its
+    input.
+    """
 
     __slots__ = ("edge", "entry", "module", "state", "x", "y")
 
@@ -61,15 +95,23 @@ class Record:
 
     @staticmethod
     def of(node: Any, nr: int) -> Record | None:
-        """That of the call that made output `nr` of a node of autograd; None if there is none, or it has no rows."""
+        """That of the call that made output `nr` of a node of autograd; None if there is none, or
+        it has no rows.
+        """
         noted = node.metadata.get((RECORD, nr))
         record = None if noted is None else Record(noted)
-        rows = record is not None and len(record.x.shape) > 0 < len(record.y.shape) and record.x.shape[0] == record.y.shape[0]
+        rows = (
+            record is not None
+            and len(record.x.shape) > 0 < len(record.y.shape)
+            and record.x.shape[0] == record.y.shape[0]
+        )
         return record if rows else None
 
     @property
     def stale(self) -> bool:
-        """Whether the module is no longer as it was in the call, or what the rule reads was written over."""
+        """Whether the module is no longer as it was in the call, or what the rule reads was written
+        over.
+        """
         if self.x.stale or self.y.stale:
             return True
         now = layer_state(self.module)
@@ -80,7 +122,9 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def layer_state(module: nn.Module) -> list[Any]:
-    """What a rule reads of a layer beside x and y: its mode and options, its tensors and their versions."""
+    """What a rule reads of a layer beside x and y: its mode and options, its tensors and their
+    versions.
+    """
     found: list[Any] = []
     for part in module.modules() if module._modules else (module,):
         own = part.__dict__
@@ -98,7 +142,10 @@ def _changed(before: Any, now: Any) -> bool:
     """Whether an element of a layer's state is another."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return before is not now if isinstance(before, Tensor) else bool(before != now)
-    options = [{k: v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)} for own in (before, now)]
+    options = [
+        {k: v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)}
+        for own in (before, now)
+    ]
     return options[0] != options[1]
 
 
@@ -120,7 +167,9 @@ class CallMark:
 
 @dataclass(eq=False)
 class LossCall:
-    """One call of an extended loss: its arguments, detached, and the edges of those that are outputs of a model."""
+    """One call of an extended loss: its arguments, detached, and the edges of those that are
+    outputs of a model.
+    """
 
     module: nn.Module
     name: str  # of the loss, for errors
@@ -152,8 +201,12 @@ def edge_of(t: Tensor) -> Edge | None:
 
 def inert() -> bool:
     """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
-    return (not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._is_tracing() or torch.compiler.is_compiling())
+    return (
+        not torch.is_grad_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+    )
 
 
 def write(node: Any, key: tuple[str, int], value: Any) -> None:
@@ -169,6 +222,7 @@ def tensors(value: Any) -> list[Tensor]:
         return [t for v in value.values() for t in tensors(v)]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in tensors(v)]
-    if hasattr(type(value), "__dataclass_fields__"):  # of the type: a proxy of torch.fx has every attribute
+    # of the type: a proxy of torch.fx has every attribute
+    if hasattr(type(value), "__dataclass_fields__"):
         return [t for name in value.__dataclass_fields__ for t in tensors(getattr(value, name))]
     return []

@@ -1,4 +1,7 @@
-"""What a plugin claims: a class or a name, the rule for it, and by whom; who wins where several claim the same."""
+"""What a plugin claims: a class or a name, the rule for it, and by whom; who wins where several
+claim the same.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -9,19 +12,29 @@ from nnj.errors import PluginError
 
 GROUP = "nnj"
 DISABLED = "NNJ_DISABLED_PLUGINS"
-HOOKS = {"layer": "nnj_register_layers", "loss": "nnj_register_losses", "quantity": "nnj_register_quantities"}
+HOOKS = {
+    "layer": "nnj_register_layers",
+    "loss": "nnj_register_losses",
+    "quantity": "nnj_register_quantities",
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a claim comes from: the name of an entry point, and its distribution ("" for a plugin registered by hand)."""
+    """Where a claim comes from: the name of an entry point, and its distribution
+    ("" for a plugin registered by hand).
+    """
 
     plugin: str
     distribution: str = ""
     version: str = ""
 
     def __str__(self) -> str:
-        return f"'{self.plugin}' ({self.distribution} {self.version})" if self.distribution else f"'{self.plugin}'"
+        return (
+            f"'{self.plugin}' ({self.distribution} {self.version})"
+            if self.distribution
+            else f"'{self.plugin}'"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,14 +59,17 @@ def full_name(key: Any) -> str:
     if not isinstance(key, type):
         return str(key)
     name = f"{key.__module__}.{key.__qualname__}"
-    for package, public in (("torch.nn.modules.", "torch.nn"), ("nnj.", "nnj")):  # where users find them
+    # where users find them
+    for package, public in (("torch.nn.modules.", "torch.nn"), ("nnj.", "nnj")):
         if name.startswith(package):
             return f"{public}.{key.__qualname__}"
     return name
 
 
 def _settle(claims: Iterable[Entry]) -> tuple[Tables, list[PluginError]]:
-    """Who has what, and the conflicts. The order of the claims is of no account: a replacement always wins."""
+    """Who has what, and the conflicts. The order of the claims is of no account: a replacement
+    always wins.
+    """
     rivals: dict[tuple[str, Any], list[Entry]] = {}
     for entry in claims:
         rivals.setdefault((entry.table, entry.key), []).append(entry)
@@ -71,9 +87,16 @@ def _conflict(rivals: list[Entry]) -> PluginError:
     verb = "replaced" if rivals[0].replace else "claimed"
     times = "twice" if len(rivals) == 2 else f"{len(rivals)} times"
     by = " and ".join(f"by {entry.source}" for entry in rivals)
-    names = " or ".join(f"{DISABLED}={name}" for name in dict.fromkeys(e.source.plugin for e in rivals if e.source.distribution))
+    names = " or ".join(
+        f"{DISABLED}={name}"
+        for name in dict.fromkeys(e.source.plugin for e in rivals if e.source.distribution)
+    )
     remedy = f". Disable one of them with {names}" if names else ""
-    other = "" if rivals[0].replace else ". A plugin that means to take over a class registers with replace=True"
+    other = (
+        ""
+        if rivals[0].replace
+        else ". A plugin that means to take over a class registers with replace=True"
+    )
     return PluginError(f"{full_name(rivals[0].key)} is {verb} {times}: {by}{remedy}{other}")
 
 
@@ -87,5 +110,9 @@ def _remedy(source: Source) -> str:
 
 def at_work(source: Source) -> str:
     """Whose a rule is that failed while it was used, and how to go on without it."""
-    return f". It is of {source.distribution} {source.version}, and {DISABLED}={source.plugin} disables it" \
-        if source.distribution else ""
+    return (
+        f". It is of {source.distribution} {source.version}, and {DISABLED}={source.plugin} "
+        "disables it"
+        if source.distribution
+        else ""
+    )

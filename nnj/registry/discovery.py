@@ -1,4 +1,7 @@
-"""Loads one plugin: its version, its import, its hooks; says whose fault it is when it is broken."""
+"""Loads one plugin: its version, its import, its hooks; says whose fault it is when it is
+broken.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -17,33 +20,45 @@ from nnj.registry.versions import fits, required
 
 
 def _check_version(point: metadata.EntryPoint, source: Source) -> None:
-    """pip leaves a plugin where it is when nnj is upgraded beside it, so what its distribution asks for is looked at here."""
+    """pip leaves a plugin where it is when nnj is upgraded beside it, so what its distribution asks
+    for is looked at here.
+    """
     wanted = required((point.dist.requires or ()) if point.dist else ())
     if not fits(__version__, wanted):
-        raise PluginError(f"plugin {source} was written for another version: it asks for nnj{wanted}, and this is nnj "
-                          f"{__version__}. Install a {source.distribution} that goes with it, or disable the plugin with "
-                          f"{DISABLED}={source.plugin}")
+        raise PluginError(
+            f"plugin {source} was written for another version: it asks for nnj{wanted}, and this "
+            f"is nnj {__version__}. Install a {source.distribution} that goes with it, or disable "
+            f"the plugin with {DISABLED}={source.plugin}"
+        )
 
 
 def _import(point: metadata.EntryPoint, source: Source) -> Any:
     try:
         return point.load()
-    except (Exception, SystemExit) as error:  # a module that exits would take the user's program with it
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a module that exits would take the user's program with it
         origin = f", from {source.distribution} {source.version}" if source.distribution else ""
-        raise PluginError(f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {_fact(error)}."
-                          f"{_remedy(source)}") from error
+        raise PluginError(
+            f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {_fact(error)}."
+            f"{_remedy(source)}"
+        ) from error
 
 
 def _ask(plugin: Any, source: Source) -> list[Entry]:
     """What one plugin claims: its hooks are called with a `register` that takes notes."""
-    manager = pluggy.PluginManager(GROUP)  # one for each plugin, so that one that is broken spoils no other
+    # one for each plugin, so that one that is broken spoils no other
+    manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     try:
         manager.register(plugin, name=source.plugin)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"plugin {source} does not fit nnj {__version__}: {_misfit(manager, plugin) or error}. "
-                          f"nnj.registry.hookspecs says what there is.{_remedy(source)}") from error
+        raise PluginError(
+            f"plugin {source} does not fit nnj {__version__}: {_misfit(manager, plugin) or error}. "
+            f"nnj.registry.hookspecs says what there is.{_remedy(source)}"
+        ) from error
     claims: list[Entry] = []
     for table, hook in HOOKS.items():
         try:
@@ -51,15 +66,22 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
         except PluginError:
             raise
         except Exception as error:
-            raise PluginError(f"plugin {source} failed in {hook}: {_fact(error)}.{_remedy(source)}") from error
+            raise PluginError(
+                f"plugin {source} failed in {hook}: {_fact(error)}.{_remedy(source)}"
+            ) from error
     if not claims:
-        warnings.warn(f"plugin {source} registers nothing: does it implement a hook of nnj.registry.hookspecs with @nnj.hookimpl?"
-                      f"{_remedy(source)}", stacklevel=2)
+        warnings.warn(
+            f"plugin {source} registers nothing: does it implement a hook of "
+            f"nnj.registry.hookspecs with @nnj.hookimpl?{_remedy(source)}",
+            stacklevel=2,
+        )
     return claims
 
 
 def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
-    """Which hook of a plugin this version of nnj does not have, or gives other arguments; "" if it is something else."""
+    """Which hook of a plugin this version of nnj does not have, or gives other arguments; "" if it
+    is something else.
+    """
     for name in dir(plugin):
         options = manager.parse_hookimpl_opts(plugin, name)
         if options is None:
@@ -67,15 +89,27 @@ def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
         hook = options.get("specname") or name
         if hook not in HOOKS.values():
             return f"it implements {hook}, which is no hook of this version"
-        takes = [p.name for p in inspect.signature(getattr(plugin, name)).parameters.values() if p.default is p.empty]
+        takes = [
+            p.name
+            for p in inspect.signature(getattr(plugin, name)).parameters.values()
+            if p.default is p.empty
+        ]
         if set(takes) - {"register"}:
             return f"its {hook} takes ({', '.join(takes)}), and this version gives (register)"
     return ""
 
 
 def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
-    def register(key: Any, rule: Callable[..., Any], *, uses: str = "xy", replace: bool = False,
-                 when: Callable[[Any], bool] | None = None, reference: Callable[..., Any] | None = None, **unknown: Any) -> None:
+    def register(
+        key: Any,
+        rule: Callable[..., Any],
+        *,
+        uses: str = "xy",
+        replace: bool = False,
+        when: Callable[[Any], bool] | None = None,
+        reference: Callable[..., Any] | None = None,
+        **unknown: Any,
+    ) -> None:
         fault = ""
         if unknown:
             fault = f"nnj {__version__} knows no option {', '.join(map(repr, unknown))} of register"
@@ -90,7 +124,10 @@ def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[...,
         elif not all(given is None or callable(given) for given in (when, reference)):
             fault = f"when={when!r} and reference={reference!r} are to be called"
         if fault:
-            raise PluginError(f"plugin {source} registers the {table} {full_name(key)}, but {fault}.{_remedy(source)}")
+            raise PluginError(
+                f"plugin {source} registers the {table} {full_name(key)}, but "
+                f"{fault}.{_remedy(source)}"
+            )
         claims.append(Entry(key, rule, source, uses, table, replace, when, reference))
 
     return register

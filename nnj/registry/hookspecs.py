@@ -1,8 +1,8 @@
 """What a plugin may implement. This file is the reference for plugin authors.
 
-A plugin is a module (or object) behind an entry point of the group `nnj`. It implements any of these hooks with
-`@nnj.hookimpl`; each is called once, when nnj first needs its tables.
-"""
+A plugin is a module (or object) behind an entry point of the group `nnj`. It implements any of
+these hooks with `@nnj.hookimpl`; each is called once, when nnj first needs its tables."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,35 +17,38 @@ hookimpl = pluggy.HookimplMarker("nnj")
 def nnj_register_layers(register: Callable[..., None]) -> None:
     """Say what layers are: `register(cls, rule, *, uses="xy", replace=False, when=None)`.
 
-    `rule(module, x, y) -> {"input": J, "weight": J, ...}` gives at the point x, with y = module(x), one `nnj.Jacobian` for
-    the input and one for each parameter by its name; both x and y are detached and have the batch in axis 0. Raise
-    `NotImplementedError` with a reason to decline a module (an odd option, a mode): nnj then goes through autograd.
+    `rule(module, x, y) -> {"input": J, "weight": J, ...}` gives at the point x, with y = module(x),
+    one `nnj.Jacobian` for the input and one for each parameter by its name; both x and y are
+    detached and have the batch in axis 0. Raise `NotImplementedError` with a reason to decline a
+    module (an odd option, a mode): nnj then goes through autograd.
 
-    `uses` names which of x and y the rule *reads* ("x", "y", "xy" or ""). The other one has its shape alone (it is on
-    the `meta` device), and may be overwritten in place by what follows without harm.
+    `uses` names which of x and y the rule *reads* ("x", "y", "xy" or ""). The other one has its
+    shape alone (it is on the `meta` device), and may be overwritten in place by what follows
+    without harm.
 
-    The rule holds for `cls` and for subclasses that override none of its methods; or, if `cls` is an interface of which each
-    subclass defines `forward`, for those of which `when(module)` says so. `replace=True` takes over a class
-    that another plugin has claimed.
-    """
+    The rule holds for `cls` and for subclasses that override none of its methods; or, if `cls` is
+    an interface of which each subclass defines `forward`, for those of which `when(module)` says
+    so. `replace=True` takes over a class that another plugin has claimed."""
 
 
 @hookspec
 def nnj_register_losses(register: Callable[..., None]) -> None:
     """Say what the Hessian of a loss is: `register(cls, rule, *, reference=None, replace=False)`.
 
-    `rule(module, scale, output, *args) -> nnj.LossHessian`: `scale` is what multiplies the loss in the scalar that
-    is differentiated (a tensor of the shape of the loss), `output` the model's detached output, `args` what else was given
-    to the loss. Raise `NotImplementedError` with a reason to decline: nnj then differentiates the loss twice.
+    `rule(module, scale, output, *args) -> nnj.LossHessian`: `scale` is what multiplies the loss in
+    the scalar that is differentiated (a tensor of the shape of the loss), `output` the model's
+    detached output, `args` what else was given to the loss. Raise `NotImplementedError` with a
+    reason to decline: nnj then differentiates the loss twice.
 
-    `reference(module, output, *args)` is what `nnj.testing` differentiates twice in place of the loss, where autograd cannot, or
-    where the rule takes in what made the output (the log_softmax before an NLLLoss). At `output` it has the value of the loss.
-    """
+    `reference(module, output, *args)` is what `nnj.testing` differentiates twice in place of the
+    loss, where autograd cannot, or where the rule takes in what made the output
+    (the log_softmax before an NLLLoss). At `output` it has the value of the loss."""
 
 
 @hookspec
 def nnj_register_quantities(register: Callable[..., None]) -> None:
-    """Say what can be collected: `register(name, cls, *, replace=False)`, `cls` a subclass of `nnj.Quantity`.
+    """Say what can be collected: `register(name, cls, *, replace=False)`, `cls` a subclass of
+    `nnj.Quantity`.
 
     `name` is what `nnj.collect` takes, and the attribute under which results appear.
     """

@@ -1,4 +1,7 @@
-"""What a loss is, and what its rule says: plain functions as modules, names, Hessians, references."""
+"""What a loss is, and what its rule says: plain functions as modules, names, Hessians,
+references.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -15,12 +18,14 @@ from nnj.registry.manager import manager
 
 
 class FunctionLoss(nn.Module):
-    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of it.
+    """A plain loss function of (output, target, ...) as a module, which is what `extend` makes of
+    it.
 
-    While the module of a function is in use, the function has no other: `extend` in a loop gives the same one again.
-    """
+    While the module of a function is in use, the function has no other: `extend` in a loop gives
+    the same one again."""
 
-    _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()  # by the id of the function
+    # by the id of the function
+    _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
@@ -50,7 +55,9 @@ def name_of(loss: nn.Module) -> str:
 
 
 def signature_of(loss: nn.Module) -> inspect.Signature:
-    """What a loss takes; that of a function is the function's, so that arguments given by name have their place."""
+    """What a loss takes; that of a function is the function's, so that arguments given by name have
+    their place.
+    """
     if isinstance(loss, FunctionLoss):
         try:
             return inspect.signature(loss.function)
@@ -68,19 +75,27 @@ def is_loss(module: nn.Module) -> bool:
 
 
 def hessian_of_loss(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -> LossHessian:
-    """What the rule for `loss` says, and what `nnj.autodiff_hessian` says where there is none that describes it or it declines."""
+    """What the rule for `loss` says, and what `nnj.autodiff_hessian` says where there is none that
+    describes it or it declines.
+    """
     entry = manager().find("loss", type(loss))
     if entry is not None and describes(entry, loss):
         try:
             return entry.rule(loss, scale, output, *args)
         except NotImplementedError:
             pass
-    return autodiff_hessian(lambda y: (loss.forward(y, *args) * scale).sum(), (output,), name_of(loss))
+    return autodiff_hessian(
+        lambda y: (loss.forward(y, *args) * scale).sum(), (output,), name_of(loss)
+    )
 
 
 def reference_of_loss(loss: Any) -> Callable[..., Tensor]:
-    """What a loss is compared with, `reference(loss, output, *args)`: what its rule declares, by default its forward."""
+    """What a loss is compared with, `reference(loss, output, *args)`: what its rule declares, by
+    default its forward.
+    """
     entry = manager().find("loss", type(loss)) if isinstance(loss, nn.Module) else None
     if entry is not None and entry.reference is not None and describes(entry, loss):
         return entry.reference
-    return lambda loss, *given: loss.forward(*given) if isinstance(loss, nn.Module) else loss(*given)
+    return lambda loss, *given: (
+        loss.forward(*given) if isinstance(loss, nn.Module) else loss(*given)
+    )

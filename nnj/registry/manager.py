@@ -1,4 +1,7 @@
-"""The plugin manager: tables of layers, losses and quantities, filled from entry points at first use."""
+"""The plugin manager: tables of layers, losses and quantities, filled from entry points at first
+use.
+"""
+
 from __future__ import annotations
 
 import os
@@ -15,35 +18,43 @@ from nnj.registry.discovery import _ask, _check_version, _import, _raise
 
 
 class PluginManager:
-    """Tables of layers, losses and quantities, filled from entry points at first use. A fresh one knows nothing of others.
+    """Tables of layers, losses and quantities, filled from entry points at first use. A fresh one
+    knows nothing of others.
 
-    Errors: `PluginError` naming plugin, distribution and version, with all plugins that are broken in one message. After
-    one, the tables are what they were, and the next use tries again.
+    Errors: `PluginError` naming plugin, distribution and version, with all plugins that are broken
+    in one message. After one, the tables are what they were, and the next use tries again.
 
     Args:
-        load: whether to load the installed plugins; without, the manager knows only what `register` is given.
+        load: whether to load the installed plugins; without, the manager knows only what `register`
+            is given.
     """
 
     def __init__(self, load: bool = True):
         self._claims: list[Entry] = []
         self.tables: Tables = {table: {} for table in HOOKS}
-        self._found: dict[str, WeakKeyDictionary[type, Entry | None]] = {table: WeakKeyDictionary() for table in HOOKS}
+        self._found: dict[str, WeakKeyDictionary[type, Entry | None]] = {
+            table: WeakKeyDictionary() for table in HOOKS
+        }
         self._lock = threading.RLock()
         self._loaded, self._loading = not load, False
         self.disabled: list[str] = []
 
-    # -- loading ------------------------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Import every installed plugin and call its hooks. Called at first use; harmless to call again."""
+        """Import every installed plugin and call its hooks. Called at first use; harmless to call
+        again.
+        """
         if self._loaded:
             return
         with self._lock:
             if self._loaded:
                 return
             if self._loading:
-                raise PluginError("nnj was asked for its tables while its plugins were being loaded. A plugin only "
-                                  "registers; let it use nnj in its rules, not while it is imported")
+                raise PluginError(
+                    "nnj was asked for its tables while its plugins were being loaded. A plugin "
+                    "only registers; let it use nnj in its rules, not while it is imported"
+                )
             self._loading = True
             try:
                 self._load()
@@ -55,17 +66,26 @@ class PluginManager:
         disabled = {name.strip() for name in os.environ.get(DISABLED, "").split(",")} - {""}
         unknown = disabled - {point.name for point in points}
         if unknown:
-            warnings.warn(f"{DISABLED} names plugins that are not installed: {', '.join(sorted(unknown))}", stacklevel=2)
+            warnings.warn(
+                f"{DISABLED} names plugins that are not installed: {', '.join(sorted(unknown))}",
+                stacklevel=2,
+            )
         claims, broken = list(self._claims), []
         seen: dict[str, Source] = {}
         for point in points:
             if point.name in disabled:
                 continue
-            source = Source(point.name, point.dist.name, point.dist.version) if point.dist else Source(point.name)
+            source = (
+                Source(point.name, point.dist.name, point.dist.version)
+                if point.dist
+                else Source(point.name)
+            )
             try:
                 if point.name in seen:
-                    raise PluginError(f"plugin {source} has the same entry name as {seen[point.name]}. Entry names begin "
-                                      f"with the name of the distribution; rename one of them")
+                    raise PluginError(
+                        f"plugin {source} has the same entry name as {seen[point.name]}. Entry "
+                        "names begin with the name of the distribution; rename one of them"
+                    )
                 seen[point.name] = source
                 _check_version(point, source)
                 claims += _ask(_import(point, source), source)
@@ -78,9 +98,13 @@ class PluginManager:
         self.disabled = sorted(disabled - unknown)
 
     def register(self, plugin: Any, source: Source | str = "unnamed") -> None:
-        """Take in one plugin, a module or an object with hooks. Errors: `PluginError`; nothing is kept of a broken one."""
+        """Take in one plugin, a module or an object with hooks. Errors: `PluginError`; nothing is
+        kept of a broken one.
+        """
         with self._lock:
-            claims = self._claims + _ask(plugin, Source(source) if isinstance(source, str) else source)
+            claims = self._claims + _ask(
+                plugin, Source(source) if isinstance(source, str) else source
+            )
             tables, conflicts = _settle(claims)
             _raise(conflicts)
             self._take(claims, tables)
@@ -89,7 +113,7 @@ class PluginManager:
         self._claims, self.tables = claims, tables
         self._found = {table: WeakKeyDictionary() for table in HOOKS}
 
-    # -- looking up ---------------------------------------------------------------------------------------------------
+    # -- looking up --------------------------------------------------------------------------------
 
     def find(self, table: str, cls: type) -> Entry | None:
         """The claim of the nearest class in the MRO of `cls`."""
@@ -98,7 +122,9 @@ class PluginManager:
         except KeyError:
             self.load()
             known = self.tables[table]
-            found = self._found[table][cls] = next((known[base] for base in cls.__mro__ if base in known), None)
+            found = self._found[table][cls] = next(
+                (known[base] for base in cls.__mro__ if base in known), None
+            )
             return found
 
     def quantity(self, name: str) -> Entry | None:
@@ -116,8 +142,10 @@ class PluginManager:
         names = ", ".join(sorted({entry.source.plugin for entry in self.entries(table)})) or "none"
         off = f" (disabled: {', '.join(self.disabled)})" if self.disabled else ""
         enable = "Enable what is disabled, or write" if self.disabled else "Write"
-        return UnsupportedLayer(f"no plugin knows {type(module).__name__} ('{path}'). Installed: {names}{off}. "
-                                f"{enable} a rule for it (see nnj.registry.hookspecs)")
+        return UnsupportedLayer(
+            f"no plugin knows {type(module).__name__} ('{path}'). Installed: {names}{off}. "
+            f"{enable} a rule for it (see nnj.registry.hookspecs)"
+        )
 
 
 _manager = PluginManager()

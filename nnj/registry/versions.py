@@ -1,4 +1,7 @@
-"""Which versions of nnj a plugin was written for, as its distribution says (PEP 440, for versions that are plain numbers)."""
+"""Which versions of nnj a plugin was written for, as its distribution says
+(PEP 440, for versions that are plain numbers).
+"""
+
 from __future__ import annotations
 
 import re
@@ -9,14 +12,22 @@ _CLAUSE = re.compile(r"\s*(~=|==|!=|<=|>=|<|>)\s*(\d+(?:\.\d+)*)(\.\*)?\s*")
 
 
 def required(requirements: Iterable[str]) -> str:
-    """What `Requires-Dist` lines ask of nnj, such as ">=1,<2"; "" for nothing. Lines with a condition are left out."""
+    """What `Requires-Dist` lines ask of nnj, such as ">=1,<2"; "" for nothing. Lines with a
+    condition are left out.
+    """
     found = [match for line in requirements if (match := _NAME.match(line))]
-    return ",".join(match[1].replace(" ", "") for match in found if not match[2] and match[1].strip())
+    return ",".join(
+        match[1].replace(" ", "") for match in found if not match[2] and match[1].strip()
+    )
 
 
 def fits(version: str, clauses: str) -> bool:
-    """Whether a version is among those that the clauses allow. What cannot be read (a pre-release) excludes nothing."""
-    return re.fullmatch(r"\d+(\.\d+)*", version) is None or all(_fits(_numbers(version), c) for c in clauses.split(",") if c)
+    """Whether a version is among those that the clauses allow. What cannot be read (a pre-release)
+    excludes nothing.
+    """
+    return re.fullmatch(r"\d+(\.\d+)*", version) is None or all(
+        _fits(_numbers(version), c) for c in clauses.split(",") if c
+    )
 
 
 def _fits(version: list[int], clause: str) -> bool:
@@ -27,9 +38,20 @@ def _fits(version: list[int], clause: str) -> bool:
     if match[3] or operator == "~=":  # the same beginning: all of it, or all but the last number
         alike = len(bound) - (operator == "~=")
         begins = _padded(version, alike)[:alike] == bound[:alike]
-        return not begins if operator == "!=" else begins and (operator == "==" or _compare(version, bound) >= 0)
+        return (
+            not begins
+            if operator == "!="
+            else begins and (operator == "==" or _compare(version, bound) >= 0)
+        )
     order = _compare(version, bound)
-    return {"==": order == 0, "!=": order != 0, "<=": order <= 0, ">=": order >= 0, "<": order < 0, ">": order > 0}[operator]
+    return {
+        "==": order == 0,
+        "!=": order != 0,
+        "<=": order <= 0,
+        ">=": order >= 0,
+        "<": order < 0,
+        ">": order > 0,
+    }[operator]
 
 
 def _compare(a: list[int], b: list[int]) -> int:

@@ -1,4 +1,5 @@
 """check_layer: the rule of a layer against dense Jacobians, in float64."""
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +16,8 @@ from nnj.testing.compare import _double, _owners, _same
 
 
 def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The dense Jacobian of each slot by `torch.func.jacrev`, (N, out, in); the oracle of `check_layer`.
+    """The dense Jacobian of each slot by `torch.func.jacrev`, (N, out, in); the oracle of
+    `check_layer`.
 
     Errors: AssertionError if one row's output depends on another row's input.
     """
@@ -30,21 +32,27 @@ def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if x.is_floating_point():
         j = jacrev(lambda z: run(params, z))(x).reshape(n, -1, n, x[0].numel())
         own = torch.stack([j[i, :, i] for i in range(n)])
-        cross = torch.stack([j[i, :, m] for i in range(n) for m in range(n) if i != m]) if n > 1 else own[:0]
+        cross = (
+            torch.stack([j[i, :, m] for i in range(n) for m in range(n) if i != m])
+            if n > 1
+            else own[:0]
+        )
         assert not cross.any(), f"{type(module).__name__}: rows of the batch influence one another"
         found["input"] = own
     return {name: j.detach() for name, j in found.items()}
 
 
 def check_layer(module: nn.Module, x: Tensor) -> None:
-    """Check every slot and every product of the rule for `module` at `x` against a dense Jacobian, in float64.
+    """Check every slot and every product of the rule for `module` at `x` against a dense Jacobian,
+    in float64.
 
-    jvp, vjp, jmp, mjp, jmjTp and jTmjp (with metrics that are not symmetric), square, dense, the shared direction of a
-    parameter, and what quantities ask: diagonal, block and per-sample gradient, with several rows for each sample in several
-    orders. The module is copied, x is not changed. Any plugin author can call it in a test of one line.
+    jvp, vjp, jmp, mjp, jmjTp and jTmjp (with metrics that are not symmetric), square, dense, the
+    shared direction of a parameter, and what quantities ask: diagonal, block and per-sample
+    gradient, with several rows for each sample in several orders. The module is copied, x is not
+    changed. Any plugin author can call it in a test of one line.
 
-    Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes the module.
-    """
+    Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes
+    the module."""
     module, x = copied(module).double(), _double(x)
     entry = find_rule(module)
     if entry is None:
@@ -78,7 +86,11 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
     found = checked(f"vjp of '{slot}'", j.vjp(u), (3, n, *j.inputs), entry_layer)
     expected = torch.einsum("noi,kno->kni", dense, u.reshape(3, n, out)).reshape(3, n, *j.inputs)
     _same(f"{who}: vjp", found, expected)
-    _same(f"{who}: jvp", checked(f"jvp of '{slot}'", j.jvp(v), (3, n, *j.outputs), entry_layer), jvp(v))
+    _same(
+        f"{who}: jvp",
+        checked(f"jvp of '{slot}'", j.jvp(v), (3, n, *j.outputs), entry_layer),
+        jvp(v),
+    )
     if slot != "input":
         _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
     _same(f"{who}: dense", j.dense(), dense)
@@ -100,7 +112,11 @@ def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
         factor = j.pullback(u, owner)
         _check_factor(name, factor, expected.reshape(4, owner.n, *j.inputs))
         split = torch.stack(per, 1).reshape(4 * owner.n, n, *j.outputs)
-        _check_factor(f"{name}, explicit", j.pullback(split, SampleIndex(owner.n, explicit=True)), expected.reshape(4, -1, *j.inputs))
+        _check_factor(
+            f"{name}, explicit",
+            j.pullback(split, SampleIndex(owner.n, explicit=True)),
+            expected.reshape(4, -1, *j.inputs),
+        )
 
 
 def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
@@ -108,4 +124,8 @@ def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
     _same(f"{name}, per sample", factor.dense(), expected)
     _same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
     _same(f"{name}, block", factor.gram(factor), flat.T @ flat)
-    _same(f"{name}, some columns", factor.columns(slice(1, 3)).square_sum(), expected[1:3].square().sum((0, 1)))
+    _same(
+        f"{name}, some columns",
+        factor.columns(slice(1, 3)).square_sum(),
+        expected[1:3].square().sum((0, 1)),
+    )

@@ -1,4 +1,5 @@
 """check_loss: the rule of a loss against its dense Hessian, in float64."""
+
 from __future__ import annotations
 
 import copy
@@ -15,35 +16,50 @@ from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, name_of, refe
 from nnj.testing.compare import _double, _same
 
 
-def check_loss(loss: Callable[..., Tensor], output: Tensor, *args: Any, reference: Callable[..., Tensor] | None = None) -> None:
-    """Check the rule for `loss` at `output`, args being its other arguments, against the dense Hessian, in float64.
+def check_loss(
+    loss: Callable[..., Tensor],
+    output: Tensor,
+    *args: Any,
+    reference: Callable[..., Tensor] | None = None,
+) -> None:
+    """Check the rule for `loss` at `output`, args being its other arguments, against the dense
+    Hessian, in float64.
 
-    Mean, sum, none and the loss's own reduction, under the scale 1 and a random positive one: the factor, in one piece, in slices
-    and in columns that are picked, with their square sums; where `place` puts it; diagonal, product, combinations of columns;
-    samples, which must be the columns under the signs that the generator gives. Blocks must be all there is: the Hessian
-    between rows, or places, must be zero. The loss is copied, so its reduction stays.
+    Mean, sum, none and the loss's own reduction, under the scale 1 and a random positive one: the
+    factor, in one piece, in slices and in columns that are picked, with their square sums; where
+    `place` puts it; diagonal, product, combinations of columns; samples, which must be the columns
+    under the signs that the generator gives. Blocks must be all there is: the Hessian between rows,
+    or places, must be zero. The loss is copied, so its reduction stays.
 
     Args:
         loss: a loss module, or a function as `nnj.extend` takes it (its reduction is its own).
         output: log probabilities must be such in float64.
-        reference: `reference(loss, output, *args)` is what is differentiated twice, by default what the rule has registered
-            (for NLLLoss the loss of `output.log_softmax(1)`), or the loss: for one that autograd cannot differentiate twice, or
-            the rule of which takes in more than the loss. At `output` it must have the value of the loss.
+        reference: `reference(loss, output, *args)` is what is differentiated twice, by default what
+            the rule has registered (for NLLLoss the loss of `output.log_softmax(1)`), or the loss:
+            for one that autograd cannot differentiate twice, or the rule of which takes in more
+            than the loss. At `output` it must have the value of the loss.
 
-    Errors: AssertionError naming the loss, its reduction and the product; `NNJError` for a loss that `nnj.collect` refuses, such
-    as one that is not convex in `output`.
-    """
+    Errors: AssertionError naming the loss, its reduction and the product; `NNJError` for a loss
+    that `nnj.collect` refuses, such as one that is not convex in `output`."""
     loss = loss if isinstance(loss, nn.Module) else FunctionLoss(loss)
     output, args = _double(output), tuple(map(_double, args))
     run = reference or reference_of_loss(loss)
-    reductions = dict.fromkeys(["mean", "sum", "none", loss.reduction]) if hasattr(loss, "reduction") else [None]
+    reductions = (
+        dict.fromkeys(["mean", "sum", "none", loss.reduction])
+        if hasattr(loss, "reduction")
+        else [None]
+    )
     for reduction in reductions:
         module: Any = copy.deepcopy(loss).double()
         if reduction is not None:
             module.reduction = reduction
         who = f"{name_of(loss)}{f'(reduction={reduction!r})' if reduction else ''}"
         value = module.forward(output, *args).detach()
-        _same(f"{who}: the value of the reference", run(module, output, *args).detach().nan_to_num(), value.nan_to_num())
+        _same(
+            f"{who}: the value of the reference",
+            run(module, output, *args).detach().nan_to_num(),
+            value.nan_to_num(),
+        )
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
             dense = jacrev(jacrev(lambda y: (run(module, y, *args) * scale).sum()))(output)  # noqa: B023
             h = hessian_of_loss(module, scale, output, *args)
@@ -52,27 +68,40 @@ def check_loss(loss: Callable[..., Tensor], output: Tensor, *args: Any, referenc
 
 def _check_curvature(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
     shape = (h.rows, h.places, h.block)
-    assert h.rows * h.places * h.block == output.numel(), f"{who}: {shape} blocks for an output of {tuple(output.shape)}"
+    assert h.rows * h.places * h.block == output.numel(), (
+        f"{who}: {shape} blocks for an output of {tuple(output.shape)}"
+    )
     s = checked("columns", h.columns(0, h.rank), (h.rank, *shape), who)
     assert s.dtype == output.dtype, f"{who}: columns are {s.dtype}, expected {output.dtype}"
     for a, b in ((0, 1), (h.rank // 2, h.rank), (0, h.rank // 2)):
         _same(f"{who}: columns({a}, {b})", h.columns(a, b), s[a:b])
-    mine = torch.eye(h.rows * h.places, dtype=s.dtype).reshape(-1, 1, h.rows, h.places, 1)  # each block by itself
+    # each block by itself
+    mine = torch.eye(h.rows * h.places, dtype=s.dtype).reshape(-1, 1, h.rows, h.places, 1)
     (apart,) = h.place((mine * s).flatten(0, 1))
     checked("place", apart, (mine.shape[0] * h.rank, *output.shape), who)
     apart = apart.reshape(len(apart), -1)
     _same(f"{who}: S S^T", apart.T @ apart, dense)
-    _same(f"{who}: norms", checked("norms", h.norms(), (h.rank, *shape[:2]), who), s.square().sum(-1))
+    _same(
+        f"{who}: norms", checked("norms", h.norms(), (h.rank, *shape[:2]), who), s.square().sum(-1)
+    )
     row, place, j = (torch.randint(size, (7,)) for size in (h.rows, h.places, h.rank))
-    _same(f"{who}: pick", checked("pick", h.pick(row, place, j), (7, h.block), who), s[j, row, place])
+    _same(
+        f"{who}: pick", checked("pick", h.pick(row, place, j), (7, h.block), who), s[j, row, place]
+    )
     (diagonal,) = h.place(checked("diagonal", h.diagonal(), shape, who)[None])
     _same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
     v = torch.randn(3, *shape, dtype=s.dtype)
     found = h.place(checked("product", h.product(v), v.shape, who))[0].reshape(3, -1)
     _same(f"{who}: product", found, h.place(v)[0].reshape(3, -1) @ dense)
     c = torch.randn(3, h.rank, *shape[:2], dtype=s.dtype)
-    _same(f"{who}: combine", checked("combine", h.combine(c), v.shape, who), torch.einsum("kjrd,jrdb->krdb", c, s))
+    _same(
+        f"{who}: combine",
+        checked("combine", h.combine(c), v.shape, who),
+        torch.einsum("kjrd,jrdb->krdb", c, s),
+    )
     signs = h.signs(5, torch.Generator().manual_seed(0))
-    assert signs.shape == (5, *c.shape[1:]) and bool((signs.abs() == 1).all()), f"{who}: signs are not +1 or -1 for each column"
+    assert signs.shape == (5, *c.shape[1:]) and bool((signs.abs() == 1).all()), (
+        f"{who}: signs are not +1 or -1 for each column"
+    )
     drawn = checked("sample", h.sample(5, torch.Generator().manual_seed(0)), (5, *shape), who)
     _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))

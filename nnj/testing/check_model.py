@@ -1,4 +1,7 @@
-"""check_model: what nnj collects at a user's model, beside brute force by autograd in float64; and which rules took part."""
+"""check_model: what nnj collects at a user's model, beside brute force by autograd in float64; and
+which rules took part.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +24,8 @@ from nnj.testing.describe import Line, call_with, lines, text
 DRAWS = 2
 LARGEST_BLOCK = 2000  # parameters of a module whose full block is compared
 EXACT, NEAR = 1e-8, 1e-9  # of the entry, and of the largest one
-ROUNDING = 1e-13  # what may be left of a zero, of the largest entry anywhere; where J is squared, so is this
+# what may be left of a zero, of the largest entry anywhere; where J is squared, so is this
+ROUNDING = 1e-13
 _Row = tuple[str, str, Any, Tensor]  # quantity, path, parameter or module, brute force
 
 
@@ -31,8 +35,10 @@ class ModelReport:
 
     Attributes:
         samples: the number of samples.
-        errors: the largest error of each quantity, relative to the largest entry at its parameter or module.
-        rules: a line for each module: path, class, rule, plugin, and why a rule was not taken, as `python -m nnj MODEL` has them.
+        errors: the largest error of each quantity, relative to the largest entry at its parameter
+            or module.
+        rules: a line for each module: path, class, rule, plugin, and why a rule was not taken, as
+            `python -m nnj MODEL` has them.
         left_out: modules whose `ggn_block` was too large to be compared.
         refused: quantities that nnj refuses on this model, with its reason.
     """
@@ -44,31 +50,45 @@ class ModelReport:
     refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        told = [f"{self.samples} samples, independent of one another. What was collected agrees with brute force:"]
-        told += [f"  {name:12} largest relative error {error:.0e}" for name, error in self.errors.items()]
-        told += [f"  (the ggn_block of '{path}' is too large to be compared)" for path in self.left_out]
+        told = [
+            f"{self.samples} samples, independent of one another. What was collected agrees with "
+            "brute force:"
+        ]
+        told += [
+            f"  {name:12} largest relative error {error:.0e}" for name, error in self.errors.items()
+        ]
+        told += [
+            f"  (the ggn_block of '{path}' is too large to be compared)" for path in self.left_out
+        ]
         told += [f"  {name:12} refused: {reason}" for name, reason in self.refused.items()]
         return "\n".join([*told, "", text(self.rules)])
 
 
-def check_model(model: nn.Module, loss_func: Any, x: Any, *targets: Any,
-                reference: Callable[..., Tensor] | None = None) -> ModelReport:
-    """Check every quantity of nnj on *this* model at `x` against J^T H J from dense derivatives by autograd, in float64.
+def check_model(
+    model: nn.Module,
+    loss_func: Any,
+    x: Any,
+    *targets: Any,
+    reference: Callable[..., Tensor] | None = None,
+) -> ModelReport:
+    """Check every quantity of nnj on *this* model at `x` against J^T H J from dense derivatives by
+    autograd, in float64.
 
-    `ggn_diag`, `ggn_block` and `batch_grad` exactly; `ggn_diag_mc` under the signs that a generator gives. Each sample is also
-    run through the model alone, which must give what it gives among the others. Model and loss are copied. The model takes x (a
-    tensor; a tuple of arguments; a dict of named ones) and gives one tensor, the loss takes (output, *targets) and gives a
-    scalar. The dense Jacobian has (entries of the output) x (number of parameters) entries: take a small batch.
+    `ggn_diag`, `ggn_block` and `batch_grad` exactly; `ggn_diag_mc` under the signs that a generator
+    gives. Each sample is also run through the model alone, which must give what it gives among the
+    others. Model and loss are copied. The model takes x (a tensor; a tuple of arguments; a dict of
+    named ones) and gives one tensor, the loss takes (output, *targets) and gives a scalar. The
+    dense Jacobian has (entries of the output) x (number of parameters) entries: take a small batch.
 
     Args:
-        reference: `reference(loss, output, *targets)` is what is differentiated twice, by default the loss: see `check_loss`.
+        reference: `reference(loss, output, *targets)` is what is differentiated twice, by default
+            the loss: see `check_loss`.
 
     Returns: a report with the rule of each module, to be printed.
 
-    Errors: AssertionError naming the quantity, the parameter or module, the size of the error, and each layer whose rule does not
-    pass `check_layer`; or samples that influence one another. `NNJError` where nnj refuses the model
-    (`ggn_diag`; what else it refuses is in the report).
-    """
+    Errors: AssertionError naming the quantity, the parameter or module, the size of the error, and
+    each layer whose rule does not pass `check_layer`; or samples that influence one another.
+    `NNJError` where nnj refuses the model (`ggn_diag`; what else it refuses is in the report)."""
 
     axis = batch_axis_of(model)
     model, x, targets = _doubled(model), _double(x), tuple(_double(targets))
@@ -78,14 +98,29 @@ def check_model(model: nn.Module, loss_func: Any, x: Any, *targets: Any,
     run = reference or reference_of_loss(extended)
     truth = _Truth(model, lambda z: run(extended, z, *targets), x, axis)
     value = extended.forward(truth.output, *targets).detach()
-    assert torch.allclose(truth.value, value), f"the reference is {float(truth.value):.6g} where the loss is {float(value):.6g}"
+    assert torch.allclose(truth.value, value), (
+        f"the reference is {float(truth.value):.6g} where the loss is {float(value):.6g}"
+    )
     blocks = [path for path, m in found.named_modules() if path in truth.own and not _large(m)]
     report = ModelReport(truth.n, left_out=[path for path in truth.own if path not in blocks])
     report.rules = lines(model, x)
 
-    _collect(report, found, x, lambda out: extended(out, *targets), {
-        "ggn_diag": {}, "batch_grad": {}, "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
-        **({"ggn_block": {"modules": [found.get_submodule(path) for path in blocks]}} if blocks else {})})
+    _collect(
+        report,
+        found,
+        x,
+        lambda out: extended(out, *targets),
+        {
+            "ggn_diag": {},
+            "batch_grad": {},
+            "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
+            **(
+                {"ggn_block": {"modules": [found.get_submodule(path) for path in blocks]}}
+                if blocks
+                else {}
+            ),
+        },
+    )
     curvature = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
     wrong = _wrong(report, list(_points(truth, found, curvature)), _blocks(truth, found, blocks))
     if wrong:
@@ -99,7 +134,8 @@ def _wrong(report: ModelReport, points: list[_Row], blocks: Iterable[_Row]) -> l
     largest: dict[str, float] = {}
     for quantity, _, _, expected in points:
         largest[quantity] = max(largest.get(quantity, 0.0), float(expected.abs().max()))
-    largest["ggn_block"] = largest.get("ggn_diag", 0.0)  # no entry of a positive semi-definite matrix is beyond its diagonal
+    # no entry of a positive semi-definite matrix is beyond its diagonal
+    largest["ggn_block"] = largest.get("ggn_diag", 0.0)
     for quantity, path, holder, expected in itertools.chain(points, blocks):
         if quantity in report.refused:
             continue
@@ -107,13 +143,24 @@ def _wrong(report: ModelReport, points: list[_Row], blocks: Iterable[_Row]) -> l
         value = torch.zeros_like(expected) if value is None else value
         off, size = (value - expected).abs(), float(expected.abs().max())
         zero = largest[quantity] * (ROUNDING if quantity == "batch_grad" else ROUNDING**2)
-        report.errors[quantity] = max(report.errors.get(quantity, 0.0), float(off.max()) / max(size, NEAR))
+        report.errors[quantity] = max(
+            report.errors.get(quantity, 0.0), float(off.max()) / max(size, NEAR)
+        )
         if not bool((off <= EXACT * expected.abs() + NEAR * max(size, NEAR) + zero).all()):
-            wrong.append(f"{quantity} of '{path}' is wrong: off by {float(off.max()):.3g}, where the largest entry is {size:.3g}")
+            wrong.append(
+                f"{quantity} of '{path}' is wrong: off by {float(off.max()):.3g}, where the "
+                f"largest entry is {size:.3g}"
+            )
     return wrong
 
 
-def _collect(report: ModelReport, found: nn.Module, x: Any, loss: Callable[[Any], Tensor], options: dict[str, Any]) -> None:
+def _collect(
+    report: ModelReport,
+    found: nn.Module,
+    x: Any,
+    loss: Callable[[Any], Tensor],
+    options: dict[str, Any],
+) -> None:
     """Each quantity by itself, so that one that is refused does not take the others with it."""
     for quantity, given in options.items():
         try:
@@ -124,7 +171,9 @@ def _collect(report: ModelReport, found: nn.Module, x: Any, loss: Callable[[Any]
                 raise
             report.refused[quantity] = str(error)
     if "batch_grad" in report.refused:
-        report.refused["ggn_diag_mc"] = "not compared, since draws are summed over rows that nnj cannot tell apart"
+        report.refused["ggn_diag_mc"] = (
+            "not compared, since draws are summed over rows that nnj cannot tell apart"
+        )
 
 
 class _Truth:
@@ -133,27 +182,44 @@ class _Truth:
     def __init__(self, model: nn.Module, scalar_of: Callable[[Tensor], Tensor], x: Any, axis: int):
         out = call_with(model, x)
         if not isinstance(out, Tensor):
-            raise TypeError(f"check_model takes a model that gives one tensor, and this one gives {type(out).__name__}. Wrap it "
-                            f"in a module that gives the tensor which the loss takes")
+            raise TypeError(
+                "check_model takes a model that gives one tensor, and this one gives "
+                f"{type(out).__name__}. Wrap it in a module that gives the tensor which the loss "
+                "takes"
+            )
         self.output, shape = out.detach(), out.shape
         self.n, self.owner = _owners(model, x, self.output, axis)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         params = list(self.names.values())
-        rows = [torch.autograd.grad(t, params, retain_graph=True, allow_unused=True) for t in out.flatten()]
-        self.j = {name: torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows]).reshape(len(rows), -1)
-                  for i, (name, p) in enumerate(self.names.items())}
+        rows = [
+            torch.autograd.grad(t, params, retain_graph=True, allow_unused=True)
+            for t in out.flatten()
+        ]
+        self.j = {
+            name: torch.stack(
+                [torch.zeros_like(p) if row[i] is None else row[i] for row in rows]
+            ).reshape(len(rows), -1)
+            for i, (name, p) in enumerate(self.names.items())
+        }
         scalar = lambda z: scalar_of(z.reshape(shape))
         z = self.output.flatten().clone().requires_grad_()
         self.value = scalar(z)
         if self.value.dim() > 0:
-            raise TypeError(f"check_model takes a loss that gives a scalar, and this one gives {tuple(self.value.shape)}")
+            raise TypeError(
+                "check_model takes a loss that gives a scalar, and this one gives "
+                f"{tuple(self.value.shape)}"
+            )
         self.g = torch.autograd.grad(self.value, z)[0]
         self.value = self.value.detach()
         self.h = torch.autograd.functional.hessian(scalar, z.detach())
         apart = self.h * (self.owner[:, None] != self.owner)
-        assert float(apart.abs().max()) <= NEAR * float(self.h.abs().max()), \
-            f"the loss couples samples: its Hessian between them is up to {float(apart.abs().max()):.3g}"
-        self.own = {path: names for path, m in model.named_modules() if (names := self._names(path, m))}
+        assert float(apart.abs().max()) <= NEAR * float(self.h.abs().max()), (
+            "the loss couples samples: its Hessian between them is up to "
+            f"{float(apart.abs().max()):.3g}"
+        )
+        self.own = {
+            path: names for path, m in model.named_modules() if (names := self._names(path, m))
+        }
 
     def _names(self, path: str, m: nn.Module) -> list[str]:
         """The names in the whole model of a module's own parameters; a shared one has its first."""
@@ -187,23 +253,36 @@ def _blocks(truth: _Truth, found: nn.Module, blocks: list[str]) -> Iterator[_Row
 
 
 def _large(module: nn.Module) -> bool:
-    return any(sum(p.numel() for p in m.parameters(recurse=False)) > LARGEST_BLOCK for m in module.modules())
+    return any(
+        sum(p.numel() for p in m.parameters(recurse=False)) > LARGEST_BLOCK
+        for m in module.modules()
+    )
 
 
 def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, Tensor]:
-    """The number of samples, and that of the sample of each entry of the output, found by running every sample alone.
+    """The number of samples, and that of the sample of each entry of the output, found by running
+    every sample alone.
 
     Errors: AssertionError if no order of rows explains what they give alone.
     """
-    n = next(t.shape[min(axis, t.dim() - 1)] for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim() > 0)
+    n = next(
+        t.shape[min(axis, t.dim() - 1)]
+        for t in tree_leaves(x)
+        if isinstance(t, Tensor) and t.dim() > 0
+    )
     with torch.no_grad():
         again = call_with(model, x)
         assert torch.allclose(again, output, rtol=NEAR, atol=NEAR), (
-            "the model gives another output when it is called again: it draws random numbers, or keeps a state. Use model.eval()")
+            "the model gives another output when it is called again: it draws random numbers, or "
+            "keeps a state. Use model.eval()"
+        )
         try:
-            alone = [call_with(model, tree_map(lambda t: _part(t, n, m, axis), x)) for m in range(n)]  # noqa: B023
+            take = lambda m: tree_map(lambda t: _part(t, n, m, axis), x)
+            alone = [call_with(model, take(m)) for m in range(n)]
         except (RuntimeError, ValueError) as error:
-            raise AssertionError(f"samples influence one another, or the model does not take one alone: {error}") from error
+            raise AssertionError(
+                f"samples influence one another, or the model does not take one alone: {error}"
+            ) from error
     numbers, nearest = torch.arange(n), float("inf")
     for place in range(output.dim()):
         if output.shape[place] % n == 0:
@@ -213,10 +292,14 @@ def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, T
                 if all(a.shape == b.shape for a, b in zip(parts, alone, strict=True)):
                     off = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
                     if off <= NEAR * max(1.0, float(output.abs().max())):
-                        return n, order.reshape(-1, *[1] * (output.dim() - place - 1)).expand(output.shape).flatten()
+                        return n, order.reshape(-1, *[1] * (output.dim() - place - 1)).expand(
+                            output.shape
+                        ).flatten()
                     nearest = min(nearest, off)
-    raise AssertionError(f"samples influence one another: among the others they give something else than alone, off by "
-                         f"{nearest:.3g}. Batch norm in training mode does this; use model.eval()")
+    raise AssertionError(
+        "samples influence one another: among the others they give something else than alone, off "
+        f"by {nearest:.3g}. Batch norm in training mode does this; use model.eval()"
+    )
 
 
 def _part(t: Any, n: int, m: int, axis: int) -> Any:
@@ -232,7 +315,11 @@ def _faults(found: nn.Module, x: Any, rules: list[Line]) -> list[str]:
     def noting(path: str) -> Any:
         return lambda m, args: points.setdefault(path, args[0].detach().clone())
 
-    handles = [found.get_submodule(line.path).register_forward_pre_hook(noting(line.path)) for line in rules if line.plugin]
+    handles = [
+        found.get_submodule(line.path).register_forward_pre_hook(noting(line.path))
+        for line in rules
+        if line.plugin
+    ]
     call_with(found, x)
     for handle in handles:
         handle.remove()
@@ -255,6 +342,7 @@ def _doubled(module: nn.Module) -> nn.Module:
 
 def _double(value: Any) -> Any:
     """Its tensors in double precision."""
+
     def double(t: Any) -> Any:
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
             return t

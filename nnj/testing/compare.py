@@ -1,4 +1,5 @@
 """What the checks share: double precision, and comparison."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,14 +26,19 @@ def _same(name: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _owners(n: int, outputs: tuple[int, ...]) -> dict[str, tuple[SampleIndex, Tensor]]:
-    """Ways in which entries can belong to samples, each with the owner of every entry written out."""
+    """Ways in which entries can belong to samples, each with the owner of every entry written
+    out.
+    """
     whole = lambda rows: rows.reshape(n, *[1] * len(outputs)).expand(n, *outputs)
     rows = {"one row a sample": (n, torch.arange(n))}
     if n % 2 == 0:
         rows["sample-major"] = (n // 2, torch.arange(n) // 2)
     ways = {name: (SampleIndex(m), whole(of)) for name, (m, of) in rows.items()}
     m = max(1, n // 2)
-    ways["token-major"] = (SampleIndex(m, (torch.arange(n) % m).reshape(n, *[1] * len(outputs))), whole(torch.arange(n) % m))
+    ways["token-major"] = (
+        SampleIndex(m, (torch.arange(n) % m).reshape(n, *[1] * len(outputs))),
+        whole(torch.arange(n) % m),
+    )
     ragged = torch.randint(-1, 3, (n,))
     ways["any order"] = (SampleIndex(3, ragged.reshape(n, *[1] * len(outputs))), whole(ragged))
     for axis in range(len(outputs)):

@@ -1,4 +1,7 @@
-"""Which rule each module of a model gets, before anything is collected: where time will go, and what will be refused."""
+"""Which rule each module of a model gets, before anything is collected: where time will go, and
+what will be refused.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -27,7 +30,9 @@ AUTOGRAD = "autograd"
 
 @dataclass
 class Line:
-    """One module: its path and class, the rule that it gets with the plugin, and what is to be said of it."""
+    """One module: its path and class, the rule that it gets with the plugin, and what is to be said
+    of it.
+    """
 
     path: str
     kind: str
@@ -45,7 +50,8 @@ class _Call:
 
 
 def load(spec: str) -> tuple[nn.Module, Any]:
-    """The model behind `module:callable`, and its input if the callable gives (model, input); else None.
+    """The model behind `module:callable`, and its input if the callable gives (model, input); else
+    None.
 
     Errors: `NNJError` if there is no such thing, or it is no model.
     """
@@ -63,7 +69,10 @@ def load(spec: str) -> tuple[nn.Module, Any]:
     made: Any = found if isinstance(found, nn.Module) or not callable(found) else found()
     model, x = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise NNJError(f"{spec} gives {type(model).__name__}, expected a torch.nn.Module, or a tuple of it and its input")
+        raise NNJError(
+            f"{spec} gives {type(model).__name__}, expected a torch.nn.Module, or a tuple of it "
+            "and its input"
+        )
     return model, x
 
 
@@ -72,18 +81,27 @@ def lines(model: nn.Module, x: Any = None) -> list[Line]:
 
     Args:
         model: it is not changed, but for what a call of it changes.
-        x: an input, or a tuple of its arguments, or a dict of them by name: the model is called once, and each rule is asked
-            what it says of its call.
+        x: an input, or a tuple of its arguments, or a dict of them by name: the model is called
+            once, and each rule is asked what it says of its call.
 
     Errors: what the model raises; `PluginError` for a rule that is broken.
     """
     calls = None if x is None else _calls(model, x)
-    return [_line(path, module, None if calls is None else calls.get(id(module), [])) for path, module in model.named_modules()]
+    return [
+        _line(path, module, None if calls is None else calls.get(id(module), []))
+        for path, module in model.named_modules()
+    ]
 
 
 def call_with(model: Callable[..., Any], x: Any) -> Any:
     """The model at an input, a tuple of arguments, or a dict of named ones."""
-    return model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, (tuple, list)) else model(x)
+    return (
+        model(**x)
+        if isinstance(x, dict)
+        else model(*x)
+        if isinstance(x, (tuple, list))
+        else model(x)
+    )
 
 
 def _calls(model: nn.Module, x: Any) -> dict[int, list[_Call]]:
@@ -94,7 +112,9 @@ def _calls(model: nn.Module, x: Any) -> dict[int, list[_Call]]:
         given = [*args, *kwargs.values()]
         one = isinstance(y, Tensor) and len(given) == 1 and isinstance(given[0], Tensor)
         node, number = (y.grad_fn, y.output_nr) if isinstance(y, Tensor) else (None, 0)
-        found.setdefault(id(module), []).append(_Call(given[0] if one else given, y if one else tensors(y), node, number))
+        found.setdefault(id(module), []).append(
+            _Call(given[0] if one else given, y if one else tensors(y), node, number)
+        )
 
     with temporarily_extended(model), torch.enable_grad():
         handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
@@ -117,7 +137,13 @@ def _line(path: str, module: nn.Module, calls: list[_Call] | None) -> Line:
         return Line(path, kind, AUTOGRAD, "", _by_autograd(module, calls))
     rule, plugin = rule_name(entry.rule), entry.source.plugin
     if calls is None:
-        return Line(path, kind, rule, plugin, "if it takes one tensor and gives one" if entry.key is nn.Module else "")
+        return Line(
+            path,
+            kind,
+            rule,
+            plugin,
+            "if it takes one tensor and gives one" if entry.key is nn.Module else "",
+        )
     if not calls:
         return Line(path, kind, rule, plugin, "not called")
     said = [_said(path, module, entry, call) for call in calls]
@@ -125,7 +151,13 @@ def _line(path: str, module: nn.Module, calls: list[_Call] | None) -> Line:
     declined = next((text for taken, text in said if not taken), None)
     if refused is None and declined is None:
         return Line(path, kind, rule, plugin, next((text for _, text in said if text), ""))
-    return Line(path, kind, "refused" if refused else AUTOGRAD, "" if refused is None else plugin, refused or declined or "")
+    return Line(
+        path,
+        kind,
+        "refused" if refused else AUTOGRAD,
+        "" if refused is None else plugin,
+        refused or declined or "",
+    )
 
 
 def _by_autograd(module: nn.Module, calls: list[_Call] | None) -> str:
@@ -147,10 +179,17 @@ def _said(path: str, module: nn.Module, entry: Entry, call: _Call) -> tuple[bool
     if call.node is None or (record is None and call.y is call.x):
         return True, "nothing to be differentiated"
     if record is None:
-        return False, "declined: a hook, or the shapes of its input and output, hide what its rows are"
+        return (
+            False,
+            "declined: a hook, or the shapes of its input and output, hide what its rows are",
+        )
     point = None if record.stale else working_point(record)
     if point is None:
-        why = "what its rule reads was written over in place" if record.stale else "its parameters are narrower than its tensors"
+        why = (
+            "what its rule reads was written over in place"
+            if record.stale
+            else "its parameters are narrower than its tensors"
+        )
         return False, f"declined: {why}"
     try:
         slots = ask_rule(entry, module, *point, path)
@@ -166,7 +205,9 @@ def _said(path: str, module: nn.Module, entry: Entry, call: _Call) -> tuple[bool
 def text(found: Iterable[Line]) -> str:
     """Lines as a table."""
     rows = [("module", "class", "rule", "plugin", "note")]
-    rows += [(line.path or "(model)", line.kind, line.rule, line.plugin, line.note) for line in found]
+    rows += [
+        (line.path or "(model)", line.kind, line.rule, line.plugin, line.note) for line in found
+    ]
     return columns(rows, widths_of(rows))
 
 
@@ -185,5 +226,9 @@ def widths_of(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def columns(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
     """Rows of cells as text, the first one underlined."""
-    show = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    return "\n".join([show(rows[0]), "  ".join("-" * width for width in widths), *map(show, rows[1:])])
+    show = lambda row: "  ".join(
+        cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+    ).rstrip()
+    return "\n".join(
+        [show(rows[0]), "  ".join("-" * width for width in widths), *map(show, rows[1:])]
+    )

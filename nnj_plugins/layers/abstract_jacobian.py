@@ -1,4 +1,7 @@
-"""dy = J dx with J written down by the layer itself, in the original nnj's way, a subclass of `nnj.AbstractJacobian`."""
+"""dy = J dx with J written down by the layer itself, in the original nnj's way, a subclass of
+`nnj.AbstractJacobian`.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -14,13 +17,29 @@ import nnj
 def own(m: Any) -> str | None:
     """The name under which the class gives its Jacobian."""
     base = nnj.AbstractJacobian
-    return next((name for name in ("_jacobian", "jacobian") if getattr(type(m), name) is not getattr(base, name)), None)
+    return next(
+        (
+            name
+            for name in ("_jacobian", "jacobian")
+            if getattr(type(m), name) is not getattr(base, name)
+        ),
+        None,
+    )
 
 
 class Given(nnj.Jacobian):
-    """J as the layer gives it, when it is asked for: columns start to stop of what `entries` makes, (N, out, …)."""
+    """J as the layer gives it, when it is asked for: columns start to stop of what `entries` makes,
+    (N, out, …).
+    """
 
-    def __init__(self, entries: Callable[[], Tensor], columns: slice, inputs: torch.Size, outputs: torch.Size, like: Tensor):
+    def __init__(
+        self,
+        entries: Callable[[], Tensor],
+        columns: slice,
+        inputs: torch.Size,
+        outputs: torch.Size,
+        like: Tensor,
+    ):
         super().__init__(inputs, outputs, like)
         self.entries, self.columns = entries, columns
 
@@ -38,12 +57,16 @@ def given(m: Any, x: Tensor, y: Tensor, wrt: str, size: int) -> Tensor:
     if not isinstance(j, Tensor) or tuple(j.shape) != shape:
         what = tuple(j.shape) if isinstance(j, Tensor) else type(j).__name__
         axes = "(N, out, in)" if wrt == "input" else "(N, out, P)"
-        raise nnj.PluginError(f"{type(m).__name__}.{name}(wrt={wrt!r}) returned {what}, expected {axes} = {shape}")
+        raise nnj.PluginError(
+            f"{type(m).__name__}.{name}(wrt={wrt!r}) returned {what}, expected {axes} = {shape}"
+        )
     return j.to(y.dtype)
 
 
 def custom(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = J dx and dy = J_w dw, over flattened axes, the parameters in the order of `parameters()`."""
+    """dy = J dx and dy = J_w dw, over flattened axes, the parameters in the order of
+    `parameters()`.
+    """
     into = functools.cache(lambda: given(m, x, y, "input", x[0].numel()))
     slots: dict[str, nnj.Jacobian] = {}
     if x.is_floating_point():

@@ -1,4 +1,5 @@
 """y = f(x), entry by entry; or y = softmax(x) along one axis."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ def known_if(fact: bool, reason: str) -> None:
         raise NotImplementedError(reason)
 
 
-# -- f' told from y, which in-place activations leave alone. At a kink f' is what torch's own backward takes. --------------
+# -- f' told from y, which in-place activations leave alone. At a kink f' is what torch's own backwa
 
 
 def leaky(y: Tensor, slope: float) -> Tensor:
@@ -43,12 +44,15 @@ def rrelu(m: nn.RReLU, y: Tensor) -> Tensor:
     return leaky(y, (m.lower + m.upper) / 2)
 
 
-SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717  # Klambauer et al. 2017: lambda and alpha
+# Klambauer et al. 2017: lambda and alpha
+SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 FROM_Y: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.ReLU: lambda m, y: aten.threshold_backward(torch.ones_like(y), y, 0),  # one pass over y
     nn.ReLU6: lambda m, y: ((y > 0) & (y < 6)).to(y.dtype),
     nn.Hardtanh: lambda m, y: ((y > m.min_val) & (y < m.max_val)).to(y.dtype),
-    nn.Hardsigmoid: lambda m, y: aten.hardsigmoid_backward(((y > 0) & (y < 1)).to(y.dtype), torch.zeros_like(y)),
+    nn.Hardsigmoid: lambda m, y: aten.hardsigmoid_backward(
+        ((y > 0) & (y < 1)).to(y.dtype), torch.zeros_like(y)
+    ),
     nn.LeakyReLU: lambda m, y: leaky(y, m.negative_slope),
     nn.RReLU: rrelu,
     nn.Threshold: threshold,
@@ -59,7 +63,7 @@ FROM_Y: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Tanh: lambda m, y: 1 - y.square(),
 }
 
-# -- f' told from x --------------------------------------------------------------------------------------------------------
+# -- f' told from x --------------------------------------------------------------------------------
 
 FROM_X: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.GELU: lambda m, x: aten.gelu_backward(torch.ones_like(x), x, approximate=m.approximate),
@@ -89,14 +93,18 @@ def from_x(slope: Callable[[Any, Tensor], Tensor]) -> Rule:
     """dy = f'(x) dx."""
 
     def rule(m: Any, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-        known_if(not getattr(m, "inplace", False), "inplace=True has destroyed x, and y does not tell it")
+        known_if(
+            not getattr(m, "inplace", False), "inplace=True has destroyed x, and y does not tell it"
+        )
         return {"input": nnj.Diagonal(lambda: slope(m, x), x)}
 
     return rule
 
 
 def prelu(m: nn.PReLU, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = dx where x > 0, w dx elsewhere;  dy = dw min(x, 0), one w for each channel or for all."""
+    """dy = dx where x > 0, w dx elsewhere;  dy = dw min(x, 0), one w for each channel or for
+    all.
+    """
     w = m.weight.detach()
     w = w.reshape(-1, *[1] * (x.dim() - 2)) if len(w) > 1 else w
     weight = nnj.ScaleShift(m.weight.shape, x.shape[1:], x, m=lambda: x.clamp(max=0), last=False)
@@ -104,7 +112,8 @@ def prelu(m: nn.PReLU, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 def glu(m: nn.GLU, x: Tensor, y: Tensor, power: int = 1) -> dict[str, nnj.Jacobian]:
-    """y = a sigmoid(b) with (a, b) the halves of x along an axis:  dy = sigmoid(b) da + a sigmoid'(b) db.
+    """y = a sigmoid(b) with (a, b) the halves of x along an axis:  dy = sigmoid(b) da + a
+    sigmoid'(b) db.
 
     No two entries of y share one of x, so the entries of J can be raised to a power one by one.
     """
@@ -121,11 +130,20 @@ def glu(m: nn.GLU, x: Tensor, y: Tensor, power: int = 1) -> dict[str, nnj.Jacobi
         return left + right
 
     adjoint = lambda u: torch.cat([u, u], axis + 1) * slopes()
-    return {"input": nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, per_row=True,
-                                   squared=lambda: glu(m, x, y, 2 * power)["input"])}
+    return {
+        "input": nnj.LinearMap(
+            forward,
+            adjoint,
+            x.shape[1:],
+            y.shape[1:],
+            x,
+            per_row=True,
+            squared=lambda: glu(m, x, y, 2 * power)["input"],
+        )
+    }
 
 
-# -- softmax ---------------------------------------------------------------------------------------------------------------
+# -- softmax ---------------------------------------------------------------------------------------
 
 
 class Softmax(nnj.Jacobian):
@@ -158,7 +176,9 @@ class LogSoftmax(nnj.Jacobian):
 
 
 def axis_of(m: Any, y: Tensor) -> int:
-    """The axis of a softmax, counted from the end, where it is the same for tangents with axes in front."""
+    """The axis of a softmax, counted from the end, where it is the same for tangents with axes in
+    front.
+    """
     dim = -3 if isinstance(m, nn.Softmax2d) else m.dim
     dim = (0 if y.dim() in (0, 1, 3) else 1) if dim is None else dim  # torch's choice
     known_if(dim % y.dim() != 0, "it normalizes over the batch axis")

@@ -1,4 +1,7 @@
-"""y[o, p] = b[o] + sum over c and offsets k of w[o, c, k] pad(x)[c, s p + d k], on any number of spatial axes."""
+"""y[o, p] = b[o] + sum over c and offsets k of w[o, c, k] pad(x)[c, s p + d k], on any number of
+spatial axes.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -35,13 +38,19 @@ def unpad(u: Tensor, by: list[tuple[int, int]], mode: str, space: torch.Size) ->
         return pad(u, [(-a, -b) for a, b in by], "zeros")
     source = torch.arange(space.numel(), dtype=torch.float64).reshape(1, 1, *space)
     source = pad(source, by, mode).flatten().to(u.device, torch.long)
-    return u.new_zeros(*u.shape[:2], space.numel()).index_add_(2, source, u.flatten(2)).unflatten(2, space)
+    return (
+        u.new_zeros(*u.shape[:2], space.numel())
+        .index_add_(2, source, u.flatten(2))
+        .unflatten(2, space)
+    )
 
 
 def patches(m: nn.Conv2d, x: Tensor) -> Tensor:
     """U of (N, G, I, L): what each of the L places of y sees of x."""
     seen = pad(x, edges(m), m.padding_mode)
-    for axis, (k, s, d) in enumerate(zip(m.kernel_size, m.stride, m.dilation, strict=True), start=2):
+    for axis, (k, s, d) in enumerate(
+        zip(m.kernel_size, m.stride, m.dilation, strict=True), start=2
+    ):
         seen = seen.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     space = len(m.kernel_size)
     places = tuple(range(2, 2 + space))
@@ -63,35 +72,60 @@ def through(m: nn.Conv2d, w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
 
     def adjoint(u: Tensor) -> Tensor:
         like = u.new_empty(len(u), m.in_channels, *wide)  # of which only the shape is read
-        found = torch.ops.aten.convolution_backward(u, like, w, None, m.stride, own, m.dilation, False, [0] * axes, m.groups,
-                                                    [True, False, False])
+        found = torch.ops.aten.convolution_backward(
+            u,
+            like,
+            w,
+            None,
+            m.stride,
+            own,
+            m.dilation,
+            False,
+            [0] * axes,
+            m.groups,
+            [True, False, False],
+        )
         return unpad(found[0], around, mode, space)
 
-    # With other modes a copied entry meets several weights, and the square of a sum is not the sum of squares.
+    # With other modes a copied entry meets several weights, and the square of a sum is not the sum
+    # of squares.
     squared = (lambda: through(m, w.square(), x, y)) if mode == "zeros" else None
     return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared)
 
 
 def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = w * pad(dx);  dy = dw U, which is affine with the patches U of pad(x);  dy = db at every place."""
+    """dy = w * pad(dx);  dy = dw U, which is affine with the patches U of pad(x);  dy = db at every
+    place.
+    """
     if x.dim() != m.weight.dim():
         raise NotImplementedError("a convolution of one sample without a batch axis")
     w, outputs = m.weight.detach(), y.shape[1:]
-    weight = nnj.PatchMatmul(lambda rows: patches(m, x[rows]), w.shape, outputs, x, groups=m.groups, last=False,
-                        shared=lambda v: m._conv_forward(x, v, None))
+    weight = nnj.PatchMatmul(
+        lambda rows: patches(m, x[rows]),
+        w.shape,
+        outputs,
+        x,
+        groups=m.groups,
+        last=False,
+        shared=lambda v: m._conv_forward(x, v, None),
+    )
     slots: dict[str, nnj.Jacobian] = {"input": through(m, w, x, y), "weight": weight}
     if m.bias is not None:
         slots["bias"] = nnj.ScaleShift(m.bias.shape, outputs, x, last=False)
     return slots
 
 
-# -- transposed: y[o, q] = b[o] + sum over c, p, k with q = s p - a + d k of w[c, o, k] x[c, p] --------------------------------
+# -- transposed: y[o, q] = b[o] + sum over c, p, k with q = s p - a + d k of w[c, o, k] x[c, p] ----
 
 
 def beyond(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> list[int]:
     """What the call has added to the output at the end of each axis."""
-    options = zip(y.shape[2:], x.shape[2:], m.stride, edges(m), m.dilation, m.kernel_size, strict=True)
-    return [length - ((i - 1) * s - 2 * p[0] + d * (k - 1) + 1) for length, i, s, p, d, k in options]
+    options = zip(
+        y.shape[2:], x.shape[2:], m.stride, edges(m), m.dilation, m.kernel_size, strict=True
+    )
+    return [
+        length - ((i - 1) * s - 2 * p[0] + d * (k - 1) + 1) for length, i, s, p, d, k in options
+    ]
 
 
 def through_transposed(m: nn.ConvTranspose2d, w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
@@ -102,14 +136,24 @@ def through_transposed(m: nn.ConvTranspose2d, w: Tensor, x: Tensor, y: Tensor) -
     transpose = TRANSPOSE[axes]
     forward = lambda v: transpose(v, w, None, m.stride, own, more, m.groups, m.dilation)
     adjoint = lambda u: CONVOLVE[axes](u, w, None, m.stride, own, m.dilation, m.groups)[inside]
-    return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x,
-                         squared=lambda: through_transposed(m, w.square(), x, y))
+    return nnj.LinearMap(
+        forward,
+        adjoint,
+        x.shape[1:],
+        y.shape[1:],
+        x,
+        squared=lambda: through_transposed(m, w.square(), x, y),
+    )
 
 
 def patches_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Tensor:
-    """U of (N, G, I, L): what each of the L places of y sees of x with s - 1 zeros between entries, from the end backwards."""
+    """U of (N, G, I, L): what each of the L places of y sees of x with s - 1 zeros between entries,
+    from the end backwards.
+    """
     space = len(m.kernel_size)
-    wide = x.new_zeros(*x.shape[:2], *((i - 1) * s + 1 for i, s in zip(x.shape[2:], m.stride, strict=True)))
+    wide = x.new_zeros(
+        *x.shape[:2], *((i - 1) * s + 1 for i, s in zip(x.shape[2:], m.stride, strict=True))
+    )
     between: Any = (..., *[slice(None, None, s) for s in m.stride])
     wide[between] = x
     reach = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
@@ -123,13 +167,17 @@ def patches_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Tensor:
 
 
 def conv_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = w *^T dx;  dy = dw U, affine once channels in and out have changed places;  dy = db at every place."""
+    """dy = w *^T dx;  dy = dw U, affine once channels in and out have changed places;  dy = db at
+    every place.
+    """
     if x.dim() != m.weight.dim():
         raise NotImplementedError("a convolution of one sample without a batch axis")
     w, outputs, groups = m.weight.detach(), y.shape[1:], m.groups
     split = (groups, w.shape[0] // groups, *w.shape[1:])
     inner = (m.out_channels, w.shape[0] // groups, *w.shape[2:])
-    affine = nnj.PatchMatmul(lambda rows: patches_transposed(m, x[rows], y), inner, outputs, x, groups=groups, last=False)
+    affine = nnj.PatchMatmul(
+        lambda rows: patches_transposed(m, x[rows], y), inner, outputs, x, groups=groups, last=False
+    )
     weight = nnj.PermutedJacobian(affine, w.shape, split, (0, 2, 1, *range(3, len(split))))
     slots: dict[str, nnj.Jacobian] = {"input": through_transposed(m, w, x, y), "weight": weight}
     if m.bias is not None:

@@ -1,4 +1,7 @@
-"""y = x, unless it is training: then the mask is known to the call alone, and so to autograd's node."""
+"""y = x, unless it is training: then the mask is known to the call alone, and so to autograd's
+node.
+"""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -15,5 +18,12 @@ def dropout(m: nn.Dropout, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 @nnj.hookimpl
 def nnj_register_layers(register):
-    for cls in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout):
+    for cls in (
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ):
         register(cls, dropout, uses="")

@@ -1,4 +1,5 @@
 """y = W[x]: rows of a table, chosen by whole numbers; and sums of such rows."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,10 +11,15 @@ import nnj
 
 
 def check(m: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Errors: `NNJError` if .grad is not the gradient; NotImplementedError if the call changes the table."""
+    """Errors: `NNJError` if .grad is not the gradient; NotImplementedError if the call changes the
+    table.
+    """
     if m.scale_grad_by_freq:
-        raise nnj.NNJError(f"{type(m).__name__}: scale_grad_by_freq=True divides the gradient by the count of an index, "
-                           f"so that it is none of the model's function, and samples influence one another. Set it to False")
+        raise nnj.NNJError(
+            f"{type(m).__name__}: scale_grad_by_freq=True divides the gradient by the count of an "
+            "index, so that it is none of the model's function, and samples influence one another. "
+            "Set it to False"
+        )
     if m.max_norm is not None:
         raise NotImplementedError("max_norm, which changes the table in the call")
 
@@ -39,7 +45,11 @@ class Bag(nnj.Jacobian):
         return self.rows.vjp(u[:, :, None] * self.a)
 
     def factor(self, u: Tensor, owner: Any) -> nnj.Factor | None:
-        return self.rows.factor(u[:, :, None] * self.a, owner) if owner.of is None else super().factor(u, owner)
+        return (
+            self.rows.factor(u[:, :, None] * self.a, owner)
+            if owner.of is None
+            else super().factor(u, owner)
+        )
 
 
 def embedding_bag(m: nn.EmbeddingBag, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:

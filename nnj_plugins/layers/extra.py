@@ -1,4 +1,5 @@
 """Layers that the original nnj found useful beyond torch.nn, as plain modules, with their rules."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -47,7 +48,8 @@ def slope(x: Tensor) -> Tensor:
 
 
 class TruncExp(nn.Module):
-    """y = exp(x), of which the derivative is *said to be* exp(min(max(x, -15), 15)), here and in autograd.
+    """y = exp(x), of which the derivative is *said to be* exp(min(max(x, -15), 15)), here and in
+    autograd.
 
     Beyond these bounds that is not the derivative of y: it neither explodes nor vanishes.
     """
@@ -96,7 +98,9 @@ class SkipConnection(nn.Sequential):
 
 
 class Normalize(nnj.Jacobian):
-    """J = (I - x x^T / (|x| (|x| + eps))) / (|x| + eps), which is symmetric; at x = 0 the identity over eps."""
+    """J = (I - x x^T / (|x| (|x| + eps))) / (|x| + eps), which is symmetric; at x = 0 the identity
+    over eps.
+    """
 
     def __init__(self, x: Tensor, eps: float):
         super().__init__(x.shape[1:], x.shape[1:], x)
@@ -106,7 +110,9 @@ class Normalize(nnj.Jacobian):
         x, flat = self.x.reshape(self.n, -1), v.reshape(*v.shape[:2], -1)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         wide = norm + self.eps
-        along = (x * flat).sum(-1, keepdim=True) / (norm * wide).clamp(min=torch.finfo(x.dtype).tiny)
+        along = (x * flat).sum(-1, keepdim=True) / (norm * wide).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )
         return ((flat - x * along) / wide).reshape(v.shape)
 
     def vjp(self, u: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""y[n] = f(x[n:n + 1])[0], with f any module: torch.func differentiates it for each sample on its own."""
+"""y[n] = f(x[n:n + 1])[0], with f any module: torch.func differentiates it for each sample on its
+own.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,7 +18,9 @@ Run = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 class PerSample(nnj.Jacobian):
-    """J[n] is the derivative of run(state, x[n]) with respect to x[n], or to one entry of `state`."""
+    """J[n] is the derivative of run(state, x[n]) with respect to x[n], or to one entry of
+    `state`.
+    """
 
     def __init__(self, run: Run, state: dict[str, Tensor], slot: str, x: Tensor, y: Tensor):
         super().__init__(x.shape[1:] if slot == "input" else state[slot].shape, y.shape[1:], y)
@@ -34,7 +39,9 @@ class PerSample(nnj.Jacobian):
 
         shared = v.shape[1] != self.n
         try:
-            return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(self.x, v[:, 0] if shared else v)
+            return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(
+                self.x, v[:, 0] if shared else v
+            )
         except NotImplementedError:  # an operation of torch's that knows no forward derivative
             return super().jvp(v)
 
@@ -53,7 +60,9 @@ class PerSample(nnj.Jacobian):
 
 
 def _copy(m: nn.Module) -> nn.Module:
-    """The same module with the same tensors, on which a forward that sets attributes leaves no trace in the user's."""
+    """The same module with the same tensors, on which a forward that sets attributes leaves no
+    trace in the user's.
+    """
     new = object.__new__(type(m))
     new.__dict__ = {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()}
     new.__dict__["_modules"] = {k: None if c is None else _copy(c) for k, c in m._modules.items()}
@@ -61,16 +70,18 @@ def _copy(m: nn.Module) -> nn.Module:
 
 
 def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy[n] = df(x[n]) for the input and for each parameter, provided that f, run on each sample alone, gives y.
+    """dy[n] = df(x[n]) for the input and for each parameter, provided that f, run on each sample
+    alone, gives y.
 
-    So what couples samples, draws random numbers or updates buffers is declined: it raises under vmap, or gives another y.
-    """
+    So what couples samples, draws random numbers or updates buffers is declined: it raises under
+    vmap, or gives another y."""
     m = _copy(m)
     state: dict[str, Tensor] = {name: p.detach() for name, p in m.named_parameters()}
     state |= {name: b.clone() if m.training else b for name, b in m.named_buffers()}
 
     def run(state: dict[str, Tensor], row: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no forward derivative
+        # the other kernels of attention have no forward derivative
+        with sdpa_kernel(SDPBackend.MATH):
             return functional_call(m, state, (row[None],))[0]
 
     try:  # the y of the call is the test of all that is assumed here
@@ -81,8 +92,12 @@ def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
         raise NotImplementedError("its output does not have the batch in axis 0")
     tolerance = torch.finfo(y.dtype).eps ** 0.5 * y.abs().max()
     if bool(((alone - y).abs() > tolerance).any()):
-        raise NotImplementedError("run on each sample alone it gives something else than on the batch")
-    slots = [name for name, _ in m.named_parameters()] + (["input"] if x.is_floating_point() else [])
+        raise NotImplementedError(
+            "run on each sample alone it gives something else than on the batch"
+        )
+    slots = [name for name, _ in m.named_parameters()] + (
+        ["input"] if x.is_floating_point() else []
+    )
     return {slot: PerSample(run, state, slot, x, y) for slot in slots}
 
 

@@ -1,4 +1,7 @@
-"""y = w z + b, z = (x - mean) / sqrt(var + eps): a diagonal if the statistics are fixed, a projection if they are x's."""
+"""y = w z + b, z = (x - mean) / sqrt(var + eps): a diagonal if the statistics are fixed, a
+projection if they are x's.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -12,7 +15,8 @@ import nnj
 
 
 class Standardize(nnj.Jacobian):
-    """J = diag(w) r (I - 1 1^T / d - z z^T / d) in each group of d entries, r = 1 / sqrt(var + eps), z = (x - mean) r.
+    """J = diag(w) r (I - 1 1^T / d - z z^T / d) in each group of d entries,
+    r = 1 / sqrt(var + eps), z = (x - mean) r.
 
     Without `centred`, mean = 0 and the middle term is absent (the root mean square norm).
 
@@ -53,7 +57,9 @@ class Standardize(nnj.Jacobian):
         return self._project(u if self.w is None else u * self.w)
 
 
-def affine(m: nn.Module, x: Tensor, z: Callable[[], Tensor], *, last: bool) -> dict[str, nnj.Jacobian]:
+def affine(
+    m: nn.Module, x: Tensor, z: Callable[[], Tensor], *, last: bool
+) -> dict[str, nnj.Jacobian]:
     """dy = dw z;  dy = db at every place."""
     slots: dict[str, nnj.Jacobian] = {}
     for name, by in (("weight", z), ("bias", None)):
@@ -72,23 +78,41 @@ def fixed(m: Any, x: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w r dx;  dy = dw z;  dy = db: the statistics are those that the module has stored."""
     mean, r = per_channel(m.running_mean, x), per_channel((m.running_var + m.eps).rsqrt(), x)
     d = r if m.weight is None else r * per_channel(m.weight, x)
-    return {"input": nnj.Diagonal(d.expand(x.shape)), **affine(m, x, lambda: (x - mean) * r, last=False)}
+    return {
+        "input": nnj.Diagonal(d.expand(x.shape)),
+        **affine(m, x, lambda: (x - mean) * r, last=False),
+    }
 
 
 def batch_norm(m: nn.BatchNorm2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w r dx, a diagonal, if the statistics are fixed."""
     if m.training or m.running_mean is None or m.running_var is None:
         why = "in training mode" if m.training else "without running statistics"
-        remedy = ("call model.eval(), or freeze this layer with module.eval()" if m.running_mean is not None else
-                  "use track_running_stats=True and model.eval(), or another norm")
-        raise nnj.NNJError(f"{type(m).__name__} {why} makes the samples of a batch influence one another, so no sample "
-                           f"has a Jacobian of its own; {remedy}")
+        remedy = (
+            "call model.eval(), or freeze this layer with module.eval()"
+            if m.running_mean is not None
+            else "use track_running_stats=True and model.eval(), or another norm"
+        )
+        raise nnj.NNJError(
+            f"{type(m).__name__} {why} makes the samples of a batch influence one another, so no "
+            f"sample has a Jacobian of its own; {remedy}"
+        )
     return fixed(m, x)
 
 
-def own(m: nn.Module, x: Tensor, groups: int, w: Tensor | None, *, last: bool, eps: float,
-        centred: bool = True) -> dict[str, nnj.Jacobian]:
-    """dy = w (I - 1 1^T / d - z z^T / d) r dx;  dy = dw z;  dy = db: the statistics are those of each sample."""
+def own(
+    m: nn.Module,
+    x: Tensor,
+    groups: int,
+    w: Tensor | None,
+    *,
+    last: bool,
+    eps: float,
+    centred: bool = True,
+) -> dict[str, nnj.Jacobian]:
+    """dy = w (I - 1 1^T / d - z z^T / d) r dx;  dy = dw z;  dy = db: the statistics are those of
+    each sample.
+    """
     j = Standardize(x, groups, eps, w, centred)
     return {"input": j, **affine(m, x, j.z, last=last)}
 
@@ -119,7 +143,9 @@ def group_norm(m: nn.GroupNorm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]
 
 
 def instance_norm(m: nn.InstanceNorm2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
-    """A group is one channel with all its places; in eval with stored statistics it is BatchNorm's diagonal."""
+    """A group is one channel with all its places; in eval with stored statistics it is BatchNorm's
+    diagonal.
+    """
     if x.dim() != axes + 2:
         raise NotImplementedError("a norm of one sample without a batch axis")
     if m.track_running_stats and not m.training:
@@ -128,7 +154,9 @@ def instance_norm(m: nn.InstanceNorm2d, x: Tensor, y: Tensor, axes: int) -> dict
 
 
 def local_response(m: nn.LocalResponseNorm, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """y = x q^-b, q = k + a (A x^2) with A the mean over a window of channels: dy = q^-b dx - 2 a b x q^(-b - 1) A (x dx)."""
+    """y = x q^-b, q = k + a (A x^2) with A the mean over a window of channels: dy = q^-b dx - 2 a b
+    x q^(-b - 1) A (x dx).
+    """
     if x.dim() < 3:
         raise NotImplementedError("a norm of one sample without a batch axis")
     c = torch.arange(x.shape[1], device=x.device)
@@ -146,7 +174,9 @@ def local_response(m: nn.LocalResponseNorm, x: Tensor, y: Tensor) -> dict[str, n
 def nnj_register_layers(register):
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         register(cls, batch_norm, uses="x")
-    for axes, instance in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), start=1):
+    for axes, instance in enumerate(
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), start=1
+    ):
         register(instance, functools.partial(instance_norm, axes=axes), uses="x")
     register(nn.LayerNorm, layer_norm, uses="x")
     register(nn.RMSNorm, rms_norm, uses="x")

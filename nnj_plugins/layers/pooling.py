@@ -1,4 +1,7 @@
-"""y[p] = max of x over the window of p, or y[p] = sum of x / size, where a window is a box: one matrix for each axis."""
+"""y[p] = max of x over the window of p, or y[p] = sum of x / size, where a window is a box: one
+matrix for each axis.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -24,11 +27,13 @@ def batched(x: Tensor, axes: int) -> None:
         raise NotImplementedError("pooling of one sample without a batch axis")
 
 
-# -- the largest of a window --------------------------------------------------------------------------------------------
+# -- the largest of a window -----------------------------------------------------------------------
 
 
 def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.Jacobian]:
-    """dy = dx[where], a matrix of zeros and ones; its adjoint adds u up at `where`, (N, C, *places), flat over the space."""
+    """dy = dx[where], a matrix of zeros and ones; its adjoint adds u up at `where`,
+    (N, C, *places), flat over the space.
+    """
     space, places = x.shape[2:], y.shape[2:]
 
     def forward(v: Tensor) -> Tensor:
@@ -37,10 +42,18 @@ def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.
 
     def adjoint(u: Tensor) -> Tensor:
         index = where().flatten(2).expand(*u.shape[:3], -1)
-        return u.new_zeros(*u.shape[:3], space.numel()).scatter_add_(3, index, u.flatten(3)).unflatten(3, space)
+        return (
+            u.new_zeros(*u.shape[:3], space.numel())
+            .scatter_add_(3, index, u.flatten(3))
+            .unflatten(3, space)
+        )
 
     squared = lambda: largest(x, y, where)["input"]
-    return {"input": nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared, per_row=True)}
+    return {
+        "input": nnj.LinearMap(
+            forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared, per_row=True
+        )
+    }
 
 
 def max_pool(m: nn.MaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
@@ -53,7 +66,9 @@ def max_pool(m: nn.MaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.
     return largest(x, y, functools.cache(lambda: pool(x, *options, return_indices=True)[1]))
 
 
-def adaptive_max_pool(m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+def adaptive_max_pool(
+    m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int
+) -> dict[str, nnj.Jacobian]:
     """dy[p] = dx[argmax of the window of p]."""
     batched(x, axes)
     if m.return_indices:
@@ -62,17 +77,19 @@ def adaptive_max_pool(m: nn.AdaptiveMaxPool2d, x: Tensor, y: Tensor, axes: int) 
     return largest(x, y, functools.cache(lambda: pool(x, y.shape[2:], return_indices=True)[1]))
 
 
-# -- the mean of a window -----------------------------------------------------------------------------------------------
+# -- the mean of a window --------------------------------------------------------------------------
 
 
 Window = Callable[[int, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def boxes(x: Tensor, y: Tensor, window: Window, power: int = 1) -> dict[str, nnj.Jacobian]:
-    """dy = (A1 x A2 x ...) dx, one matrix A_i for each spatial axis: 1 / size from start to end of each place's window.
+    """dy = (A1 x A2 x ...) dx, one matrix A_i for each spatial axis: 1 / size from start to end of
+    each place's window.
 
     Args:
-        window: gives start, end and size of the windows, from the number of the axis, its places and its length.
+        window: gives start, end and size of the windows, from the number of the axis, its places
+            and its length.
         power: of the entries of the matrices.
     """
 
@@ -80,7 +97,9 @@ def boxes(x: Tensor, y: Tensor, window: Window, power: int = 1) -> dict[str, nnj
         places, length = torch.arange(y.shape[2 + i], device=like.device), x.shape[2 + i]
         start, end, size = window(i, places, length)
         at = torch.arange(length, device=like.device)
-        return ((at >= start[:, None]) & (at < end[:, None])).to(like.dtype) / size.clamp(min=1)[:, None]
+        return ((at >= start[:, None]) & (at < end[:, None])).to(like.dtype) / size.clamp(min=1)[
+            :, None
+        ]
 
     def apply(v: Tensor, back: bool) -> Tensor:
         for i in reversed(range(v.dim() - 2)):
@@ -89,14 +108,26 @@ def boxes(x: Tensor, y: Tensor, window: Window, power: int = 1) -> dict[str, nnj
         return v
 
     squared = lambda: boxes(x, y, window, 2 * power)["input"]
-    return {"input": nnj.LinearMap(lambda v: apply(v, False), lambda u: apply(u, True), x.shape[1:], y.shape[1:], x,
-                                   squared=squared)}
+    return {
+        "input": nnj.LinearMap(
+            lambda v: apply(v, False),
+            lambda u: apply(u, True),
+            x.shape[1:],
+            y.shape[1:],
+            x,
+            squared=squared,
+        )
+    }
 
 
 def avg_pool(m: nn.AvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
-    """dy[p] = sum of dx in [p s - a, p s - a + k) / size, the size clipped to the padded or to the bare input."""
+    """dy[p] = sum of dx in [p s - a, p s - a + k) / size, the size clipped to the padded or to the
+    bare input.
+    """
     batched(x, axes)
-    kernel, stride, padding = (per_axis(value, axes) for value in (m.kernel_size, m.stride, m.padding))
+    kernel, stride, padding = (
+        per_axis(value, axes) for value in (m.kernel_size, m.stride, m.padding)
+    )
     divisor = getattr(m, "divisor_override", None)
 
     def window(i: int, places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +141,9 @@ def avg_pool(m: nn.AvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.
     return boxes(x, y, window)
 
 
-def adaptive_avg_pool(m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
+def adaptive_avg_pool(
+    m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int
+) -> dict[str, nnj.Jacobian]:
     """dy[p] = mean of dx in [floor(p i / o), ceil((p + 1) i / o)) for i entries and o places."""
     batched(x, axes)
 
@@ -122,7 +155,9 @@ def adaptive_avg_pool(m: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor, axes: int) 
 
 
 def lp_pool(m: nn.LPPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Jacobian]:
-    """y = (sum of x^p)^(1/p), so dy = y^(1 - p) sum of x^(p - 1) dx; torch makes the sum of a mean, clipped at the end."""
+    """y = (sum of x^p)^(1/p), so dy = y^(1 - p) sum of x^(p - 1) dx; torch makes the sum of a mean,
+    clipped at the end.
+    """
     batched(x, axes)
     kernel = per_axis(m.kernel_size, axes)
     stride = per_axis(m.kernel_size if m.stride is None else m.stride, axes)
@@ -134,15 +169,27 @@ def lp_pool(m: nn.LPPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Ja
 
     p, j = float(m.norm_type), boxes(x, y, window)["input"]
     before, after = x.pow(p - 1), y.pow(1 - p) * math.prod(kernel)
-    return {"input": nnj.LinearMap(lambda v: after * j.jvp(v * before), lambda u: before * j.vjp(u * after), x.shape[1:],
-                                   y.shape[1:], x, per_row=True)}
+    return {
+        "input": nnj.LinearMap(
+            lambda v: after * j.jvp(v * before),
+            lambda u: before * j.vjp(u * after),
+            x.shape[1:],
+            y.shape[1:],
+            x,
+            per_row=True,
+        )
+    }
 
 
 @nnj.hookimpl
 def nnj_register_layers(register):
     rules: dict[str, Callable[..., Any]] = {
-        "MaxPool": max_pool, "AdaptiveMaxPool": adaptive_max_pool, "AvgPool": avg_pool,
-        "AdaptiveAvgPool": adaptive_avg_pool, "LPPool": lp_pool}
+        "MaxPool": max_pool,
+        "AdaptiveMaxPool": adaptive_max_pool,
+        "AvgPool": avg_pool,
+        "AdaptiveAvgPool": adaptive_avg_pool,
+        "LPPool": lp_pool,
+    }
     for (name, rule), axes in itertools.product(rules.items(), (1, 2, 3)):
         uses = "xy" if "LP" in name else "x" if "Max" in name else ""
         register(getattr(nn, f"{name}{axes}d"), functools.partial(rule, axes=axes), uses=uses)

@@ -1,4 +1,5 @@
 """y holds the numbers of x in another shape, or in another order."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,7 +32,9 @@ def unflatten(m: nn.Unflatten, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 def zeros_and_ones(forward: Map, back: Map, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = A dx with a matrix A of zeros and ones, a permutation perhaps: its squared entries are its entries."""
+    """dy = A dx with a matrix A of zeros and ones, a permutation perhaps: its squared entries are
+    its entries.
+    """
     squared = lambda: zeros_and_ones(forward, back, x, y)["input"]
     return {"input": nnj.LinearMap(forward, back, x.shape[1:], y.shape[1:], y, squared=squared)}
 
@@ -67,7 +70,9 @@ def fold(m: nn.Fold, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = sum of the columns of dx where they are windows of y."""
     if x.dim() != 3:
         raise NotImplementedError("it folds one sample without a batch axis")
-    return zeros_and_ones(m.forward, lambda u: F.unfold(u, m.kernel_size, m.dilation, m.padding, m.stride), x, y)
+    return zeros_and_ones(
+        m.forward, lambda u: F.unfold(u, m.kernel_size, m.dilation, m.padding, m.stride), x, y
+    )
 
 
 @nnj.hookimpl

@@ -1,4 +1,5 @@
 """y = (A1 x A2 x ...) x, one matrix of weights of interpolation for each spatial axis."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,8 +10,14 @@ from torch import Tensor, nn
 
 import nnj
 
-NAMES = {"nearest": "upsample_nearest{}d", "nearest-exact": "_upsample_nearest_exact{}d", "linear": "upsample_linear{}d",
-         "bilinear": "upsample_bilinear{}d", "bicubic": "upsample_bicubic{}d", "trilinear": "upsample_trilinear{}d"}
+NAMES = {
+    "nearest": "upsample_nearest{}d",
+    "nearest-exact": "_upsample_nearest_exact{}d",
+    "linear": "upsample_linear{}d",
+    "bilinear": "upsample_bilinear{}d",
+    "bicubic": "upsample_bicubic{}d",
+    "trilinear": "upsample_trilinear{}d",
+}
 
 
 def per_axis(value: Any, axes: int) -> list[Any]:
@@ -28,17 +35,32 @@ def upsample(m: nn.Upsample, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     def adjoint(u: Tensor) -> Tensor:
         return back(u, y.shape[2:], [len(u), *x.shape[1:]], *corners, *scales)
 
-    squared = (lambda: upsample(m, x, y)["input"]) if exact else (lambda: squares(m, x, y))  # zeros and ones
-    return {"input": nnj.LinearMap(m.forward, adjoint, x.shape[1:], y.shape[1:], y, squared=squared)}
+    # zeros and ones
+    squared = (lambda: upsample(m, x, y)["input"]) if exact else (lambda: squares(m, x, y))
+    return {
+        "input": nnj.LinearMap(m.forward, adjoint, x.shape[1:], y.shape[1:], y, squared=squared)
+    }
 
 
 def matrix(m: nn.Upsample, axis: int, length: int, axes: int, like: Tensor) -> Tensor:
     """A of one axis, (places, length): what the layer makes of a one at each entry."""
     shape = [length if i == axis else 1 for i in range(axes)]
-    size = None if m.size is None else [s if i == axis else 1 for i, s in enumerate(per_axis(m.size, axes))]
-    scale = None if m.scale_factor is None else [s if i == axis else 1.0 for i, s in enumerate(per_axis(m.scale_factor, axes))]
+    size = (
+        None
+        if m.size is None
+        else [s if i == axis else 1 for i, s in enumerate(per_axis(m.size, axes))]
+    )
+    scale = (
+        None
+        if m.scale_factor is None
+        else [s if i == axis else 1.0 for i, s in enumerate(per_axis(m.scale_factor, axes))]
+    )
     eye = torch.eye(length, dtype=like.dtype, device=like.device).reshape(length, 1, *shape)
-    return F.interpolate(eye, size, scale, m.mode, m.align_corners, m.recompute_scale_factor).reshape(length, -1).mT
+    return (
+        F.interpolate(eye, size, scale, m.mode, m.align_corners, m.recompute_scale_factor)
+        .reshape(length, -1)
+        .mT
+    )
 
 
 def squares(m: nn.Upsample, x: Tensor, y: Tensor) -> nnj.Jacobian:
@@ -51,7 +73,9 @@ def squares(m: nn.Upsample, x: Tensor, y: Tensor) -> nnj.Jacobian:
             v = (v.movedim(2 + i, -1) @ (a if back else a.mT)).movedim(-1, 2 + i)
         return v
 
-    return nnj.LinearMap(lambda v: apply(v, False), lambda u: apply(u, True), x.shape[1:], y.shape[1:], y)
+    return nnj.LinearMap(
+        lambda v: apply(v, False), lambda u: apply(u, True), x.shape[1:], y.shape[1:], y
+    )
 
 
 @nnj.hookimpl

@@ -1,4 +1,5 @@
 """The gradient of each sample's part of the loss."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,11 +10,12 @@ import nnj
 
 
 class BatchGrad(nnj.Quantity):
-    """`p.batch_grad`, of shape (N, *p.shape): each sample's share of `p.grad`, scaled as the scalar that was differentiated.
+    """`p.batch_grad`, of shape (N, *p.shape): each sample's share of `p.grad`, scaled as the scalar
+    that was differentiated.
 
-    Summed over axis 0 it is what extended losses add to `p.grad`; with a mean reduction each share holds the factor 1 / N.
-    Samples of several backward passes in one `collect` are concatenated in order.
-    """
+    Summed over axis 0 it is what extended losses add to `p.grad`; with a mean reduction each share
+    holds the factor 1 / N. Samples of several backward passes in one `collect` are concatenated in
+    order."""
 
     source = "gradient"
     degree = 1

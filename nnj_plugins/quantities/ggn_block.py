@@ -1,4 +1,5 @@
 """J^T H J restricted to the parameters that one module owns."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,10 +11,11 @@ import nnj
 
 
 class GGNBlock(nnj.Quantity):
-    """`module.ggn_block`, (P, P): the GGN of the module's own parameters that require grad, all of them together.
+    """`module.ggn_block`, (P, P): the GGN of the module's own parameters that require grad, all of
+    them together.
 
-    They are flattened in the order of `named_parameters(recurse=False)`. Scaling as in `ggn_diag`, whose values are the
-    block's diagonal.
+    They are flattened in the order of `named_parameters(recurse=False)`. Scaling as in `ggn_diag`,
+    whose values are the block's diagonal.
 
     Args:
         block_limit: the largest P; beyond it `collect` refuses before anything is allocated.
@@ -28,15 +30,20 @@ class GGNBlock(nnj.Quantity):
         size = sum(p.numel() for p in params)
         if size > self.limit:
             kind = type(module).__name__
-            raise nnj.NNJError(f"the ggn_block of '{path or kind}' ({kind}) would be {size} x {size}, which is "
-                           f"{size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond block_limit={self.limit}. "
-                           f"Use ggn_diag for it, restrict collect with modules=[...], or raise block_limit")
+            raise nnj.NNJError(
+                f"the ggn_block of '{path or kind}' ({kind}) would be {size} x {size}, which is "
+                f"{size**2 * params[0].element_size() / 2**30:.1f} GiB, and beyond "
+                f"block_limit={self.limit}. Use ggn_diag for it, restrict collect with "
+                "modules=[...], or raise block_limit"
+            )
 
     def module(self, factors: list[nnj.Factor | None], params: list[nn.Parameter]) -> Tensor:
         sizes = [p.numel() for p in params]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         known = [(a, f) for a, f in zip(starts, factors, strict=True) if f is not None]
-        block = torch.zeros(sum(sizes), sum(sizes), dtype=known[0][1].dtype, device=params[0].device)
+        block = torch.zeros(
+            sum(sizes), sum(sizes), dtype=known[0][1].dtype, device=params[0].device
+        )
         for i, (a, f) in enumerate(known):
             for b, g in known[i:]:
                 part = f.gram(g)

@@ -1,4 +1,5 @@
 """diag(J^T H J): the diagonal of the generalised Gauss-Newton matrix."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,11 +10,12 @@ import nnj
 
 
 class GGNDiag(nnj.Quantity):
-    """`p.ggn_diag`, of the shape of p: the exact diagonal of J^T H J, with J the Jacobian of the model's output in p.
+    """`p.ggn_diag`, of the shape of p: the exact diagonal of J^T H J, with J the Jacobian of the
+    model's output in p.
 
-    H is the Hessian, in the output, of exactly the scalar on which `.backward()` was called: the reduction of the loss and
-    any factor before it count. Several backward passes in one `collect` add up. (Schraudolph 2002; Martens 2014, section 8.)
-    """
+    H is the Hessian, in the output, of exactly the scalar on which `.backward()` was called: the
+    reduction of the loss and any factor before it count. Several backward passes in one `collect`
+    add up. (Schraudolph 2002; Martens 2014, section 8.)"""
 
     degree = 1
 

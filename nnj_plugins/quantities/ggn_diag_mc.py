@@ -1,4 +1,5 @@
 """An unbiased estimate of diag(J^T H J) from random combinations of the exact columns."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,10 +11,12 @@ import nnj
 
 
 class GGNDiagMC(nnj.Quantity):
-    """`p.ggn_diag_mc`, of the shape of p: `ggn_diag` estimated with `samples` backward columns for each sample.
+    """`p.ggn_diag_mc`, of the shape of p: `ggn_diag` estimated with `samples` backward columns for
+    each sample.
 
-    With S S^T = H and independent random signs e, E[(S e)(S e)^T] = H (Hutchinson 1990). This is unbiased for any number of
-    draws, and its variance falls as 1 / samples. Scaling as in `ggn_diag`.
+    With S S^T = H and independent random signs e, E[(S e)(S e)^T] = H (Hutchinson 1990). This is
+    unbiased for any number of draws, and its variance falls as 1 / samples. Scaling as in
+    `ggn_diag`.
 
     Args:
         samples: how many columns to draw.
@@ -25,7 +28,9 @@ class GGNDiagMC(nnj.Quantity):
 
     def __init__(self, samples: int = 1, generator: torch.Generator | None = None):
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise nnj.NNJError(f"samples={samples!r}: the number of draws is a whole number, at least 1")
+            raise nnj.NNJError(
+                f"samples={samples!r}: the number of draws is a whole number, at least 1"
+            )
         self.draws, self.generator = samples, generator
 
     def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:

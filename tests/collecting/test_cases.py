@@ -1,4 +1,7 @@
-"""Every model of the table, exactly: four quantities in one backward pass, against torch.func, and the gradient bit for bit."""
+"""Every model of the table, exactly: four quantities in one backward pass, against torch.func, and
+the gradient bit for bit.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -27,7 +30,9 @@ def gradients(case: Case) -> tuple[Tensor, dict[str, Tensor | None]]:
     return value.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def wrong(case: Case, model: nn.Module, quantities: tuple[str, ...], grads: dict[str, Tensor | None]) -> list[str]:
+def wrong(
+    case: Case, model: nn.Module, quantities: tuple[str, ...], grads: dict[str, Tensor | None]
+) -> list[str]:
     """What is wrong in the attributes of a model, one line each."""
     t, found = truth(case.name), []
     for name, p in model.named_parameters():
@@ -39,22 +44,36 @@ def wrong(case: Case, model: nn.Module, quantities: tuple[str, ...], grads: dict
             elif not hasattr(p, quantity):
                 fault = "is not there"
             elif grads[name] is None:
-                fault = "" if getattr(p, quantity) is None else "is not None, though it was not reached"
+                fault = (
+                    "" if getattr(p, quantity) is None else "is not None, though it was not reached"
+                )
             else:
                 fault = close(getattr(p, quantity), expected(name))
             found += [f"{quantity} of {name} {fault}"] if fault else []
         if "ggn_diag_mc" in quantities and p.requires_grad and grads[name] is not None:
             draw = getattr(p, "ggn_diag_mc", None)
-            fine = isinstance(draw, Tensor) and draw.shape == p.shape and bool((draw >= 0).all()) and bool(draw.isfinite().all())
+            fine = (
+                isinstance(draw, Tensor)
+                and draw.shape == p.shape
+                and bool((draw >= 0).all())
+                and bool(draw.isfinite().all())
+            )
             found += [] if fine else [f"ggn_diag_mc of {name} is {draw!r}"]
     names = {id(p): name for name, p in model.named_parameters()}
     for path, module in model.named_modules():
-        own = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad] if "ggn_block" in quantities else []
+        own = (
+            [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
+            if "ggn_block" in quantities
+            else []
+        )
         if own and any(grads[name] is not None for name in own):
             fault = close(getattr(module, "ggn_block", "not there"), t.block(own))
             found += [f"ggn_block of '{path}' {fault}"] if fault else []
         elif own and getattr(module, "ggn_block", "not there") is not None:
-            found.append(f"ggn_block of '{path}', which was not reached, is {getattr(module, 'ggn_block', 'not there')!r}")
+            found.append(
+                f"ggn_block of '{path}', which was not reached, is "
+                f"{getattr(module, 'ggn_block', 'not there')!r}"
+            )
     return found
 
 
@@ -70,7 +89,9 @@ def collected(case: Case, *quantities: str, **options: Any) -> list[str]:
         found.append(f"the oracle is wrong: its value is {truth(case.name).value}, not {value}")
     for name, p in model.named_parameters():
         plain = grads[name]
-        if (p.grad is None) != (plain is None) or (plain is not None and not torch.equal(p.grad, plain)):
+        if (p.grad is None) != (plain is None) or (
+            plain is not None and not torch.equal(p.grad, plain)
+        ):
             found.append(f"grad of {name} differs")
     return found + wrong(case, model, quantities, grads)
 

@@ -1,4 +1,5 @@
 """Layers that are not what their class says, hooks of users, and other precisions."""
+
 from __future__ import annotations
 
 import copy
@@ -44,7 +45,15 @@ def old_weight_norm(model: MLP) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    "change", [changed_output, changed_output_in_place, changed_input, changed_gradient, pruned, old_weight_norm]
+    "change",
+    [
+        changed_output,
+        changed_output_in_place,
+        changed_input,
+        changed_gradient,
+        pruned,
+        old_weight_norm,
+    ],
 )
 def test_changed_layers(change, late):
     def make() -> nn.Module:
@@ -103,14 +112,18 @@ def test_hooks_of_users_run_once_and_in_their_order():
     assert calls == ["forward"] + ["grad"] * 7
 
 
-@pytest.mark.parametrize("name", ["mlp", "lm-tied", "residual-inplace", "dropout-train", "experts-for-tokens"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "lm-tied", "residual-inplace", "dropout-train", "experts-for-tokens"]
+)
 def test_in_float32(name):
     """The numbers of float64, to the precision of float32."""
     case = CASES[name]
     torch.manual_seed(0)
     model, losses = extended(case)
     model.float()
-    data = tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in data_of(case))
+    data = tuple(
+        t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in data_of(case)
+    )
     if name == "dropout-train":
         model.eval()
         case = Case("", lambda: build_eval(name), case.data)
@@ -119,7 +132,9 @@ def test_in_float32(name):
     expected = truth(name) if name != "dropout-train" else Truth(case)
     for n, p in model.named_parameters():
         want = expected.diag(n)
-        torch.testing.assert_close(p.ggn_diag.double(), want, rtol=2e-3, atol=1e-4 * float(want.abs().max()))
+        torch.testing.assert_close(
+            p.ggn_diag.double(), want, rtol=2e-3, atol=1e-4 * float(want.abs().max())
+        )
 
 
 def build_eval(name: str) -> nn.Module:
@@ -138,5 +153,7 @@ def test_wrong_is_seen():
     model.two.weight.ggn_diag[0, 0] *= 1 + 1e-6
     model.three.ggn_block[0, 1] += 1e-6
     model.one.bias.batch_grad = None
-    assert [w.split(" is")[0] for w in wrong(case, model, ("ggn_diag", "ggn_block", "batch_grad"), grads)] == [
-        "batch_grad of one.bias", "ggn_diag of two.weight", "ggn_block of 'three'"]
+    assert [
+        w.split(" is")[0]
+        for w in wrong(case, model, ("ggn_diag", "ggn_block", "batch_grad"), grads)
+    ] == ["batch_grad of one.bias", "ggn_diag of two.weight", "ggn_block of 'three'"]

@@ -1,4 +1,5 @@
 """collect with several models, and with parts of models."""
+
 from __future__ import annotations
 
 import copy
@@ -30,9 +31,15 @@ def test_two_models_in_one_loss():
 
     with nnj.collect("ggn_diag"):
         loss(one(X), two(X)).backward()
-    expected = Truth(Case("", MLP, lambda: (X,), lambda m, l, x: l(*m(x)), nn.MSELoss, twin=lambda: Fixed(Both())))
-    for name, p in [*((f"both.one.{n}", p) for n, p in one.named_parameters()),
-                    *((f"both.two.{n}", p) for n, p in two.named_parameters())]:
+    expected = Truth(
+        Case(
+            "", MLP, lambda: (X,), lambda m, l, x: l(*m(x)), nn.MSELoss, twin=lambda: Fixed(Both())
+        )
+    )
+    for name, p in [
+        *((f"both.one.{n}", p) for n, p in one.named_parameters()),
+        *((f"both.two.{n}", p) for n, p in two.named_parameters()),
+    ]:
         assert close(p.ggn_diag, expected.diag(name)) == ""
 
 
@@ -42,7 +49,16 @@ def test_a_teacher_without_nnj():
     def how(m: Any, l: Any, x: Tensor, y: Tensor) -> Tensor:
         return l(m(x), teacher(x).detach())
 
-    exact(base(how, lambda: lambda z, t: F.kl_div(z.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)))
+    exact(
+        base(
+            how,
+            lambda: (
+                lambda z, t: F.kl_div(
+                    z.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True
+                )
+            ),
+        )
+    )
 
 
 def test_only_a_part_is_extended():
@@ -97,7 +113,9 @@ class Watched(MLP):
         return self.three(torch.sigmoid(self.two(Counting.apply(torch.tanh(self.one(x))))))
 
 
-@pytest.mark.parametrize("modules, walks", [(["three"], False), (["two", "three"], False), (["one"], True), ([""], True)])
+@pytest.mark.parametrize(
+    "modules, walks", [(["three"], False), (["two", "three"], False), (["one"], True), ([""], True)]
+)
 def test_modules_and_no_further_than_needed(modules, walks):
     case = base(make=Watched)
     model, loss = pair(case)
@@ -136,7 +154,11 @@ def test_all_quantities_are_one_walk():
         loss(model(X), Y).backward()
     one = Counting.calls
     Counting.calls = 0
-    with nnj.collect("ggn_diag"), nnj.collect("ggn_block"), nnj.collect("ggn_diag_mc", "batch_grad"):
+    with (
+        nnj.collect("ggn_diag"),
+        nnj.collect("ggn_block"),
+        nnj.collect("ggn_diag_mc", "batch_grad"),
+    ):
         loss(model(X), Y).backward()
     assert Counting.calls == one + 2, "two more columns: a random one and the gradient"
 
@@ -160,7 +182,9 @@ def test_a_shared_parameter():
     model, loss = pair(base(make=tied_linears))
     with nnj.collect("ggn_diag", "ggn_block", modules=[model[2]]):
         loss(model(X), Y).backward()
-    assert close(model[0].weight.ggn_diag, expected.diag("0.weight")) == "", "over all uses, also those in other modules"
+    assert close(model[0].weight.ggn_diag, expected.diag("0.weight")) == "", (
+        "over all uses, also those in other modules"
+    )
     assert close(model[2].ggn_block, expected.block(["0.weight", "2.bias"])) == ""
 
 
@@ -170,7 +194,10 @@ def test_a_block_has_a_limit_before_it_is_allocated():
     with pytest.raises(nnj.NNJError, match=r"'1'.*200000.*block_limit"), nnj.collect("ggn_block"):
         loss(model(torch.randn(2, 4)), torch.zeros(2, 50_000)).backward()
     model, loss = pair()
-    with pytest.raises(nnj.NNJError, match=r"15.*block_limit=14"), nnj.collect("ggn_block", block_limit=14):
+    with (
+        pytest.raises(nnj.NNJError, match=r"15.*block_limit=14"),
+        nnj.collect("ggn_block", block_limit=14),
+    ):
         loss(model(X), Y).backward()
     with nnj.collect("ggn_block", block_limit=15):
         loss(model(X), Y).backward()

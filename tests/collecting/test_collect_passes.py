@@ -1,4 +1,5 @@
 """Several backward passes, and passes of every kind, in one collect or in several."""
+
 from __future__ import annotations
 
 import copy
@@ -22,13 +23,19 @@ def test_passes_add_up_as_grad_does():
             loss(model(X[part]), Y[part]).backward()
     each = [Truth(base(data=lambda part=part: (X[part], Y[part]))) for part in parts]
     same(model, {n: sum(t.diag(n) for t in each) for n, _ in model.named_parameters()})
-    same(model, {n: torch.cat([t.batch_grad(n) for t in each]) for n, _ in model.named_parameters()}, "batch_grad")
+    same(
+        model,
+        {n: torch.cat([t.batch_grad(n) for t in each]) for n, _ in model.named_parameters()},
+        "batch_grad",
+    )
     names = ["two.weight", "two.bias"]
     assert close(model.two.ggn_block, sum(t.block(names) for t in each)) == ""
 
 
 def test_training_goes_on_inside():
-    """Each pass is taken at the parameters that it had, and the optimiser sees the gradients that it sees without nnj."""
+    """Each pass is taken at the parameters that it had, and the optimiser sees the gradients that
+    it sees without nnj.
+    """
     model, loss = pair()
     alone = build(base())
     optimisers = [torch.optim.SGD(m.parameters(), 0.5, momentum=0.9) for m in (model, alone)]
@@ -41,12 +48,17 @@ def test_training_goes_on_inside():
             expected = Truth(moved)
             for name, _ in alone.named_parameters():
                 total[name] = total.get(name, 0) + expected.diag(name)
-            for m, l, optimiser in ((model, loss, optimisers[0]), (alone, nn.CrossEntropyLoss(), optimisers[1])):
+            for m, l, optimiser in (
+                (model, loss, optimisers[0]),
+                (alone, nn.CrossEntropyLoss(), optimisers[1]),
+            ):
                 optimiser.zero_grad()
                 l(m(X[part]), Y[part]).backward()
                 optimiser.step()
     same(model, total)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+    )
 
 
 class Loaded(MLP):
@@ -79,9 +91,15 @@ def test_a_new_with_starts_from_nothing_and_leaves_others_alone():
     with nnj.collect("ggn_diag", "batch_grad"):
         (loss(model(X), Y) + other_loss(other(X), Y)).backward()
     same(other, Truth(base()))
-    assert model.one.weight.batch_grad.shape == (12, 3, 4) or model.one.weight.batch_grad.shape == (6, 3, 4)
+    assert model.one.weight.batch_grad.shape == (12, 3, 4) or model.one.weight.batch_grad.shape == (
+        6,
+        3,
+        4,
+    )
     with nnj.collect("ggn_diag"):
-        assert not hasattr(model.one.weight, "ggn_diag") and not hasattr(other.one.weight, "ggn_diag")
+        assert not hasattr(model.one.weight, "ggn_diag") and not hasattr(
+            other.one.weight, "ggn_diag"
+        )
         assert hasattr(model.one.weight, "batch_grad")
         loss(model(X), Y).backward()
     same(model, Truth(base()))
@@ -107,9 +125,15 @@ def test_nested():
             with nnj.collect("ggn_diag_mc", samples=2):
                 loss(model(X[2:]), Y[2:]).backward()
         loss(model(X), Y).backward()
-    a, b, c = (Truth(base(data=lambda s=s: (X[s], Y[s]))) for s in (slice(0, 6), slice(0, 2), slice(2, 6)))
+    a, b, c = (
+        Truth(base(data=lambda s=s: (X[s], Y[s]))) for s in (slice(0, 6), slice(0, 2), slice(2, 6))
+    )
     same(model, {n: 2 * a.diag(n) + b.diag(n) + c.diag(n) for n, _ in model.named_parameters()})
-    same(model, {n: torch.cat([b.batch_grad(n), c.batch_grad(n)]) for n, _ in model.named_parameters()}, "batch_grad")
+    same(
+        model,
+        {n: torch.cat([b.batch_grad(n), c.batch_grad(n)]) for n, _ in model.named_parameters()},
+        "batch_grad",
+    )
     assert model.one.weight.ggn_diag_mc.shape == (3, 4)
 
 
@@ -185,7 +209,11 @@ def test_partial_backward_passes():
         torch.autograd.grad(loss(model(X), Y), [model.two.weight, model.three.bias])
     assert close(model.two.weight.ggn_diag, expected.diag("two.weight")) == ""
     assert close(model.three.bias.ggn_diag, expected.diag("three.bias")) == ""
-    assert model.one.weight.ggn_diag is None and model.two.bias.ggn_diag is None and model.one.ggn_block is None
+    assert (
+        model.one.weight.ggn_diag is None
+        and model.two.bias.ggn_diag is None
+        and model.one.ggn_block is None
+    )
     with nnj.collect("ggn_diag"):
         z = model(X)
         torch.autograd.grad(loss(z, Y), z)
@@ -205,4 +233,7 @@ def test_create_graph_and_a_gradient_penalty():
             grads = torch.autograd.grad(value, list(m.parameters()), create_graph=True)
             sum(g.square().sum() for g in grads).backward()
     same(model, Truth(base()))
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+    )

@@ -1,4 +1,7 @@
-"""nnj.fit: in batches of any size what one backward pass over the whole data set gives, under every reduction."""
+"""nnj.fit: in batches of any size what one backward pass over the whole data set gives, under every
+reduction.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -19,8 +22,11 @@ G = torch.Generator().manual_seed(0)
 X = torch.randn(N, 4, generator=G).double()
 IMAGE = torch.randn(N, 1, 3, 3, generator=G).double()
 CLASSES = torch.randint(C, (N,), generator=G)
-HOLES = CLASSES.clone().index_fill(0, torch.tensor([0, 3, 4]), -100)  # at batch size 1 and 3 whole batches are ignored, or almost
-PLACES = torch.randint(C, (N, 3, 3), generator=G).masked_fill(torch.rand(N, 3, 3, generator=G) < 0.3, 2)
+# at batch size 1 and 3 whole batches are ignored, or almost
+HOLES = CLASSES.clone().index_fill(0, torch.tensor([0, 3, 4]), -100)
+PLACES = torch.randint(C, (N, 3, 3), generator=G).masked_fill(
+    torch.rand(N, 3, 3, generator=G) < 0.3, 2
+)
 REAL = torch.randn(N, C, generator=G).double()
 SHARES = REAL.softmax(1)
 BITS = (REAL > 0).double()
@@ -29,7 +35,9 @@ W = torch.tensor([0.3, 1.7, 0.9]).double()
 
 def mlp(*more: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, C), *more).double()
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, C), *more
+    ).double()
 
 
 def convolution() -> nn.Module:
@@ -37,15 +45,36 @@ def convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, C, 1)).double()
 
 
-LOSSES: dict[str, tuple[Any, Any, Any, Tensor]] = {  # the model, the loss under a reduction, inputs and targets
+# the model, the loss under a reduction, inputs and targets
+LOSSES: dict[str, tuple[Any, Any, Any, Tensor]] = {
     "cross entropy": (mlp, nn.CrossEntropyLoss, X, CLASSES),
     "class weights": (mlp, functools.partial(nn.CrossEntropyLoss, weight=W), X, CLASSES),
     "ignored": (mlp, nn.CrossEntropyLoss, X, HOLES),
-    "weights, ignored, smoothed": (mlp, functools.partial(nn.CrossEntropyLoss, weight=W, label_smoothing=0.2), X, HOLES),
-    "ignored class": (mlp, functools.partial(nn.CrossEntropyLoss, weight=W, ignore_index=1), X, CLASSES),
+    "weights, ignored, smoothed": (
+        mlp,
+        functools.partial(nn.CrossEntropyLoss, weight=W, label_smoothing=0.2),
+        X,
+        HOLES,
+    ),
+    "ignored class": (
+        mlp,
+        functools.partial(nn.CrossEntropyLoss, weight=W, ignore_index=1),
+        X,
+        CLASSES,
+    ),
     "soft targets": (mlp, functools.partial(nn.CrossEntropyLoss, weight=W), X, SHARES),
-    "places": (convolution, functools.partial(nn.CrossEntropyLoss, weight=W, ignore_index=2), IMAGE, PLACES),
-    "nll": (functools.partial(mlp, nn.LogSoftmax(1)), functools.partial(nn.NLLLoss, weight=W), X, HOLES),
+    "places": (
+        convolution,
+        functools.partial(nn.CrossEntropyLoss, weight=W, ignore_index=2),
+        IMAGE,
+        PLACES,
+    ),
+    "nll": (
+        functools.partial(mlp, nn.LogSoftmax(1)),
+        functools.partial(nn.NLLLoss, weight=W),
+        X,
+        HOLES,
+    ),
     "mse": (mlp, nn.MSELoss, X, REAL),
     "bits": (mlp, functools.partial(nn.BCEWithLogitsLoss, pos_weight=W, weight=W.flip(0)), X, BITS),
     "smooth l1": (mlp, nn.SmoothL1Loss, X, 3 * REAL),
@@ -61,15 +90,25 @@ def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def dense(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """diag(J^T H J), J^T H J for each module and the gradient, of the loss on all of the data, by torch.func."""
+def dense(
+    model: nn.Module, loss: Any, x: Tensor, y: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """diag(J^T H J), J^T H J for each module and the gradient, of the loss on all of the data, by
+    torch.func.
+    """
     model = copy.deepcopy(model).eval()
     params = {name: p.detach() for name, p in model.named_parameters()}
     f = functional_call(model, params, (x,)).detach()
-    logarithms = isinstance(loss, (nn.NLLLoss, nn.KLDivLoss))  # their curvature is that of cross entropy
-    scalar = lambda t: loss(t.reshape(f.shape).log_softmax(1) if logarithms else t.reshape(f.shape), y)
+    # their curvature is that of cross entropy
+    logarithms = isinstance(loss, (nn.NLLLoss, nn.KLDivLoss))
+    scalar = lambda t: loss(
+        t.reshape(f.shape).log_softmax(1) if logarithms else t.reshape(f.shape), y
+    )
     h = jacrev(jacrev(scalar))(f.flatten())
-    j = {name: t.detach().reshape(f.numel(), -1) for name, t in jacrev(lambda p: functional_call(model, p, (x,)))(params).items()}
+    j = {
+        name: t.detach().reshape(f.numel(), -1)
+        for name, t in jacrev(lambda p: functional_call(model, p, (x,)))(params).items()
+    }
     diag = {name: ((h @ t) * t).sum(0).reshape(params[name].shape) for name, t in j.items()}
     block = {}
     for path, m in model.named_modules():
@@ -94,18 +133,32 @@ def test_one_batch_or_many(name, scale, size):
     model = make()
     diag, block, gradient = dense(model, loss(reduction=scale), x, y)
     for own in ("mean", "sum", "none"):  # the loss's own reduction is of no account
-        fit = nnj.fit(model, loss(reduction=own), batches(x, y, size), "ggn_diag", "ggn_block", "batch_grad", scale=scale)
+        fit = nnj.fit(
+            model,
+            loss(reduction=own),
+            batches(x, y, size),
+            "ggn_diag",
+            "ggn_block",
+            "batch_grad",
+            scale=scale,
+        )
         agree(fit["ggn_diag"], diag)
         agree(fit["ggn_block"], block)
         agree({path: t.sum(0) for path, t in fit["batch_grad"].items()}, gradient)
-        assert fit.samples == N and fit.scale == scale and all(len(t) == N for t in fit["batch_grad"].values())
+        assert (
+            fit.samples == N
+            and fit.scale == scale
+            and all(len(t) == N for t in fit["batch_grad"].values())
+        )
 
 
 @pytest.mark.parametrize("size", [1, 3, N])
 def test_the_mean_of_kl_over_the_batch(size):
     model, loss = mlp(nn.LogSoftmax(1)), nn.KLDivLoss(reduction="batchmean")
-    agree(nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"],
-          nnj.fit(model, loss, [(X, SHARES)], "batch_grad", scale="mean")["batch_grad"])
+    agree(
+        nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"],
+        nnj.fit(model, loss, [(X, SHARES)], "batch_grad", scale="mean")["batch_grad"],
+    )
     _, _, gradient = dense(model, loss, X, SHARES)
     found = nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"]
     agree({path: t.sum(0) for path, t in found.items()}, gradient)
@@ -145,27 +198,46 @@ class Mine(nn.CrossEntropyLoss):
         return 3 * F.cross_entropy(z, y, reduction=self.reduction)
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, Focal(), Mine(), nnj.extend(lambda z, y: F.cross_entropy(z, y))],
-                         ids=["function", "module", "subclass", "extended function"])
+@pytest.mark.parametrize(
+    "loss",
+    [F.cross_entropy, Focal(), Mine(), nnj.extend(lambda z, y: F.cross_entropy(z, y))],
+    ids=["function", "module", "subclass", "extended function"],
+)
 def test_no_guess_at_a_reduction(loss):
-    with pytest.raises(nnj.NNJError, match=r"^nnj does not guess how .+ puts the samples of a batch together\. Say reduction="
-                                           r"'sum' or reduction='mean', over the samples of the batch$"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^nnj does not guess how .+ puts the samples of a batch together\. Say reduction="
+        r"'sum' or reduction='mean', over the samples of the batch$",
+    ):
         nnj.fit(mlp(), loss, batches(X, CLASSES, 3), "ggn_diag")
     factor = 3 if isinstance(loss, Mine) else 1
     diag, _, _ = dense(mlp(), nn.CrossEntropyLoss(), X, CLASSES)
     hooks = dict(loss._forward_hooks) if isinstance(loss, nn.Module) else None
-    agree(nnj.fit(mlp(), loss, batches(X, CLASSES, 3), "ggn_diag", reduction="mean", scale="mean")["ggn_diag"],
-          {name: factor * t for name, t in diag.items()})
+    agree(
+        nnj.fit(mlp(), loss, batches(X, CLASSES, 3), "ggn_diag", reduction="mean", scale="mean")[
+            "ggn_diag"
+        ],
+        {name: factor * t for name, t in diag.items()},
+    )
     assert hooks is None or dict(loss._forward_hooks) == hooks
 
 
-@pytest.mark.parametrize("loss, said, y", [
-    (F.cross_entropy, "sum", CLASSES), (functools.partial(F.cross_entropy, reduction="sum"), "mean", CLASSES),
-    (functools.partial(F.cross_entropy, weight=W), "mean", CLASSES),
-    (lambda z, y: F.cross_entropy(z, y), "mean", HOLES)], ids=["a mean", "a sum", "weights", "ignored"])
+@pytest.mark.parametrize(
+    "loss, said, y",
+    [
+        (F.cross_entropy, "sum", CLASSES),
+        (functools.partial(F.cross_entropy, reduction="sum"), "mean", CLASSES),
+        (functools.partial(F.cross_entropy, weight=W), "mean", CLASSES),
+        (lambda z, y: F.cross_entropy(z, y), "mean", HOLES),
+    ],
+    ids=["a mean", "a sum", "weights", "ignored"],
+)
 def test_a_wrong_reduction_is_seen(loss, said, y):
-    with pytest.raises(nnj.NNJError, match=rf"is not the {said} over the samples of a batch, as reduction='{said}' says: "
-                                           r"the halves of a batch of 7 make \S+, the whole \S+\. Write it as a sum "):
+    with pytest.raises(
+        nnj.NNJError,
+        match=rf"is not the {said} over the samples of a batch, as reduction='{said}' says: "
+        r"the halves of a batch of 7 make \S+, the whole \S+\. Write it as a sum ",
+    ):
         nnj.fit(mlp(), loss, [(X, y)], "ggn_diag", reduction=said)
 
 
@@ -176,8 +248,18 @@ def test_draws_are_those_of_collect():
         for x, y in batches(X, CLASSES, 3):
             loss(model(x), y).backward()
     expected = {name: p.ggn_diag_mc / N for name, p in model.named_parameters()}
-    agree(nnj.fit(model, nn.CrossEntropyLoss(), batches(X, CLASSES, 3), "ggn_diag_mc", scale="mean", samples=3,
-                  generator=torch.Generator().manual_seed(5))["ggn_diag_mc"], expected)
+    agree(
+        nnj.fit(
+            model,
+            nn.CrossEntropyLoss(),
+            batches(X, CLASSES, 3),
+            "ggn_diag_mc",
+            scale="mean",
+            samples=3,
+            generator=torch.Generator().manual_seed(5),
+        )["ggn_diag_mc"],
+        expected,
+    )
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
@@ -185,6 +267,14 @@ def test_no_gradient_of_batches_that_are_ignored(scale):
     """The mean of a batch of ignored targets is nan; that of the data set is not."""
     y = CLASSES.clone().index_fill(0, torch.arange(3), -100)
     diag, _, _ = dense(mlp(), nn.CrossEntropyLoss(reduction=scale), X, y)
-    agree(nnj.fit(mlp(), nn.CrossEntropyLoss(), batches(X, y, 3), "ggn_diag", scale=scale)["ggn_diag"], diag)
-    with pytest.raises(nnj.NNJError, match="over this data set divides by 0: all targets are ignored, or of weight zero$"):
+    agree(
+        nnj.fit(mlp(), nn.CrossEntropyLoss(), batches(X, y, 3), "ggn_diag", scale=scale)[
+            "ggn_diag"
+        ],
+        diag,
+    )
+    with pytest.raises(
+        nnj.NNJError,
+        match="over this data set divides by 0: all targets are ignored, or of weight zero$",
+    ):
         nnj.fit(mlp(), nn.CrossEntropyLoss(), [(X[:3], y[:3])], "ggn_diag", scale="mean")

@@ -1,4 +1,5 @@
 """What becomes of the result of nnj.fit, its bar, and what it refuses."""
+
 from __future__ import annotations
 
 import copy
@@ -17,49 +18,85 @@ from nnj.registry.manager import manager, use
 from tests.collecting.test_fit import CLASSES, REAL, C, N, X, agree, batches, mlp
 from tests.collecting.test_fit_use import LOADER, expected
 
-# -- the result --------------------------------------------------------------------------------------------------------
+# -- the result ------------------------------------------------------------------------------------
 
 
 def test_the_result(tmp_path):
     model = mlp()
-    fit = nnj.fit(model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double()), LOADER, "ggn_diag", "ggn_block",
-                  "batch_grad", scale="mean")
+    fit = nnj.fit(
+        model,
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double()),
+        LOADER,
+        "ggn_diag",
+        "ggn_block",
+        "batch_grad",
+        scale="mean",
+    )
     p = sum(q.numel() for q in model.parameters())
     assert fit.vector("ggn_diag").shape == (p,) and fit.vector("batch_grad").shape == (N, p)
-    assert torch.equal(fit.vector("batch_grad")[2], torch.cat([t[2].flatten() for t in fit["batch_grad"].values()]))
+    assert torch.equal(
+        fit.vector("batch_grad")[2], torch.cat([t[2].flatten() for t in fit["batch_grad"].values()])
+    )
     assert fit.total == sum([1.0, 2, 3][int(y)] for y in CLASSES)
-    assert repr(fit).splitlines() == ["Fit(7 samples, scale='mean', loss=CrossEntropyLoss)",
-                                      f"  ggn_diag    {p} numbers of 4 parameters",
-                                      f"  ggn_block   {25**2 + 18**2} numbers of 2 modules",
-                                      f"  batch_grad  {7 * p} numbers of 4 parameters"]
+    assert repr(fit).splitlines() == [
+        "Fit(7 samples, scale='mean', loss=CrossEntropyLoss)",
+        f"  ggn_diag    {p} numbers of 4 parameters",
+        f"  ggn_block   {25**2 + 18**2} numbers of 2 modules",
+        f"  batch_grad  {7 * p} numbers of 4 parameters",
+    ]
     fit.save(tmp_path / "fit.pt")
     again = nnj.Fit.load(tmp_path / "fit.pt", map_location="cpu")
     assert repr(again) == repr(fit) and vars(again).keys() == vars(fit).keys()
     for quantity in fit:
         assert list(again[quantity]) == list(fit[quantity])
         assert all(torch.equal(again[quantity][name], t) for name, t in fit[quantity].items())
-    assert torch.equal(again.vector("batch_grad"), fit.vector("batch_grad")) and again.total == fit.total
-    with pytest.raises(nnj.NNJError, match=r"^'ggn_diag_mc' was not fitted\. Fitted: ggn_diag, ggn_block, batch_grad$"):
+    assert (
+        torch.equal(again.vector("batch_grad"), fit.vector("batch_grad"))
+        and again.total == fit.total
+    )
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^'ggn_diag_mc' was not fitted\. Fitted: ggn_diag, ggn_block, batch_grad$",
+    ):
         fit.vector("ggn_diag_mc")
-    with pytest.raises(nnj.NNJError, match=r"^'ggn_block' belongs to modules, and has no vector of parameters\. Use fit\["):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^'ggn_block' belongs to modules, and has no vector of parameters\. Use fit\[",
+    ):
         fit.vector("ggn_block")
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(nnj.NNJError, match=r"other\.pt holds no nnj\.Fit that this version can read\. Write it with Fit\.save$"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"other\.pt holds no nnj\.Fit that this version can read\. Write it with Fit\.save$",
+    ):
         nnj.Fit.load(tmp_path / "other.pt")
 
 
 def test_dtypes_are_those_of_the_parameters():
-    fit = nnj.fit(mlp().float(), nn.CrossEntropyLoss(), [(X.float(), CLASSES)], "ggn_diag", "ggn_block", "batch_grad")
+    fit = nnj.fit(
+        mlp().float(),
+        nn.CrossEntropyLoss(),
+        [(X.float(), CLASSES)],
+        "ggn_diag",
+        "ggn_block",
+        "batch_grad",
+    )
     assert {t.dtype for quantity in fit.values() for t in quantity.values()} == {torch.float32}
-    assert all(t.grad_fn is None and not t.requires_grad for quantity in fit.values() for t in quantity.values())
+    assert all(
+        t.grad_fn is None and not t.requires_grad
+        for quantity in fit.values()
+        for t in quantity.values()
+    )
 
 
-# -- the bar -----------------------------------------------------------------------------------------------------------
+# -- the bar ---------------------------------------------------------------------------------------
 
 
 def test_a_bar(monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=lambda it, **kw: (seen.append(kw), it)[1]))
+    monkeypatch.setitem(
+        sys.modules, "tqdm", types.SimpleNamespace(tqdm=lambda it, **kw: (seen.append(kw), it)[1])
+    )
     nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag")
     assert seen == []
     nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag", progress=True)
@@ -68,12 +105,15 @@ def test_a_bar(monkeypatch):
 
 def test_no_bar_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.warns(UserWarning, match=r"^progress=True shows a bar by tqdm, which is not installed: pip install tqdm$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^progress=True shows a bar by tqdm, which is not installed: pip install tqdm$",
+    ):
         fit = nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag", progress=True)
     agree(fit["ggn_diag"], expected())
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 class Odd(nnj.Quantity):
@@ -105,8 +145,12 @@ def odd():
 def test_a_quantity_that_cannot_be_divided(odd):
     fit = nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "odd", "batch_grad")
     agree(fit["odd"], {name: t.square().sum(0) for name, t in fit["batch_grad"].items()})
-    with pytest.raises(nnj.NNJError, match=r"^odd: Odd does not say how it grows with the loss \(its attribute degree\), so that "
-                                           r"nnj\.fit cannot divide it\. Use scale='sum'$"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^odd: Odd does not say how it grows with the loss \(its attribute degree\), so "
+        r"that "
+        r"nnj\.fit cannot divide it\. Use scale='sum'$",
+    ):
         nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "odd", scale="mean")
     Odd.degree = 2
     try:
@@ -117,30 +161,89 @@ def test_a_quantity_that_cannot_be_divided(odd):
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "empty": (dict(loader=[]), r"^the loader gave no samples, and a data set has at least one\. \(An iterator can be read only "),
+    "empty": (
+        dict(loader=[]),
+        r"^the loader gave no samples, and a data set has at least one\. \(An iterator can be "
+        r"read only ",
+    ),
     "scale": (dict(scale="average"), r"^scale='average', expected 'sum' or 'mean'$"),
-    "reduction": (dict(reduction="none", loss_func=F.cross_entropy), r"^reduction='none', expected 'sum' or 'mean'$"),
-    "known": (dict(reduction="sum"), r"^reduction='sum' is for losses that nnj does not know; CrossEntropyLoss is known, and "
-                                     r"scale= says whether the data set is summed or averaged\. Leave it out$"),
-    "no loss": (dict(loss_func="mse"), r"^loss_func is 'mse', expected a loss module or a function of \(output, target\)$"),
-    "a class": (dict(loss_func=nn.MSELoss), r"^loss_func is <class '.*MSELoss'>, expected a loss module"),
-    "data set": (dict(loader=TensorDataset(X, CLASSES)), r"^loader is a data set of single samples \(TensorDataset\), expected "),
-    "bare": (dict(loader=[X]), r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, "),
+    "reduction": (
+        dict(reduction="none", loss_func=F.cross_entropy),
+        r"^reduction='none', expected 'sum' or 'mean'$",
+    ),
+    "known": (
+        dict(reduction="sum"),
+        r"^reduction='sum' is for losses that nnj does not know; CrossEntropyLoss is known, and "
+        r"scale= says whether the data set is summed or averaged\. Leave it out$",
+    ),
+    "no loss": (
+        dict(loss_func="mse"),
+        r"^loss_func is 'mse', expected a loss module or a function of \(output, target\)$",
+    ),
+    "a class": (
+        dict(loss_func=nn.MSELoss),
+        r"^loss_func is <class '.*MSELoss'>, expected a loss module",
+    ),
+    "data set": (
+        dict(loader=TensorDataset(X, CLASSES)),
+        r"^loader is a data set of single samples \(TensorDataset\), expected ",
+    ),
+    "bare": (
+        dict(loader=[X]),
+        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, ",
+    ),
     "one": (dict(loader=[(X,)]), r"^a batch is tuple of 1, expected \(x, \.\.\., y\) or a dict"),
-    "keys": (dict(loader=[{"x": X, "y": CLASSES}]), r"^a batch has the keys 'x', 'y', and not 'labels' for the target\. Say "),
-    "key of a tuple": (dict(target="y"), r"^target='y' is a key, but a batch is tuple\. Give a function of the batch$"),
-    "target alone": (dict(target=lambda b: b[1]), r"^target= is a function, so nnj does not know what of a "),
-    "no tensor": (dict(loader=[("x", CLASSES)]), r"^a batch has no tensor with a batch axis for the model"),
-    "unknown": (dict(quantities=["ggn_dig"]), r"^unknown quantity 'ggn_dig'; did you mean 'ggn_diag'\?"),
+    "keys": (
+        dict(loader=[{"x": X, "y": CLASSES}]),
+        r"^a batch has the keys 'x', 'y', and not 'labels' for the target\. Say ",
+    ),
+    "key of a tuple": (
+        dict(target="y"),
+        r"^target='y' is a key, but a batch is tuple\. Give a function of the batch$",
+    ),
+    "target alone": (
+        dict(target=lambda b: b[1]),
+        r"^target= is a function, so nnj does not know what of a ",
+    ),
+    "no tensor": (
+        dict(loader=[("x", CLASSES)]),
+        r"^a batch has no tensor with a batch axis for the model",
+    ),
+    "unknown": (
+        dict(quantities=["ggn_dig"]),
+        r"^unknown quantity 'ggn_dig'; did you mean 'ggn_diag'\?",
+    ),
     "no quantity": (dict(quantities=[]), r"^nnj\.collect needs the name of a quantity"),
-    "frozen": (dict(model=mlp().requires_grad_(False)), r"^no parameter of the model \(or of modules=\) requires grad"),
-    "other modules": (dict(modules=[nn.Linear(2, 2)]), r"^no parameter of the model \(or of modules=\) requires grad"),
-    "not a scalar": (dict(loss_func=lambda z, y: F.cross_entropy(z, y, reduction="none"), reduction="sum",
-                          loader=batches(X, CLASSES, 1)),
-                     r"^<lambda> gave a tensor of shape \(1,\), expected a scalar that depends on the parameters of the model$"),
-    "detached": (dict(loss_func=lambda z, y: F.cross_entropy(z.detach(), y), reduction="mean"),
-                 r"^<lambda> gave a scalar that does not, expected a scalar that depends on the parameters of the model$"),
-    "scripted": (dict(model=torch.jit.script(mlp())), r"^a scripted module has no calls of layers to hook"),
+    "frozen": (
+        dict(model=mlp().requires_grad_(False)),
+        r"^no parameter of the model \(or of modules=\) requires grad",
+    ),
+    "other modules": (
+        dict(modules=[nn.Linear(2, 2)]),
+        r"^no parameter of the model \(or of modules=\) requires grad",
+    ),
+    "not a scalar": (
+        dict(
+            loss_func=lambda z, y: F.cross_entropy(z, y, reduction="none"),
+            reduction="sum",
+            loader=batches(X, CLASSES, 1),
+        ),
+        (
+            r"^<lambda> gave a tensor of shape \(1,\), expected a scalar that depends on the "
+            r"parameters of the model$"
+        ),
+    ),
+    "detached": (
+        dict(loss_func=lambda z, y: F.cross_entropy(z.detach(), y), reduction="mean"),
+        (
+            r"^<lambda> gave a scalar that does not, expected a scalar that depends on the "
+            r"parameters of the model$"
+        ),
+    ),
+    "scripted": (
+        dict(model=torch.jit.script(mlp())),
+        r"^a scripted module has no calls of layers to hook",
+    ),
 }
 
 
@@ -148,21 +251,46 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name):
     given, message = REFUSALS[name]
-    given = {"model": mlp(), "loss_func": nn.CrossEntropyLoss(), "loader": LOADER, "quantities": ["ggn_diag"], **given}
+    given = {
+        "model": mlp(),
+        "loss_func": nn.CrossEntropyLoss(),
+        "loader": LOADER,
+        "quantities": ["ggn_diag"],
+        **given,
+    }
     with pytest.raises(nnj.NNJError, match=message):
-        nnj.fit(given.pop("model"), given.pop("loss_func"), given.pop("loader"), *given.pop("quantities"), **given)
+        nnj.fit(
+            given.pop("model"),
+            given.pop("loss_func"),
+            given.pop("loader"),
+            *given.pop("quantities"),
+            **given,
+        )
 
 
 def test_inside_a_collect():
-    with pytest.raises(nnj.NNJError, match=r"^nnj\.fit inside an nnj\.collect would add its passes to that one\. Call it "):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^nnj\.fit inside an nnj\.collect would add its passes to that one\. Call it ",
+    ):
         with nnj.collect("ggn_diag"):
             nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag")
 
 
 def test_samples_that_the_rows_of_the_loss_deny():
     model, loss = mlp(), lambda z, y: F.mse_loss(z, y)
-    with pytest.raises(nnj.NNJError, match=r"^a batch has 4 samples by its first tensor and 7 by the rows of the loss, so "):
-        nnj.fit(model, loss, [(torch.zeros(4), X, REAL)], "ggn_diag", reduction="mean", forward=lambda m, b: m(b[1]))
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^a batch has 4 samples by its first tensor and 7 by the rows of the loss, so ",
+    ):
+        nnj.fit(
+            model,
+            loss,
+            [(torch.zeros(4), X, REAL)],
+            "ggn_diag",
+            reduction="mean",
+            forward=lambda m, b: m(b[1]),
+        )
 
 
 def test_a_refusal_of_collect_comes_through():

@@ -1,4 +1,7 @@
-"""nnj.fit as a user meets it: what it leaves behind, the batches it reads, and at what it collects."""
+"""nnj.fit as a user meets it: what it leaves behind, the batches it reads, and at what it
+collects.
+"""
+
 from __future__ import annotations
 
 import collections
@@ -56,8 +59,13 @@ def test_the_model_is_left_as_it_was(how, extended):
         with pytest.raises(how):
             nnj.fit(model, loss, breaks(how, model), "ggn_diag", "ggn_block", "batch_grad")
     after = state(model)
-    assert len(after) == len(before) and all(a is b or a == b for a, b in zip(after, before, strict=True))
-    assert torch.equal(model[0].weight.grad, grad) and vars(loss).keys() == vars(nn.CrossEntropyLoss()).keys()
+    assert len(after) == len(before) and all(
+        a is b or a == b for a, b in zip(after, before, strict=True)
+    )
+    assert (
+        torch.equal(model[0].weight.grad, grad)
+        and vars(loss).keys() == vars(nn.CrossEntropyLoss()).keys()
+    )
     assert not loss._forward_hooks
 
 
@@ -116,7 +124,7 @@ def test_without_grad(context):
     agree(fit["ggn_diag"], expected())
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -126,7 +134,9 @@ class Named(nn.Module):
         super().__init__()
         self.net = mlp()
 
-    def forward(self, inputs: Tensor, shift: Tensor | None = None, labels: Tensor | None = None) -> Any:
+    def forward(
+        self, inputs: Tensor, shift: Tensor | None = None, labels: Tensor | None = None
+    ) -> Any:
         assert labels is None
         return self.net(inputs if shift is None else inputs + shift)
 
@@ -135,20 +145,41 @@ Field = collections.namedtuple("Field", "logits")
 HALVES = [(X - 1, torch.ones(N, 1).double(), CLASSES)]
 
 
-@pytest.mark.parametrize("loader, options", [
-    (DataLoader(TensorDataset(X, CLASSES), batch_size=4), {}),
-    ([[x, y] for x, y in LOADER], {}),
-    (iter(LOADER), {}),
-    ([*LOADER, (X[:0], CLASSES[:0])], {}),
-    (HALVES, {}),
-    ([{"inputs": x, "labels": y} for x, y in LOADER], {}),
-    ([collections.UserDict(shift=s, inputs=x, labels=y) for x, s, y in HALVES], {}),
-    ([{"inputs": x, "y": y} for x, y in LOADER], {"target": "y"}),
-    ([{"inputs": x, "labels": y} for x, y in LOADER], {"forward": lambda m, b: Field(m(b["inputs"])).logits}),
-    ([{"a": {"b": x}, "y": y} for x, y in LOADER], {"forward": lambda m, b: m(b["a"]["b"]), "target": lambda b: b["y"]}),
-    ([(y, x) for x, y in LOADER], {"forward": lambda m, b: m(b[1]), "target": lambda b: b[0]}),
-], ids=["DataLoader", "lists", "iterator", "an empty batch", "two inputs", "dict", "UserDict", "key", "forward", "nested",
-        "swapped"])
+@pytest.mark.parametrize(
+    "loader, options",
+    [
+        (DataLoader(TensorDataset(X, CLASSES), batch_size=4), {}),
+        ([[x, y] for x, y in LOADER], {}),
+        (iter(LOADER), {}),
+        ([*LOADER, (X[:0], CLASSES[:0])], {}),
+        (HALVES, {}),
+        ([{"inputs": x, "labels": y} for x, y in LOADER], {}),
+        ([collections.UserDict(shift=s, inputs=x, labels=y) for x, s, y in HALVES], {}),
+        ([{"inputs": x, "y": y} for x, y in LOADER], {"target": "y"}),
+        (
+            [{"inputs": x, "labels": y} for x, y in LOADER],
+            {"forward": lambda m, b: Field(m(b["inputs"])).logits},
+        ),
+        (
+            [{"a": {"b": x}, "y": y} for x, y in LOADER],
+            {"forward": lambda m, b: m(b["a"]["b"]), "target": lambda b: b["y"]},
+        ),
+        ([(y, x) for x, y in LOADER], {"forward": lambda m, b: m(b[1]), "target": lambda b: b[0]}),
+    ],
+    ids=[
+        "DataLoader",
+        "lists",
+        "iterator",
+        "an empty batch",
+        "two inputs",
+        "dict",
+        "UserDict",
+        "key",
+        "forward",
+        "nested",
+        "swapped",
+    ],
+)
 def test_batches(loader, options):
     fit = nnj.fit(Named(), nn.CrossEntropyLoss(), loader, "ggn_diag", scale="mean", **options)
     agree({name.removeprefix("net."): t for name, t in fit["ggn_diag"].items()}, expected("mean"))
@@ -158,14 +189,23 @@ def test_batches(loader, options):
 def test_batches_move_to_the_device_of_the_model(monkeypatch):
     seen: list[tuple[Any, Any]] = []
     to = Tensor.to
-    monkeypatch.setattr(Tensor, "to", lambda t, *args, **kwargs: (seen.append((t, args[0])), to(t, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        Tensor,
+        "to",
+        lambda t, *args, **kwargs: (seen.append((t, args[0])), to(t, *args, **kwargs))[1],
+    )
     nnj.fit(mlp(), nn.CrossEntropyLoss(), [{"input": X, "labels": CLASSES}], "ggn_diag")
-    assert all(any(t is mine and where == torch.device("cpu") for t, where in seen) for mine in (X, CLASSES))
+    assert all(
+        any(t is mine and where == torch.device("cpu") for t, where in seen)
+        for mine in (X, CLASSES)
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_another_device():
-    fit = nnj.fit(mlp().cuda(), nn.CrossEntropyLoss(weight=torch.ones(C).double()), LOADER, "ggn_diag")
+    fit = nnj.fit(
+        mlp().cuda(), nn.CrossEntropyLoss(weight=torch.ones(C).double()), LOADER, "ggn_diag"
+    )
     assert all(t.is_cuda for t in fit["ggn_diag"].values())
     agree({name: t.cpu() for name, t in fit["ggn_diag"].items()}, expected())
 
@@ -183,12 +223,19 @@ def test_sequence_first_models_are_extended_by_the_user():
     model, x = nnj.extend(TimeFirst(), batch_axis=1), X[:6].reshape(2, 3, 4)
     loss = lambda z, y: F.cross_entropy(z, y)
     diag, _, _ = dense(TimeFirst(), loss, x, CLASSES[:3])
-    fit = nnj.fit(model, loss, [(x[:, :2], CLASSES[:2]), (x[:, 2:], CLASSES[2:3])], "ggn_diag", reduction="mean", scale="mean")
+    fit = nnj.fit(
+        model,
+        loss,
+        [(x[:, :2], CLASSES[:2]), (x[:, 2:], CLASSES[2:3])],
+        "ggn_diag",
+        reduction="mean",
+        scale="mean",
+    )
     agree(fit["ggn_diag"], diag)
     assert fit.samples == 3
 
 
-# -- parameters --------------------------------------------------------------------------------------------------------
+# -- parameters ------------------------------------------------------------------------------------
 
 
 def test_frozen_unreached_and_chosen_parameters():
@@ -205,10 +252,19 @@ def test_frozen_unreached_and_chosen_parameters():
     fit = nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "ggn_diag", "batch_grad", "ggn_block")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert list(fit["ggn_diag"]) == list(fit["batch_grad"]) == names and "net.0.bias" not in names
-    assert not fit["ggn_diag"]["unused.weight"].any() and fit["batch_grad"]["unused.weight"].shape == (N, 2, 2)
-    assert list(fit["ggn_block"]) == ["net.0", "net.3"] and fit["ggn_block"]["net.0"].shape == (20, 20)
-    assert torch.equal(fit.vector("ggn_diag"), torch.cat([fit["ggn_diag"][name].flatten() for name in names]))
-    head = nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "ggn_diag", modules=[model.net[3]])["ggn_diag"]
+    assert not fit["ggn_diag"]["unused.weight"].any() and fit["batch_grad"][
+        "unused.weight"
+    ].shape == (N, 2, 2)
+    assert list(fit["ggn_block"]) == ["net.0", "net.3"] and fit["ggn_block"]["net.0"].shape == (
+        20,
+        20,
+    )
+    assert torch.equal(
+        fit.vector("ggn_diag"), torch.cat([fit["ggn_diag"][name].flatten() for name in names])
+    )
+    head = nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "ggn_diag", modules=[model.net[3]])[
+        "ggn_diag"
+    ]
     agree(head, {name: fit["ggn_diag"][name] for name in ("net.3.weight", "net.3.bias")})
 
 
@@ -240,4 +296,6 @@ def test_shared_parameters_have_one_name():
     model[2].weight = model[0].weight
     fit = nnj.fit(model, nn.MSELoss(), [(X[:, :4], X)], "ggn_diag")
     assert list(fit["ggn_diag"]) == [name for name, _ in model.named_parameters()]
-    assert fit.vector("ggn_diag").shape == torch.cat([p.flatten() for p in model.parameters()]).shape
+    assert (
+        fit.vector("ggn_diag").shape == torch.cat([p.flatten() for p in model.parameters()]).shape
+    )

@@ -1,4 +1,5 @@
 """What collect and extend do not take, and what a collect has not found, is said in a sentence."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +22,10 @@ from tests.whole.test_refusals import intact
         (
             ("ggn_diagonal",),
             {},
-            r"unknown quantity 'ggn_diagonal'.*did you mean 'ggn_diag'.*Known: batch_grad, ggn_block, ggn_diag, ",
+            (
+                r"unknown quantity 'ggn_diagonal'.*did you mean 'ggn_diag'.*Known: batch_grad, "
+                r"ggn_block, ggn_diag, "
+            ),
         ),
         (("diag",), {}, "unknown quantity 'diag'.*Known"),
         ((), {}, "name of a quantity"),
@@ -41,14 +45,22 @@ def test_what_collect_does_not_know(names, options, words):
 def test_nothing_collected_is_said_at_the_end_of_the_with():
     model, (loss,) = extended(Case("", MLP, vectors))
     x, y = data_of(Case("", MLP, vectors))
-    with pytest.raises(nnj.NNJError, match=r"nothing was collected for ggn_diag, ggn_block.*nnj\.extend"), \
-            nnj.collect("ggn_diag", "ggn_block"):
+    with (
+        pytest.raises(
+            nnj.NNJError, match=r"nothing was collected for ggn_diag, ggn_block.*nnj\.extend"
+        ),
+        nnj.collect("ggn_diag", "ggn_block"),
+    ):
         pass
     with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
         F.cross_entropy(model(x), y).backward()
     with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
         loss(model(x), y)
-    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"), torch.no_grad():
+    with (
+        pytest.raises(nnj.NNJError, match="nothing was collected"),
+        nnj.collect("ggn_diag"),
+        torch.no_grad(),
+    ):
         loss(model(x), y)
     assert collected(Case("mlp", MLP, vectors), *QUANTITIES) == []
 
@@ -90,7 +102,9 @@ def test_what_extend_does_not_take(wrong):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("order", ["extend the compiled", "compile the extended", "compile in place", "compile a part"])
+@pytest.mark.parametrize(
+    "order", ["extend the compiled", "compile the extended", "compile in place", "compile a part"]
+)
 def test_compiled(backend, order):
     torch._dynamo.reset()
     model, loss = build(Case("", MLP, vectors)), nnj.extend(nn.CrossEntropyLoss())
@@ -116,6 +130,7 @@ def test_compiled(backend, order):
         intact(model)
     else:  # a backend that leaves autograd's own nodes may be exact
         from tests.support.oracle import Truth, close
+
         truth = Truth(Case("", MLP, vectors))
         assert all(close(p.ggn_diag, truth.diag(n)) == "" for n, p in model.named_parameters())
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):

@@ -1,4 +1,7 @@
-"""signed=True: losses that are not convex in the output, and negative factors, against J^T H J from torch.func."""
+"""signed=True: losses that are not convex in the output, and negative factors, against J^T H J from
+torch.func.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -43,26 +46,53 @@ def mean_and_variance(z):
 
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
-# How the outputs of the loss are made, the losses with their other arguments, and the scalar of their values.
+# How the outputs of the loss are made, the losses with their other arguments, and the scalar of
+# their values.
 CASES = {
     "cosine": (halves, [(nn.CosineEmbeddingLoss(), lambda: torch.ones(N))], lambda v: v),
     "triplet": (halves, [(nn.TripletMarginLoss(margin=9.0), z(N, 2))], lambda v: v),
-    "triplet of rows": (halves, [(nn.TripletMarginLoss(margin=9.0, reduction="none"), z(N, 2))],
-                        lambda v: (v * v.detach()).sum()),
-    "mean and variance": (lambda z: (z[:, :2],), [(lambda m, t, v: F.gaussian_nll_loss(m, t, v), z(N, 2),
-                                                   lambda: soft(N, 2)() + 1)], lambda v: -v),
+    "triplet of rows": (
+        halves,
+        [(nn.TripletMarginLoss(margin=9.0, reduction="none"), z(N, 2))],
+        lambda v: (v * v.detach()).sum(),
+    ),
+    "mean and variance": (
+        lambda z: (z[:, :2],),
+        [(lambda m, t, v: F.gaussian_nll_loss(m, t, v), z(N, 2), lambda: soft(N, 2)() + 1)],
+        lambda v: -v,
+    ),
     "a function": (first, [(Sine(),)], lambda v: v),
     "a function, negative": (first, [(Sine(),)], lambda v: -0.3 * v),
     "entrywise": (first, [(lambda z: z.sin().sum(),)], lambda v: v),
     "convex": (first, [(CE, y(C, N))], lambda v: v),
     "convex, negative": (first, [(CE, y(C, N))], lambda v: -2 * v),
-    "convex, either sign": (first, [(nn.CrossEntropyLoss(reduction="none"), y(C, N))],
-                            lambda v: (v * torch.randn(N).double()).sum()),
-    "weights of either sign": (first, [(nn.CrossEntropyLoss(torch.tensor([1.0, -2.0, 0.5, -1.0]).double(), reduction="sum"),
-                                        lambda: torch.arange(N) % C)], lambda v: v),
-    "a function of weights of either sign": (first, [(
-        lambda z, t: F.cross_entropy(z, t, torch.tensor([1.0, -2.0, 0.5, -1.0]).double(), reduction="sum"),
-        lambda: torch.arange(N) % C)], lambda v: v),
+    "convex, either sign": (
+        first,
+        [(nn.CrossEntropyLoss(reduction="none"), y(C, N))],
+        lambda v: (v * torch.randn(N).double()).sum(),
+    ),
+    "weights of either sign": (
+        first,
+        [
+            (
+                nn.CrossEntropyLoss(torch.tensor([1.0, -2.0, 0.5, -1.0]).double(), reduction="sum"),
+                lambda: torch.arange(N) % C,
+            )
+        ],
+        lambda v: v,
+    ),
+    "a function of weights of either sign": (
+        first,
+        [
+            (
+                lambda z, t: F.cross_entropy(
+                    z, t, torch.tensor([1.0, -2.0, 0.5, -1.0]).double(), reduction="sum"
+                ),
+                lambda: torch.arange(N) % C,
+            )
+        ],
+        lambda v: v,
+    ),
     "a difference": (first, [(CE, y(C, N)), (MSE, z(N, C))], lambda v, w: v - 0.7 * w),
 }
 
@@ -86,7 +116,9 @@ def dense(model, x, split, losses, combine):
         return combine(*[loss(*parts, *args) for loss, *args in losses])
 
     h = jacrev(jacrev(of_outputs))(torch.cat([t.flatten() for t in outs])).detach()
-    j = jacrev(lambda p: torch.cat([t.flatten() for t in split(functional_call(model, p, (x,)))]))(params)
+    j = jacrev(lambda p: torch.cat([t.flatten() for t in split(functional_call(model, p, (x,)))]))(
+        params
+    )
     j = {name: t.detach().reshape(len(h), -1) for name, t in j.items()}
     return lambda *names: (flat := torch.cat([j[name] for name in names], 1)).T @ h @ flat
 
@@ -103,14 +135,21 @@ def test_exact(name):
         out = split(model(x))
         combine(*[nnj.extend(loss, loss=True)(*out, *args) for loss, *args in losses]).backward()
     for key, p in model.named_parameters():
-        torch.testing.assert_close(p.ggn_diag.flatten(), truth(key).diagonal(), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            p.ggn_diag.flatten(), truth(key).diagonal(), rtol=1e-9, atol=1e-11
+        )
     for key in ("one", "two"):
         block = truth(f"{key}.weight", f"{key}.bias")
         torch.testing.assert_close(getattr(model, key).ggn_block, block, rtol=1e-9, atol=1e-11)
     grads = [p.grad for p in model.parameters()]
-    alone = [(loss if not isinstance(loss, nn.Module) else nnj.retract(loss), *args) for loss, *args in losses]
+    alone = [
+        (loss if not isinstance(loss, nn.Module) else nnj.retract(loss), *args)
+        for loss, *args in losses
+    ]
     torch.manual_seed(7)
-    expected = torch.autograd.grad(combine(*[loss(*split(model(x)), *args) for loss, *args in alone]), list(model.parameters()))
+    expected = torch.autograd.grad(
+        combine(*[loss(*split(model(x)), *args) for loss, *args in alone]), list(model.parameters())
+    )
     torch.testing.assert_close(grads, list(expected), rtol=1e-12, atol=1e-14)
 
 
@@ -137,7 +176,11 @@ def test_beside_a_collection_that_is_not_signed():
     assert model.one.weight.batch_grad.shape == (N, 5, 3)
     weight = model.two.ggn_block.diagonal()[: 5 * C].reshape(C, 5)
     torch.testing.assert_close(model.two.weight.ggn_diag, weight, rtol=1e-9, atol=1e-12)
-    with pytest.raises(nnj.NNJError, match="negative factor"), nnj.collect("ggn_diag", signed=True), nnj.collect("batch_grad"):
+    with (
+        pytest.raises(nnj.NNJError, match="negative factor"),
+        nnj.collect("ggn_diag", signed=True),
+        nnj.collect("batch_grad"),
+    ):
         (-loss(model(x), t)).backward()
 
 
@@ -147,9 +190,14 @@ def test_what_is_not_linear_in_the_hessian(name):
         nnj.collect("ggn_diag", name, signed=True)
 
 
-@pytest.mark.parametrize("loss, message", [
-    (nn.NLLLoss(), "log_softmax"), (lambda z, t: z.logsumexp(0).sum(), "couples rows"),
-    (lambda z, t: z.sqrt().sum(), "not finite")])
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (nn.NLLLoss(), "log_softmax"),
+        (lambda z, t: z.logsumexp(0).sum(), "couples rows"),
+        (lambda z, t: z.sqrt().sum(), "not finite"),
+    ],
+)
 def test_other_refusals_stay(loss, message):
     model, x, t = nnj.extend(Net().double()), z(N, 3)(), y(C, N)()
     with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn_diag", signed=True):

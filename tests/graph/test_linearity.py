@@ -1,4 +1,5 @@
 """collect takes exactly the scalar on which backward was called; and its random estimates."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,7 +30,10 @@ SCALARS: dict[str, tuple[Any, Any]] = {
     "factor in a tensor": (nn.CrossEntropyLoss, lambda l, z: torch.tensor(0.3) * l(z, Y) * W[0]),
     "times a one-element tensor": (nn.CrossEntropyLoss, lambda l, z: (W[:1] * l(z, Y)).squeeze()),
     "zero": (nn.CrossEntropyLoss, lambda l, z: 0.0 * l(z, Y) + z.sum() * 0),
-    "cast and copied": (nn.CrossEntropyLoss, lambda l, z: l(z, Y).clone().to(torch.float64).double().contiguous().view(1).sum()),
+    "cast and copied": (
+        nn.CrossEntropyLoss,
+        lambda l, z: l(z, Y).clone().to(torch.float64).double().contiguous().view(1).sum(),
+    ),
     "added in place": (nn.CrossEntropyLoss, lambda l, z: l(z, Y).mul(2).add_(1.0)),
     "sum of a list": (two, lambda l, z: sum([l[0](z, Y), l[1](z, T), l[0](z, Y)]) / 3),
     "stacked": (two, lambda l, z: torch.stack([l[0](z, Y), 2 * l[1](z, T)]).mean()),
@@ -43,23 +47,36 @@ SCALARS: dict[str, tuple[Any, Any]] = {
     "hardest rows": (none, lambda l, z: (lambda v: v[v.detach().topk(3)[1]].mean())(l(z, Y))),
     "rows by einsum": (none, lambda l, z: torch.einsum("i,i->", l(z, Y), W)),
     "rows reshaped": (none, lambda l, z: (l(z, Y).view(2, 3).mean(1) * W[:2]).sum()),
-    "rows of two losses": (lambda: (none(), nn.MSELoss(reduction="none")),
-                           lambda l, z: (l[0](z, Y) + W * l[1](z, T).sum(1)).mean()),
-    "rows concatenated": (none, lambda l, z: torch.cat([l(z[:2], Y[:2]), 3 * l(z[2:], Y[2:])]).mean()),
+    "rows of two losses": (
+        lambda: (none(), nn.MSELoss(reduction="none")),
+        lambda l, z: (l[0](z, Y) + W * l[1](z, T).sum(1)).mean(),
+    ),
+    "rows concatenated": (
+        none,
+        lambda l, z: torch.cat([l(z[:2], Y[:2]), 3 * l(z[2:], Y[2:])]).mean(),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SCALARS)
 def test_the_scalar(name):
     loss, how = SCALARS[name]
-    numbers = (lambda outs, data: [torch.arange(2), torch.arange(2, 6)]) if name == "rows concatenated" else None
+    numbers = (
+        (lambda outs, data: [torch.arange(2), torch.arange(2, 6)])
+        if name == "rows concatenated"
+        else None
+    )
     options = {} if numbers is None else {"numbers": numbers}
     exact(base(lambda m, l, x, y: how(l, m(x)), loss, **options))
 
 
 CROOKED: dict[str, Any] = {
-    "squared": lambda l, z: l(z, Y) ** 2, "root": lambda l, z: l(z, Y).sqrt(), "log": lambda l, z: l(z, Y).log(),
-    "exp": lambda l, z: l(z, Y).exp(), "product": lambda l, z: l(z, Y) * l(z, 2 - Y), "divided": lambda l, z: 1 / l(z, Y),
+    "squared": lambda l, z: l(z, Y) ** 2,
+    "root": lambda l, z: l(z, Y).sqrt(),
+    "log": lambda l, z: l(z, Y).log(),
+    "exp": lambda l, z: l(z, Y).exp(),
+    "product": lambda l, z: l(z, Y) * l(z, 2 - Y),
+    "divided": lambda l, z: 1 / l(z, Y),
     "logsumexp": lambda l, z: torch.logsumexp(torch.stack([l(z, Y), l(z, 2 - Y)]), 0),
     "norm": lambda l, z: torch.stack([l(z, Y), l(z, 2 - Y)]).norm(),
     "weighed by itself": lambda l, z: (lambda v: v * torch.exp(-v.detach() / 2) * v)(l(z, Y)),
@@ -94,7 +111,9 @@ def test_several_losses_at_once_by_torch_autograd_backward():
     model, loss = pair(case)
     with nnj.collect("ggn_diag", "batch_grad"):
         z = model(X)
-        torch.autograd.backward([loss[0](z, Y), loss[1](z, T)], [torch.tensor(1.0).double(), torch.tensor(2.0).double()])
+        torch.autograd.backward(
+            [loss[0](z, Y), loss[1](z, T)], [torch.tensor(1.0).double(), torch.tensor(2.0).double()]
+        )
     same(model, Truth(case))
     same(model, Truth(case), "batch_grad")
 
@@ -111,7 +130,9 @@ def test_learned_weights_of_losses():
 
 def test_terms_that_no_loss_made():
     def how(m: Any, l: Any, x: Tensor, y: Tensor) -> Tensor:
-        return l(m(x), y) + 0.1 * sum(p.square().sum() for p in m.parameters()) + m(x).square().mean()
+        return (
+            l(m(x), y) + 0.1 * sum(p.square().sum() for p in m.parameters()) + m(x).square().mean()
+        )
 
     alone = build(base())
     how(alone, nn.CrossEntropyLoss(), X, Y).backward()
@@ -120,7 +141,10 @@ def test_terms_that_no_loss_made():
         how(model, loss, X, Y).backward()
     same(model, Truth(base()))
     same(model, Truth(base()), "batch_grad")
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+    )
 
 
 def test_a_parameter_that_only_weight_decay_reaches():
@@ -130,10 +154,15 @@ def test_a_parameter_that_only_weight_decay_reaches():
         (loss(model(x)[0], y) + sum(p.square().sum() for p in model.parameters())).backward()
     assert model.never.weight.grad is not None and model.aside.bias.grad is not None
     for module in (model.never, model.aside):
-        assert module.weight.ggn_diag is None and module.weight.batch_grad is None and module.ggn_block is None
+        assert (
+            module.weight.ggn_diag is None
+            and module.weight.batch_grad is None
+            and module.ggn_block is None
+        )
 
 
-# -- random estimates ------------------------------------------------------------------------------------------------
+# -- random estimates ------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["mlp", "called-twice"])
 def test_the_mean_and_the_variance_of_ggn_diag_mc(name):

@@ -1,4 +1,7 @@
-"""Parameters without a layer: that they are pulled back as fast as a layer's, and dropout with the masks of the call."""
+"""Parameters without a layer: that they are pulled back as fast as a layer's, and dropout with the
+masks of the call.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,7 +31,13 @@ class Around(nn.Module):
 
     def __init__(self, body: nn.Module, call: Any, width: int = D, axis: int = 1):
         super().__init__()
-        self.one, self.body, self.head, self.call, self.axis = nn.Linear(D, D), body, nn.Linear(width, 3), call, axis
+        self.one, self.body, self.head, self.call, self.axis = (
+            nn.Linear(D, D),
+            body,
+            nn.Linear(width, 3),
+            call,
+            axis,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.call(self.body, self.one(x)).mean(self.axis))
@@ -62,10 +71,22 @@ MODELS = {
     "self-attention": (lambda: Around(attention(), attended), {OuterProduct}),
     "cross-attention": (lambda: Around(attention(), half), {OuterProduct, RowsFactor}),
     "kdim": (lambda: Around(attention(kdim=D, vdim=D), half), {OuterProduct, RowsFactor}),
-    "encoder": (lambda: Around(nn.TransformerEncoderLayer(D, 2, 3, 0.0, batch_first=True), alone), {OuterProduct}),
-    "linear": (lambda: Around(nn.Linear(D, D), lambda m, x: F.linear(x, m.weight, m.bias)), {OuterProduct}),
-    "transposed": (lambda: Around(nn.Linear(D, D), lambda m, x: x @ m.weight + m.bias), {OuterProduct, PermutedFactor}),
-    "convolution": (lambda: Around(nn.Conv1d(T, T, 3), lambda m, x: F.conv1d(x, m.weight, m.bias, padding=1)), {OuterProduct}),
+    "encoder": (
+        lambda: Around(nn.TransformerEncoderLayer(D, 2, 3, 0.0, batch_first=True), alone),
+        {OuterProduct},
+    ),
+    "linear": (
+        lambda: Around(nn.Linear(D, D), lambda m, x: F.linear(x, m.weight, m.bias)),
+        {OuterProduct},
+    ),
+    "transposed": (
+        lambda: Around(nn.Linear(D, D), lambda m, x: x @ m.weight + m.bias),
+        {OuterProduct, PermutedFactor},
+    ),
+    "convolution": (
+        lambda: Around(nn.Conv1d(T, T, 3), lambda m, x: F.conv1d(x, m.weight, m.bias, padding=1)),
+        {OuterProduct},
+    ),
     "rnn": (lambda: Around(nn.RNN(D, 3, batch_first=True).double(), first, 3), {OuterProduct}),
     "gru": (lambda: Around(nn.GRU(D, 3, batch_first=True).double(), first, 3), {OuterProduct}),
 }
@@ -80,33 +101,59 @@ def test_matrices_never_stand_in_explicit_columns(name):
     graph = Graph([edge_of(y)], lambda p: id(p) in params, {})
     sweep, _, _ = plan(graph, N, torch.device("cpu"))
     assert any(unit.bare for unit in graph.units)
-    assert all(len(edge_shape(edge)) == 1 for unit in sweep.explicit for edge in unit.into)  # biases that were added
+    # biases that were added
+    assert all(len(edge_shape(edge)) == 1 for unit in sweep.explicit for edge in unit.into)
     found: dict[str, Any] = {}
-    sweep.run({edge_of(y): torch.randn(2, *y.shape, dtype=y.dtype)}, 2, lambda p, factor: found.setdefault(params[id(p)], factor))
+    sweep.run(
+        {edge_of(y): torch.randn(2, *y.shape, dtype=y.dtype)},
+        2,
+        lambda p, factor: found.setdefault(params[id(p)], factor),
+    )
     assert set(found) == set(params.values())
     matrices = {type(factor) for factor in found.values() if len(factor.shape) > 1}
     assert matrices <= kinds and DenseFactor not in matrices
 
 
 def dense(model: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs and Jacobian by autograd itself, one output after the other, with the masks that the seed gives."""
+    """Outputs and Jacobian by autograd itself, one output after the other, with the masks that the
+    seed gives.
+    """
     torch.manual_seed(seed)
     y = model(x)
     named = dict(model.named_parameters())
-    rows = [torch.autograd.grad(out, list(named.values()), retain_graph=True) for out in y.flatten()]
+    rows = [
+        torch.autograd.grad(out, list(named.values()), retain_graph=True) for out in y.flatten()
+    ]
     return y.detach(), {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(named)}
 
 
 OPTIONS: dict[str, Any] = dict(d_model=D, nhead=2, dim_feedforward=3, dropout=0.3)
 DROPOUT = {
     "attention": (lambda bf: attention(dropout=0.4), attended),
-    "attention-fused": (lambda bf: attention(dropout=0.4), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "attention-fused": (
+        lambda bf: attention(dropout=0.4),
+        lambda m, x: m(x, x, x, need_weights=False)[0],
+    ),
     "encoder-layer": (lambda bf: nn.TransformerEncoderLayer(**OPTIONS, batch_first=bf), alone),
-    "encoder": (lambda bf: nn.TransformerEncoder(nn.TransformerEncoderLayer(**OPTIONS, batch_first=bf, norm_first=True), 2,
-                                                 enable_nested_tensor=False), alone),
+    "encoder": (
+        lambda bf: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**OPTIONS, batch_first=bf, norm_first=True),
+            2,
+            enable_nested_tensor=False,
+        ),
+        alone,
+    ),
     "decoder-layer": (lambda bf: nn.TransformerDecoderLayer(**OPTIONS, batch_first=bf), same),
-    "decoder": (lambda bf: nn.TransformerDecoder(nn.TransformerDecoderLayer(**OPTIONS, batch_first=bf), 2), same),
-    "transformer": (lambda bf: nn.Transformer(**OPTIONS, batch_first=bf, num_encoder_layers=1, num_decoder_layers=1), same),
+    "decoder": (
+        lambda bf: nn.TransformerDecoder(nn.TransformerDecoderLayer(**OPTIONS, batch_first=bf), 2),
+        same,
+    ),
+    "transformer": (
+        lambda bf: nn.Transformer(
+            **OPTIONS, batch_first=bf, num_encoder_layers=1, num_decoder_layers=1
+        ),
+        same,
+    ),
     "lstm": (lambda bf: nn.LSTM(D, D, 2, dropout=0.3, batch_first=bf), first),
     "gru": (lambda bf: nn.GRU(D, D, 2, dropout=0.3, batch_first=bf), first),
 }
@@ -144,12 +191,16 @@ def test_dropout_has_the_masks_of_the_call(name, batch_first):
 
 
 class Frozen(nn.Module):
-    """A frozen encoder in eval mode, behind a trained layer if there is one: its fused fast path would hide the way there."""
+    """A frozen encoder in eval mode, behind a trained layer if there is one: its fused fast path
+    would hide the way there.
+    """
 
     def __init__(self, behind: bool):
         super().__init__()
         self.one, self.head = nn.Linear(D, D) if behind else nn.Identity(), nn.Linear(D, 3)
-        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 3, batch_first=True), 2).requires_grad_(False)
+        self.body = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(D, 2, 3, batch_first=True), 2
+        ).requires_grad_(False)
 
     def forward(self, x):
         return self.head(self.body(self.one(x)).mean(1))
@@ -166,7 +217,9 @@ def test_the_fast_path_of_a_frozen_encoder(behind):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrence_in_single_precision(cls, bias, n):
-    """In float32 the LSTM is one node of oneDNN's, in float64 many: they agree. With many samples it is taken apart."""
+    """In float32 the LSTM is one node of oneDNN's, in float64 many: they agree. With many samples
+    it is taken apart.
+    """
     torch.manual_seed(0)
     model = Around(cls(D, 3, 2, batch_first=True, bidirectional=True, bias=bias), first, 6)
     x, t = torch.randn(n, T, D), torch.randint(3, (n,))
@@ -194,7 +247,11 @@ def test_an_lstm_that_is_taken_apart(normed):
     n, cell = 2 * ROWS, nn.LSTM(D, 3, batch_first=True)
     if normed:
         torch.nn.utils.parametrizations.weight_norm(cell, "weight_ih_l0")
-    model = Around(cell, lambda m, x: torch.utils.checkpoint.checkpoint(last_states, m, x, use_reentrant=False), 3)
+    model = Around(
+        cell,
+        lambda m, x: torch.utils.checkpoint.checkpoint(last_states, m, x, use_reentrant=False),
+        3,
+    )
     x, t, found = torch.randn(n, T, D), torch.randint(3, (n,)), []
     for dtype in (torch.float32, torch.float64):
         nnj.extend(model.to(dtype))
@@ -210,7 +267,11 @@ def test_an_lstm_that_is_taken_apart(normed):
 
 def test_autocast_converts_a_bare_weight_on_the_way():
     torch.manual_seed(0)
-    model, x, t = Around(attention(), attended).float(), torch.randn(N, T, D), torch.randint(3, (N,))
+    model, x, t = (
+        Around(attention(), attended).float(),
+        torch.randn(N, T, D),
+        torch.randint(3, (N,)),
+    )
     nnj.extend(model)
     with nnj.collect("ggn_diag"):
         nnj.extend(nn.CrossEntropyLoss())(model(x), t).backward()
@@ -236,36 +297,60 @@ def test_weights_of_a_graph_that_is_gone():
     model, loss = nnj.extend(Bare()), nnj.extend(nn.CrossEntropyLoss())
     y = model(torch.randn(N, D))
     y.sum().backward()
-    with pytest.raises(RuntimeError, match="second time|retain_graph=True"), nnj.collect("ggn_diag"):
+    with (
+        pytest.raises(RuntimeError, match="second time|retain_graph=True"),
+        nnj.collect("ggn_diag"),
+    ):
         loss(y, torch.randint(3, (N,))).backward()
 
 
-# -- factors in another arrangement ------------------------------------------------------------------------------------
+# -- factors in another arrangement ----------------------------------------------------------------
 
 
 def places(*shape: int) -> OuterProduct:
     u = torch.randn(N, 1, shape[1], 2, dtype=torch.float64)
-    return OuterProduct(Patches(lambda rows: u[rows], N, shape[1]), torch.randn(5, N, 1, shape[0], 2, dtype=torch.float64), shape)
+    return OuterProduct(
+        Patches(lambda rows: u[rows], N, shape[1]),
+        torch.randn(5, N, 1, shape[0], 2, dtype=torch.float64),
+        shape,
+    )
 
 
 def arranged() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
-        "turned": PermutedFactor(places(3, 4), ACROSS), "rows": RowsFactor([(1, places(2, 3))], (4, 3)),
+        "turned": PermutedFactor(places(3, 4), ACROSS),
+        "rows": RowsFactor([(1, places(2, 3))], (4, 3)),
         "rows-in-parts": RowsFactor([(2, places(2, 3)), (0, places(1, 3))], (4, 3)),
         "explicit": DenseFactor(torch.randn(5, N, 4, 3, dtype=torch.float64)),
-        "both-turned": merge_uses([PermutedFactor(places(3, 4), ACROSS), PermutedFactor(places(3, 4), ACROSS)]),
-        "rows-apart": merge_uses([RowsFactor([(0, places(2, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]),
-        "rows-alike": merge_uses([RowsFactor([(1, places(2, 3))], (4, 3)), RowsFactor([(1, places(2, 3))], (4, 3))]),
-        "rows-that-overlap": merge_uses([RowsFactor([(0, places(3, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]),
-        "mixed": merge_uses([PermutedFactor(places(3, 4), ACROSS), RowsFactor([(2, places(2, 3))], (4, 3)), places(4, 3)]),
+        "both-turned": merge_uses(
+            [PermutedFactor(places(3, 4), ACROSS), PermutedFactor(places(3, 4), ACROSS)]
+        ),
+        "rows-apart": merge_uses(
+            [RowsFactor([(0, places(2, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]
+        ),
+        "rows-alike": merge_uses(
+            [RowsFactor([(1, places(2, 3))], (4, 3)), RowsFactor([(1, places(2, 3))], (4, 3))]
+        ),
+        "rows-that-overlap": merge_uses(
+            [RowsFactor([(0, places(3, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]
+        ),
+        "mixed": merge_uses(
+            [
+                PermutedFactor(places(3, 4), ACROSS),
+                RowsFactor([(2, places(2, 3))], (4, 3)),
+                places(4, 3),
+            ]
+        ),
     }
 
 
 @pytest.mark.parametrize("name", arranged())
 def test_arranged_factors(name):
     factors = arranged()
-    torch.testing.assert_close(factors[name].to(torch.float32).dense(), factors[name].dense().float())
+    torch.testing.assert_close(
+        factors[name].to(torch.float32).dense(), factors[name].dense().float()
+    )
     f = factors[name]
     b = f.dense()
     assert b.shape == (5, N, *f.shape) and b.dtype == torch.float64

@@ -1,4 +1,5 @@
 """Losses that are differentiated twice."""
+
 from __future__ import annotations
 
 import functools
@@ -18,10 +19,16 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Squared(CE):
-    """A subclass that computes something else than its parent: it must not get the parent's rule."""
+    """A subclass that computes something else than its parent: it must not get the parent's
+    rule.
+    """
 
     def forward(self, y, target):
-        return super().forward(y, target).square() if self.reduction != "none" else super().forward(y, target)
+        return (
+            super().forward(y, target).square()
+            if self.reduction != "none"
+            else super().forward(y, target)
+        )
 
 
 class Logistic(nn.Module):
@@ -47,11 +54,21 @@ TWICE = {
     "broadcast output": (nn.MSELoss, z(4, 1), z(4, 3)),
     "broadcast target, huber": (nn.HuberLoss, z(4, 3), z(4, 1)),
     "broadcast target, poisson": (nn.PoissonNLLLoss, z(4, 3), soft(4, 1)),
-    "broadcast target, gaussian": (nn.GaussianNLLLoss, z(4, 3), z(4, 1), lambda: soft(4, 3)() + 0.1),
+    "broadcast target, gaussian": (
+        nn.GaussianNLLLoss,
+        z(4, 3),
+        z(4, 1),
+        lambda: soft(4, 3)() + 0.1,
+    ),
     "linear cross entropy": (lambda: nn.LinearCrossEntropyLoss(4, 3), z(5, 4), y(3, 5)),
     "triplet, convex in the positive": (
-        lambda: nn.TripletMarginWithDistanceLoss(distance_function=lambda a, b: (a - b).square().sum(-1), margin=9.0),
-        z(4, 3), z(4, 3), z(4, 3)),
+        lambda: nn.TripletMarginWithDistanceLoss(
+            distance_function=lambda a, b: (a - b).square().sum(-1), margin=9.0
+        ),
+        z(4, 3),
+        z(4, 3),
+        z(4, 3),
+    ),
 }
 
 
@@ -94,7 +111,9 @@ def test_a_loss_with_parameters_is_had_in_float64(narrow):
     loss = Quadratic().to(narrow)
     h = nnj.autodiff_hessian(loss, (torch.randn(3, 5).to(narrow),))
     a = loss.a.detach().double()
-    torch.testing.assert_close(h.diagonal()[:, 0], (2 * a.square().sum(0)).float().expand(3, 5), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(
+        h.diagonal()[:, 0], (2 * a.square().sum(0)).float().expand(3, 5), rtol=1e-6, atol=0.0
+    )
     assert h.rank == 2
 
 
@@ -107,7 +126,9 @@ def test_a_loss_that_works_in_place_is_had_as_it_is():
         return part
 
     output = torch.randn(2, 3)
-    torch.testing.assert_close(nnj.autodiff_hessian(call, (output,)).diagonal().flatten(), output.exp().flatten())
+    torch.testing.assert_close(
+        nnj.autodiff_hessian(call, (output,)).diagonal().flatten(), output.exp().flatten()
+    )
 
 
 def test_a_loss_that_takes_one_dtype_alone_is_had_in_it():
@@ -116,7 +137,10 @@ def test_a_loss_that_takes_one_dtype_alone_is_had_in_it():
         return o.exp().sum(1).square().sum()
 
     output = torch.randn(2, 3)
-    h, exact = nnj.autodiff_hessian(call, (output,)), nnj.autodiff_hessian(lambda o: o.exp().sum(1).square().sum(), (output,))
+    h, exact = (
+        nnj.autodiff_hessian(call, (output,)),
+        nnj.autodiff_hessian(lambda o: o.exp().sum(1).square().sum(), (output,)),
+    )
     torch.testing.assert_close(h.diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +164,9 @@ def test_twice_over_two_outputs():
     call = lambda a, b: (a.sum(1) + 2 * b.sum((1, 2))).square().sum() + a.exp().sum()
     h = nnj.autodiff_hessian(call, (a, b))
     assert (h.rows, h.places, h.block) == (3, 1, 4)
-    s = h.place((torch.eye(3, dtype=a.dtype)[:, None, :, None, None] * h.columns(0, h.rank)).flatten(0, 1))
+    s = h.place(
+        (torch.eye(3, dtype=a.dtype)[:, None, :, None, None] * h.columns(0, h.rank)).flatten(0, 1)
+    )
     flat = torch.cat([t.reshape(len(t), -1) for t in s], 1)
     joint = lambda t: call(t[:6].reshape(3, 2), t[6:].reshape(3, 1, 2))
     exact = torch.func.hessian(joint)(torch.cat([a.flatten(), b.flatten()]))
@@ -157,7 +183,9 @@ def test_outputs_that_share_no_rows_are_one_block():
 
 def test_an_elementwise_loss_of_any_size_is_diagonal():
     output = torch.randn(2, 3, 100, 100)
-    h = nnj.autodiff_hessian(lambda o: F.huber_loss(o, torch.zeros_like(o), reduction="sum"), (output,))
+    h = nnj.autodiff_hessian(
+        lambda o: F.huber_loss(o, torch.zeros_like(o), reduction="sum"), (output,)
+    )
     assert (h.rows, h.places, h.block, h.rank) == (2, 30_000, 1, 1)
     torch.testing.assert_close(h.place(h.diagonal()[None])[0][0], (output.abs() < 1).float())
 
@@ -185,12 +213,15 @@ def test_twice_without_vmap():
             return g * Once.apply(x)
 
     output = z(3, 4)()
-    h, exact = (nnj.autodiff_hessian(lambda o, f=f: f(o).sum(1).square().sum(), (output,)) for f in (Once.apply, torch.exp))
+    h, exact = (
+        nnj.autodiff_hessian(lambda o, f=f: f(o).sum(1).square().sum(), (output,))
+        for f in (Once.apply, torch.exp)
+    )
     torch.testing.assert_close(h.diagonal(), exact.diagonal())
     assert h.block == 4
 
 
-# -- functions around cross entropy ---------------------------------------------------------------------------------------
+# -- functions around cross entropy ----------------------------------------------------------------
 
 
 def smooth(o, t):
@@ -206,7 +237,12 @@ AROUND = {
     "tokens": (smooth, 2, z(3, 2, 4), y(4, 3, 2)),
     "tokens, as many as classes": (smooth, 2, z(3, 4, 4), y(4, 3, 4)),
     "places": (lambda o, t: F.cross_entropy(o, t), 1, z(2, 3, 2, 2), y(3, 2, 2, 2)),
-    "ignored": (lambda o, t: F.cross_entropy(o, t, ignore_index=1), 1, z(2, 3, 2, 2), y(3, 2, 2, 2)),
+    "ignored": (
+        lambda o, t: F.cross_entropy(o, t, ignore_index=1),
+        1,
+        z(2, 3, 2, 2),
+        y(3, 2, 2, 2),
+    ),
     "soft": (lambda o, t: -(t * o.log_softmax(1)).sum(1).mean(), 1, z(5, 4), soft(5, 4)),
     "shifted": (lambda o, t: F.nll_loss((o + 3.0).log_softmax(1), t), 1, z(5, 4), y(4, 5)),
 }
@@ -222,11 +258,19 @@ def test_cross_entropy_is_recognised(loss, given):
     _check_curvature("cross entropy", h, dense, output)
 
 
-@pytest.mark.parametrize("call", [
-    lambda o: F.cross_entropy(2 * o, torch.tensor([0, 1, 2])), lambda o: o.logsumexp(1).square().sum(),
-    lambda o: o.logsumexp(1).sum() + 1e-6 * o[:, :2].sum(1).square().sum(),
-    lambda o: ((1 - o.softmax(1)[:, 0]).detach() * o.logsumexp(1)).sum() + 0.01 * (o[:, 0] - o[:, 1]).square().sum(),
-    lambda o: o.logsumexp(1).sum() + o[0, 0].square()])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda o: F.cross_entropy(2 * o, torch.tensor([0, 1, 2])),
+        lambda o: o.logsumexp(1).square().sum(),
+        lambda o: o.logsumexp(1).sum() + 1e-6 * o[:, :2].sum(1).square().sum(),
+        lambda o: (
+            ((1 - o.softmax(1)[:, 0]).detach() * o.logsumexp(1)).sum()
+            + 0.01 * (o[:, 0] - o[:, 1]).square().sum()
+        ),
+        lambda o: o.logsumexp(1).sum() + o[0, 0].square(),
+    ],
+)
 def test_what_is_nearly_cross_entropy_is_not_taken_for_it(call):
     output = z(3, 4)().abs()
     h = nnj.autodiff_hessian(call, (output,))
@@ -240,7 +284,11 @@ def test_a_factor_that_changes_with_the_output_is_seen():
     output = 3 * z(3, 4)()
     h = nnj.autodiff_hessian(call, (output,))
     dense = torch.func.hessian(call)(output).reshape(12, 12)
-    (s,) = h.place((torch.eye(3, dtype=output.dtype).reshape(3, 1, 3, 1, 1) * h.columns(0, h.rank)).flatten(0, 1))
+    (s,) = h.place(
+        (torch.eye(3, dtype=output.dtype).reshape(3, 1, 3, 1, 1) * h.columns(0, h.rank)).flatten(
+            0, 1
+        )
+    )
     torch.testing.assert_close(s.reshape(len(s), -1).T @ s.reshape(len(s), -1), dense)
 
 

@@ -1,4 +1,5 @@
 """collect(tol=…): a lower bound with a known deficit, of fewer columns."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,11 +27,15 @@ class Offset(nn.Module):
 
 def soft(y: Tensor) -> Tensor:
     """A loss without a rule, with blocks that are full."""
-    return ((y @ torch.linspace(-1, 1, C * C).reshape(C, C).sin().to(y)).cosh().sum(-1) / 1000).mean() + (y**4).mean()
+    return (
+        (y @ torch.linspace(-1, 1, C * C).reshape(C, C).sin().to(y)).cosh().sum(-1) / 1000
+    ).mean() + (y**4).mean()
 
 
 def logits(*shape: int, sharp: float = 4.0) -> Tensor:
-    return sharp * torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return sharp * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 def labels(*shape: int) -> Tensor:
@@ -44,19 +49,48 @@ def masked(n: int, t: int) -> Tensor:
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Any, Tensor, tuple[Tensor, ...]]]] = {
-    "a row for each sample": lambda: (nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)),
-                                      nn.CrossEntropyLoss(), logits(8, 9), (labels(8),)),
-    "a linear head": lambda: (nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C)),
-                              nn.CrossEntropyLoss(label_smoothing=0.1), logits(8, 9, sharp=9.0), (labels(8),)),
-    "places": lambda: (nn.Sequential(nn.Conv1d(3, C, 2), Offset(C, 5)), nn.CrossEntropyLoss(reduction="sum"),
-                       logits(4, 3, 6), (masked(4, 5),)),
-    "rows of a sample": lambda: (nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, C), Offset(C), nn.Flatten(0, 1)),
-                                 nn.CrossEntropyLoss(), logits(4, 5, 5), (masked(4, 5).flatten(),)),
-    "entries": lambda: (nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C)), nn.BCEWithLogitsLoss(),
-                        logits(8, 9, sharp=20.0), (torch.rand(8, C, dtype=torch.float64),)),
-    "no rule": lambda: (nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)), soft, logits(8, 9), ()),
-    "one sample": lambda: (nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)),
-                           nn.CrossEntropyLoss(), logits(1, 9), (labels(1),)),
+    "a row for each sample": lambda: (
+        nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)),
+        nn.CrossEntropyLoss(),
+        logits(8, 9),
+        (labels(8),),
+    ),
+    "a linear head": lambda: (
+        nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        logits(8, 9, sharp=9.0),
+        (labels(8),),
+    ),
+    "places": lambda: (
+        nn.Sequential(nn.Conv1d(3, C, 2), Offset(C, 5)),
+        nn.CrossEntropyLoss(reduction="sum"),
+        logits(4, 3, 6),
+        (masked(4, 5),),
+    ),
+    "rows of a sample": lambda: (
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, C), Offset(C), nn.Flatten(0, 1)),
+        nn.CrossEntropyLoss(),
+        logits(4, 5, 5),
+        (masked(4, 5).flatten(),),
+    ),
+    "entries": lambda: (
+        nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C)),
+        nn.BCEWithLogitsLoss(),
+        logits(8, 9, sharp=20.0),
+        (torch.rand(8, C, dtype=torch.float64),),
+    ),
+    "no rule": lambda: (
+        nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)),
+        soft,
+        logits(8, 9),
+        (),
+    ),
+    "one sample": lambda: (
+        nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, C), Offset(C)),
+        nn.CrossEntropyLoss(),
+        logits(1, 9),
+        (labels(1),),
+    ),
 }
 
 
@@ -69,7 +103,9 @@ def collected(name: str, **options: Any) -> tuple[dict[str, Tensor], nnj.collect
         loss(model(x), *targets).backward()
     blocks = {path: m.ggn_block for path, m in model.named_modules() if hasattr(m, "ggn_block")}
     for path, block in blocks.items():
-        diag = torch.cat([p.ggn_diag.flatten() for p in model.get_submodule(path).parameters(recurse=False)])
+        diag = torch.cat(
+            [p.ggn_diag.flatten() for p in model.get_submodule(path).parameters(recurse=False)]
+        )
         torch.testing.assert_close(diag, block.diagonal(), rtol=1e-9, atol=1e-12)
     return blocks, context
 
@@ -80,11 +116,15 @@ def collected(name: str, **options: Any) -> tuple[dict[str, Tensor], nnj.collect
 def test_a_lower_bound_with_a_known_deficit(name: str, tol: float, memory: int) -> None:
     exact, whole = collected(name)
     found, context = collected(name, tol=tol, memory=memory)
-    assert whole.deficit == 0 and 0 <= context.deficit <= tol and 1 <= context.columns <= whole.columns
+    assert (
+        whole.deficit == 0 and 0 <= context.deficit <= tol and 1 <= context.columns <= whole.columns
+    )
     assert found.keys() == exact.keys() and found
     offsets = [path for path, m in CASES[name]()[0].named_modules() if isinstance(m, Offset)]
     for path, block in found.items():
-        assert torch.linalg.eigvalsh(exact[path] - block).min() > -1e-12 * exact[path].abs().max(), path
+        assert (
+            torch.linalg.eigvalsh(exact[path] - block).min() > -1e-12 * exact[path].abs().max()
+        ), path
     for path in offsets:
         torch.testing.assert_close(found[path].trace(), (1 - context.deficit) * exact[path].trace())
 
@@ -104,7 +144,9 @@ def test_fewer_columns_cannot_do(name: str) -> None:
 
 @pytest.mark.parametrize(("classes", "columns"), [(50, 3), (200, 3)])
 def test_the_cost_follows_the_uncertainty(classes: int, columns: int) -> None:
-    """Four classes in doubt need three columns, whatever the number of classes; a sure sample needs none of its own."""
+    """Four classes in doubt need three columns, whatever the number of classes; a sure sample needs
+    none of its own.
+    """
     torch.manual_seed(0)
     model = nnj.extend(nn.Sequential(Offset(classes))).double()
     z = torch.full((6, classes), -30.0, dtype=torch.float64)
@@ -152,7 +194,9 @@ def test_in_fit() -> None:
     exact = nnj.fit(model, loss, batches, "ggn_diag")
     found = nnj.fit(model, loss, batches, "ggn_diag", tol=0.05)
     assert 0 < found.deficit <= 0.05 and exact.deficit == 0
-    torch.testing.assert_close(found["ggn_diag"]["3.b"].sum(), (1 - found.deficit) * exact["ggn_diag"]["3.b"].sum())
+    torch.testing.assert_close(
+        found["ggn_diag"]["3.b"].sum(), (1 - found.deficit) * exact["ggn_diag"]["3.b"].sum()
+    )
 
 
 def test_nested_collections_get_the_stricter_tolerance() -> None:
@@ -168,7 +212,9 @@ def test_nested_collections_get_the_stricter_tolerance() -> None:
 
 @pytest.mark.parametrize("tol", [-0.1, 1.0, float("nan")])
 def test_errors(tol: float) -> None:
-    with pytest.raises(nnj.NNJError, match="what may be lost of the trace is a number from 0 to below 1"):
+    with pytest.raises(
+        nnj.NNJError, match="what may be lost of the trace is a number from 0 to below 1"
+    ):
         nnj.collect("ggn_diag", tol=tol)
     with pytest.raises(nnj.NNJError, match="leaves out exact columns, which batch_grad do not use"):
         nnj.collect("batch_grad", tol=0.1)

@@ -1,4 +1,5 @@
 """Saturated outputs, and narrow dtypes."""
+
 from __future__ import annotations
 
 import pytest
@@ -28,7 +29,10 @@ SATURATED = {
 def test_saturated_logits_in_float32(row):
     output, target = torch.tensor([row, [0.3, -0.2, 0.1, 0.0]]), torch.tensor([1, 2])
     scale = torch.tensor(1.0)
-    h, exact = (hessian_of_loss(CE(), s, o, target) for s, o in ((scale, output), (scale.double(), output.double())))
+    h, exact = (
+        hessian_of_loss(CE(), s, o, target)
+        for s, o in ((scale, output), (scale.double(), output.double()))
+    )
     near = dict(rtol=1e-5, atol=1e-37)
     s = h.columns(0, h.rank)
     assert s.dtype == torch.float32 and bool(torch.isfinite(s).all())
@@ -41,15 +45,22 @@ def test_saturated_logits_in_float32(row):
     error = (full - torch.einsum("jrdb,jrdc->rdbc", t, t)).abs()
     assert bool((error <= 1e-5 * size[..., None] * size[..., None, :] + 1e-37).all())
     v = torch.randn(3, 2, 1, 4)
-    torch.testing.assert_close(h.product(v).double(), exact.product(v.double()), rtol=1e-4, atol=1e-37)
+    torch.testing.assert_close(
+        h.product(v).double(), exact.product(v.double()), rtol=1e-4, atol=1e-37
+    )
     signs = h.signs(4)
-    torch.testing.assert_close(h.combine(signs), torch.einsum("kjrd,jrdb->krdb", signs.float(), s), rtol=1e-4, atol=1e-25)
+    torch.testing.assert_close(
+        h.combine(signs), torch.einsum("kjrd,jrdb->krdb", signs.float(), s), rtol=1e-4, atol=1e-25
+    )
 
 
 @pytest.mark.parametrize("logit", [20.0, 50.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_saturated_logits_by_autograd(logit, dtype):
-    output, target = torch.tensor([[logit, 0.0, 1.0], [0.0, logit, -logit]], dtype=dtype), torch.tensor([0, 2])
+    output, target = (
+        torch.tensor([[logit, 0.0, 1.0], [0.0, logit, -logit]], dtype=dtype),
+        torch.tensor([0, 2]),
+    )
     loss = lambda o: F.cross_entropy(o, target, reduction="sum")
     h, exact = nnj.autodiff_hessian(loss, (output,)), nnj.SoftmaxHessian(output.double())
     diagonals = [c.place(c.diagonal()[None])[0].double() for c in (h, exact)]
@@ -68,7 +79,8 @@ def zeros(z):
     return 0 * z
 
 
-# The loss, what makes a target of the output, and the Hessian's diagonal for its sum, of the output in float64.
+# The loss, what makes a target of the output, and the Hessian's diagonal for its sum, of the output
+# in float64.
 OUT = {
     "mse": (nn.MSELoss, torch.zeros_like, lambda z: 2 + 0 * z),
     "l1": (nn.L1Loss, torch.zeros_like, zeros),
@@ -77,12 +89,26 @@ OUT = {
     "bce": (nn.BCEWithLogitsLoss, lambda z: torch.full_like(z, 0.3), sure),
     "soft margin": (nn.SoftMarginLoss, torch.ones_like, sure),
     "several labels": (nn.MultiLabelSoftMarginLoss, torch.ones_like, lambda z: sure(z) / len(FAR)),
-    "gaussian": (lambda reduction: lambda z, t: F.gaussian_nll_loss(z, t, torch.full_like(z, 1e30), reduction=reduction),
-                 torch.zeros_like, lambda z: 1e-30 + 0 * z),
-    "gaussian, no variance": (lambda reduction: lambda z, t: F.gaussian_nll_loss(z, t, torch.zeros_like(z), reduction=reduction),
-                              torch.zeros_like, lambda z: 1e6 + 0 * z),
+    "gaussian": (
+        lambda reduction: (
+            lambda z, t: F.gaussian_nll_loss(z, t, torch.full_like(z, 1e30), reduction=reduction)
+        ),
+        torch.zeros_like,
+        lambda z: 1e-30 + 0 * z,
+    ),
+    "gaussian, no variance": (
+        lambda reduction: (
+            lambda z, t: F.gaussian_nll_loss(z, t, torch.zeros_like(z), reduction=reduction)
+        ),
+        torch.zeros_like,
+        lambda z: 1e6 + 0 * z,
+    ),
     "cross entropy": (CE, lambda z: z.argmin(1), lambda z: z.softmax(1) * (1 - z.softmax(1))),
-    "cross entropy, soft": (CE, lambda z: torch.full_like(z, 1 / 7), lambda z: z.softmax(1) * (1 - z.softmax(1))),
+    "cross entropy, soft": (
+        CE,
+        lambda z: torch.full_like(z, 1 / 7),
+        lambda z: z.softmax(1) * (1 - z.softmax(1)),
+    ),
 }
 
 
@@ -100,13 +126,17 @@ def test_far_out_in_float32(name):
     z = torch.tensor([FAR])
     loss = make(reduction="sum")
     loss = loss if isinstance(loss, nn.Module) else nnj.FunctionLoss(loss)
-    torch.testing.assert_close(rowwise(z, loss, target(z)), expected(z.double()), rtol=1e-5, atol=1e-37)
+    torch.testing.assert_close(
+        rowwise(z, loss, target(z)), expected(z.double()), rtol=1e-5, atol=1e-37
+    )
     function = nnj.FunctionLoss(lambda z, t: loss.forward(z, t))
     if name == "soft margin":  # torch overflows where it is differentiated
         with pytest.raises(nnj.NNJError, match="its Hessian is not finite"):
             rowwise(z, function, target(z))
         return
-    torch.testing.assert_close(rowwise(z, function, target(z)), expected(z.double()), rtol=1e-5, atol=1e-14)
+    torch.testing.assert_close(
+        rowwise(z, function, target(z)), expected(z.double()), rtol=1e-5, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("logit", [-1000.0, -80.0, 80.0])
@@ -128,11 +158,24 @@ class Probability(nn.Module):
         return self.one(x).sigmoid()
 
 
-@pytest.mark.parametrize("logit, target", [(-80.0, 1.0), (-50.0, 1.0), (-50.0, 0.3), (-20.0, 1.0), (15.0, 0.0), (12.0, 0.6),
-                                           (1000.0, 1.0), (-1000.0, 0.0)])
+@pytest.mark.parametrize(
+    "logit, target",
+    [
+        (-80.0, 1.0),
+        (-50.0, 1.0),
+        (-50.0, 0.3),
+        (-20.0, 1.0),
+        (15.0, 0.0),
+        (12.0, 0.6),
+        (1000.0, 1.0),
+        (-1000.0, 0.0),
+    ],
+)
 @pytest.mark.parametrize("options", [{}, dict(tol=1e-9)])
 def test_probabilities_of_which_the_square_underflows(logit, target, options):
-    """t / p² is no float32 where p is 1e-20, but what comes back through the sigmoid, t (1 - p)² + (1 - t) p², is."""
+    """t / p² is no float32 where p is 1e-20, but what comes back through the sigmoid, t
+    (1 - p)² + (1 - t) p², is.
+    """
     model, x = nnj.extend(Probability(logit)), torch.ones(1, 1)
     with nnj.collect("ggn_diag", **options):
         p = model(x)
@@ -142,24 +185,40 @@ def test_probabilities_of_which_the_square_underflows(logit, target, options):
     torch.testing.assert_close(model.one.weight.ggn_diag.double(), expected, rtol=1e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("logit, target", [(1000.0, 0.0), (17.5, 0.0), (1000.0, 0.7), (-1000.0, 1.0), (-95.0, 1.0)])
+@pytest.mark.parametrize(
+    "logit, target", [(1000.0, 0.0), (17.5, 0.0), (1000.0, 0.7), (-1000.0, 1.0), (-95.0, 1.0)]
+)
 def test_probabilities_that_are_rounded_against_their_targets(logit, target):
     model = nnj.extend(Probability(logit))
-    with pytest.raises(nnj.NNJError, match="BCELoss: a probability is rounded to 0 or 1.*BCEWithLogitsLoss"), \
-            nnj.collect("ggn_diag"):
+    with (
+        pytest.raises(
+            nnj.NNJError, match="BCELoss: a probability is rounded to 0 or 1.*BCEWithLogitsLoss"
+        ),
+        nnj.collect("ggn_diag"),
+    ):
         nnj.extend(nn.BCELoss())(model(torch.ones(1, 1)), torch.full((1, 1), target)).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make, target", [
-    (ce(3, weighted=True), y(3, 2)), (nn.MSELoss, soft(2, 3)), (nn.HuberLoss, soft(2, 3)), (LogCosh, soft(2, 3)),
-    (lambda: nn.BCEWithLogitsLoss(pos_weight=torch.rand(3)), soft(2, 3)), (nn.BCELoss, soft(2, 3))])
+@pytest.mark.parametrize(
+    "make, target",
+    [
+        (ce(3, weighted=True), y(3, 2)),
+        (nn.MSELoss, soft(2, 3)),
+        (nn.HuberLoss, soft(2, 3)),
+        (LogCosh, soft(2, 3)),
+        (lambda: nn.BCEWithLogitsLoss(pos_weight=torch.rand(3)), soft(2, 3)),
+        (nn.BCELoss, soft(2, 3)),
+    ],
+)
 def test_sixteen_bits_are_computed_in_float32(dtype, make, target):
     narrow, output, target = make().to(dtype), torch.rand(2, 3).to(dtype), target()
     target = target.to(dtype) if target.is_floating_point() else target
     wide = target.double() if target.is_floating_point() else target
     h = hessian_of_loss(narrow, torch.tensor(1.0, dtype=dtype), output, target)
-    exact = hessian_of_loss(narrow.double(), torch.tensor(1.0, dtype=torch.float64), output.double(), wide)
+    exact = hessian_of_loss(
+        narrow.double(), torch.tensor(1.0, dtype=torch.float64), output.double(), wide
+    )
     assert h.columns(0, 1).dtype == torch.float32
     torch.testing.assert_close(h.diagonal().double(), exact.diagonal(), rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,5 @@
 """What a loss is refused for."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,22 +18,37 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_a_loss_that_is_not_convex():
-    message = r"sin: its Hessian in the output is not positive semi-definite \(smallest eigenvalue -1\)"
+    message = (
+        r"sin: its Hessian in the output is not positive semi-definite \(smallest eigenvalue -1\)"
+    )
     with pytest.raises(nnj.NNJError, match=message):
         nnj.autodiff_hessian(lambda o: o.sin().sum(), (torch.full((2, 3), torch.pi / 2),), "sin")
     with pytest.raises(nnj.NNJError, match="not positive semi-definite"):
         nnj.autodiff_hessian(lambda o: o.prod(1).sum(), (z(3, 2)(),))
     with pytest.raises(nnj.NNJError, match=r"CosineEmbeddingLoss.*not positive.*write a loss rule"):
-        hessian_of_loss(nn.CosineEmbeddingLoss(), torch.tensor(1.0), torch.randn(3, 4), torch.randn(3, 4), torch.ones(3))
+        hessian_of_loss(
+            nn.CosineEmbeddingLoss(),
+            torch.tensor(1.0),
+            torch.randn(3, 4),
+            torch.randn(3, 4),
+            torch.ones(3),
+        )
     with pytest.raises(nnj.NNJError, match=r"CrossEntropyLoss.*not positive"):
         hessian_of_loss(CE(), torch.tensor(1.0), torch.randn(2, 3), -torch.rand(2, 3))
     with pytest.raises(nnj.NNJError, match="not positive semi-definite"):
         nnj.BlockHessian(torch.diag(torch.tensor([1.0, -0.1]))[None, None], [(1, 2)])
 
 
-@pytest.mark.parametrize("call", [
-    lambda o: o.sum().square(), lambda o: (o - o.mean(0)).square().sum(), lambda o: o.logsumexp(0).sum(),
-    lambda o: o.square().sum() + 1e-3 * o[0, 0] * o[1, 1], lambda o: o.square().sum().sqrt() + (o[:1] * o[1:2]).sum()])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda o: o.sum().square(),
+        lambda o: (o - o.mean(0)).square().sum(),
+        lambda o: o.logsumexp(0).sum(),
+        lambda o: o.square().sum() + 1e-3 * o[0, 0] * o[1, 1],
+        lambda o: o.square().sum().sqrt() + (o[:1] * o[1:2]).sum(),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_loss_that_couples_rows(call, dtype):
     with pytest.raises(nnj.NNJError, match="contrast couples rows of the batch"):
@@ -40,9 +56,15 @@ def test_a_loss_that_couples_rows(call, dtype):
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("call", [
-    lambda o: o.diff(dim=1).sum().square(), lambda o: o.logsumexp(1).sum() + 1e-2 * o.diff(dim=1).prod(),
-    lambda o: (o - o.flip(0)).logsumexp(1).sum(), lambda o: (o + o.flip(0)).logsumexp(1).sum()])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda o: o.diff(dim=1).sum().square(),
+        lambda o: o.logsumexp(1).sum() + 1e-2 * o.diff(dim=1).prod(),
+        lambda o: (o - o.flip(0)).logsumexp(1).sum(),
+        lambda o: (o + o.flip(0)).logsumexp(1).sum(),
+    ],
+)
 def test_a_loss_that_couples_rows_of_two_classes(call, size):
     """All of which see nothing but differences of classes, as cross entropy does."""
     with pytest.raises(nnj.NNJError, match="couples rows of the batch"):
@@ -54,11 +76,25 @@ def test_a_loss_of_one_axis_that_couples_entries():
         nnj.autodiff_hessian(lambda o: o.sum().square(), (z(4)(),))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: torch.randn(2, 3, dtype=torch.complex64), r"loss: .*is complex \(torch.complex64\).*view_as_real"),
-    (lambda: torch.ones(2, 3, dtype=torch.long), r"loss: the output of the model is not of floating point \(torch.int64\)"),
-    (lambda: torch.tensor([[1.0, torch.nan]]), "loss: the output of the model has entries that are not finite"),
-    (lambda: torch.tensor([[1.0, torch.inf]]), "not finite"), (lambda: torch.tensor([[1.0, -torch.inf]]), "not finite")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: torch.randn(2, 3, dtype=torch.complex64),
+            r"loss: .*is complex \(torch.complex64\).*view_as_real",
+        ),
+        (
+            lambda: torch.ones(2, 3, dtype=torch.long),
+            r"loss: the output of the model is not of floating point \(torch.int64\)",
+        ),
+        (
+            lambda: torch.tensor([[1.0, torch.nan]]),
+            "loss: the output of the model has entries that are not finite",
+        ),
+        (lambda: torch.tensor([[1.0, torch.inf]]), "not finite"),
+        (lambda: torch.tensor([[1.0, -torch.inf]]), "not finite"),
+    ],
+)
 def test_outputs_without_curvature(make, message):
     with pytest.raises(nnj.NNJError, match=message):
         check_outputs("loss", [torch.zeros(2), make()])
@@ -85,8 +121,12 @@ def test_a_loss_that_draws_random_numbers():
 
 
 def test_a_loss_without_second_derivatives():
-    with pytest.raises(nnj.NNJError, match=r"the loss cannot be differentiated twice by autograd: .*loss rule"):
-        nnj.autodiff_hessian(lambda o: F.multi_margin_loss(o, torch.tensor([0, 1]), p=2), (torch.randn(2, 3),))
+    with pytest.raises(
+        nnj.NNJError, match=r"the loss cannot be differentiated twice by autograd: .*loss rule"
+    ):
+        nnj.autodiff_hessian(
+            lambda o: F.multi_margin_loss(o, torch.tensor([0, 1]), p=2), (torch.randn(2, 3),)
+        )
 
 
 def test_ctc():
@@ -114,7 +154,9 @@ def test_check_loss_finds_a_wrong_rule():
     try:
         with pytest.raises(AssertionError, match=r"Half\(reduction='mean'\): S S\^T is wrong"):
             check_loss(Half(), z(3, 2)(), z(3, 2)())
-        with pytest.raises(AssertionError, match=r"Half\(reduction='mean'\): the value of the reference is wrong"):
+        with pytest.raises(
+            AssertionError, match=r"Half\(reduction='mean'\): the value of the reference is wrong"
+        ):
             check_loss(Half(), z(3, 2)(), z(3, 2)(), reference=lambda loss, y, t: 2 * loss(y, t))
     finally:
         use(former)

@@ -1,4 +1,5 @@
 """Columns, samples and products of a curvature."""
+
 from __future__ import annotations
 
 import pytest
@@ -39,7 +40,9 @@ def test_samples_are_unbiased_and_independent_between_rows_and_places():
     count = 20_000
     (s,) = h.place(h.sample(count, torch.Generator().manual_seed(1)))
     found = s.reshape(count, -1).T @ s.reshape(count, -1) / count
-    (columns,) = h.place((torch.eye(4, dtype=s.dtype).reshape(4, 1, 2, 2, 1) * h.columns(0, 3)).flatten(0, 1))
+    (columns,) = h.place(
+        (torch.eye(4, dtype=s.dtype).reshape(4, 1, 2, 2, 1) * h.columns(0, 3)).flatten(0, 1)
+    )
     exact = columns.reshape(12, -1).T @ columns.reshape(12, -1)
     size = exact.diagonal().sqrt()
     assert bool(((found - exact).abs() <= 6 * (3 / count) ** 0.5 * size * size[:, None]).all())
@@ -55,10 +58,14 @@ def test_samples_depend_on_the_generator_alone():
     assert torch.equal(h.sample(2), first)
 
 
-@pytest.mark.parametrize("rule, function, target", [
-    (CE(label_smoothing=0.1), lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1), y(4, 6)),
-    (nn.MSELoss(), lambda o, t: (o - t).square().mean(), lambda: torch.randn(6, 4)),
-    (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits, lambda: torch.rand(6, 4))])
+@pytest.mark.parametrize(
+    "rule, function, target",
+    [
+        (CE(label_smoothing=0.1), lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1), y(4, 6)),
+        (nn.MSELoss(), lambda o, t: (o - t).square().mean(), lambda: torch.randn(6, 4)),
+        (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits, lambda: torch.rand(6, 4)),
+    ],
+)
 def test_rule_and_function_collect_the_same(rule, function, target):
     model, x, target, found = nnj.extend(nn.Linear(3, 4)), torch.randn(6, 3), target(), []
     for loss in (nnj.extend(rule), nnj.extend(function)):
@@ -69,9 +76,16 @@ def test_rule_and_function_collect_the_same(rule, function, target):
     assert found[0][0].any()
 
 
-@pytest.mark.parametrize("make", [lambda o: hessian_of_loss(CE(), torch.tensor(1.0), o, torch.zeros(len(o), dtype=torch.long)),
-                                  lambda o: hessian_of_loss(nn.MSELoss(), torch.tensor(1.0), o, torch.zeros_like(o)),
-                                  lambda o: nnj.autodiff_hessian(lambda o: o.square().sum(), (o,))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: hessian_of_loss(
+            CE(), torch.tensor(1.0), o, torch.zeros(len(o), dtype=torch.long)
+        ),
+        lambda o: hessian_of_loss(nn.MSELoss(), torch.tensor(1.0), o, torch.zeros_like(o)),
+        lambda o: nnj.autodiff_hessian(lambda o: o.square().sum(), (o,)),
+    ],
+)
 def test_no_rows(make):
     output = torch.zeros(0, 3)
     h = make(output)
@@ -107,4 +121,6 @@ def test_a_curvature_needs_only_columns():
     torch.testing.assert_close(h.diagonal(), full.diagonal(dim1=-2, dim2=-1))
     torch.testing.assert_close(h.product(s[:4]), torch.einsum("rdbc,krdc->krdb", full, s[:4]))
     signs = h.signs(3, torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(h.sample(3, torch.Generator().manual_seed(0)), torch.einsum("kjrd,jrdb->krdb", signs, s))
+    torch.testing.assert_close(
+        h.sample(3, torch.Generator().manual_seed(0)), torch.einsum("kjrd,jrdb->krdb", signs, s)
+    )

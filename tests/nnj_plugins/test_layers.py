@@ -1,4 +1,5 @@
 """Every rule of our own against dense derivatives, and what rules refuse or decline."""
+
 from __future__ import annotations
 
 import gc
@@ -15,8 +16,21 @@ from nnj.registry.manager import use
 from nnj.testing import check_layer
 from tests.support.layers import ACTIVATIONS, CASES, INPLACE
 
-FILES = ("linear", "conv", "pooling", "shape", "padding", "upsample", "dropout", "norm", "embedding", "activation",
-         "extra", "abstract_jacobian", "fallback")
+FILES = (
+    "linear",
+    "conv",
+    "pooling",
+    "shape",
+    "padding",
+    "upsample",
+    "dropout",
+    "norm",
+    "embedding",
+    "activation",
+    "extra",
+    "abstract_jacobian",
+    "fallback",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +66,9 @@ def test_layer_is_described_by_its_own_rule(name, module, x):
 
 @pytest.mark.parametrize("module, x", [pytest.param(*case[1:], id=case[0]) for case in CASES])
 def test_nothing_outlives_the_operators(module, x):
-    """No cycle of references keeps the point or what was derived from it: memory is free as soon as a sweep is done."""
+    """No cycle of references keeps the point or what was derived from it: memory is free as soon as
+    a sweep is done.
+    """
     module, x = module().double(), x()
     x = x.double() if x.is_floating_point() else x
     entry = find_rule(module)
@@ -71,12 +87,20 @@ def test_nothing_outlives_the_operators(module, x):
         gc.enable()
 
 
-KINKS = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 1.5, -1.5, 20.0, -20.0, 200.0, -200.0])
+KINKS = torch.tensor(
+    [-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 1.5, -1.5, 20.0, -20.0, 200.0, -200.0]
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [pytest.param(make, id=f"{name}{suffix}") for suffix, table in
-                                  (("", ACTIVATIONS), ("-inplace", INPLACE)) for name, make in table.items()])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=f"{name}{suffix}")
+        for suffix, table in (("", ACTIVATIONS), ("-inplace", INPLACE))
+        for name, make in table.items()
+    ],
+)
 def test_slopes_at_kinks_and_far_out_are_autograds(make, dtype):
     x = KINKS.to(dtype)[:, None].requires_grad_()
     module = make().to(dtype)
@@ -86,7 +110,8 @@ def test_slopes_at_kinks_and_far_out_are_autograds(make, dtype):
     found = j.vjp(torch.ones(1, *y.shape, dtype=dtype))[0]
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=2 * eps)  # slopes told from y are as fine as y
+    # slopes told from y are as fine as y
+    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=2 * eps)
 
 
 def test_largest_of_equal_numbers_is_torchs_choice():
@@ -98,12 +123,27 @@ def test_largest_of_equal_numbers_is_torchs_choice():
     torch.testing.assert_close(slots_of(module, x.detach())["input"].vjp(u[None])[0], expected)
 
 
-@pytest.mark.parametrize("module, x, message", [
-    (nn.BatchNorm2d(2), torch.randn(3, 2, 2, 2),
-     r"^layer 'net.layer': BatchNorm2d in training mode makes the samples .* call model.eval\(\), or freeze"),
-    (nn.BatchNorm1d(2, track_running_stats=False).eval(), torch.randn(3, 2),
-     r"^layer 'net.layer': BatchNorm1d without running statistics .* use track_running_stats=True and model.eval\(\)"),
-])
+@pytest.mark.parametrize(
+    "module, x, message",
+    [
+        (
+            nn.BatchNorm2d(2),
+            torch.randn(3, 2, 2, 2),
+            (
+                r"^layer 'net.layer': BatchNorm2d in training mode makes the samples .* call "
+                r"model.eval\(\), or freeze"
+            ),
+        ),
+        (
+            nn.BatchNorm1d(2, track_running_stats=False).eval(),
+            torch.randn(3, 2),
+            (
+                r"^layer 'net.layer': BatchNorm1d without running statistics .* use "
+                r"track_running_stats=True and model.eval\(\)"
+            ),
+        ),
+    ],
+)
 def test_coupled_samples_are_refused(module, x, message):
     with pytest.raises(nnj.NNJError, match=message) as caught:
         slots_of(module, x)
@@ -148,7 +188,10 @@ DECLINED = {
     "elu-negative": (nn.ELU(-0.5), (2, 3)),
     "threshold-high-value": (nn.Threshold(0.5, 1.0), (2, 3)),
     "rrelu": (nn.RReLU(), (2, 3)),
-    **{f"{cls.__name__}-inplace": (cls(inplace=True), (2, 3)) for cls in (nn.SiLU, nn.Mish, nn.Hardswish)},
+    **{
+        f"{cls.__name__}-inplace": (cls(inplace=True), (2, 3))
+        for cls in (nn.SiLU, nn.Mish, nn.Hardswish)
+    },
     "softmax-batch": (nn.Softmax(0), (2, 3)),
     "logsoftmax-batch": (nn.LogSoftmax(-2), (2, 3)),
     "softmax2d-unbatched": (nn.Softmax2d(), (2, 3, 2)),
@@ -185,7 +228,8 @@ def test_fallback_leaves_buffers_alone():
     module = Counting()
     x = torch.randn(2, 3)
     y = module(x)
-    assert apply_rule(find_rule(module), module, x, y) is None  # the next call multiplies by another number
+    # the next call multiplies by another number
+    assert apply_rule(find_rule(module), module, x, y) is None
     assert module.seen == 1
 
 

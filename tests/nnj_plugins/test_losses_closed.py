@@ -1,4 +1,5 @@
 """Rules in closed form against torch.func.hessian, for every reduction."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,7 +25,11 @@ CROSS_ENTROPY = {
     "unbatched, all options": (ce(weighted=True, label_smoothing=0.2), z(4), y(4)),
     "unbatched, soft": (ce(weighted=True, label_smoothing=0.2), z(4), soft(4)),
     "weights": (ce(weighted=True), z(5, 4), y(4, 5)),
-    "a weight of zero": (lambda: CE(weight=torch.tensor([1.0, 0.0, 2.0])), z(6, 3), lambda: torch.tensor([0, 1, 2, 0, 1, 2])),
+    "a weight of zero": (
+        lambda: CE(weight=torch.tensor([1.0, 0.0, 2.0])),
+        z(6, 3),
+        lambda: torch.tensor([0, 1, 2, 0, 1, 2]),
+    ),
     "smoothing": (ce(label_smoothing=0.3), z(5, 4), y(4, 5)),
     "smoothing 1": (ce(label_smoothing=1.0), z(5, 4), y(4, 5)),
     "weights and smoothing": (ce(weighted=True, label_smoothing=0.3), z(5, 4), y(4, 5)),
@@ -32,14 +37,22 @@ CROSS_ENTROPY = {
     "a class ignored": (ce(ignore_index=1), z(9, 4), y(4, 9)),
     "ignored, weights": (ce(weighted=True, ignore_index=2), z(9, 4), y(4, 9)),
     "ignored, smoothing": (ce(ignore_index=-1, label_smoothing=0.1), z(9, 4), ignoring(-1, 4, 9)),
-    "ignored beyond, all": (ce(weighted=True, ignore_index=255, label_smoothing=0.1), z(9, 4), ignoring(255, 4, 9)),
+    "ignored beyond, all": (
+        ce(weighted=True, ignore_index=255, label_smoothing=0.1),
+        z(9, 4),
+        ignoring(255, 4, 9),
+    ),
     "soft": (CE, z(5, 4), soft(5, 4)),
     "soft, weights": (ce(weighted=True), z(5, 4), soft(5, 4)),
     "soft, smoothing": (ce(label_smoothing=0.3), z(5, 4), soft(5, 4)),
     "soft, all": (ce(weighted=True, label_smoothing=0.3, ignore_index=-7), z(5, 4), soft(5, 4)),
     "an axis": (CE, z(3, 4, 2), y(4, 3, 2)),
     "two axes": (CE, z(2, 3, 2, 2), y(3, 2, 2, 2)),
-    "two axes, all": (ce(3, weighted=True, ignore_index=0, label_smoothing=0.1), z(2, 3, 2, 2), y(3, 2, 2, 2)),
+    "two axes, all": (
+        ce(3, weighted=True, ignore_index=0, label_smoothing=0.1),
+        z(2, 3, 2, 2),
+        y(3, 2, 2, 2),
+    ),
     "an axis, soft, all": (ce(weighted=True, label_smoothing=0.1), z(3, 4, 2), soft(3, 4, 2)),
     "an axis of as many places as classes": (CE, z(3, 3, 3), y(3, 3, 3)),
     "strided": (CE, lambda: z(3, 2, 4)().mT, y(4, 3, 2)),
@@ -63,13 +76,29 @@ ENTRYWISE = {
     "bce, one axis": (BCE, z(5), lambda: y(2, 5)().double()),
     "bce, weight": (lambda: BCE(weight=torch.rand(4)), z(5, 4), soft(5, 4)),
     "bce, weight of rows": (lambda: BCE(weight=torch.rand(5, 1)), z(5, 4), soft(5, 4)),
-    "bce, weight of positives": (lambda: BCE(pos_weight=torch.tensor([0.1, 1.0, 9.0])), z(5, 3), soft(5, 3)),
+    "bce, weight of positives": (
+        lambda: BCE(pos_weight=torch.tensor([0.1, 1.0, 9.0])),
+        z(5, 3),
+        soft(5, 3),
+    ),
     "bce, all": (lambda: BCE(torch.rand(5, 3), pos_weight=torch.rand(3)), z(5, 3), soft(5, 3)),
     "bce, images": (lambda: BCE(pos_weight=torch.rand(3, 1)), z(2, 3, 2), soft(2, 3, 2)),
     "bce of probabilities": (nn.BCELoss, lambda: soft(4, 3)() * 0.8 + 0.1, soft(4, 3)),
-    "bce of probabilities, weight": (lambda: nn.BCELoss(torch.rand(3)), lambda: soft(4, 3)() * 0.8 + 0.1, soft(4, 3)),
-    "bce of probabilities, hard": (nn.BCELoss, lambda: soft(4, 3)() * 0.8 + 0.1, lambda: y(2, 4, 3)().double()),
-    "bce of probabilities, images": (nn.BCELoss, lambda: soft(2, 3, 2, 2)() * 0.8 + 0.1, soft(2, 3, 2, 2)),
+    "bce of probabilities, weight": (
+        lambda: nn.BCELoss(torch.rand(3)),
+        lambda: soft(4, 3)() * 0.8 + 0.1,
+        soft(4, 3),
+    ),
+    "bce of probabilities, hard": (
+        nn.BCELoss,
+        lambda: soft(4, 3)() * 0.8 + 0.1,
+        lambda: y(2, 4, 3)().double(),
+    ),
+    "bce of probabilities, images": (
+        nn.BCELoss,
+        lambda: soft(2, 3, 2, 2)() * 0.8 + 0.1,
+        soft(2, 3, 2, 2),
+    ),
     "huber": (nn.HuberLoss, z(4, 3), z(4, 3)),
     "huber, delta": (lambda: nn.HuberLoss(delta=0.7), z(4, 3, 2), z(4, 3, 2)),
     "smooth l1": (nn.SmoothL1Loss, z(4, 3), z(4, 3)),
@@ -78,9 +107,18 @@ ENTRYWISE = {
     "poisson": (Poisson, z(4, 3), soft(4, 3)),
     "poisson, full": (lambda: Poisson(full=True), z(4, 3, 2), lambda: 5 * soft(4, 3, 2)()),
     "poisson, rates": (lambda: Poisson(log_input=False), lambda: soft(4, 3)() + 0.1, soft(4, 3)),
-    "poisson, rates, eps": (lambda: Poisson(log_input=False, eps=0.3, full=True), soft(4, 3), soft(4, 3)),
+    "poisson, rates, eps": (
+        lambda: Poisson(log_input=False, eps=0.3, full=True),
+        soft(4, 3),
+        soft(4, 3),
+    ),
     "gaussian": (Gaussian, z(4, 3), z(4, 3), lambda: soft(4, 3)() + 0.1),
-    "gaussian, full": (lambda: Gaussian(full=True), z(4, 3, 2), z(4, 3, 2), lambda: soft(4, 3, 2)() + 0.1),
+    "gaussian, full": (
+        lambda: Gaussian(full=True),
+        z(4, 3, 2),
+        z(4, 3, 2),
+        lambda: soft(4, 3, 2)() + 0.1,
+    ),
     "gaussian, one variance a row": (Gaussian, z(4, 3), z(4, 3), lambda: soft(4, 1)() + 0.1),
     "gaussian, one variance a row, flat": (Gaussian, z(4, 3), z(4, 3), lambda: soft(4)() + 0.1),
     "gaussian, a number": (Gaussian, z(4, 3), z(4, 3), lambda: 0.3),
@@ -88,7 +126,11 @@ ENTRYWISE = {
     "soft margin": (nn.SoftMarginLoss, z(4, 3), signs(4, 3)),
     "soft margin, soft": (nn.SoftMarginLoss, z(4, 3, 2), soft(4, 3, 2)),
     "several labels": (nn.MultiLabelSoftMarginLoss, z(4, 3), lambda: y(2, 4, 3)().double()),
-    "several labels, weight": (lambda: nn.MultiLabelSoftMarginLoss(torch.rand(3)), z(4, 3), soft(4, 3)),
+    "several labels, weight": (
+        lambda: nn.MultiLabelSoftMarginLoss(torch.rand(3)),
+        z(4, 3),
+        soft(4, 3),
+    ),
     "several labels, one sample": (nn.MultiLabelSoftMarginLoss, z(3), soft(3)),
     "several labels, places": (nn.MultiLabelSoftMarginLoss, z(4, 2, 3), soft(4, 2, 3)),
 }
@@ -114,14 +156,18 @@ def test_twice_agrees_with_the_rule_for_cross_entropy(loss, given):
         output, args = output[None], [args[0][None]]
     h = nnj.autodiff_hessian(lambda o: loss(o, *args), (output,))
     g = hessian_of_loss(loss, torch.tensor(1.0, dtype=torch.float64), output, *args)
-    torch.testing.assert_close(h.place(h.diagonal()[None]), g.place(g.diagonal()[None]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        h.place(h.diagonal()[None]), g.place(g.diagonal()[None]), rtol=1e-9, atol=1e-12
+    )
     v = torch.randn(2, *output.shape, dtype=torch.float64)
     ours = v.reshape(2, g.rows, g.block, g.places).mT
     theirs = v.reshape(2, h.rows, h.block, h.places).mT
-    torch.testing.assert_close(h.place(h.product(theirs)), g.place(g.product(ours)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        h.place(h.product(theirs)), g.place(g.product(ours)), rtol=1e-9, atol=1e-12
+    )
 
 
-# -- margins: torch cannot differentiate them twice, so they are written out ------------------------------------------------
+# -- margins: torch cannot differentiate them twice, so they are written out -----------------------
 
 
 def reduced(loss, rows):
@@ -130,7 +176,9 @@ def reduced(loss, rows):
 
 def multi_margin(loss, z, t):
     z, t = torch.atleast_2d(z), t.reshape(-1)
-    hinge = (loss.margin - z.gather(1, t[:, None]) + z).relu() ** loss.p * (torch.arange(z.shape[1]) != t[:, None])
+    hinge = (loss.margin - z.gather(1, t[:, None]) + z).relu() ** loss.p * (
+        torch.arange(z.shape[1]) != t[:, None]
+    )
     rows = hinge.sum(1) / z.shape[1] * (1.0 if loss.weight is None else loss.weight[t])
     return reduced(loss, rows)
 
@@ -147,11 +195,25 @@ def multi_label_margin(loss, z, t):
 MARGINS = {
     "linear": (nn.MultiMarginLoss, multi_margin, z(5, 4), y(4, 5)),
     "squared": (lambda: nn.MultiMarginLoss(p=2), multi_margin, z(5, 4), y(4, 5)),
-    "squared, all": (lambda: nn.MultiMarginLoss(p=2, margin=0.7, weight=torch.rand(4).double()), multi_margin, z(5, 4), y(4, 5)),
+    "squared, all": (
+        lambda: nn.MultiMarginLoss(p=2, margin=0.7, weight=torch.rand(4).double()),
+        multi_margin,
+        z(5, 4),
+        y(4, 5),
+    ),
     "squared, two classes": (lambda: nn.MultiMarginLoss(p=2), multi_margin, z(5, 2), y(2, 5)),
-    "squared, far out": (lambda: nn.MultiMarginLoss(p=2), multi_margin, lambda: 1000 * z(5, 4)(), y(4, 5)),
-    "several labels": (nn.MultiLabelMarginLoss, multi_label_margin, z(2, 4),
-                       lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]])),
+    "squared, far out": (
+        lambda: nn.MultiMarginLoss(p=2),
+        multi_margin,
+        lambda: 1000 * z(5, 4)(),
+        y(4, 5),
+    ),
+    "several labels": (
+        nn.MultiLabelMarginLoss,
+        multi_label_margin,
+        z(2, 4),
+        lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]]),
+    ),
 }
 
 
@@ -163,6 +225,11 @@ def test_margins(loss, given):
 
 def test_a_squared_margin_of_one_sample():
     row, loss, scale = torch.tensor([1.0, 0.5, 3.0]), nn.MultiMarginLoss(p=2), torch.tensor(1.0)
-    h, one = (hessian_of_loss(loss, scale, o, t) for o, t in ((row[None], torch.tensor([0])), (row, torch.tensor(0))))
+    h, one = (
+        hessian_of_loss(loss, scale, o, t)
+        for o, t in ((row[None], torch.tensor([0])), (row, torch.tensor(0)))
+    )
     torch.testing.assert_close(h.columns(0, 2), one.columns(0, 2))
-    assert h.place(h.columns(0, 2))[0].shape == (2, 1, 3) and one.place(one.columns(0, 2))[0].shape == (2, 3)
+    assert h.place(h.columns(0, 2))[0].shape == (2, 1, 3) and one.place(one.columns(0, 2))[
+        0
+    ].shape == (2, 3)

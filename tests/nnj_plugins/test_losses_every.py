@@ -1,4 +1,7 @@
-"""Every loss of torch, as module and as function: exact in a model, or refused in a sentence. None is left out."""
+"""Every loss of torch, as module and as function: exact in a model, or refused in a sentence. None
+is left out.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -18,7 +21,10 @@ from nnj_plugins.losses.functional import MODULES
 from tests.nnj_plugins.test_losses_closed import multi_label_margin, multi_margin
 from tests.support.losses import y
 
-pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.filterwarnings("ignore:reduction:UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.filterwarnings("ignore:reduction:UserWarning"),
+]
 N, C = 5, 4
 
 
@@ -52,8 +58,11 @@ EXACT = {
     "BCELoss": (nn.Sigmoid, [rand], own),
     "BCEWithLogitsLoss": (same, [rand], own),
     "HingeEmbeddingLoss": (same, [signs], own),
-    "MultiLabelMarginLoss": (same, [lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]] * 2 + [[0, 1, -1, 2]])],
-                             multi_label_margin),
+    "MultiLabelMarginLoss": (
+        same,
+        [lambda: torch.tensor([[3, 0, -1, 1], [2, -1, 0, 0]] * 2 + [[0, 1, -1, 2]])],
+        multi_label_margin,
+    ),
     "SmoothL1Loss": (same, [rand], own),
     "HuberLoss": (same, [rand], own),
     "SoftMarginLoss": (same, [signs], own),
@@ -62,21 +71,42 @@ EXACT = {
     "MultiMarginLoss": (same, [labels], multi_margin),
 }
 # Of several outputs, with parameters of their own, or never convex.
-OTHERS = {"LinearCrossEntropyLoss", "CosineEmbeddingLoss", "MarginRankingLoss", "TripletMarginLoss",
-          "TripletMarginWithDistanceLoss", "CTCLoss"}
+OTHERS = {
+    "LinearCrossEntropyLoss",
+    "CosineEmbeddingLoss",
+    "MarginRankingLoss",
+    "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
+    "CTCLoss",
+}
 
 
 def test_no_loss_of_torch_is_left_out():
-    names = {name for name, cls in vars(nn).items() if isinstance(cls, type) and issubclass(cls, nn.modules.loss._Loss)}
+    names = {
+        name
+        for name, cls in vars(nn).items()
+        if isinstance(cls, type) and issubclass(cls, nn.modules.loss._Loss)
+    }
     assert names | set(nn.modules.loss.__all__) == set(EXACT) | OTHERS
-    by_rule = {name for name in names if manager().find("loss", getattr(nn, name)).key is getattr(nn, name)}
+    by_rule = {
+        name for name in names if manager().find("loss", getattr(nn, name)).key is getattr(nn, name)
+    }
     assert by_rule == set(EXACT) | {"CTCLoss"}
 
 
 def test_no_function_of_torch_is_left_out():
-    here = {f for name, f in vars(F).items() if name.endswith(("_loss", "_entropy", "kl_div", "_with_logits")) and callable(f)}
-    without = {F.linear_cross_entropy, F.cosine_embedding_loss, F.margin_ranking_loss, F.triplet_margin_loss,
-               F.triplet_margin_with_distance_loss}
+    here = {
+        f
+        for name, f in vars(F).items()
+        if name.endswith(("_loss", "_entropy", "kl_div", "_with_logits")) and callable(f)
+    }
+    without = {
+        F.linear_cross_entropy,
+        F.cosine_embedding_loss,
+        F.margin_ranking_loss,
+        F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
+    }
     assert here == set(MODULES) | without
 
 
@@ -97,12 +127,16 @@ FUNCTIONS = {cls.__name__: function for function, cls in MODULES.items()}
 def test_module_in_a_model(name, reduction):
     last, targets, reference = EXACT[name]
     loss = getattr(nn, name)(reduction=reduction)
-    check_model(Net(last()), loss, torch.randn(N, 3), *[make() for make in targets], reference=reference)
+    check_model(
+        Net(last()), loss, torch.randn(N, 3), *[make() for make in targets], reference=reference
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_what_a_rule_is_compared_with(name):
-    """A user of check_model and check_loss has no reference: what rules declare is right, for modules and for functions."""
+    """A user of check_model and check_loss has no reference: what rules declare is right, for
+    modules and for functions.
+    """
     last, targets, reference = EXACT[name]
     losses = [getattr(nn, name)(), getattr(nn, name)(reduction="sum")]
     losses += [functools.partial(FUNCTIONS[name], reduction="sum")] if name in FUNCTIONS else []
@@ -122,14 +156,25 @@ def test_a_loss_without_a_rule_is_its_own_reference():
             return (output - target).square().sum()
 
     output, target = torch.randn(2, 3), torch.randn(2, 3)
-    for loss in (Squares(), lambda y, t: (y - t).square().sum(), nnj.extend(lambda y, t: (y - t).square().sum())):
-        assert torch.equal(reference_of_loss(loss)(loss, output, target), (output - target).square().sum())
+    for loss in (
+        Squares(),
+        lambda y, t: (y - t).square().sum(),
+        nnj.extend(lambda y, t: (y - t).square().sum()),
+    ):
+        assert torch.equal(
+            reference_of_loss(loss)(loss, output, target), (output - target).square().sum()
+        )
 
 
 def test_a_reference_with_another_value():
     with pytest.raises(AssertionError, match="the reference is .* where the loss is"):
-        check_model(nn.Linear(3, C), nn.MSELoss(), torch.randn(N, 3), torch.rand(N, C),
-                    reference=lambda loss, y, t: 2 * loss(y, t))
+        check_model(
+            nn.Linear(3, C),
+            nn.MSELoss(),
+            torch.randn(N, 3),
+            torch.rand(N, C),
+            reference=lambda loss, y, t: 2 * loss(y, t),
+        )
 
 
 @pytest.mark.parametrize("options", [{}, dict(reduction="sum")])
@@ -153,17 +198,30 @@ def test_function_is_the_module(name, options, monkeypatch):
         torch.testing.assert_close(other, found[0])
 
 
-@pytest.mark.parametrize("function, options", [
-    (F.mse_loss, dict(weight=torch.rand(N, C).double())), (F.huber_loss, dict(weight=torch.rand(N, C).double(), delta=0.4)),
-    (F.cross_entropy, dict(label_smoothing=0.1, weight=torch.rand(C).double(), ignore_index=1)),
-    (F.multi_margin_loss, dict(margin=0.4)), (F.smooth_l1_loss, dict(beta=0.3)), (F.poisson_nll_loss, dict(full=True)),
-    (F.binary_cross_entropy_with_logits, dict(pos_weight=torch.rand(C).double()))])
+@pytest.mark.parametrize(
+    "function, options",
+    [
+        (F.mse_loss, dict(weight=torch.rand(N, C).double())),
+        (F.huber_loss, dict(weight=torch.rand(N, C).double(), delta=0.4)),
+        (F.cross_entropy, dict(label_smoothing=0.1, weight=torch.rand(C).double(), ignore_index=1)),
+        (F.multi_margin_loss, dict(margin=0.4)),
+        (F.smooth_l1_loss, dict(beta=0.3)),
+        (F.poisson_nll_loss, dict(full=True)),
+        (F.binary_cross_entropy_with_logits, dict(pos_weight=torch.rand(C).double())),
+    ],
+)
 def test_options_of_functions(function, options):
     target = labels() if function in (F.cross_entropy, F.multi_margin_loss) else torch.rand(N, C)
     reference = lambda loss, z, t: function(z, t, **options)
     if function is F.multi_margin_loss:
         reference = lambda loss, z, t: multi_margin(nn.MultiMarginLoss(**options), z, t)
-    check_model(Net(same()), functools.partial(function, **options), torch.randn(N, 3), target, reference=reference)
+    check_model(
+        Net(same()),
+        functools.partial(function, **options),
+        torch.randn(N, 3),
+        target,
+        reference=reference,
+    )
 
 
 def two_heads():
@@ -181,13 +239,22 @@ def halves(z):
     return z[:, :C], z[:, C:]
 
 
-@pytest.mark.parametrize("loss, targets", [
-    (nn.CosineEmbeddingLoss(), [torch.ones(N)]), (nn.TripletMarginLoss(margin=9.0), [torch.randn(N, C)]),
-    (nn.TripletMarginWithDistanceLoss(margin=9.0), [torch.randn(N, C)]), (F.triplet_margin_loss, [torch.randn(N, C)]),
-    (nn.CosineEmbeddingLoss(margin=-0.9), [-torch.ones(N)])])
+@pytest.mark.parametrize(
+    "loss, targets",
+    [
+        (nn.CosineEmbeddingLoss(), [torch.ones(N)]),
+        (nn.TripletMarginLoss(margin=9.0), [torch.randn(N, C)]),
+        (nn.TripletMarginWithDistanceLoss(margin=9.0), [torch.randn(N, C)]),
+        (F.triplet_margin_loss, [torch.randn(N, C)]),
+        (nn.CosineEmbeddingLoss(margin=-0.9), [-torch.ones(N)]),
+    ],
+)
 def test_distances_are_not_convex(loss, targets):
     name = name_of(nnj.extend(loss))
-    with pytest.raises(nnj.NNJError, match=rf"{name}: its Hessian .*not positive semi-definite \(smallest eigenvalue -"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=rf"{name}: its Hessian .*not positive semi-definite \(smallest eigenvalue -",
+    ):
         run(loss, halves, *targets)
 
 
@@ -200,27 +267,44 @@ def test_a_triplet_that_is_far_enough_has_no_curvature():
     assert not run(nn.TripletMarginLoss(margin=1e-3), far, torch.full((N, C), 100.0)).any()
 
 
-@pytest.mark.parametrize("loss", [nn.GaussianNLLLoss(), F.gaussian_nll_loss, nn.GaussianNLLLoss(full=True, reduction="sum")])
+@pytest.mark.parametrize(
+    "loss",
+    [nn.GaussianNLLLoss(), F.gaussian_nll_loss, nn.GaussianNLLLoss(full=True, reduction="sum")],
+)
 def test_a_variance_that_is_learned_is_not_convex(loss):
     model, x = two_heads(), torch.randn(N, 3).double()
     z = model(x)
-    with pytest.raises(nnj.NNJError, match="(GaussianNLLLoss|gaussian_nll_loss): its Hessian .*not positive semi-definite"), \
-            nnj.collect("ggn_diag"):
+    with (
+        pytest.raises(
+            nnj.NNJError,
+            match="(GaussianNLLLoss|gaussian_nll_loss): its Hessian .*not positive semi-definite",
+        ),
+        nnj.collect("ggn_diag"),
+    ):
         nnj.extend(loss)(z[:, :C], torch.randn(N, C), z[:, C:].exp()).backward()
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_loss_that_holds_a_layer(inside):
-    model, loss, x, t = nnj.extend(Net(same())), nn.LinearCrossEntropyLoss(C, 6), torch.randn(N, 3), y(6, N)()
+    model, loss, x, t = (
+        nnj.extend(Net(same())),
+        nn.LinearCrossEntropyLoss(C, 6),
+        torch.randn(N, 3),
+        y(6, N)(),
+    )
     if inside:
         model.loss = loss
     nnj.extend(loss)
-    with pytest.raises(nnj.NNJError, match="LinearCrossEntropyLoss: the loss reaches parameters of the model"), \
-            nnj.collect("ggn_diag"):
+    with (
+        pytest.raises(
+            nnj.NNJError, match="LinearCrossEntropyLoss: the loss reaches parameters of the model"
+        ),
+        nnj.collect("ggn_diag"),
+    ):
         loss(model(x), t).backward()
 
 
-# -- functions -----------------------------------------------------------------------------------------------------------
+# -- functions -------------------------------------------------------------------------------------
 
 
 def test_a_function_extended_in_a_loop_is_one_module():
@@ -243,7 +327,11 @@ def test_functions_are_named_in_errors():
         return z.sin().sum()
 
     model = nnj.extend(nn.Linear(3, 2))
-    named = {"wave": wave, r"the loss \(a lambda\)": lambda z: z.sin().sum(), ".*wave.*": functools.partial(wave)}
+    named = {
+        "wave": wave,
+        r"the loss \(a lambda\)": lambda z: z.sin().sum(),
+        ".*wave.*": functools.partial(wave),
+    }
     for name, loss in named.items():
         with pytest.raises(nnj.NNJError, match=rf"^{name}: its Hessian"), nnj.collect("ggn_diag"):
             nnj.extend(loss)(model(torch.full((2, 3), 10.0))).backward()

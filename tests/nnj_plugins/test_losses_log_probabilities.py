@@ -1,4 +1,7 @@
-"""NLLLoss and KLDivLoss are linear in log probabilities: their curvature is that of cross entropy, or they are refused."""
+"""NLLLoss and KLDivLoss are linear in log probabilities: their curvature is that of cross entropy,
+or they are refused.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -51,9 +54,19 @@ RULES = {
     "kl, one sample": (kl(), 0, log_p(4, axis=0), soft(4)),
     "kl, zero targets": (kl(), 1, log_p(5, 4), lambda: F.one_hot(torch.arange(5) % 4, 4).double()),
     "kl, places": (kl(reduction="batchmean"), 1, log_p(2, 3, 2, 2), soft(2, 3, 2, 2)),
-    "kl, last axis": (kl(reduction="batchmean", log_target=True), 2, log_p(3, 2, 4, axis=2), log_p(3, 2, 4, axis=2)),
+    "kl, last axis": (
+        kl(reduction="batchmean", log_target=True),
+        2,
+        log_p(3, 2, 4, axis=2),
+        log_p(3, 2, 4, axis=2),
+    ),
     "kl, middle axis": (kl(reduction="batchmean"), 2, log_p(2, 3, 4, 2, axis=2), soft(2, 3, 4, 2)),
-    "kl, last axis, one place": (kl(reduction="batchmean"), 2, log_p(3, 1, 4, axis=2), soft(3, 1, 4)),
+    "kl, last axis, one place": (
+        kl(reduction="batchmean"),
+        2,
+        log_p(3, 1, 4, axis=2),
+        soft(3, 1, 4),
+    ),
     "kl, target of all rows": (kl(reduction="batchmean"), 1, log_p(3, 4), soft(1, 4)),
     "kl, sure": (kl(), 1, log_p(5, 4, size=1000.0), soft(5, 4)),
 }
@@ -63,7 +76,11 @@ RULES = {
 @pytest.mark.parametrize("loss, given", made(RULES))
 def test_curvature_is_that_in_what_log_softmax_is_given(loss, given):
     axis, *given = given
-    check_loss(loss(), *[make() for make in given], reference=lambda loss, z, t: loss(z.log_softmax(axis), t))
+    check_loss(
+        loss(),
+        *[make() for make in given],
+        reference=lambda loss, z, t: loss(z.log_softmax(axis), t),
+    )
 
 
 class Head(nn.Module):
@@ -78,8 +95,11 @@ class Head(nn.Module):
 
 
 LASTS = {
-    "module": nn.LogSoftmax(1), "function": lambda z: F.log_softmax(z, -1), "method": lambda z: z.log_softmax(1),
-    "log of softmax": lambda z: z.softmax(1).log(), "logsumexp": lambda z: z - z.logsumexp(1, keepdim=True),
+    "module": nn.LogSoftmax(1),
+    "function": lambda z: F.log_softmax(z, -1),
+    "method": lambda z: z.log_softmax(1),
+    "log of softmax": lambda z: z.softmax(1).log(),
+    "logsumexp": lambda z: z - z.logsumexp(1, keepdim=True),
 }
 
 
@@ -87,7 +107,11 @@ def collected(model, loss, *args):
     model = nnj.extend(model)
     with nnj.collect("ggn_diag", "ggn_block", "batch_grad"):
         nnj.extend(loss)(model(*args[:-1]), args[-1]).backward()
-    return [p.ggn_diag for p in model.parameters()] + [model.one.ggn_block, model.two.ggn_block, model.one.weight.batch_grad]
+    return [p.ggn_diag for p in model.parameters()] + [
+        model.one.ggn_block,
+        model.two.ggn_block,
+        model.one.weight.batch_grad,
+    ]
 
 
 def one_hot(y):
@@ -99,7 +123,11 @@ OF = {
     "function": (F.nll_loss, lambda y: y, 1.0),
     "partial": (functools.partial(F.nll_loss, reduction="sum"), lambda y: y, 6.0),
     "divergence": (nn.KLDivLoss(reduction="batchmean"), lambda y: one_hot(y).double(), 1.0),
-    "divergence, sum": (functools.partial(F.kl_div, reduction="sum"), lambda y: one_hot(y).double(), 6.0),
+    "divergence, sum": (
+        functools.partial(F.kl_div, reduction="sum"),
+        lambda y: one_hot(y).double(),
+        6.0,
+    ),
 }
 
 
@@ -122,15 +150,19 @@ def test_sure_models_are_finite_and_right(dtype, size):
     model.last = nn.Identity()
     expected = collected(model, nn.CrossEntropyLoss(), x, t)
     assert all(bool(f.isfinite().all()) for f in found) and found[-1].any()
-    assert size > 100 or found[0].any()  # beyond, every probability that is not the largest has underflown
+    # beyond, every probability that is not the largest has underflown
+    assert size > 100 or found[0].any()
     torch.testing.assert_close(found, expected)
 
 
 def test_by_name():
     model, x, t = nnj.extend(Head(LASTS["module"])).double(), z(6, 3)(), y(4, 6)()
     loss, w, found = nnj.extend(F.nll_loss), torch.rand(4).double(), []
-    for call in (lambda: loss(model(x), t, w, reduction="sum"), lambda: loss(target=t, input=model(x), weight=w, reduction="sum"),
-                 lambda: loss(model(x), t, weight=w, reduction="none").sum()):
+    for call in (
+        lambda: loss(model(x), t, w, reduction="sum"),
+        lambda: loss(target=t, input=model(x), weight=w, reduction="sum"),
+        lambda: loss(model(x), t, weight=w, reduction="none").sum(),
+    ):
         with nnj.collect("ggn_diag"):
             call().backward()
         found.append(model.one.weight.ggn_diag)
@@ -145,7 +177,10 @@ def test_adaptive_log_softmax_by_its_log_probabilities():
     class Adaptive(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.softmax = nn.Linear(3, 5), nn.AdaptiveLogSoftmaxWithLoss(5, 9, [3, 6], div_value=2.0)
+            self.one, self.softmax = (
+                nn.Linear(3, 5),
+                nn.AdaptiveLogSoftmaxWithLoss(5, 9, [3, 6], div_value=2.0),
+            )
 
         def forward(self, x):
             return self.softmax.log_prob(torch.tanh(self.one(x)))
@@ -153,14 +188,18 @@ def test_adaptive_log_softmax_by_its_log_probabilities():
     model, x, t = Adaptive().double(), z(6, 3)(), y(9, 6)()
     params = {name: p.detach() for name, p in model.named_parameters()}
     p = model(x).exp().detach()
-    assert torch.allclose(nn.NLLLoss()(model(x), t), model.softmax(torch.tanh(model.one(x)), t).loss)
+    assert torch.allclose(
+        nn.NLLLoss()(model(x), t), model.softmax(torch.tanh(model.one(x)), t).loss
+    )
     j = jacrev(lambda q: functional_call(model, q, (x,)))(params)
     nnj.extend(model)
     with nnj.collect("ggn_diag"):
         nnj.extend(nn.NLLLoss())(model(x), t).backward()
     for name, q in model.named_parameters():
         flat = j[name].reshape(6, 9, -1)
-        own = (p[:, :, None] * flat.square()).sum((0, 1)) - (p[:, None] @ flat)[:, 0].square().sum(0)
+        own = (p[:, :, None] * flat.square()).sum((0, 1)) - (p[:, None] @ flat)[:, 0].square().sum(
+            0
+        )
         torch.testing.assert_close(q.ggn_diag.flatten(), own / 6, rtol=1e-9, atol=1e-12)
 
 
@@ -173,28 +212,56 @@ def test_the_loss_inside_adaptive_log_softmax_is_not_taken():
 
 def test_check_model_with_a_reference():
     model = Head(LASTS["module"])
-    check_model(model, nn.NLLLoss(), z(3, 3)(), y(4, 3)(), reference=lambda loss, z, t: loss(z.log_softmax(1), t))
+    check_model(
+        model,
+        nn.NLLLoss(),
+        z(3, 3)(),
+        y(4, 3)(),
+        reference=lambda loss, z, t: loss(z.log_softmax(1), t),
+    )
 
 
-@pytest.mark.parametrize("dtype, classes", [(torch.float32, 50_000), (torch.bfloat16, 1000), (torch.float16, 1000),
-                                            (torch.float64, 50_000)])
+@pytest.mark.parametrize(
+    "dtype, classes",
+    [
+        (torch.float32, 50_000),
+        (torch.bfloat16, 1000),
+        (torch.float16, 1000),
+        (torch.float64, 50_000),
+    ],
+)
 def test_rounding_of_many_classes_is_no_reason_to_refuse(dtype, classes):
     for size in (1e-3, 1.0, 30.0):
         output = (size * torch.randn(3, classes, dtype=torch.float64)).to(dtype).log_softmax(1)
         h = hessian_of_loss(nn.NLLLoss(), ONE, output, torch.tensor([0, 1, 2]))
         p = output.double().softmax(1)
-        torch.testing.assert_close(h.diagonal()[:, 0].double(), p * (1 - p) / 3, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(
+            h.diagonal()[:, 0].double(), p * (1 - p) / 3, rtol=1e-4, atol=1e-9
+        )
 
 
-@pytest.mark.parametrize("make", [lambda: torch.randn(3, 4), lambda: torch.randn(3, 4).softmax(1), lambda: torch.zeros(3, 4),
-                                  lambda: torch.randn(3, 4).log_softmax(0), lambda: torch.randn(3, 4).log_softmax(1) + 1e-4,
-                                  lambda: torch.randn(3, 4).log_softmax(1).double() + 1e-10])
-@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.KLDivLoss(reduction="batchmean"), F.nll_loss, F.kl_div])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(3, 4),
+        lambda: torch.randn(3, 4).softmax(1),
+        lambda: torch.zeros(3, 4),
+        lambda: torch.randn(3, 4).log_softmax(0),
+        lambda: torch.randn(3, 4).log_softmax(1) + 1e-4,
+        lambda: torch.randn(3, 4).log_softmax(1).double() + 1e-10,
+    ],
+)
+@pytest.mark.parametrize(
+    "loss", [nn.NLLLoss(), nn.KLDivLoss(reduction="batchmean"), F.nll_loss, F.kl_div]
+)
 @pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 def test_what_is_no_log_probability_is_refused(make, loss):
     target = torch.rand(3, 4) if loss is F.kl_div or isinstance(loss, nn.KLDivLoss) else y(4, 3)()
     loss = nnj.extend(loss)
-    with pytest.raises(nnj.NNJError, match=r"(NLLLoss|KLDivLoss): exp of its input does not sum to one over .*CrossEntropyLoss"):
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"(NLLLoss|KLDivLoss): exp of its input does not sum to one over .*CrossEntropyLoss",
+    ):
         hessian_of_loss(loss, ONE, make(), target)
 
 
@@ -214,8 +281,13 @@ def test_negative_weights_are_refused():
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_divergence_from_a_target_that_is_learned_is_refused(signed):
     model, x = nnj.extend(nn.Linear(3, 4)), torch.randn(6, 3)
-    with pytest.raises(nnj.NNJError, match="KLDivLoss is linear in log probabilities"), nnj.collect("ggn_diag", signed=signed):
-        nnj.extend(nn.KLDivLoss(reduction="sum"))(model(x).log_softmax(1), model(-x).softmax(1)).backward()
+    with (
+        pytest.raises(nnj.NNJError, match="KLDivLoss is linear in log probabilities"),
+        nnj.collect("ggn_diag", signed=signed),
+    ):
+        nnj.extend(nn.KLDivLoss(reduction="sum"))(
+            model(x).log_softmax(1), model(-x).softmax(1)
+        ).backward()
 
 
 class Own(nn.NLLLoss):
@@ -223,10 +295,17 @@ class Own(nn.NLLLoss):
         return 0.9 * super().forward(z, t)
 
 
-@pytest.mark.parametrize("loss", [Own(), lambda z, t: F.nll_loss(z, t), lambda z, t: -z.gather(1, t[:, None]).mean()])
+@pytest.mark.parametrize(
+    "loss", [Own(), lambda z, t: F.nll_loss(z, t), lambda z, t: -z.gather(1, t[:, None]).mean()]
+)
 def test_what_is_linear_in_log_probabilities_otherwise_is_refused(loss):
     model, x, t = nnj.extend(Head(LASTS["module"])), torch.randn(6, 3), y(4, 6)()
-    with pytest.raises(nnj.NNJError, match=r"(Own|a lambda\)) is linear in log probabilities.*logits"), nnj.collect("ggn_diag"):
+    with (
+        pytest.raises(
+            nnj.NNJError, match=r"(Own|a lambda\)) is linear in log probabilities.*logits"
+        ),
+        nnj.collect("ggn_diag"),
+    ):
         nnj.extend(loss)(model(x), t).backward()
 
 
@@ -242,15 +321,24 @@ class Two(nn.Module):
         return z[:, :3].log_softmax(1), z[:, 3:]
 
 
-@pytest.mark.parametrize("loss", [
-    lambda z, m, t: F.nll_loss(z, t) + m.square().mean(), lambda z, m, t: F.nll_loss(z, t) + m.logsumexp(1).square().sum(),
-    lambda z, m, t: F.kl_div(z, F.one_hot(t, 3).to(z), reduction="sum") + 0 * m.sum()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, m, t: F.nll_loss(z, t) + m.square().mean(),
+        lambda z, m, t: F.nll_loss(z, t) + m.logsumexp(1).square().sum(),
+        lambda z, m, t: F.kl_div(z, F.one_hot(t, 3).to(z), reduction="sum") + 0 * m.sum(),
+    ],
+)
 @pytest.mark.parametrize("signed", [False, True])
 def test_one_of_several_outputs_that_is_log_probabilities_is_not_left_out(loss, signed):
     """Beside another term with curvature the zero would not be seen."""
     model, t = nnj.extend(Two()), y(3, 6)()
-    with pytest.raises(nnj.NNJError, match=r"a lambda\) is linear in log probabilities.*loss of its own"), \
-            nnj.collect("ggn_diag", signed=signed):
+    with (
+        pytest.raises(
+            nnj.NNJError, match=r"a lambda\) is linear in log probabilities.*loss of its own"
+        ),
+        nnj.collect("ggn_diag", signed=signed),
+    ):
         nnj.extend(loss)(*model(torch.randn(6, 3)), t).backward()
 
 
@@ -285,5 +373,7 @@ def test_a_linear_loss_of_outputs_that_are_zero_is_not_refused():
     with torch.no_grad():
         model.weight.zero_(), model.bias.zero_()
     with nnj.collect("ggn_diag"):
-        nnj.extend(lambda z, t: torch.maximum(0.9 * (t - z), 0.1 * (z - t)).mean())(model(x), torch.randn(6, 1)).backward()
+        nnj.extend(lambda z, t: torch.maximum(0.9 * (t - z), 0.1 * (z - t)).mean())(
+            model(x), torch.randn(6, 1)
+        ).backward()
     assert model.weight.ggn_diag.shape == (1, 3) and not model.weight.ggn_diag.any()

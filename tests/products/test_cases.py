@@ -1,4 +1,7 @@
-"""The products over the table of models (cases.py), where a row is one tensor in and one out: exact, or refused in a sentence."""
+"""The products over the table of models (cases.py), where a row is one tensor in and one out:
+exact, or refused in a sentence.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -10,18 +13,30 @@ from tests.products.test_jacobian_products import dense_jacobian
 from tests.support.cases import CASES, EITHER, Case, plain
 from tests.support.oracle import build, close, data_of
 
-# The samples of these are not in axis 0 of x and y alike, or what one sample is given depends on others.
+# The samples of these are not in axis 0 of x and y alike, or what one sample is given depends on
+# others.
 REFUSED = {
     "weight": set(),
-    "input": {"permuted-in-model", "shuffled-before-the-first-layer", "shuffled-and-scaled-before-the-first-layer"},
+    "input": {
+        "permuted-in-model",
+        "shuffled-before-the-first-layer",
+        "shuffled-and-scaled-before-the-first-layer",
+    },
 }
-# torch.func cannot tell: its twin draws other random numbers; its parameter is a number, of which jacrev makes a vector.
+# torch.func cannot tell: its twin draws other random numbers; its parameter is a number, of which
+# jacrev makes a vector.
 UNTOLD = {"transformer-encoder-norm-first-dropout", "lambda-scalars"}
 
 
 def rows() -> list[str]:
-    return [name for name, case in (CASES | EITHER).items() if case.run is plain and not case.batch_axis
-            and isinstance(case.data()[0], Tensor) and name not in UNTOLD]
+    return [
+        name
+        for name, case in (CASES | EITHER).items()
+        if case.run is plain
+        and not case.batch_axis
+        and isinstance(case.data()[0], Tensor)
+        and name not in UNTOLD
+    ]
 
 
 def products(case: Case, wrt: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -45,8 +60,10 @@ def products(case: Case, wrt: str) -> dict[str, tuple[Tensor, Tensor]]:
         "jmp": (seeded(nnj.jmp, x, w, wrt), j @ w),
         "mjp": (seeded(nnj.mjp, x, t, wrt), t @ j),
         "jTmjp, full": (seeded(nnj.jTmjp, x, m, wrt, joint=wrt == "weight"), j.mT @ m @ j),
-        "jmjTp, to_diag": (seeded(nnj.jmjTp, x, metric, wrt, from_diag=True, to_diag=True),
-                           (j.square() * metric[:, None]).sum(2)),
+        "jmjTp, to_diag": (
+            seeded(nnj.jmjTp, x, metric, wrt, from_diag=True, to_diag=True),
+            (j.square() * metric[:, None]).sum(2),
+        ),
         "jTmjp": (seeded(nnj.jTmjp, x, m, wrt, to_diag=True), (j * (m @ j)).sum(1)),
         "jmjTp": (seeded(nnj.jmjTp, x, metric, wrt, from_diag=True), j * metric[:, None] @ j.mT),
     }
@@ -57,8 +74,12 @@ def products(case: Case, wrt: str) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def block_products(model, seeded, x: Tensor, j: Tensor, m: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The blocks of modules, in the order of modules(), and a metric given as such blocks; a shared parameter counts once."""
+def block_products(
+    model, seeded, x: Tensor, j: Tensor, m: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The blocks of modules, in the order of modules(), and a metric given as such blocks; a shared
+    parameter counts once.
+    """
     places, start = {}, 0
     for p in model.parameters():
         if p.requires_grad:
@@ -87,7 +108,10 @@ def test_products(name, wrt):
     y = build(case)(x)
     one = isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x)
     if not one or name in REFUSED[wrt] or (wrt == "input" and not x.is_floating_point()):
-        with pytest.raises(nnj.NNJError, match=r"influence one another|in axis 0|products need one tensor|has no derivative"):
+        with pytest.raises(
+            nnj.NNJError,
+            match=r"influence one another|in axis 0|products need one tensor|has no derivative",
+        ):
             nnj.jacobian(build(case), x, wrt)
         return
     wrong = {key: fault for key, pair in products(case, wrt).items() if (fault := close(*pair))}
@@ -97,7 +121,9 @@ def test_products(name, wrt):
 @pytest.mark.parametrize("wrt", ("weight", "input"))
 @pytest.mark.parametrize("name", rows())
 def test_diag_backprop_goes_on_or_names_the_operation(name, wrt):
-    """With diagonals the way forward is the transpose of the way back, which two independent walks must agree on."""
+    """With diagonals the way forward is the transpose of the way back, which two independent walks
+    must agree on.
+    """
     case = (CASES | EITHER)[name]
     model, x = build(case), data_of(case)[0]
     try:
@@ -107,8 +133,16 @@ def test_diag_backprop_goes_on_or_names_the_operation(name, wrt):
         torch.manual_seed(2)
         there = nnj.jmjTp(model, x, v, wrt, from_diag=True, to_diag=True, diag_backprop=True)
     except nnj.NNJError as error:
-        assert any(part in str(error) for part in ("diag_backprop cannot go on at", "influence one another", "in axis 0",
-                                                   "products need one tensor", "has no derivative")), error
+        assert any(
+            part in str(error)
+            for part in (
+                "diag_backprop cannot go on at",
+                "influence one another",
+                "in axis 0",
+                "products need one tensor",
+                "has no derivative",
+            )
+        ), error
         return
     assert not close((back * v).sum(1), there.sum(1))
     assert bool((back >= 0).all())

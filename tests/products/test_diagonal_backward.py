@@ -1,4 +1,7 @@
-"""diag_backprop against references written here layer by layer with dense Jacobians: only what passes between layers is cut."""
+"""diag_backprop against references written here layer by layer with dense Jacobians: only what
+passes between layers is cut.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -6,14 +9,49 @@ import torch
 from torch import nn
 
 import nnj
-from tests.products.test_jacobian_products import MODELS, N, bare, block_index, case, dense_jacobian, metrics, r, same
+from tests.products.test_jacobian_products import (
+    MODELS,
+    N,
+    bare,
+    block_index,
+    case,
+    dense_jacobian,
+    metrics,
+    r,
+    same,
+)
 
 CHAINS = {
-    "mlp": (lambda: [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)], (3,)),
-    "ends-in-softmax": (lambda: [nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3), nn.Softmax(-1)], (3,)),
-    "cnn": (lambda: [nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2, padding=1), nn.AvgPool2d(2),
-                     nn.Flatten(), nn.Linear(2, 2)], (1, 5, 5)),
-    "sequence": (lambda: [nn.LayerNorm(3), nn.Linear(3, 2, bias=False), nn.SiLU(), nn.Flatten(), nn.Linear(4, 2)], (2, 3)),
+    "mlp": (
+        lambda: [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)],
+        (3,),
+    ),
+    "ends-in-softmax": (
+        lambda: [nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3), nn.Softmax(-1)],
+        (3,),
+    ),
+    "cnn": (
+        lambda: [
+            nn.Conv2d(1, 2, 2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2, 2, 2, padding=1),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2, 2),
+        ],
+        (1, 5, 5),
+    ),
+    "sequence": (
+        lambda: [
+            nn.LayerNorm(3),
+            nn.Linear(3, 2, bias=False),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ],
+        (2, 3),
+    ),
     "linear": (lambda: [nn.Linear(3, 2)], (3,)),
     "flatten-last": (lambda: [nn.Conv1d(2, 2, 2), nn.Flatten()], (2, 3)),
 }
@@ -39,13 +77,24 @@ def cut(m):
 
 
 def reference(layers, x1, x2, m, wrt):
-    """J1^T M J2 with the diagonal alone between layers: the blocks of the layers, or the matrix on the input."""
+    """J1^T M J2 with the diagonal alone between layers: the blocks of the layers, or the matrix on
+    the input.
+    """
     xs, zs = points(layers, x1), points(layers, x2)
     blocks = []
     for k in reversed(range(len(layers))):
         if any(p.requires_grad for p in layers[k].parameters()):
-            blocks.insert(0, dense_jacobian(layers[k], xs[k], "weight").mT @ m @ dense_jacobian(layers[k], zs[k], "weight"))
-        m = dense_jacobian(layers[k], xs[k], "input").mT @ m @ dense_jacobian(layers[k], zs[k], "input")
+            blocks.insert(
+                0,
+                dense_jacobian(layers[k], xs[k], "weight").mT
+                @ m
+                @ dense_jacobian(layers[k], zs[k], "weight"),
+            )
+        m = (
+            dense_jacobian(layers[k], xs[k], "input").mT
+            @ m
+            @ dense_jacobian(layers[k], zs[k], "input")
+        )
         m = cut(m) if k else m
     return blocks if wrt == "weight" else m
 
@@ -65,7 +114,10 @@ def test_backward_on_chains(name, wrt):
     layers, model, x, _ = chain(name)
     for given, m in metrics(model(x).shape[1]):
         expected = reference(layers, x, x, m, wrt)
-        same(nnj.jTmjp(model, x, wrt=wrt, to_diag=True, diag_backprop=True, **given), diagonals(expected))
+        same(
+            nnj.jTmjp(model, x, wrt=wrt, to_diag=True, diag_backprop=True, **given),
+            diagonals(expected),
+        )
         expected = bare(expected) if wrt == "weight" else expected
         same(nnj.jTmjp(model, x, wrt=wrt, diag_backprop=True, **given), expected)
 
@@ -78,9 +130,13 @@ def test_pairs_on_chains(name, wrt):
     for options in zip(*[metrics(out) for _ in range(3)], strict=True):
         flags = {key: value for key, value in options[0][0].items() if key != "matrix"}
         matrices = tuple(o["matrix"] for o, _ in options) if "matrix" in options[0][0] else None
-        expected = [reference(layers, a, b, m, wrt)
-                    for (a, b), (_, m) in zip(((x1, x1), (x1, x2), (x2, x2)), options, strict=True)]
-        found = nnj.jTmjp_pair(model, x1, x2, matrices, wrt, to_diag=True, diag_backprop=True, **flags)
+        expected = [
+            reference(layers, a, b, m, wrt)
+            for (a, b), (_, m) in zip(((x1, x1), (x1, x2), (x2, x2)), options, strict=True)
+        ]
+        found = nnj.jTmjp_pair(
+            model, x1, x2, matrices, wrt, to_diag=True, diag_backprop=True, **flags
+        )
         same(list(found), [diagonals(e) for e in expected])
         found = nnj.jTmjp_pair(model, x1, x2, matrices, wrt, diag_backprop=True, **flags)
         same(list(found), [bare(e) if wrt == "weight" else e for e in expected])
@@ -106,11 +162,16 @@ def test_a_residual_neglects_how_its_two_ways_vary_together():
     diagonal = (last.weight.T @ m @ last.weight).diagonal(dim1=1, dim2=2)
     back = diagonal * slope.square()
     at_first = diagonal + back @ inner.weight.square()
-    expected = [torch.cat([(at_first[:, :, None] * x.square()[:, None]).flatten(1), at_first], 1),
-                torch.cat([(back[:, :, None] * h.square()[:, None]).flatten(1), back], 1)]
+    expected = [
+        torch.cat([(at_first[:, :, None] * x.square()[:, None]).flatten(1), at_first], 1),
+        torch.cat([(back[:, :, None] * h.square()[:, None]).flatten(1), back], 1),
+    ]
     j = dense_jacobian(last, h + torch.tanh(a).detach(), "weight")
     expected.append((j.mT @ m @ j).diagonal(dim1=1, dim2=2))
-    same(nnj.jTmjp(model, x, m, "weight", to_diag=True, diag_backprop=True), torch.cat(expected, 1).detach())
+    same(
+        nnj.jTmjp(model, x, m, "weight", to_diag=True, diag_backprop=True),
+        torch.cat(expected, 1).detach(),
+    )
 
 
 class Heads(nn.Module):
@@ -123,7 +184,9 @@ class Heads(nn.Module):
 
     def attend(self, q, k, v):
         if self.fused:
-            return nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=0.5)[:, 0]
+            return nn.functional.scaled_dot_product_attention(
+                q[:, None], k[:, None], v[:, None], scale=0.5
+            )[:, 0]
         return torch.softmax(0.5 * (q @ k.mT), -1) @ v
 
     def forward(self, x):
@@ -136,8 +199,10 @@ def test_attention(fused):
     torch.manual_seed(0)
     model, x, m = Heads(fused), r(2, 4, 2), r(2, 12).abs()
     q, k, v = (t.detach() for t in (model.q(x), model.k(x), model.v(x)))
-    jacobians = lambda f, *ts: [j.flatten(-t.dim()).flatten(0, -2).square()
-                                for t, j in zip(ts, torch.autograd.functional.jacobian(f, ts), strict=True)]
+    jacobians = lambda f, *ts: [
+        j.flatten(-t.dim()).flatten(0, -2).square()
+        for t, j in zip(ts, torch.autograd.functional.jacobian(f, ts), strict=True)
+    ]
     expected = []
     for n in range(2):
         one = [t[n : n + 1] for t in (q, k, v)]
@@ -164,7 +229,9 @@ def test_attention(fused):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gru", "lstm")])
 def test_every_model_passes_or_names_the_operation(name):
-    """The diagonal of blocks is what to_diag gives, and the pair at one point is three times the same."""
+    """The diagonal of blocks is what to_diag gives, and the pair at one point is three times the
+    same.
+    """
     for wrt in ("input", "weight"):
         model, x, j = case(name, wrt)
         _, x2, _ = case(name, wrt, 1)
@@ -173,11 +240,16 @@ def test_every_model_passes_or_names_the_operation(name):
         assert diagonal.shape == (N, j.shape[2])
         for t in nnj.jTmjp_pair(model, x, x, (m, m, m), wrt, to_diag=True, diag_backprop=True):
             same(t, diagonal)
-        assert nnj.jTmjp_pair(model, x, x2, None, wrt, to_diag=True, diag_backprop=True)[1].shape == diagonal.shape
+        assert (
+            nnj.jTmjp_pair(model, x, x2, None, wrt, to_diag=True, diag_backprop=True)[1].shape
+            == diagonal.shape
+        )
 
 
 def pushed(layers, x, m, wrt):
-    """J M J^T with the diagonal alone between layers; m on the input, or the list of the blocks of layers."""
+    """J M J^T with the diagonal alone between layers; m on the input, or the list of the blocks of
+    layers.
+    """
     xs = points(layers, x)
     blocks = iter(m if wrt == "weight" else [])
     now = m if wrt == "input" else None
@@ -197,7 +269,10 @@ def test_forward_on_chains_from_the_input(name):
     for given, m in metrics(x[0].numel()):
         expected = pushed(layers, x, m, "input")
         same(nnj.jmjTp(model, x, diag_backprop=True, **given), expected)
-        same(nnj.jmjTp(model, x, diag_backprop=True, to_diag=True, **given), expected.diagonal(dim1=1, dim2=2))
+        same(
+            nnj.jmjTp(model, x, diag_backprop=True, to_diag=True, **given),
+            expected.diagonal(dim1=1, dim2=2),
+        )
 
 
 @on_chains
@@ -212,7 +287,10 @@ def test_forward_on_chains_from_the_weights(name):
     for options, m in [*given, ({"matrix": blocks}, whole)]:
         expected = pushed(layers, x, [m[:, torch.tensor(i)[:, None], i] for i in index], "weight")
         same(nnj.jmjTp(model, x, wrt="weight", diag_backprop=True, **options), expected)
-        same(nnj.jmjTp(model, x, wrt="weight", diag_backprop=True, to_diag=True, **options), expected.diagonal(dim1=1, dim2=2))
+        same(
+            nnj.jmjTp(model, x, wrt="weight", diag_backprop=True, to_diag=True, **options),
+            expected.diagonal(dim1=1, dim2=2),
+        )
 
 
 class Functional(nn.Module):
@@ -239,7 +317,10 @@ def test_the_first_operation_is_exact_without_a_rule(residual):
         back = cut(slope @ d @ slope)
         expected = w.mT @ back @ w + (d if residual else 0)
         same(nnj.jTmjp(model, x, diag_backprop=True, **given), expected)
-        same(nnj.jTmjp(model, x, diag_backprop=True, to_diag=True, **given), expected.diagonal(dim1=1, dim2=2))
+        same(
+            nnj.jTmjp(model, x, diag_backprop=True, to_diag=True, **given),
+            expected.diagonal(dim1=1, dim2=2),
+        )
     for given, m in metrics(3):
         d = slope @ cut(w @ m @ w.mT) @ slope + (cut(m) if residual else 0)
         expected = last @ d @ last.T
@@ -255,9 +336,14 @@ def test_one_layer_neglects_nothing(name):
         same(nnj.jmjTp(model, x, n, wrt, diag_backprop=True), j @ n @ j.mT)
 
 
-@pytest.mark.parametrize("name", ["residual", "densenet", "transformer", "bare-parameters", "called-twice", "tied", "frozen"])
+@pytest.mark.parametrize(
+    "name",
+    ["residual", "densenet", "transformer", "bare-parameters", "called-twice", "tied", "frozen"],
+)
 def test_forward_through_any_model(name):
-    """With diagonals the way forward is the transpose of the way back: m . (J M J^T) = (J^T m J) . M."""
+    """With diagonals the way forward is the transpose of the way back: m . (J M J^T) = (J^T m J) .
+    M.
+    """
     for wrt in ("input", "weight"):
         model, x, j = case(name, wrt)
         m, v = r(N, j.shape[1]), r(N, j.shape[2])
@@ -273,14 +359,29 @@ class Cumulative(nn.Module):
 
 def test_refusals_name_the_operation():
     model, x = nn.Sequential(nn.Linear(2, 3), Cumulative(), nn.Linear(3, 2)).double(), r(N, 2)
-    for run in (lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True, diag_backprop=True),
-                lambda: nnj.jmjTp(model, x, diag_backprop=True, to_diag=True)):
-        with pytest.raises(nnj.NNJError, match=r"diag_backprop cannot go on at .*Cumsum.*: no rule says what the squares"):
+    for run in (
+        lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True, diag_backprop=True),
+        lambda: nnj.jmjTp(model, x, diag_backprop=True, to_diag=True),
+    ):
+        with pytest.raises(
+            nnj.NNJError,
+            match=r"diag_backprop cannot go on at .*Cumsum.*: no rule says what the squares",
+        ):
             run()
-    with pytest.raises(nnj.NNJError, match=r"no full matrix on all parameters\. Leave out joint, or diag_backprop"):
+    with pytest.raises(
+        nnj.NNJError, match=r"no full matrix on all parameters\. Leave out joint, or diag_backprop"
+    ):
         nnj.jTmjp(model, x, None, "weight", diag_backprop=True, joint=True)
-    with pytest.raises(nnj.NNJError, match="keeps only the diagonal at a parameter that no layer with a rule owns"):
-        nnj.jTmjp(case("bare-parameters", "weight")[0], case("bare-parameters", "weight")[1], None, "weight", diag_backprop=True)
+    with pytest.raises(
+        nnj.NNJError, match="keeps only the diagonal at a parameter that no layer with a rule owns"
+    ):
+        nnj.jTmjp(
+            case("bare-parameters", "weight")[0],
+            case("bare-parameters", "weight")[1],
+            None,
+            "weight",
+            diag_backprop=True,
+        )
 
 
 class Fork(nn.Module):

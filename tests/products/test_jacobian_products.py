@@ -1,4 +1,7 @@
-"""Every product of each model of the table against dense float64 Jacobians, with each flag and metrics that are not symmetric."""
+"""Every product of each model of the table against dense float64 Jacobians, with each flag and
+metrics that are not symmetric.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -47,7 +50,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
 
     def forward(self, x):
-        q, k, v = (t.unflatten(2, (2, 2)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(2, (2, 2)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1)
+        )
         a = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out(a)
         return x + self.mlp(x)
@@ -58,7 +63,9 @@ class Bare(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.token, self.places, self.scale = (nn.Parameter(torch.randn(s)) for s in ((1, 1, 3), (3, 3), (3,)))
+        self.token, self.places, self.scale = (
+            nn.Parameter(torch.randn(s)) for s in ((1, 1, 3), (3, 3), (3,))
+        )
         self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
 
     def forward(self, x):
@@ -85,7 +92,9 @@ class Recurrent(nn.Module):
 
 
 def tied():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2)
+    )
     model[2].weight = model[0].weight
     return model
 
@@ -98,18 +107,33 @@ def frozen():
 
 
 def cnn():
-    return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.AvgPool2d(1),
-                         nn.Flatten(), nn.Tanh(), nn.Linear(2, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2, 2, 2),
+        nn.AvgPool2d(1),
+        nn.Flatten(),
+        nn.Tanh(),
+        nn.Linear(2, 3),
+    )
 
 
 def normed():
-    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6, 2)
+    )
     model(torch.randn(8, 2, 3))
     return model.eval()
 
 
 MODELS = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)), (3,)),
+    "mlp": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)
+        ),
+        (3,),
+    ),
     "cnn": (cnn, (1, 4, 5)),
     "residual": (Residual, (2, 2, 2)),
     "densenet": (Dense, (3,)),
@@ -154,7 +178,9 @@ def case(name, wrt, which=0):
 
 
 def block_index(model):
-    """Positions in the flattened parameters of those of each module, in the order of `modules()`."""
+    """Positions in the flattened parameters of those of each module, in the order of
+    `modules()`.
+    """
     starts, total, names = {}, 0, []
     for p in model.parameters():
         if p.requires_grad:
@@ -185,9 +211,13 @@ def metrics(d):
     """(arguments, the same as (N, d, d)): not symmetric, not definite."""
     full, shared, diagonal, one = r(N, d, d), r(d, d), r(N, d), r(d)
     eye = torch.eye(d, dtype=full.dtype).expand(N, d, d)
-    return [({}, eye), ({"matrix": full}, full), ({"matrix": shared}, shared.expand(N, d, d)),
-            ({"matrix": diagonal, "from_diag": True}, diagonal.diag_embed()),
-            ({"matrix": one, "from_diag": True}, one.expand(N, d).diag_embed())]
+    return [
+        ({}, eye),
+        ({"matrix": full}, full),
+        ({"matrix": shared}, shared.expand(N, d, d)),
+        ({"matrix": diagonal, "from_diag": True}, diagonal.diag_embed()),
+        ({"matrix": one, "from_diag": True}, one.expand(N, d).diag_embed()),
+    ]
 
 
 on_models = pytest.mark.parametrize("name", MODELS)

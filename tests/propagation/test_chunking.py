@@ -1,4 +1,5 @@
 """How many columns walk together, and what becomes of the memory that they took."""
+
 from __future__ import annotations
 
 import ctypes
@@ -15,8 +16,10 @@ from nnj.propagation.allocator import SET_BY_USERS, keep_heap
 from nnj.propagation.chunking import columns_at_once, even
 
 
-@pytest.mark.parametrize(("k", "fits", "likes", "size"), [
-    (9, 20, 9, 9), (9, 20, 5, 5), (9, 4, 9, 3), (9, 1, 1, 1), (99, 7, 20, 7), (10, 6, 6, 5)])
+@pytest.mark.parametrize(
+    ("k", "fits", "likes", "size"),
+    [(9, 20, 9, 9), (9, 20, 5, 5), (9, 4, 9, 3), (9, 1, 1, 1), (99, 7, 20, 7), (10, 6, 6, 5)],
+)
 def test_turns_are_about_as_long_as_each_other(k, fits, likes, size):
     assert even(k, fits, likes) == size
 
@@ -28,7 +31,10 @@ def lengths(monkeypatch, model: nn.Module, x: torch.Tensor, memory: int) -> list
 
     def noting(sweep, memory):
         run = sweep.run
-        sweep.run = lambda roots, k, *rest, **options: (seen.append(k), run(roots, k, *rest, **options))[1]
+        sweep.run = lambda roots, k, *rest, **options: (
+            seen.append(k),
+            run(roots, k, *rest, **options),
+        )[1]
         return take(sweep, memory)
 
     with monkeypatch.context() as patch:
@@ -40,8 +46,13 @@ def lengths(monkeypatch, model: nn.Module, x: torch.Tensor, memory: int) -> list
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_memory_says_how_many_columns_walk(monkeypatch, dtype):
-    """The largest unit, the first tanh, has 5 * (8 + 8) entries for each column; they are there three times."""
-    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh()).to(dtype), torch.randn(5, 4, dtype=dtype)
+    """The largest unit, the first tanh, has 5 * (8 + 8) entries for each column; they are there
+    three times.
+    """
+    model, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh()).to(dtype),
+        torch.randn(5, 4, dtype=dtype),
+    )
     column = 5 * (8 + 8) * 3 * dtype.itemsize
     assert lengths(monkeypatch, model, x, 6 * column) == [6]
     assert lengths(monkeypatch, model, x, 6 * column - 1) == [3, 3]

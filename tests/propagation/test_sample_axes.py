@@ -1,4 +1,7 @@
-"""Samples are followed from axis to axis by the names of nodes: right, and without a probe where models are of the usual kind."""
+"""Samples are followed from axis to axis by the names of nodes: right, and without a probe where
+models are of the usual kind.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -48,7 +51,9 @@ WAYS = {
 def ids(shape: tuple[int, ...], along: SampleAxis) -> Tensor:
     of = SampleIndex.by_axis(N, shape, along, torch.device("cpu")).of
     of = torch.arange(shape[0]) // along.run if of is None else of  # plain
-    return of.reshape(-1, *[1] * (len(shape) - 1)).expand(shape) if of.dim() == 1 else of.expand(shape)
+    return (
+        of.reshape(-1, *[1] * (len(shape) - 1)).expand(shape) if of.dim() == 1 else of.expand(shape)
+    )
 
 
 def walk(y: Tensor, x: Tensor, along: SampleAxis) -> SampleAxis | None:
@@ -78,15 +83,25 @@ def test_where_the_samples_are(way):
         known += 1
         rearranged = WAYS[way](ids(tuple(x.shape), along) + 0)
         there = ids(tuple(y.shape), SampleAxis(axis, run))
-        inside = slice(1, -1) if way == "pad" else slice(None)  # what is put around belongs to nobody
+        # what is put around belongs to nobody
+        inside = slice(1, -1) if way == "pad" else slice(None)
         assert torch.equal(rearranged[..., inside], there[..., inside]), (axis, run, along)
-    assert known or way in ("slice of samples", "flip samples", "cat samples"), "nothing is known of it"
+    assert known or way in ("slice of samples", "flip samples", "cat samples"), (
+        "nothing is known of it"
+    )
 
 
 MIXING = {
-    "sum": lambda t: t.sum(0), "softmax": lambda t: t.softmax(0), "cumsum": lambda t: t.cumsum(0), "max": lambda t: t.max(0)[0],
-    "norm": lambda t: t.norm(dim=0), "flip": lambda t: t.flip(0), "layer norm": lambda t: nn.functional.layer_norm(t, t.shape),
-    "matmul": lambda t: torch.randn(6, 6) @ t.reshape(6, -1), "mean of all": lambda t: t.mean(), "roll": lambda t: t.roll(1, 0),
+    "sum": lambda t: t.sum(0),
+    "softmax": lambda t: t.softmax(0),
+    "cumsum": lambda t: t.cumsum(0),
+    "max": lambda t: t.max(0)[0],
+    "norm": lambda t: t.norm(dim=0),
+    "flip": lambda t: t.flip(0),
+    "layer norm": lambda t: nn.functional.layer_norm(t, t.shape),
+    "matmul": lambda t: torch.randn(6, 6) @ t.reshape(6, -1),
+    "mean of all": lambda t: t.mean(),
+    "roll": lambda t: t.roll(1, 0),
 }
 
 
@@ -97,7 +112,10 @@ def test_what_mixes_samples_is_not_followed(way):
     if y.dim() and y.shape[0] % N == 0:
         child = 1 if way == "matmul" else 0
         into = tuple(y.grad_fn.next_functions[child][0]._input_metadata[0].shape)
-        assert carried(y.grad_fn, child, tuple(y.shape), into, N, SampleAxis(0, y.shape[0] // N)) is None
+        assert (
+            carried(y.grad_fn, child, tuple(y.shape), into, N, SampleAxis(0, y.shape[0] // N))
+            is None
+        )
 
 
 class ByHand(nn.Module):
@@ -124,7 +142,9 @@ class Pooled(nn.Module):
 
 
 def encoder(**options) -> nn.Module:
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, **options), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, **options), 2, enable_nested_tensor=False
+    )
 
 
 class Attending(nn.Module):
@@ -142,7 +162,9 @@ USUAL = {
     "encoder": lambda: Pooled(encoder(batch_first=True)),
     "norm first": lambda: Pooled(encoder(batch_first=True, norm_first=True)),
     "with weights": lambda: Pooled(nn.Sequential(Attending(), Attending())),
-    "every token": lambda: nn.Sequential(encoder(batch_first=True), nn.Linear(8, 3), nn.Flatten(), nn.Linear(15, 3)),
+    "every token": lambda: nn.Sequential(
+        encoder(batch_first=True), nn.Linear(8, 3), nn.Flatten(), nn.Linear(15, 3)
+    ),
 }
 
 

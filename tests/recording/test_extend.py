@@ -1,4 +1,5 @@
 """What extend and collect leave behind: hooks, copies, state dicts, and nothing alive."""
+
 from __future__ import annotations
 
 import copy
@@ -18,11 +19,20 @@ from tests.support.cases import CASES, MLP
 from tests.support.collecting import QUANTITIES, T, X, Y, base, pair, same
 from tests.support.oracle import Truth, build, data_of
 
-# -- extend, retract, copies -----------------------------------------------------------------------------------------
+# -- extend, retract, copies -----------------------------------------------------------------------
+
 
 def hooks(module: nn.Module) -> list[dict[Any, Any]]:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-             "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks")
+    names = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_state_dict_hooks",
+    )
     return [dict(getattr(part, name)) for part in module.modules() for name in names]
 
 
@@ -34,12 +44,18 @@ def test_extend_and_retract():
     for _ in range(2):
         assert nnj.extend(model) is model and nnj.extend(loss) is loss
     once = nnj.extend(function)
-    assert isinstance(once, nn.Module) and nnj.extend(once) is once and len(once._forward_hooks) == 1
+    assert (
+        isinstance(once, nn.Module) and nnj.extend(once) is once and len(once._forward_hooks) == 1
+    )
     assert torch.equal(once(T, Y), F.cross_entropy(T, Y))
     assert nnj.retract(model) is model and nnj.retract(loss) is loss
     assert hooks(model) == with_mine
     mine.remove()
-    assert hooks(model) == before and not any(hooks(loss)) and [list(vars(part)) for part in model.modules()] == keys
+    assert (
+        hooks(model) == before
+        and not any(hooks(loss))
+        and [list(vars(part)) for part in model.modules()] == keys
+    )
     with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
         loss(model(X), Y).backward()
     nnj.extend(model), nnj.extend(loss)
@@ -55,7 +71,11 @@ def saved(thing: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "torch.save": saved}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "torch.save": saved,
+}
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -69,7 +89,9 @@ def test_copies(how, collected):
     with nnj.collect("ggn_diag", "ggn_block"):
         other_loss(other(X), Y).backward()
     same(other, Truth(base()))
-    assert not collected or getattr(model.one.weight, "ggn_diag", None) is None, "a new `with` removes those of the same name"
+    assert not collected or getattr(model.one.weight, "ggn_diag", None) is None, (
+        "a new `with` removes those of the same name"
+    )
     nnj.retract(other)
     assert not any(hooks(other))
     with nnj.collect("ggn_diag"):
@@ -98,10 +120,13 @@ def test_moved_to_another_dtype_after_extend():
         loss(model(X.float()), Y).backward()
     for name, p in model.named_parameters():
         assert p.ggn_diag.dtype == torch.float32
-        torch.testing.assert_close(p.ggn_diag.double(), Truth(base()).diag(name), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            p.ggn_diag.double(), Truth(base()).diag(name), rtol=1e-4, atol=1e-7
+        )
 
 
-# -- nothing is kept -------------------------------------------------------------------------------------------------
+# -- nothing is kept -------------------------------------------------------------------------------
+
 
 def leaky_step(model: nn.Module, loss: nn.Module, how: str) -> weakref.ref[Any]:
     def fail(grad: Tensor) -> Tensor:
@@ -183,4 +208,6 @@ def test_results_hold_no_graph():
     finally:
         gc.enable()
     for p in model.parameters():
-        assert all(not getattr(p, q).requires_grad for q in ("ggn_diag", "ggn_diag_mc", "batch_grad"))
+        assert all(
+            not getattr(p, q).requires_grad for q in ("ggn_diag", "ggn_diag_mc", "batch_grad")
+        )

@@ -1,4 +1,5 @@
 """A rule that breaks its contract is named, with its plugin and the layer."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -52,7 +53,10 @@ def fault_raises(m: Any, x: Tensor, y: Tensor) -> Any:
 
 
 def fault_shape(m: Any, x: Tensor, y: Tensor) -> Any:
-    return {"input": nnj.Dense(torch.ones(len(x), 3, 2).to(x), (2,), (3,)), "weight": nnj.Diagonal(x)}
+    return {
+        "input": nnj.Dense(torch.ones(len(x), 3, 2).to(x), (2,), (3,)),
+        "weight": nnj.Diagonal(x),
+    }
 
 
 def fault_rows(m: Any, x: Tensor, y: Tensor) -> Any:
@@ -102,7 +106,10 @@ def test_a_broken_rule_is_named(rule, words):
         with pytest.raises(nnj.PluginError, match=words) as error, nnj.collect("ggn_diag"):
             loss(model(x), y).backward()
         assert "plugin 'nnj-toy' (layer '1')" in str(error.value)
-        assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+        assert all(
+            torch.equal(p.grad, q.grad)
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+        )
         intact(model)
     finally:
         use(former)

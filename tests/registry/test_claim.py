@@ -1,4 +1,5 @@
 """What plugins may claim, and who wins."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,9 +13,12 @@ from tests.support.distributions import Plugin, load, refusal
 def test_a_conflict(fakes):
     fakes.claim("nnj", version="1.0", entries={"nnj-linear": "nnj_fake"})
     fakes.claim("nnj-rival")
-    assert refusal() == ("torch.nn.Linear is claimed twice: by 'nnj-linear' (nnj 1.0) and by 'nnj-rival' (nnj-rival 0.1). "
-                         "Disable one of them with NNJ_DISABLED_PLUGINS=nnj-linear or NNJ_DISABLED_PLUGINS=nnj-rival. "
-                         "A plugin that means to take over a class registers with replace=True")
+    assert refusal() == (
+        "torch.nn.Linear is claimed twice: by 'nnj-linear' (nnj 1.0) and by 'nnj-rival' (nnj-rival "
+        "0.1). Disable one of them with NNJ_DISABLED_PLUGINS=nnj-linear or "
+        "NNJ_DISABLED_PLUGINS=nnj-rival. A plugin that means to take over a class registers with "
+        "replace=True"
+    )
 
 
 @pytest.mark.parametrize("name", ["nnj-a", "nnj-z"], ids=["loaded first", "loaded last"])
@@ -35,38 +39,72 @@ def test_a_replacement_settles_the_conflict_of_two_others(fakes, name):
 def test_two_replacements(fakes):
     for name in ("nnj-a", "nnj-b", "nnj-c"):
         fakes.claim(name, more=", replace=True" if name != "nnj-b" else "")
-    assert refusal() == ("torch.nn.Linear is replaced twice: by 'nnj-a' (nnj-a 0.1) and by 'nnj-c' (nnj-c 0.1). Disable one of "
-                         "them with NNJ_DISABLED_PLUGINS=nnj-a or NNJ_DISABLED_PLUGINS=nnj-c")
+    assert refusal() == (
+        "torch.nn.Linear is replaced twice: by 'nnj-a' (nnj-a 0.1) and by 'nnj-c' (nnj-c 0.1). "
+        "Disable one of them with NNJ_DISABLED_PLUGINS=nnj-a or NNJ_DISABLED_PLUGINS=nnj-c"
+    )
 
 
 def test_nothing_is_kept_of_a_plugin_that_is_refused():
     manager = PluginManager(load=False)
     manager.register(Plugin(lambda register: register(nn.Linear, print)), "first")
-    with pytest.raises(nnj.PluginError, match=r"^torch\.nn\.Linear is claimed twice: by 'first' and by 'second'\. A plugin"):
-        manager.register(Plugin(lambda register: (register(nn.ReLU, print), register(nn.Linear, print))), "second")
+    with pytest.raises(
+        nnj.PluginError,
+        match=r"^torch\.nn\.Linear is claimed twice: by 'first' and by 'second'\. A plugin",
+    ):
+        manager.register(
+            Plugin(lambda register: (register(nn.ReLU, print), register(nn.Linear, print))),
+            "second",
+        )
     assert [entry.key for entry in manager.entries("layer")] == [nn.Linear]
 
 
 def test_one_class_may_be_a_layer_and_a_loss():
     manager = PluginManager(load=False)
-    manager.register(Plugin(lambda register: register(nn.MSELoss, print), losses=lambda register: register(nn.MSELoss, repr)))
+    manager.register(
+        Plugin(
+            lambda register: register(nn.MSELoss, print),
+            losses=lambda register: register(nn.MSELoss, repr),
+        )
+    )
     assert manager.find("layer", nn.MSELoss).rule is print
     assert manager.find("loss", nn.MSELoss).rule is repr
 
 
-@pytest.mark.parametrize("plugin, message", [
-    (Plugin(lambda register: register("relu", print)), "registers the layer relu, but it is not a class"),
-    (Plugin(losses=lambda register: register(len, print)), "registers the loss <built-in function len>, but it is not a class"),
-    (Plugin(quantities=lambda register: register("ggn diag", print)),
-     "registers the quantity ggn diag, but its name is not an identifier"),
-    (Plugin(quantities=lambda register: register(nn.ReLU, print)),
-     "registers the quantity torch.nn.ReLU, but its name is not an identifier"),
-    (Plugin(lambda register: register(nn.ReLU, 1)), "registers the layer torch.nn.ReLU, but its rule 1 cannot be called"),
-    (Plugin(lambda register: register(nn.ReLU, print, uses="z")),
-     "registers the layer torch.nn.ReLU, but uses='z', expected 'x', 'y', 'xy' or ''"),
-    (Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
-     "registers the loss torch.nn.MSELoss, but when=None and reference=3 are to be called"),
-], ids=["layer", "loss", "name", "quantity", "rule", "uses", "reference"])
+@pytest.mark.parametrize(
+    "plugin, message",
+    [
+        (
+            Plugin(lambda register: register("relu", print)),
+            "registers the layer relu, but it is not a class",
+        ),
+        (
+            Plugin(losses=lambda register: register(len, print)),
+            "registers the loss <built-in function len>, but it is not a class",
+        ),
+        (
+            Plugin(quantities=lambda register: register("ggn diag", print)),
+            "registers the quantity ggn diag, but its name is not an identifier",
+        ),
+        (
+            Plugin(quantities=lambda register: register(nn.ReLU, print)),
+            "registers the quantity torch.nn.ReLU, but its name is not an identifier",
+        ),
+        (
+            Plugin(lambda register: register(nn.ReLU, 1)),
+            "registers the layer torch.nn.ReLU, but its rule 1 cannot be called",
+        ),
+        (
+            Plugin(lambda register: register(nn.ReLU, print, uses="z")),
+            "registers the layer torch.nn.ReLU, but uses='z', expected 'x', 'y', 'xy' or ''",
+        ),
+        (
+            Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
+            "registers the loss torch.nn.MSELoss, but when=None and reference=3 are to be called",
+        ),
+    ],
+    ids=["layer", "loss", "name", "quantity", "rule", "uses", "reference"],
+)
 def test_a_claim_that_makes_no_sense(plugin, message):
     with pytest.raises(nnj.PluginError) as caught:
         PluginManager(load=False).register(plugin, "mine")

@@ -1,4 +1,7 @@
-"""A rule is taken only where it describes the module: hooks, pruning, replaced forwards; and mixed precision."""
+"""A rule is taken only where it describes the module: hooks, pruning, replaced forwards; and mixed
+precision.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -55,7 +58,10 @@ def old_weight_norm(m):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("first", [True, False], ids=["then extended", "after extend"])
-@pytest.mark.parametrize("change", [changed_output, changed_input, changed_in_place, replaced_forward, pruned, old_weight_norm])
+@pytest.mark.parametrize(
+    "change",
+    [changed_output, changed_input, changed_in_place, replaced_forward, pruned, old_weight_norm],
+)
 def test_a_rule_is_taken_only_where_it_describes_the_module(change, first):
     model, plain = net(), net()
     if not first:
@@ -71,7 +77,10 @@ def test_a_rule_is_taken_only_where_it_describes_the_module(change, first):
     params = list(plain.parameters())
     f = plain(X)
     rows = torch.eye(f.numel()).double().reshape(-1, *f.shape)
-    dense = [torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows]) for p in params]
+    dense = [
+        torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows])
+        for p in params
+    ]
     h = torch.func.hessian(lambda z: F.cross_entropy(z.reshape(f.shape), Y))(f.detach().reshape(-1))
     for p, d in zip(model.parameters(), dense, strict=True):
         d = d.reshape(len(d), -1)
@@ -109,7 +118,9 @@ def test_autocast():
             value = loss(model(X.float()), Y)
         value.backward()
     for name, expected in truth().items():
-        torch.testing.assert_close(model.get_parameter(name).ggn_diag.double(), expected, rtol=0.1, atol=2e-3)
+        torch.testing.assert_close(
+            model.get_parameter(name).ggn_diag.double(), expected, rtol=0.1, atol=2e-3
+        )
 
 
 def test_check_model_tells_right_from_wrong():

@@ -1,4 +1,5 @@
 """Which rule describes a module, and what it may answer."""
+
 from __future__ import annotations
 
 import re
@@ -16,15 +17,17 @@ from nnj.testing import check_layer, layer_jacobians
 from nnj_plugins.quantities import batch_grad
 from tests.support.distributions import Plugin, load
 
-# -- which rule describes a module -----------------------------------------------------------------------------------
+# -- which rule describes a module -----------------------------------------------------------------
 
 
 def twice(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """A right rule for nn.Linear without bias, on vectors."""
     eye = torch.eye(m.out_features, dtype=x.dtype)
     j = torch.einsum("op,ni->nopi", eye, x).flatten(2)
-    return {"input": nnj.Dense(m.weight.detach().expand(len(x), -1, -1), x.shape[1:], y.shape[1:]),
-            "weight": nnj.Dense(j, m.weight.shape, y.shape[1:])}
+    return {
+        "input": nnj.Dense(m.weight.detach().expand(len(x), -1, -1), x.shape[1:], y.shape[1:]),
+        "weight": nnj.Dense(j, m.weight.shape, y.shape[1:]),
+    }
 
 
 class Squash(nn.Module):
@@ -111,14 +114,19 @@ def test_a_module_is_not_taken_for_its_class(rules, make):
 
 @pytest.mark.parametrize("make", [pruned, old_weight_norm])
 def test_a_weight_that_is_no_parameter(rules, make):
-    """What a rule says of `weight` is not taken where the parameter is another one: it is left to others, or refused."""
+    """What a rule says of `weight` is not taken where the parameter is another one: it is left to
+    others, or refused.
+    """
     rules(nn.Linear, twice)
     module, x = make(), torch.randn(5, 4)
     entry = find_rule(module)
     try:
         assert entry is None or apply_rule(entry, module, x, module(x).detach()) is None
     except nnj.PluginError as error:
-        assert "the rule names 'weight', which is neither 'input' nor a parameter of the layer" in str(error)
+        assert (
+            "the rule names 'weight', which is neither 'input' nor a parameter of the layer"
+            in str(error)
+        )
 
 
 def test_an_unknown_layer(fakes, monkeypatch):
@@ -127,10 +135,14 @@ def test_an_unknown_layer(fakes, monkeypatch):
     monkeypatch.setenv(DISABLED, "nnj-fallback")
     manager = load()
     error = manager.unsupported(nn.GELU(), "encoder.3.act")
-    assert str(error) == ("no plugin knows GELU ('encoder.3.act'). Installed: nnj-linear (disabled: nnj-fallback). Enable what "
-                          "is disabled, or write a rule for it (see nnj.registry.hookspecs)")
+    assert str(error) == (
+        "no plugin knows GELU ('encoder.3.act'). Installed: nnj-linear (disabled: nnj-fallback). "
+        "Enable what is disabled, or write a rule for it (see nnj.registry.hookspecs)"
+    )
     error = manager.unsupported(nn.HuberLoss(), "HuberLoss", "loss")
-    assert str(error).startswith("no plugin knows HuberLoss ('HuberLoss'). Installed: none (disabled: ")
+    assert str(error).startswith(
+        "no plugin knows HuberLoss ('HuberLoss'). Installed: none (disabled: "
+    )
     assert isinstance(error, nnj.UnsupportedLayer) and isinstance(error, NotImplementedError)
 
 
@@ -143,7 +155,7 @@ def test_the_nearest_class_has_the_rule(rules):
     assert manager().find("layer", int) is None
 
 
-# -- what a rule answers ---------------------------------------------------------------------------------------------
+# -- what a rule answers ---------------------------------------------------------------------------
 
 
 class Short(nnj.Jacobian):
@@ -160,24 +172,39 @@ def eye(x: Tensor, outputs: int = 4) -> Tensor:
     return torch.eye(outputs, 4, dtype=x.dtype).expand(len(x), -1, -1)
 
 
-@pytest.mark.parametrize("rule, message", [
-    (lambda m, x, y: [], "the rule returned list, expected a dict of Jacobians"),
-    (lambda m, x, y: {"inputs": nnj.Dense(eye(x), (4,), (4,))},
-     "the rule names 'inputs', which is neither 'input' nor a parameter of the layer"),
-    (lambda m, x, y: {"input": eye(x)}, "'input' is Tensor, expected a nnj.Jacobian"),
-    (lambda m, x, y: {"input": nnj.Dense(eye(x, 3), (4,), (3,))},
-     "'input' maps (4,) to (3,) for 5 rows, expected (4,) to (4,) for 5"),
-    (lambda m, x, y: {"input": nnj.Dense(eye(x[:2]), (4,), (4,))},
-     "'input' maps (4,) to (4,) for 2 rows, expected (4,) to (4,) for 5"),
-    (lambda m, x, y: {"input": x.nothing}, "the rule failed with AttributeError: 'Tensor' object has no attribute 'nothing'"),
-], ids=["list", "slot", "tensor", "outputs", "rows", "failure"])
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (lambda m, x, y: [], "the rule returned list, expected a dict of Jacobians"),
+        (
+            lambda m, x, y: {"inputs": nnj.Dense(eye(x), (4,), (4,))},
+            "the rule names 'inputs', which is neither 'input' nor a parameter of the layer",
+        ),
+        (lambda m, x, y: {"input": eye(x)}, "'input' is Tensor, expected a nnj.Jacobian"),
+        (
+            lambda m, x, y: {"input": nnj.Dense(eye(x, 3), (4,), (3,))},
+            "'input' maps (4,) to (3,) for 5 rows, expected (4,) to (4,) for 5",
+        ),
+        (
+            lambda m, x, y: {"input": nnj.Dense(eye(x[:2]), (4,), (4,))},
+            "'input' maps (4,) to (4,) for 2 rows, expected (4,) to (4,) for 5",
+        ),
+        (
+            lambda m, x, y: {"input": x.nothing},
+            "the rule failed with AttributeError: 'Tensor' object has no attribute 'nothing'",
+        ),
+    ],
+    ids=["list", "slot", "tensor", "outputs", "rows", "failure"],
+)
 def test_an_answer_that_is_none(rules, rule, message):
     rules(Squash, rule)
     module, x = Squash(), torch.randn(5, 4)
     with pytest.raises(nnj.PluginError) as caught:
         apply_rule(find_rule(module), module, x, module(x), "head")
     assert str(caught.value) == f"plugin 'nnj-squash' (layer 'head'): {message}"
-    with pytest.raises(nnj.PluginError, match=re.escape(f"plugin 'nnj-squash' (layer 'Squash'): {message}")):
+    with pytest.raises(
+        nnj.PluginError, match=re.escape(f"plugin 'nnj-squash' (layer 'Squash'): {message}")
+    ):
         check_layer(module, x)
 
 
@@ -186,13 +213,19 @@ def test_the_shape_of_a_product():
     right = torch.zeros(5, 4)
     assert checked("vjp of 'input'", right, (5, 4), who) is right
     for wrong, found in ((torch.zeros(5, 3), r"\(5, 3\)"), (None, "NoneType")):
-        with pytest.raises(nnj.PluginError, match=rf"^{re.escape(who)}: vjp of 'input' returned {found}, expected \(5, 4\)$"):
+        with pytest.raises(
+            nnj.PluginError,
+            match=rf"^{re.escape(who)}: vjp of 'input' returned {found}, expected \(5, 4\)$",
+        ):
             checked("vjp of 'input'", wrong, (5, 4), who)
 
 
 def test_products_of_another_shape(rules):
     rules(Squash, lambda m, x, y: {"input": Short((4,), (4,), x)})
-    message = r"^plugin 'nnj-squash' \(layer 'Squash'\).*vjp.* returned \(3, 5, 3\), expected \(3, 5, 4\)$"
+    message = (
+        r"^plugin 'nnj-squash' \(layer 'Squash'\).*vjp.* returned \(3, 5, 3\), expected \(3, "
+        r"5, 4\)$"
+    )
     with pytest.raises(nnj.PluginError, match=message):
         check_layer(Squash(), torch.randn(5, 4))
 
@@ -230,7 +263,7 @@ def test_a_rule_sees_what_it_uses(rules):
     assert seen == [("meta", "cpu")]
 
 
-# -- what was known of a module at its last call ---------------------------------------------------------------------
+# -- what was known of a module at its last call ---------------------------------------------------
 
 
 def reparametrized(layer: nn.Linear) -> None:

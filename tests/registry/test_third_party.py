@@ -1,4 +1,7 @@
-"""A stranger's package teaches nnj a layer: examples/third_party, built, installed and used as pip leaves it."""
+"""A stranger's package teaches nnj a layer: examples/third_party, built, installed and used as pip
+leaves it.
+"""
+
 from __future__ import annotations
 
 import os
@@ -14,11 +17,13 @@ import nnj, nnj_siren, torch
 from nnj_siren import layers
 
 calls, rule = [], layers.sine
-layers.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)  # the hook has not run yet: loading is lazy
+# The hook has not run yet: loading is lazy.
+layers.sine = lambda m, x, y: calls.append(m) or rule(m, x, y)
 
 torch.manual_seed(0)
 x, y = torch.randn(6, 2, dtype=torch.float64), torch.randint(3, (6,))
-net = torch.nn.Sequential(torch.nn.Linear(2, 5), nnj_siren.Sine(5, frequency=2.0), torch.nn.Linear(5, 3)).double()
+first, last = torch.nn.Linear(2, 5), torch.nn.Linear(5, 3)
+net = torch.nn.Sequential(first, nnj_siren.Sine(5, frequency=2.0), last).double()
 model = nnj.extend(net)
 loss_func = nnj.extend(torch.nn.CrossEntropyLoss())
 with nnj.collect("ggn_diag", "ggn_block"):
@@ -40,9 +45,12 @@ for name, param in params.items():
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """`python(*args)`: what an interpreter prints that finds nnj as here, and the package where pip has put it."""
+    """`python(*args)`: what an interpreter prints that finds nnj as here, and the package where pip
+    has put it.
+    """
     folder = tmp_path_factory.mktemp("third_party")
-    shutil.copytree(ROOT / "examples" / "third_party", folder / "source")  # pip leaves build folders in what it builds
+    # pip leaves build folders in what it builds
+    shutil.copytree(ROOT / "examples" / "third_party", folder / "source")
     start = install(folder / "target", folder / "source")
 
     def run(*args: str) -> str:
@@ -56,15 +64,32 @@ def python(tmp_path_factory):
 def test_it_is_listed(python):
     lines = [line.split() for line in python("-m", "nnj").splitlines()]
     assert ["nnj_siren.layers.Sine", "sine", "nnj-siren", "nnj-siren", "0.1"] in lines
-    assert ["nnj_siren.first.FirstSine", "first_sine", "nnj-siren-first", "nnj-siren", "0.1"] in lines
+    assert [
+        "nnj_siren.first.FirstSine",
+        "first_sine",
+        "nnj-siren-first",
+        "nnj-siren",
+        "0.1",
+    ] in lines
     assert ["nnj_siren.losses.LogCosh", "log_cosh", "nnj-siren-losses", "nnj-siren", "0.1"] in lines
     assert ["fisher_diag", "FisherDiag", "nnj-siren-quantities", "nnj-siren", "0.1"] in lines
 
 
 def test_its_own_tests_pass(python):
     tests = ROOT / "examples" / "third_party" / "tests"
-    assert "6 passed" in python("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir",
-                                str(tests), "-c", os.devnull, str(tests))
+    assert "6 passed" in python(
+        "-m",
+        "pytest",
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tests),
+        "-c",
+        os.devnull,
+        str(tests),
+    )
 
 
 def test_it_is_used_and_exact(python):

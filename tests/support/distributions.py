@@ -1,4 +1,5 @@
 """Distributions that are fakes on sys.path, and plugins made by hand, for the tests of plugins."""
+
 from __future__ import annotations
 
 import importlib
@@ -28,8 +29,17 @@ class Fakes:
     def __init__(self, path: Path):
         self.path, self.modules = path, []
 
-    def install(self, name: str, code: str | None, *, version: str = "0.1", entries: dict[str, str] | None = None) -> None:
-        """A distribution of one module (no module if `code` is None) and of one entry point of its own name."""
+    def install(
+        self,
+        name: str,
+        code: str | None,
+        *,
+        version: str = "0.1",
+        entries: dict[str, str] | None = None,
+    ) -> None:
+        """A distribution of one module (no module if `code` is None) and of one entry point of its
+        own name.
+        """
         module = name.replace("-", "_") + "_fake"
         if code is not None:
             (self.path / f"{module}.py").write_text(code)
@@ -51,7 +61,9 @@ def fakes(tmp_path, monkeypatch):
     monkeypatch.delenv(DISABLED, raising=False)
     found = metadata.entry_points
     inside = lambda point: Path(point.dist.locate_file("")) == tmp_path
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [p for p in found(group=group) if inside(p)])
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda group: [p for p in found(group=group) if inside(p)]
+    )
     importlib.invalidate_caches()
     fakes = Fakes(tmp_path)
     yield fakes

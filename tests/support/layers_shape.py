@@ -1,4 +1,7 @@
-"""Layers that move, copy or interpolate entries, and gates: (name, module, input), a part of the table in layers.py."""
+"""Layers that move, copy or interpolate entries, and gates: (name, module, input), a part of the
+table in layers.py.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,19 +14,37 @@ Case = tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]
 r = torch.randn
 
 
-def case(name: str, cls: Callable[..., nn.Module], args: Any, shape: tuple[int, ...], **options: Any) -> Case:
+def case(
+    name: str, cls: Callable[..., nn.Module], args: Any, shape: tuple[int, ...], **options: Any
+) -> Case:
     return name, lambda: cls(*args, **options), lambda: r(*shape)
 
 
 SPACE = {1: (3,), 2: (3, 2), 3: (2, 3, 2)}
 PADS = {1: (2, 1), 2: (1, 0, 2, 1), 3: (0, 1, 2, 1, 1, 0)}
 PADDING: list[Case] = [
-    case(f"{kind.lower()}{axes}d", getattr(nn, f"{kind}{axes}d"), (PADS[axes], *more), (2, 2, *SPACE[axes]))
-    for kind, more in (("ConstantPad", (1.5,)), ("ZeroPad", ()), ("ReplicationPad", ())) for axes in (1, 2, 3)
+    case(
+        f"{kind.lower()}{axes}d",
+        getattr(nn, f"{kind}{axes}d"),
+        (PADS[axes], *more),
+        (2, 2, *SPACE[axes]),
+    )
+    for kind, more in (("ConstantPad", (1.5,)), ("ZeroPad", ()), ("ReplicationPad", ()))
+    for axes in (1, 2, 3)
 ]
-PADDING += [case(f"reflectionpad{axes}d", getattr(nn, f"ReflectionPad{axes}d"), (1,), (2, 2, *SPACE[axes])) for axes in (1, 2, 3)]
-PADDING += [case(f"circularpad{axes}d", getattr(nn, f"CircularPad{axes}d"), (PADS[axes],), (2, 2, *SPACE[axes]))
-            for axes in (1, 2, 3)]
+PADDING += [
+    case(f"reflectionpad{axes}d", getattr(nn, f"ReflectionPad{axes}d"), (1,), (2, 2, *SPACE[axes]))
+    for axes in (1, 2, 3)
+]
+PADDING += [
+    case(
+        f"circularpad{axes}d",
+        getattr(nn, f"CircularPad{axes}d"),
+        (PADS[axes],),
+        (2, 2, *SPACE[axes]),
+    )
+    for axes in (1, 2, 3)
+]
 PADDING += [
     case("constantpad1d-one-number", nn.ConstantPad1d, (1, -2.0), (4, 3)),
     case("constantpad2d-negative", nn.ConstantPad2d, ((-1, 1, 2, -1), 3.0), (2, 2, 4, 3)),
@@ -49,16 +70,38 @@ SHUFFLE: list[Case] = [
 
 UPSAMPLE: list[Case] = [
     case(f"upsample-{mode}{axes}d-{name}", nn.Upsample, (), (2, 2, *space), mode=mode, **options)
-    for mode, spaces in (("nearest", (1, 2, 3)), ("nearest-exact", (1, 2, 3)), ("linear", (1,)), ("bilinear", (2,)),
-                         ("bicubic", (2,)), ("trilinear", (3,)))
-    for axes in spaces for space in [{1: (3,), 2: (3, 2), 3: (2, 1, 2)}[axes]]
-    for name, options in (("size", {"size": {1: (5,), 2: (4, 5), 3: (3, 2, 3)}[axes]}),
-                          ("scale", {"scale_factor": {1: 2.4, 2: (2.5, 1.7), 3: (1.5, 2.0, 1.0)}[axes]}),
-                          ("recomputed", {"scale_factor": 1.7, "recompute_scale_factor": True}))
+    for mode, spaces in (
+        ("nearest", (1, 2, 3)),
+        ("nearest-exact", (1, 2, 3)),
+        ("linear", (1,)),
+        ("bilinear", (2,)),
+        ("bicubic", (2,)),
+        ("trilinear", (3,)),
+    )
+    for axes in spaces
+    for space in [{1: (3,), 2: (3, 2), 3: (2, 1, 2)}[axes]]
+    for name, options in (
+        ("size", {"size": {1: (5,), 2: (4, 5), 3: (3, 2, 3)}[axes]}),
+        ("scale", {"scale_factor": {1: 2.4, 2: (2.5, 1.7), 3: (1.5, 2.0, 1.0)}[axes]}),
+        ("recomputed", {"scale_factor": 1.7, "recompute_scale_factor": True}),
+    )
 ]
 UPSAMPLE += [
-    case(f"upsample-{mode}-corners-{name}", nn.Upsample, (), (2, 1, *space), mode=mode, align_corners=True, **options)
-    for mode, space in (("linear", (3,)), ("bilinear", (3, 2)), ("bicubic", (2, 3)), ("trilinear", (2, 1, 2)))
+    case(
+        f"upsample-{mode}-corners-{name}",
+        nn.Upsample,
+        (),
+        (2, 1, *space),
+        mode=mode,
+        align_corners=True,
+        **options,
+    )
+    for mode, space in (
+        ("linear", (3,)),
+        ("bilinear", (3, 2)),
+        ("bicubic", (2, 3)),
+        ("trilinear", (2, 1, 2)),
+    )
     for name, options in (("size", {"size": 4}), ("scale", {"scale_factor": 1.6}))
 ]
 UPSAMPLE += [

@@ -1,4 +1,5 @@
 """What the tests of losses share: outputs, targets and losses to be made."""
+
 from __future__ import annotations
 
 import pytest

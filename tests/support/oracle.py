@@ -1,9 +1,11 @@
-"""The truth, from torch.func alone: dense Jacobians of a model that was never extended, and the Hessian of its scalar.
+"""The truth, from torch.func alone: dense Jacobians of a model that was never extended, and the
+Hessian of its scalar.
 
-A case is a piece of user code, `run(model, loss, *data) -> scalar`. Here it is run with a functional model and with a loss that
-notes what it is given: these are the outputs. The same code with other outputs put in their place is the scalar as a
-function of the outputs, so that reductions, factors, sums of losses and weighted sums are all in it.
-"""
+A case is a piece of user code, `run(model, loss, *data) -> scalar`. Here it is run with a
+functional model and with a loss that notes what it is given: these are the outputs. The same code
+with other outputs put in their place is the scalar as a function of the outputs, so that
+reductions, factors, sums of losses and weighted sums are all in it."""
+
 from __future__ import annotations
 
 import functools
@@ -18,7 +20,9 @@ from tests.support.cases import CASES, EITHER, Case
 
 
 def build(case: Case, twin: bool = False) -> nn.Module:
-    """The model of a case in float64, with parameters that are neither zero nor one, always the same."""
+    """The model of a case in float64, with parameters that are neither zero nor one, always the
+    same.
+    """
     torch.manual_seed(0)
     model = case.make().double()
     with torch.no_grad():
@@ -33,16 +37,23 @@ def build(case: Case, twin: bool = False) -> nn.Module:
 
 def data_of(case: Case) -> tuple[Any, ...]:
     torch.manual_seed(1)
-    return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.data())
+    return tuple(
+        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.data()
+    )
 
 
 def losses_of(case: Case) -> tuple[Any, ...]:
     torch.manual_seed(3)
     made = case.loss()
-    return tuple(l.double() if isinstance(l, nn.Module) else l for l in (made if isinstance(made, tuple) else (made,)))
+    return tuple(
+        l.double() if isinstance(l, nn.Module) else l
+        for l in (made if isinstance(made, tuple) else (made,))
+    )
 
 
-def run(case: Case, model: Any, losses: tuple[Any, ...], data: tuple[Any, ...] | None = None) -> Tensor:
+def run(
+    case: Case, model: Any, losses: tuple[Any, ...], data: tuple[Any, ...] | None = None
+) -> Tensor:
     """The user's code, with its random numbers always the same."""
     data = data_of(case) if data is None else data
     torch.manual_seed(2)
@@ -55,7 +66,8 @@ class _Notes:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
         self.put: list[Tensor] | None = None
-        self.which: list[list[int]] = []  # for each call of a loss, which leaves of its arguments are outputs
+        # for each call of a loss, which leaves of its arguments are outputs
+        self.which: list[list[int]] = []
         self.first = True
         self.calls = 0
 
@@ -66,7 +78,9 @@ class _Notes:
         def noting(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = tree_flatten((args, kwargs))
             if self.first:
-                self.which.append([i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad])
+                self.which.append(
+                    [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
+                )
             which = self.which[self.calls]
             self.calls += 1
             for i in which:
@@ -82,7 +96,8 @@ class _Notes:
 class Truth:
     """Dense truth of one case: `diag`, `block` and `batch_grad` by the names of parameters.
 
-    Errors: AssertionError if torch.func computes another output (another mask of dropout), or another gradient, than
+    Errors: AssertionError if torch.func computes another output (another mask of dropout), or
+    another gradient, than
     autograd: the case then needs a twin.
     """
 
@@ -103,14 +118,26 @@ class Truth:
             return flat, flat
 
         def scalar(flat: Tensor) -> Tensor:
-            parts = [t.reshape(s) for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+            parts = [
+                t.reshape(s)
+                for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
+            ]
             notes.start(parts)
-            return run(case, lambda *args, **kwargs: functional_call(model, params, args, kwargs), losses, data)
+            return run(
+                case,
+                lambda *args, **kwargs: functional_call(model, params, args, kwargs),
+                losses,
+                data,
+            )
 
         z = torch.cat([t.detach().flatten() for t in outs])
         j, again = jacrev(outputs, has_aux=True)(params)
-        assert torch.allclose(again, z, rtol=1e-12, atol=1e-14), f"{case.name}: torch.func computes another output"
-        self.jacobian = {name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()}
+        assert torch.allclose(again, z, rtol=1e-12, atol=1e-14), (
+            f"{case.name}: torch.func computes another output"
+        )
+        self.jacobian = {
+            name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()
+        }
         self.gradient = jacrev(scalar)(z).detach()
         self.hessian = jacrev(jacrev(scalar))(z).detach()
         numbers = case.numbers([t.detach() for t in outs], data)
@@ -118,11 +145,17 @@ class Truth:
         run(case, model, losses_of(case), data).backward()
         for name, p in model.named_parameters():
             if p.grad is not None:
-                assert torch.allclose(self.batch_grad(name).sum(0), p.grad, rtol=1e-9, atol=1e-12), f"{case.name}: {name}"
+                assert torch.allclose(
+                    self.batch_grad(name).sum(0), p.grad, rtol=1e-9, atol=1e-12
+                ), f"{case.name}: {name}"
 
     def _owners(self, numbers: list[Tensor], outs: list[Tensor], case: Case) -> None:
-        self.owners = torch.cat([w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
-                                 for w, t in zip(numbers, outs, strict=True)])
+        self.owners = torch.cat(
+            [
+                w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
+                for w, t in zip(numbers, outs, strict=True)
+            ]
+        )
         self.n = int(self.owners.max()) + 1 if case.n is None else case.n
 
     def columns(self, name: str) -> Tensor:
@@ -162,4 +195,7 @@ def close(found: Any, expected: Tensor) -> str:
     bad = ~(error <= 1e-8 * expected.abs() + 1e-12 * max(scale, 1e-3))
     if not bool(bad.any()):
         return ""
-    return f"is off by {float(error.max()):.3g} of {scale:.3g} in {int(bad.sum())} of {bad.numel()} entries"
+    return (
+        f"is off by {float(error.max()):.3g} of {scale:.3g} in {int(bad.sum())} of "
+        f"{bad.numel()} entries"
+    )

@@ -1,4 +1,7 @@
-"""The truth: dense Jacobians and Hessians by torch.func in float64, of a model that nnj has never seen."""
+"""The truth: dense Jacobians and Hessians by torch.func in float64, of a model that nnj has never
+seen.
+"""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +10,8 @@ from torch.func import functional_call, hessian, jacrev
 
 
 class Truth:
-    """J^T H J of `scalar(outputs)`, with outputs = call(model), over all parameters that require grad.
+    """J^T H J of `scalar(outputs)`, with outputs = call(model), over all parameters that require
+    grad.
 
     Args:
         model: in float64, not extended.
@@ -28,7 +32,9 @@ class Truth:
         sizes = [s.numel() for s in shapes]
         flat = lambda params: torch.cat([t.reshape(-1) for t in outputs(params)])
         self.f = flat(params).detach()
-        self.of_flat = lambda f: scalar([t.reshape(s) for t, s in zip(f.split(sizes), shapes, strict=True)])
+        self.of_flat = lambda f: scalar(
+            [t.reshape(s) for t, s in zip(f.split(sizes), shapes, strict=True)]
+        )
         jacobians = jacrev(flat)(params)
         self.j = {n: j.detach().reshape(len(self.f), -1) for n, j in jacobians.items()}
         self.h = hessian(self.of_flat)(self.f).detach()
@@ -48,4 +54,8 @@ class Truth:
     def sample_grads(self, name: str, owner: Tensor, n: int) -> Tensor:
         """Shares of the gradient by the sample of each output entry."""
         rows = self.g[:, None] * self.j[name]
-        return torch.zeros(n, rows.shape[1], dtype=rows.dtype).index_add_(0, owner, rows).reshape(n, *self.names[name].shape)
+        return (
+            torch.zeros(n, rows.shape[1], dtype=rows.dtype)
+            .index_add_(0, owner, rows)
+            .reshape(n, *self.names[name].shape)
+        )

@@ -1,4 +1,5 @@
 """nnj.testing.check_model: what it says of a user's model, and how it fails."""
+
 from __future__ import annotations
 
 import pytest
@@ -19,7 +20,11 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.scale, self.gate = nn.Linear(5, 5), nn.Parameter(torch.ones(5)), nn.ReLU(inplace=True)
+        self.inner, self.scale, self.gate = (
+            nn.Linear(5, 5),
+            nn.Parameter(torch.ones(5)),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x, factor=1.0):
         return x + self.scale * self.gate(self.inner(self.inner(x))) * factor
@@ -53,74 +58,135 @@ def targets():
 
 
 def test_a_report():
-    report = check_model(nn.Sequential(nn.Linear(6, 5), Residual(), nn.Linear(5, 3)), nn.CrossEntropyLoss(), torch.randn(N, 6),
-                         targets())
+    report = check_model(
+        nn.Sequential(nn.Linear(6, 5), Residual(), nn.Linear(5, 3)),
+        nn.CrossEntropyLoss(),
+        torch.randn(N, 6),
+        targets(),
+    )
     assert report.samples == N and report.left_out == []
-    assert set(report.errors) == {"ggn_diag", "ggn_block", "batch_grad", "ggn_diag_mc"} and max(report.errors.values()) < 1e-10
+    assert (
+        set(report.errors) == {"ggn_diag", "ggn_block", "batch_grad", "ggn_diag_mc"}
+        and max(report.errors.values()) < 1e-10
+    )
     rules = {line.path: (line.kind, line.rule) for line in report.rules}
-    assert rules["0"] == ("Linear", "linear") and rules["1.gate"][0] == "ReLU" and rules["1"] == ("Residual", "autograd")
+    assert (
+        rules["0"] == ("Linear", "linear")
+        and rules["1.gate"][0] == "ReLU"
+        and rules["1"] == ("Residual", "autograd")
+    )
     shown = str(report)
-    assert "4 samples, independent of one another" in shown and "bare parameters: scale" in shown and "batch_grad" in shown
+    assert (
+        "4 samples, independent of one another" in shown
+        and "bare parameters: scale" in shown
+        and "batch_grad" in shown
+    )
 
 
 def test_named_inputs_several_arguments_and_the_batch_in_axis_one():
     mask = torch.rand(N, 3)
-    check_model(Named(), nn.CrossEntropyLoss(), {"ids": torch.randint(7, (N, 3)), "mask": mask}, targets())
+    check_model(
+        Named(), nn.CrossEntropyLoss(), {"ids": torch.randint(7, (N, 3)), "mask": mask}, targets()
+    )
     check_model(Named(), nn.CrossEntropyLoss(), (torch.randint(7, (N, 3)), mask), targets())
-    report = check_model(nnj.extend(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), batch_axis=1), nn.MSELoss(),
-                         torch.randn(3, 2, 4), torch.randn(3, 2, 4))
-    assert report.samples == 2 and set(report.errors) | set(report.refused) >= {"ggn_diag", "batch_grad"}
+    report = check_model(
+        nnj.extend(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), batch_axis=1),
+        nn.MSELoss(),
+        torch.randn(3, 2, 4),
+        torch.randn(3, 2, 4),
+    )
+    assert report.samples == 2 and set(report.errors) | set(report.refused) >= {
+        "ggn_diag",
+        "batch_grad",
+    }
 
 
 def test_what_is_refused_stands_in_the_report():
-    """Which rows are whose is lost when the input is rearranged before the first layer; sums are exact all the same."""
+    """Which rows are whose is lost when the input is rearranged before the first layer; sums are
+    exact all the same.
+    """
 
     class Turned(nn.Linear):
         def forward(self, x):
             return super().forward(x.flip(0).roll(1, 0).flatten(0, 1))
 
-    report = check_model(nn.Sequential(Turned(5, 3)), nn.MSELoss(), torch.randn(2, 3, 5), torch.randn(6, 3))
-    assert "nnj cannot tell which rows" in report.refused["batch_grad"] and "ggn_diag" in report.errors
+    report = check_model(
+        nn.Sequential(Turned(5, 3)), nn.MSELoss(), torch.randn(2, 3, 5), torch.randn(6, 3)
+    )
+    assert (
+        "nnj cannot tell which rows" in report.refused["batch_grad"] and "ggn_diag" in report.errors
+    )
     assert "batch_grad   refused: batch_grad: nnj cannot tell" in str(report)
 
 
 def test_blocks_that_are_too_large():
-    report = check_model(nn.Sequential(nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 3)), nn.CrossEntropyLoss(), torch.randn(2, 60),
-                         torch.tensor([0, 2]))
+    report = check_model(
+        nn.Sequential(nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 3)),
+        nn.CrossEntropyLoss(),
+        torch.randn(2, 60),
+        torch.tensor([0, 2]),
+    )
     assert report.left_out == ["0"] and "ggn_block of '0' is too large" in str(report)
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
-                                   nn.Sequential(nn.Linear(6, 3), Mixing())], ids=["batch norm", "mean"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+        nn.Sequential(nn.Linear(6, 3), Mixing()),
+    ],
+    ids=["batch norm", "mean"],
+)
 def test_samples_that_influence_one_another(model):
-    said = r"samples influence one another(: .* off by [\d.e-]+\. Batch norm|, or the model does not take one alone: Exp)"
+    said = (
+        r"samples influence one another(: .* off by [\d.e-]+\. Batch norm|, or the model does "
+        r"not take one alone: Exp)"
+    )
     with pytest.raises(AssertionError, match=said):
         check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6), targets())
 
 
 def test_a_loss_that_couples_samples():
-    with pytest.raises(AssertionError, match="the loss couples samples: its Hessian between them is up to"):
+    with pytest.raises(
+        AssertionError, match="the loss couples samples: its Hessian between them is up to"
+    ):
         check_model(nn.Linear(6, 3), lambda z: z.sum(0).square().sum(), torch.randn(N, 6))
 
 
 def test_random_numbers():
-    with pytest.raises(AssertionError, match=r"draws random numbers, or keeps a state. Use model.eval\(\)"):
-        check_model(nn.Sequential(nn.Linear(6, 3), nn.Dropout()), nn.CrossEntropyLoss(), torch.randn(N, 6), targets())
+    with pytest.raises(
+        AssertionError, match=r"draws random numbers, or keeps a state. Use model.eval\(\)"
+    ):
+        check_model(
+            nn.Sequential(nn.Linear(6, 3), nn.Dropout()),
+            nn.CrossEntropyLoss(),
+            torch.randn(N, 6),
+            targets(),
+        )
 
 
 def test_a_model_with_several_outputs_and_a_loss_without_reduction():
     with pytest.raises(TypeError, match="this one gives tuple. Wrap it in a module"):
-        check_model(nn.LSTM(6, 3, batch_first=True), nn.MSELoss(), torch.randn(N, 2, 6), torch.randn(N, 2, 3))
+        check_model(
+            nn.LSTM(6, 3, batch_first=True),
+            nn.MSELoss(),
+            torch.randn(N, 2, 6),
+            torch.randn(N, 2, 3),
+        )
     with pytest.raises(TypeError, match="takes a loss that gives a scalar"):
-        check_model(nn.Linear(6, 3), nn.CrossEntropyLoss(reduction="none"), torch.randn(N, 6), targets())
+        check_model(
+            nn.Linear(6, 3), nn.CrossEntropyLoss(reduction="none"), torch.randn(N, 6), targets()
+        )
 
 
 @pytest.fixture
 def doubled():
     """A plugin beside ours whose rule is wrong in one slot."""
     former, other = manager(), nnj.PluginManager()
-    rule = lambda m, x, y: {"input": nnj.Diagonal(m.weight.expand_as(x)),
-                            "weight": nnj.ScaleShift(m.weight.shape, y.shape[1:], y, m=lambda: 2 * x)}
+    rule = lambda m, x, y: {
+        "input": nnj.Diagonal(m.weight.expand_as(x)),
+        "weight": nnj.ScaleShift(m.weight.shape, y.shape[1:], y, m=lambda: 2 * x),
+    }
     other.register(Plugin(lambda register: register(Doubled, rule)), "nnj-doubled")
     use(other)
     yield
@@ -133,8 +199,12 @@ def test_a_wrong_rule_is_named(doubled):
     with pytest.raises(AssertionError) as caught:
         check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6), targets())
     said = str(caught.value)
-    assert "ggn_diag of '1.weight' is wrong: off by " in said and "where the largest entry is" in said
-    assert "layer '1': " in said and "'weight'" in said and "Doubled" in said and "nnj-doubled" in said
+    assert (
+        "ggn_diag of '1.weight' is wrong: off by " in said and "where the largest entry is" in said
+    )
+    assert (
+        "layer '1': " in said and "'weight'" in said and "Doubled" in said and "nnj-doubled" in said
+    )
 
 
 def test_model_and_loss_are_as_they_were():
@@ -148,7 +218,9 @@ def test_model_and_loss_are_as_they_were():
 
 
 class Attention(nn.Module):
-    """The softmax does not see the bias of the keys: its gradient is zero, of which rounding leaves something."""
+    """The softmax does not see the bias of the keys: its gradient is zero, of which rounding leaves
+    something.
+    """
 
     def __init__(self):
         super().__init__()
@@ -165,7 +237,10 @@ def test_parameters_without_influence_and_without_axes(seed):
     torch.manual_seed(seed)
     model = Attention()
     report = check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6, 4), targets())
-    assert not report.refused and max(report.errors[name] for name in ("ggn_diag", "ggn_block")) < 1e-10
+    assert (
+        not report.refused
+        and max(report.errors[name] for name in ("ggn_diag", "ggn_block")) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e-5])

@@ -1,4 +1,5 @@
 """`python -m nnj MODEL`: what each module of a model gets, with and without a call."""
+
 from __future__ import annotations
 
 import os
@@ -47,7 +48,9 @@ class Shift(nn.Module):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.SiLU(inplace=True), Own(), Centred(), Loud(4, 4), Shift())
+        self.body = nn.Sequential(
+            nn.Linear(4, 4), nn.ReLU(), nn.SiLU(inplace=True), Own(), Centred(), Loud(4, 4), Shift()
+        )
         self.drop, self.flat = nn.Dropout(0.5), nn.Flatten(0)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.lstm = nn.LSTM(4, 3, batch_first=True)
@@ -75,9 +78,17 @@ def test_without_a_call():
     assert found["body.0"] == ("linear", "nnj-linear", "")
     assert found["body.1"] == ("from_y", "nnj-activation", "")
     assert found["body.3"] == ("fallback", "nnj-fallback", IF_ONE)
-    assert found["body.5"] == ("autograd", "", "Loud has another forward than Linear; bare parameters: weight, bias")
+    assert found["body.5"] == (
+        "autograd",
+        "",
+        "Loud has another forward than Linear; bare parameters: weight, bias",
+    )
     assert found["body.6"] == ("autograd", "", "no plugin knows it")
-    assert found["attention"] == ("autograd", "", "container; bare parameters: in_proj_weight, in_proj_bias")
+    assert found["attention"] == (
+        "autograd",
+        "",
+        "container; bare parameters: in_proj_weight, in_proj_bias",
+    )
     assert found["attention.out_proj"] == ("linear", "nnj-linear", "")
     assert found["lstm"] == ("fallback", "nnj-fallback", IF_ONE)
     assert found["normed"][2].startswith("its parameters are computed by a parametrization")
@@ -91,18 +102,40 @@ def test_with_a_call():
     model = Net()
     found = table(model, torch.randn(5, 4))
     assert found["body.0"] == ("linear", "nnj-linear", "")
-    assert found["body.2"] == ("autograd", "", "declined: what its rule reads was written over in place")
+    assert found["body.2"] == (
+        "autograd",
+        "",
+        "declined: what its rule reads was written over in place",
+    )
     assert found["body.3"] == ("fallback", "nnj-fallback", "")
-    assert found["body.4"] == ("autograd", "", "declined: run on each sample alone it gives something else than on the batch")
-    assert found["drop"] == ("autograd", "", "declined: the mask of this call is known to autograd's node alone")
-    assert found["flat"] == ("autograd", "", "declined: a hook, or the shapes of its input and output, hide what its rows are")
-    assert found["attention"] == ("autograd", "", "container; bare parameters: in_proj_weight, in_proj_bias")
+    assert found["body.4"] == (
+        "autograd",
+        "",
+        "declined: run on each sample alone it gives something else than on the batch",
+    )
+    assert found["drop"] == (
+        "autograd",
+        "",
+        "declined: the mask of this call is known to autograd's node alone",
+    )
+    assert found["flat"] == (
+        "autograd",
+        "",
+        "declined: a hook, or the shapes of its input and output, hide what its rows are",
+    )
+    assert found["attention"] == (
+        "autograd",
+        "",
+        "container; bare parameters: in_proj_weight, in_proj_bias",
+    )
     assert found["attention.out_proj"] == ("linear", "nnj-linear", "not called")
     assert found["lstm"] == ("autograd", "", "declined: it takes or gives several tensors")
     assert found["unused"] == ("linear", "nnj-linear", "not called")
     rule, plugin, note = found["more.0"]
     assert (rule, plugin) == ("refused", "nnj-norm")
-    assert note.startswith("refused: layer 'more.0': BatchNorm1d in training mode makes the samples")
+    assert note.startswith(
+        "refused: layer 'more.0': BatchNorm1d in training mode makes the samples"
+    )
 
 
 def test_the_model_is_left_as_it_was():
@@ -123,8 +156,15 @@ def test_hooks_go_when_the_model_raises():
 
 def test_several_arguments_and_an_extended_model():
     model = nnj.extend(nn.Bilinear(2, 3, 4))
-    assert table(model, (torch.randn(5, 2), torch.randn(5, 3)))[""][2] == "declined: it takes or gives several tensors"
-    assert table(nnj.extend(nn.Sequential(nn.Linear(2, 2))), torch.randn(3, 2))["0"] == ("linear", "nnj-linear", "")
+    assert (
+        table(model, (torch.randn(5, 2), torch.randn(5, 3)))[""][2]
+        == "declined: it takes or gives several tensors"
+    )
+    assert table(nnj.extend(nn.Sequential(nn.Linear(2, 2))), torch.randn(3, 2))["0"] == (
+        "linear",
+        "nnj-linear",
+        "",
+    )
 
 
 def test_a_hook_of_another_and_a_frozen_layer():
@@ -133,24 +173,42 @@ def test_a_hook_of_another_and_a_frozen_layer():
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), layer)
     found = table(model, torch.randn(3, 2))
     assert found["0"] == ("linear", "nnj-linear", "nothing to be differentiated")
-    assert found["1"][::2] == ("autograd", "declined: a hook, or the shapes of its input and output, hide what its rows are")
+    assert found["1"][::2] == (
+        "autograd",
+        "declined: a hook, or the shapes of its input and output, hide what its rows are",
+    )
 
 
 def test_text():
-    assert text(lines(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))) == """\
+    assert (
+        text(lines(nn.Sequential(nn.Linear(2, 2), nn.Tanh())))
+        == """\
 module   class       rule      plugin          note
 -------  ----------  --------  --------------  ---------
 (model)  Sequential  autograd                  container
 0        Linear      linear    nnj-linear
 1        Tanh        from_y    nnj-activation"""
+    )
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("no_such_module:net", r"no_such_module:net is not there: No module named 'no_such_module'"),
-    ("torch.nn:NoSuch", "torch.nn:NoSuch is not there: module 'torch.nn' has no attribute 'NoSuch'"),
-    ("torch.nn", "MODEL is 'module:callable', not 'torch.nn'"),
-    ("os:getcwd", "os:getcwd gives str, expected a torch.nn.Module, or a tuple of it and its input"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            "no_such_module:net",
+            r"no_such_module:net is not there: No module named 'no_such_module'",
+        ),
+        (
+            "torch.nn:NoSuch",
+            "torch.nn:NoSuch is not there: module 'torch.nn' has no attribute 'NoSuch'",
+        ),
+        ("torch.nn", "MODEL is 'module:callable', not 'torch.nn'"),
+        (
+            "os:getcwd",
+            "os:getcwd gives str, expected a torch.nn.Module, or a tuple of it and its input",
+        ),
+    ],
+)
 def test_what_is_no_model(spec, message, capsys):
     with pytest.raises(nnj.NNJError, match=message):
         load(spec)
@@ -189,21 +247,38 @@ made = net()
 """
 
 
-@pytest.mark.parametrize("arguments, mask, status", [
-    (["mine:net"], "dropout   nnj-dropout", 0),
-    (["mine:made"], "dropout   nnj-dropout", 0),
-    (["mine:net", "--input", "2,4"], "declined: the mask of this call is known to autograd's node alone", 0),
-    (["mine:pair"], "declined: the mask of this call is known to autograd's node alone", 0),
-    (["mine:two"], "linear    nnj-linear", 0),
-    (["mine:absent"], "mine:absent is not there", 1),
-    (["mine:net", "--input", "some"], "argument --input: invalid", 2),
-])
+@pytest.mark.parametrize(
+    "arguments, mask, status",
+    [
+        (["mine:net"], "dropout   nnj-dropout", 0),
+        (["mine:made"], "dropout   nnj-dropout", 0),
+        (
+            ["mine:net", "--input", "2,4"],
+            "declined: the mask of this call is known to autograd's node alone",
+            0,
+        ),
+        (["mine:pair"], "declined: the mask of this call is known to autograd's node alone", 0),
+        (["mine:two"], "linear    nnj-linear", 0),
+        (["mine:absent"], "mine:absent is not there", 1),
+        (["mine:net", "--input", "some"], "argument --input: invalid", 2),
+    ],
+)
 def test_the_command(arguments, mask, status, tmp_path):
     """The model is looked for in the directory where the command is run."""
     (tmp_path / "mine.py").write_text(MODEL)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "nnj", *arguments], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "nnj", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == status, done.stderr
     assert mask in (done.stdout if status == 0 else done.stderr)
     assert "Traceback" not in done.stderr

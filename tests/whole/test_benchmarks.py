@@ -1,4 +1,7 @@
-"""The benchmarks' harness on the smallest network: what is right, wrong, missing, refused, too slow or dead is called that."""
+"""The benchmarks' harness on the smallest network: what is right, wrong, missing, refused, too slow
+or dead is called that.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -14,8 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
-PEERS = {"backpack": "backpack", "nngeometry": "nngeometry", "asdfghjkl": "asdl", "laplace": "laplace", "jax": "jax"}
-BROKEN = '''
+PEERS = {
+    "backpack": "backpack",
+    "nngeometry": "nngeometry",
+    "asdfghjkl": "asdl",
+    "laplace": "laplace",
+    "jax": "jax",
+}
+BROKEN = """
 import os, time
 import tools
 
@@ -53,7 +62,7 @@ for tool in (wrong, nan, missing, refuses, slow, dies, large):
     tools.TOOLS[tool.__name__] = tool
     tools.NAMES[tool.__name__] = tool.__name__
     tools.PACKAGES[tool.__name__] = []
-'''
+"""
 
 
 @pytest.fixture
@@ -66,8 +75,15 @@ def bench(monkeypatch, tmp_path):
     import harness
     import scaling
 
-    args = argparse.Namespace(tools=["nnj", "torch.func"], repeats=1, threads=1, device="cpu", limit=60.0, memory=16.0,
-                              out=str(tmp_path))
+    args = argparse.Namespace(
+        tools=["nnj", "torch.func"],
+        repeats=1,
+        threads=1,
+        device="cpu",
+        limit=60.0,
+        memory=16.0,
+        out=str(tmp_path),
+    )
     return argparse.Namespace(harness=harness, compare=compare, scaling=scaling, args=args)
 
 
@@ -82,7 +98,9 @@ def measure(bench, *tools: str, row: str = "tiny", **options):
 def test_nnj_and_plain_torch_agree_with_the_reference(bench):
     row = measure(bench, "nnj", "torch.func")
     for tool in ("nnj", "torch.func"):
-        assert row[tool]["failed"] == "" and row[tool]["error"] < 1e-5 and len(row[tool]["times"]) == 1
+        assert (
+            row[tool]["failed"] == "" and row[tool]["error"] < 1e-5 and len(row[tool]["times"]) == 1
+        )
         assert 0 <= row[tool]["bytes"] < 2**26 or math.isnan(row[tool]["bytes"])
     assert bench.compare.ratios(row)["time"][0] == "torch.func"
 
@@ -96,14 +114,18 @@ def test_peers_agree_with_the_reference(bench, tool):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
-@pytest.mark.skipif(find_spec("backpack") is None, reason="backpack is not installed (extra 'benchmarks')")
+@pytest.mark.skipif(
+    find_spec("backpack") is None, reason="backpack is not installed (extra 'benchmarks')"
+)
 def test_backpack_where_its_converter_reorders_the_parameters(bench):
     import tools
     import torch
     from networks import BasicBlock
 
     torch.manual_seed(0)
-    model = torch.nn.Sequential(BasicBlock(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 3)).eval()
+    model = torch.nn.Sequential(
+        BasicBlock(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 3)
+    ).eval()
     x, y = torch.randn(3, 2, 4, 4), torch.randint(3, (3,))
     reference = tools.reference(model, x, y)()
     for found, expected in zip(tools.backpack(model, x, y)(), reference, strict=True):
@@ -114,20 +136,26 @@ def test_what_goes_wrong_is_a_cell_that_says_so(bench, monkeypatch, tmp_path):
     """The workers here know broken tools beside the real ones; all else is the harness itself."""
     (tmp_path / "broken.py").write_text(BROKEN)
     script = tmp_path / "worker.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{str(FOLDER)!r}, {str(tmp_path)!r}]\nimport broken\n"
-                      f"exec(compile(open({str(FOLDER / 'worker.py')!r}).read(), {str(script)!r}, 'exec'))\n")
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(FOLDER)!r}, {str(tmp_path)!r}]\nimport broken\n"
+        f"exec(compile(open({str(FOLDER / 'worker.py')!r}).read(), {str(script)!r}, 'exec'))\n"
+    )
     monkeypatch.setattr(bench.harness, "WORKER", script)
     names = ["wrong", "nan", "missing", "refuses", "slow", "dies", "large"]
     row = measure(bench, *names[:4], *names[5:]) | measure(bench, "slow", limit=6.0)
     assert 0.009 < row["wrong"]["error"] < 0.011 and row["nan"]["error"] == math.inf
     cells = {name: bench.harness.cell(row[name]) for name in names}
-    assert cells["wrong"].startswith("wrong by 0.01: ") and cells["nan"].startswith("wrong by inf: ")
+    assert cells["wrong"].startswith("wrong by 0.01: ") and cells["nan"].startswith(
+        "wrong by inf: "
+    )
     assert cells["missing"] == "missing: no_such_package"
     assert cells["refuses"] == "refused: no rule for / this"
     assert cells["slow"] == "> 6 s"
     assert cells["dies"] == "crashed (SIGABRT)"
     assert cells["large"] == "out of memory"
-    assert bench.compare.ratios({**row, "nnj": result([0.1])}) == {}, "what is wrong is no measure for nnj"
+    assert bench.compare.ratios({**row, "nnj": result([0.1])}) == {}, (
+        "what is wrong is no measure for nnj"
+    )
 
 
 def result(seconds: list[float], error: float = 1e-7, size: float = 2**21, failed: str = ""):
@@ -138,37 +166,85 @@ def test_units_and_long_refusals(bench):
     assert bench.harness.lasting(0.0123) == "12.3 ms"
     assert bench.harness.lasting(0.9996, 0.98, 15.13) == "1 s (0.98–15.1)"
     assert bench.harness.lasting(0.9, 0.8, 1.234) == "900 ms (800–1234)"
-    assert bench.harness.cell(result([], failed="refused: " + "word " * 20)) == "refused: " + "word " * 9 + "word …"
+    assert (
+        bench.harness.cell(result([], failed="refused: " + "word " * 20))
+        == "refused: " + "word " * 9 + "word …"
+    )
 
 
 def test_table_of_the_comparison(bench):
-    row = {"gradient": result([0.001], math.nan), "nnj": result([0.004, 0.003, 0.005]), "backpack": result([0.002], size=2**22),
-           "jax": result([0.001], error=0.5), "laplace": result([], failed="missing: laplace")}
+    row = {
+        "gradient": result([0.001], math.nan),
+        "nnj": result([0.004, 0.003, 0.005]),
+        "backpack": result([0.002], size=2**22),
+        "jax": result([0.001], error=0.5),
+        "laplace": result([], failed="missing: laplace"),
+    }
     tools = ["nnj", "backpack", "jax", "laplace"]
-    lines = bench.compare.table({"machine": "here", "tools": tools, "rows": {"tiny": row}}).splitlines()
+    lines = bench.compare.table(
+        {"machine": "here", "tools": tools, "rows": {"tiny": row}}
+    ).splitlines()
     assert len({line.count("|") for line in lines[:3]}) == 1
     assert [c.strip() for c in lines[2].split("|")[1:-1]] == [
-        "MLP 8-8-5, for tests of this script", "4", "5", "1 ms", "4 ms (3–5), 2 MiB, error 1e-07",
-        "2 ms (2–2), 4 MiB, error 1e-07", "wrong by 0.5: 1 ms (1–1), 2 MiB", "missing: laplace", "2 (BackPACK)", "0.5 (BackPACK)"]
+        "MLP 8-8-5, for tests of this script",
+        "4",
+        "5",
+        "1 ms",
+        "4 ms (3–5), 2 MiB, error 1e-07",
+        "2 ms (2–2), 4 MiB, error 1e-07",
+        "wrong by 0.5: 1 ms (1–1), 2 MiB",
+        "missing: laplace",
+        "2 (BackPACK)",
+        "0.5 (BackPACK)",
+    ]
     assert lines[-1] == "here."
     row["jax"]["others"] = 0.96
-    lines = bench.compare.table({"machine": "here", "tools": tools, "rows": {"tiny": row}}).splitlines()
+    lines = bench.compare.table(
+        {"machine": "here", "tools": tools, "rows": {"tiny": row}}
+    ).splitlines()
     assert lines[-1] == "here. **Disturbed:** other programs used up to 1.0 cores meanwhile."
 
 
 def test_scaling_on_the_smallest_sizes(bench, tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, str(FOLDER / "scaling.py"), "--axes", "C", "--points", "2", "--repeats", "1",
-                           "--threads", "1", "--tools", "nnj", "backpack", "--out", str(tmp_path), "--no-figure"],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(FOLDER / "scaling.py"),
+            "--axes",
+            "C",
+            "--points",
+            "2",
+            "--repeats",
+            "1",
+            "--threads",
+            "1",
+            "--tools",
+            "nnj",
+            "backpack",
+            "--out",
+            str(tmp_path),
+            "--no-figure",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
-    assert "| C = 4 |" in table and "| C = 16 |" in table and "time ∝ C^a" in table and "wrong" not in table
+    assert (
+        "| C = 4 |" in table
+        and "| C = 16 |" in table
+        and "time ∝ C^a" in table
+        and "wrong" not in table
+    )
     assert find_spec("backpack") or "missing: backpack" in table
 
 
 def test_exponent(bench):
-    assert bench.scaling.exponent([(n, 3e-4 * n**1.5, 0.0) for n in (2, 4, 8)]) == pytest.approx(1.5)
+    assert bench.scaling.exponent([(n, 3e-4 * n**1.5, 0.0) for n in (2, 4, 8)]) == pytest.approx(
+        1.5
+    )
     assert math.isnan(bench.scaling.exponent([(2, 1.0, 0.0)]))
 
 
@@ -183,16 +259,25 @@ def test_the_floor_of_a_row():
         assert f"| {layer} |" in done.stdout
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib (extra 'examples' or 'benchmarks')")
+@pytest.mark.skipif(
+    find_spec("matplotlib") is None, reason="needs matplotlib (extra 'examples' or 'benchmarks')"
+)
 def test_time_and_error_against_the_tolerance(tmp_path):
     args = ["--epochs", "1", "--samples", "8", "--repeats", "1", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(FOLDER / "tolerance.py"), *args], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "tolerance.py"), *args], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().splitlines()
-            if re.match(r"\| [\d.e-]+ \|", line)]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (tmp_path / "table.md").read_text().splitlines()
+        if re.match(r"\| [\d.e-]+ \|", line)
+    ]
     assert len(rows) == 8
     for tol, columns, deficit, error, *_ in rows:
-        assert 0 <= float(deficit) <= float(tol) and 1 <= int(columns) <= 99 and 0 <= float(error) < 1
+        assert (
+            0 <= float(deficit) <= float(tol) and 1 <= int(columns) <= 99 and 0 <= float(error) < 1
+        )
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -200,6 +285,9 @@ def test_the_cost_of_extending():
     command = [sys.executable, str(FOLDER / "overhead.py"), "--cases", "0", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| MLP")]
+    (row,) = [
+        line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| MLP")
+    ]
     plain, extended, ratio = map(float, row[1:])
-    assert plain > 0 and ratio == pytest.approx(extended / plain, rel=0.01)  # which is longer, a busy machine does not say
+    # which is longer, a busy machine does not say
+    assert plain > 0 and ratio == pytest.approx(extended / plain, rel=0.01)

@@ -1,4 +1,7 @@
-"""Complex tensors inside a real model: exact in real parameters, whatever lies between; complex parameters are refused."""
+"""Complex tensors inside a real model: exact in real parameters, whatever lies between; complex
+parameters are refused.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -19,7 +22,11 @@ class Around(nn.Module):
 
     def __init__(self, middle: nn.Module):
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(6, 6), middle.requires_grad_(False), nn.Linear(12, 3)
+        self.first, self.middle, self.last = (
+            nn.Linear(6, 6),
+            middle.requires_grad_(False),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, x):
         return self.last(torch.view_as_real(self.middle(torch.fft.fft(self.first(x)))).flatten(1))
@@ -40,21 +47,34 @@ def products(s, x):
 
 MODELS = {
     "linear": lambda: Around(nn.Linear(6, 6, dtype=COMPLEX)),
-    "convolution": lambda: Around(Do(lambda s, z: s.conv(z[:, None])[:, 0], conv=nn.Conv1d(1, 1, 3, dtype=COMPLEX, padding=1))),
+    "convolution": lambda: Around(
+        Do(lambda s, z: s.conv(z[:, None])[:, 0], conv=nn.Conv1d(1, 1, 3, dtype=COMPLEX, padding=1))
+    ),
     "tanh": lambda: Around(nn.Tanh()),
     "sigmoid": lambda: Around(nn.Sigmoid()),
     "flatten": lambda: Around(nn.Flatten()),
-    "fourier": lambda: Do(fourier, first=nn.Linear(6, 6), weight=torch.randn(4, 2), last=nn.Linear(6, 3)),
-    "products": lambda: Do(products, first=nn.Linear(6, 6), weight=torch.randn(6, 6, 2), gate=torch.randn(6),
-                           last=nn.Linear(12, 3)),
+    "fourier": lambda: Do(
+        fourier, first=nn.Linear(6, 6), weight=torch.randn(4, 2), last=nn.Linear(6, 3)
+    ),
+    "products": lambda: Do(
+        products,
+        first=nn.Linear(6, 6),
+        weight=torch.randn(6, 6, 2),
+        gate=torch.randn(6),
+        last=nn.Linear(12, 3),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_in_real_parameters(name):
-    """What autograd sends through a complex layer is J^H u, which a rule made for real tensors would get wrong."""
+    """What autograd sends through a complex layer is J^H u, which a rule made for real tensors
+    would get wrong.
+    """
     torch.manual_seed(0)
-    report = check_model(MODELS[name](), nn.CrossEntropyLoss(), torch.randn(N, 6), torch.randint(3, (N,)))
+    report = check_model(
+        MODELS[name](), nn.CrossEntropyLoss(), torch.randn(N, 6), torch.randint(3, (N,))
+    )
     assert not report.refused
 
 
@@ -71,16 +91,23 @@ def test_products(name, wrt):
     if wrt == "input":
         dense = torch.stack([jacrev(run, argnums=1)(params, row) for row in x])
     else:
-        dense = torch.stack([torch.cat([j.flatten(1) for j in jacrev(run)(params, row).values()], 1) for row in x])
+        dense = torch.stack(
+            [torch.cat([j.flatten(1) for j in jacrev(run)(params, row).values()], 1) for row in x]
+        )
     torch.testing.assert_close(nnj.jacobian(model, x, wrt), dense.detach())
     v = torch.randn(N, dense.shape[2]).double()
-    torch.testing.assert_close(nnj.jvp(model, x, v, wrt), torch.einsum("noi,ni->no", dense, v).detach())
+    torch.testing.assert_close(
+        nnj.jvp(model, x, v, wrt), torch.einsum("noi,ni->no", dense, v).detach()
+    )
 
 
 class Spectral(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight, self.last = nn.Parameter(torch.randn(4, dtype=torch.complex64)), nn.Linear(6, 3)
+        self.weight, self.last = (
+            nn.Parameter(torch.randn(4, dtype=torch.complex64)),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x):
         return self.last(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=6))
@@ -88,13 +115,22 @@ class Spectral(nn.Module):
 
 def test_complex_parameters_are_refused_by_name():
     torch.manual_seed(0)
-    model, loss = nnj.extend(nn.Sequential(nn.Linear(6, 6), Spectral())), nnj.extend(nn.CrossEntropyLoss())
+    model, loss = (
+        nnj.extend(nn.Sequential(nn.Linear(6, 6), Spectral())),
+        nnj.extend(nn.CrossEntropyLoss()),
+    )
     x, y = torch.randn(N, 6), torch.randint(3, (N,))
     sentence = r"a parameter of '1' is complex, .*torch\.view_as_complex"
     for quantity in ("ggn_diag", "ggn_block", "ggn_diag_mc"):
-        with pytest.raises(nnj.NNJError, match=f"{quantity}: {sentence}"), nnj.collect("batch_grad", quantity):
+        with (
+            pytest.raises(nnj.NNJError, match=f"{quantity}: {sentence}"),
+            nnj.collect("batch_grad", quantity),
+        ):
             loss(model(x), y).backward()
-    for call in (lambda: nnj.jacobian(model, x, "weight"), lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True)):
+    for call in (
+        lambda: nnj.jacobian(model, x, "weight"),
+        lambda: nnj.jTmjp(model, x, None, "weight", to_diag=True),
+    ):
         with pytest.raises(nnj.NNJError, match=r"a parameter of Sequential is complex"):
             call()
 
@@ -102,7 +138,10 @@ def test_complex_parameters_are_refused_by_name():
 def test_what_is_right_beside_complex_parameters():
     """Gradients of samples, and what is collected elsewhere."""
     torch.manual_seed(0)
-    model, loss = nnj.extend(nn.Sequential(nn.Linear(6, 6), Spectral())), nnj.extend(nn.CrossEntropyLoss())
+    model, loss = (
+        nnj.extend(nn.Sequential(nn.Linear(6, 6), Spectral())),
+        nnj.extend(nn.CrossEntropyLoss()),
+    )
     x, y = torch.randn(N, 6), torch.randint(3, (N,))
     with nnj.collect("batch_grad"):
         loss(model(x), y).backward()
@@ -119,10 +158,19 @@ def test_what_is_right_beside_complex_parameters():
 
 
 def test_complex_outputs_have_no_products():
-    with pytest.raises(nnj.NNJError, match=r"gave torch\.complex64; products are those of a real output"):
-        nnj.jacobian(Do(lambda s, x: torch.fft.fft(s.one(x)), one=nn.Linear(6, 6)), torch.randn(N, 6))
+    with pytest.raises(
+        nnj.NNJError, match=r"gave torch\.complex64; products are those of a real output"
+    ):
+        nnj.jacobian(
+            Do(lambda s, x: torch.fft.fft(s.one(x)), one=nn.Linear(6, 6)), torch.randn(N, 6)
+        )
 
 
 def test_check_layer_says_that_rules_are_real():
-    with pytest.raises(AssertionError, match="its tensors are complex, and rules are those of real ones"):
-        check_layer(Do(lambda s, x: s.one(x), one=nn.Identity()).one, torch.randn(N, 6, dtype=torch.complex64))
+    with pytest.raises(
+        AssertionError, match="its tensors are complex, and rules are those of real ones"
+    ):
+        check_layer(
+            Do(lambda s, x: s.one(x), one=nn.Identity()).one,
+            torch.randn(N, 6, dtype=torch.complex64),
+        )

@@ -1,4 +1,5 @@
 """The examples of products, run as a user runs them."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,8 +15,13 @@ NUMBER = r"(\d\.\d+(?:e[-+]\d+)?)"
 
 def test_jacobians(tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "jacobians.py")], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "jacobians.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     out = done.stdout
     for name in ("jacobian", "jvp", "vjp", "jmp", "mjp", "jTmjp", "jmjTp", "jTmjp_pair"):
@@ -31,7 +37,9 @@ def test_jacobians(tmp_path):
 
 
 def test_the_benchmark_compares_before_it_measures(capsys):
-    spec = importlib.util.spec_from_file_location("benchmark_of_products", ROOT / "examples" / "benchmarks" / "products.py")
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_of_products", ROOT / "examples" / "benchmarks" / "products.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     results = module.main(batch=2, rounds=1)

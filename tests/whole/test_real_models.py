@@ -1,4 +1,7 @@
-"""Models that no one here wrote, exactly: against the pullback of each entry of the output, and the Hessian of the loss."""
+"""Models that no one here wrote, exactly: against the pullback of each entry of the output, and the
+Hessian of the loss.
+"""
+
 from __future__ import annotations
 
 import importlib.util
@@ -46,13 +49,18 @@ def run(real: Real, model: Any, inputs: dict[str, Any], seed: int = 2) -> tuple[
 @pytest.fixture(autouse=True)
 def in_float64():
     """Where a norm or a softmax casts to float32, whatever it is given, it stays in float64."""
-    with mock.patch("torch.float32", torch.float64), mock.patch.object(Tensor, "float", Tensor.double):
+    with (
+        mock.patch("torch.float32", torch.float64),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
         yield
 
 
 @dataclass
 class Truth:
-    """By the names of parameters that are reached, gradients and rows of the Jacobian; the Hessian; the samples of entries."""
+    """By the names of parameters that are reached, gradients and rows of the Jacobian; the Hessian;
+    the samples of entries.
+    """
 
     gradient: dict[str, Tensor]
     j: dict[str, Tensor]
@@ -69,17 +77,25 @@ class Truth:
 
     def shares(self, v: Tensor, name: str) -> Tensor:
         """v^T J of each sample."""
-        return v.new_zeros(N, self.j[name].shape[1]).index_add_(0, self.owner, v[:, None] * self.j[name])
+        return v.new_zeros(N, self.j[name].shape[1]).index_add_(
+            0, self.owner, v[:, None] * self.j[name]
+        )
 
 
 def rows(real: Real, output: Tensor, wanted: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """The gradients of each entry of the output, by torch.func; in training by autograd, as torch.func may draw other masks.
+    """The gradients of each entry of the output, by torch.func; in training by autograd, as
+    torch.func may draw other masks.
 
     (Its convolutions lay out their outputs otherwise, and masks are drawn in the order of memory.)
     """
     units = torch.eye(output.numel(), dtype=output.dtype).reshape(-1, *output.shape)
     if real.train:
-        return [torch.autograd.grad(output, list(wanted.values()), e, retain_graph=True, materialize_grads=True) for e in units]
+        return [
+            torch.autograd.grad(
+                output, list(wanted.values()), e, retain_graph=True, materialize_grads=True
+            )
+            for e in units
+        ]
     model, inputs, _ = built(real)
     of = lambda p: run(real, lambda **given: functional_call(model, p, (), given), inputs)[0]
     again, pull = vjp(of, {name: p.detach() for name, p in wanted.items()})
@@ -96,11 +112,17 @@ def truth(real: Real) -> Truth:
     j = {name: torch.stack(part).flatten(1) for name, part in zip(wanted, parts, strict=True)}
     of, z = lambda z: criterion(z.reshape(output.shape), target), output.detach().flatten()
     gradient = {name: p.grad.clone() for name, p in wanted.items()}
-    found = Truth(gradient, j, hessian(of)(z), torch.func.grad(of)(z), torch.arange(len(z)) // (len(z) // N))
+    found = Truth(
+        gradient, j, hessian(of)(z), torch.func.grad(of)(z), torch.arange(len(z)) // (len(z) // N)
+    )
     for name, grad in gradient.items():
-        assert torch.allclose((found.g @ j[name]).reshape(grad.shape), grad, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(
+            (found.g @ j[name]).reshape(grad.shape), grad, rtol=1e-9, atol=1e-12
+        ), name
     if real.train:
-        assert not torch.allclose(output, run(real, model, inputs, seed=3)[0]), "nothing was dropped"
+        assert not torch.allclose(output, run(real, model, inputs, seed=3)[0]), (
+            "nothing was dropped"
+        )
     return found
 
 
@@ -117,9 +139,21 @@ def test_exact(name):
     model, inputs, criterion = built(real)
     loss = nnj.extend(criterion)
     nnj.extend(model)
-    small = [m for m in model.modules() if 0 < sum(p.numel() for p in m.parameters(recurse=False)) <= LARGEST_BLOCK]
-    with (nnj.collect("ggn_diag", "batch_grad", "ggn_diag_mc", samples=DRAWS, generator=torch.Generator().manual_seed(0)),
-          nnj.collect("ggn_block", modules=small, memory=1)):
+    small = [
+        m
+        for m in model.modules()
+        if 0 < sum(p.numel() for p in m.parameters(recurse=False)) <= LARGEST_BLOCK
+    ]
+    with (
+        nnj.collect(
+            "ggn_diag",
+            "batch_grad",
+            "ggn_diag_mc",
+            samples=DRAWS,
+            generator=torch.Generator().manual_seed(0),
+        ),
+        nnj.collect("ggn_block", modules=small, memory=1),
+    ):
         output, target = run(real, model, inputs)
         value = loss(output, target)
         value.backward()
@@ -128,13 +162,19 @@ def test_exact(name):
     faults: list[str] = []
     for name, p in model.named_parameters():
         if name not in expected.j:
-            there = [getattr(p, quantity, None) for quantity in ("ggn_diag", "batch_grad", "ggn_diag_mc", "grad")]
+            there = [
+                getattr(p, quantity, None)
+                for quantity in ("ggn_diag", "batch_grad", "ggn_diag_mc", "grad")
+            ]
             faults += [f"{name} was not reached"] * any(t is not None for t in there)
             continue
         faults += [f"grad of {name} differs"] * (not torch.equal(p.grad, expected.gradient[name]))
         mc = sum(expected.shares(v.flatten(), name).square().sum(0) for v in drawn) / DRAWS
-        for quantity, right in (("ggn_diag", expected.diag(name)), ("batch_grad", expected.shares(expected.g, name)),
-                                ("ggn_diag_mc", mc)):
+        for quantity, right in (
+            ("ggn_diag", expected.diag(name)),
+            ("batch_grad", expected.shares(expected.g, name)),
+            ("ggn_diag_mc", mc),
+        ):
             fault = close(getattr(p, quantity), right.reshape(*right.shape[:-1], *p.shape))
             faults += [f"{quantity} of {name} {fault}"] if fault else []
     faults += blocks(model, small, expected)
@@ -164,14 +204,22 @@ def test_batch_norm_in_training_is_refused(name):
     criterion(*run(real, plain.train(), inputs)).backward()
     model, inputs, criterion = built(real)
     loss = nnj.extend(criterion)
-    with nnj.collect("ggn_diag"), pytest.raises(nnj.NNJError, match=r"BatchNorm2d in training mode .* call model\.eval\(\)"):
+    with (
+        nnj.collect("ggn_diag"),
+        pytest.raises(nnj.NNJError, match=r"BatchNorm2d in training mode .* call model\.eval\(\)"),
+    ):
         loss(*run(real, nnj.extend(model).train(), inputs)).backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)
-               if q.grad is not None)
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+        if q.grad is not None
+    )
 
 
 def test_the_loss_of_the_model_itself_is_refused():
-    """Given labels, a model of transformers calls a function of torch, which nobody has extended."""
+    """Given labels, a model of transformers calls a function of torch, which nobody has
+    extended.
+    """
     needs("transformers")
     model, inputs, _ = built(REAL["gpt2"])
     with pytest.raises(nnj.NNJError, match="no extended loss took part"), nnj.collect("ggn_diag"):
@@ -187,11 +235,21 @@ def test_checkpoints(name):
     for checkpoints in (False, True):
         model, inputs, criterion = built(real)
         if checkpoints:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         nnj.extend(model)
         loss = nnj.extend(criterion)
         with nnj.collect("ggn_diag", "batch_grad"):
             loss(*run(real, model, inputs)).backward()
-        diagonals.append({name: (p.ggn_diag, p.batch_grad) for name, p in model.named_parameters() if p.grad is not None})
+        diagonals.append(
+            {
+                name: (p.ggn_diag, p.batch_grad)
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
+        )
     for name, (diag, shares) in diagonals[0].items():
-        assert close(diagonals[1][name][0], diag) == close(diagonals[1][name][1], shares) == "", name
+        assert close(diagonals[1][name][0], diag) == close(diagonals[1][name][1], shares) == "", (
+            name
+        )

@@ -1,4 +1,7 @@
-"""Cases in which a number once looked right and was wrong; each was found by somebody who looked for it."""
+"""Cases in which a number once looked right and was wrong; each was found by somebody who looked
+for it.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -36,7 +39,9 @@ class Net(nn.Module):
 def compare(model, x=X, y=Y, loss=F.cross_entropy, twin=None, owner=None):
     """ggn_diag, and batch_grad by sample, against the dense truth."""
     model = model.double()
-    truth = Truth(copy.deepcopy(twin or model).double(), lambda run: [run(x)], lambda f: loss(f[0], y))
+    truth = Truth(
+        copy.deepcopy(twin or model).double(), lambda run: [run(x)], lambda f: loss(f[0], y)
+    )
     nnj.extend(model)
     extended = nnj.extend(nn.CrossEntropyLoss() if loss is F.cross_entropy else loss)
     with nnj.collect("ggn_diag", "batch_grad"):
@@ -46,11 +51,15 @@ def compare(model, x=X, y=Y, loss=F.cross_entropy, twin=None, owner=None):
         torch.testing.assert_close(p.batch_grad.sum(0), p.grad)
         if owner is not None:
             each = owner[:, None].expand(len(owner), truth.f.numel() // len(owner)).reshape(-1)
-            torch.testing.assert_close(p.batch_grad, truth.sample_grads(name, each, int(owner.max()) + 1))
+            torch.testing.assert_close(
+                p.batch_grad, truth.sample_grads(name, each, int(owner.max()) + 1)
+            )
 
 
 class Borrowed(nn.Module):
-    """A leaf with a parameter of its own that uses another layer's weight, too: the fallback must not cut that path."""
+    """A leaf with a parameter of its own that uses another layer's weight, too: the fallback must
+    not cut that path.
+    """
 
     def __init__(self, other):
         super().__init__()
@@ -78,7 +87,10 @@ class Centred(nn.Module):
 
 
 def test_samples_coupled_in_the_derivative_alone_are_refused():
-    model, loss = nnj.extend(nn.Sequential(linear(), Centred()).double()), nnj.extend(nn.CrossEntropyLoss())
+    model, loss = (
+        nnj.extend(nn.Sequential(linear(), Centred()).double()),
+        nnj.extend(nn.CrossEntropyLoss()),
+    )
     with pytest.raises(nnj.NNJError, match="influence one another"), nnj.collect("ggn_diag"):
         loss(model(X), Y).backward()
 
@@ -109,7 +121,11 @@ def test_contributions_of_two_outputs_do_not_cancel_in_the_probe():
 
     model = Net(lambda s, x: forward(s, x).unbind(1), a=linear(), b=linear()).double()
     flat = Net(forward, a=copy.deepcopy(model.a), b=copy.deepcopy(model.b)).double()
-    truth = Truth(flat, lambda run: [run(X)], lambda f: f[0][:, 0].square().sum() + 2 * f[0][:, 1].square().sum())
+    truth = Truth(
+        flat,
+        lambda run: [run(X)],
+        lambda f: f[0][:, 0].square().sum() + 2 * f[0][:, 1].square().sum(),
+    )
     nnj.extend(model)
     loss = nnj.extend(lambda f, g: f.square().sum() + 2 * g.square().sum())
     with nnj.collect("ggn_diag"):
@@ -154,7 +170,11 @@ def test_kernels_of_places_that_cancel():
 
 @pytest.mark.parametrize("shape", ["by hand", "squared"])
 def test_a_weight_used_by_a_layer_and_in_another_form(shape):
-    other = (lambda s, h: F.linear(h, s.a.weight)) if shape == "by hand" else (lambda s, h: h * s.a.weight.square().sum())
+    other = (
+        (lambda s, h: F.linear(h, s.a.weight))
+        if shape == "by hand"
+        else (lambda s, h: h * s.a.weight.square().sum())
+    )
     compare(Net(lambda s, x: s.b(other(s, s.a(x).tanh())), a=linear(), b=linear()))
 
 
@@ -189,18 +209,26 @@ def test_samples_of_a_language_model_whatever_its_sizes(n, t):
     compare(model, x, y, owner=torch.arange(n * t) // t)
 
 
-@pytest.mark.parametrize("forward", [
-    lambda s, x: s.head(s.embed(x.flip(0)).flip(0)).reshape(-1, 3),
-    lambda s, x: s.head(s.embed(x.t()).transpose(0, 1)).reshape(-1, 3),
-], ids=["sorted and put back", "transposed and put back"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.head(s.embed(x.flip(0)).flip(0)).reshape(-1, 3),
+        lambda s, x: s.head(s.embed(x.t()).transpose(0, 1)).reshape(-1, 3),
+    ],
+    ids=["sorted and put back", "transposed and put back"],
+)
 def test_samples_that_the_glue_before_the_first_layer_has_moved(forward):
     torch.manual_seed(0)
     x, y = torch.randint(0, 5, (3, 3)), torch.randint(0, 3, (9,))
-    compare(Net(forward, embed=nn.Embedding(5, 4), head=linear(4, 3)), x, y, owner=torch.arange(9) // 3)
+    compare(
+        Net(forward, embed=nn.Embedding(5, 4), head=linear(4, 3)), x, y, owner=torch.arange(9) // 3
+    )
 
 
 def test_the_batch_is_not_always_the_first_argument():
-    model = nnj.extend(Net(lambda s, table, x: s.a(x) + s.b(table).sum(0), a=linear(), b=linear()).double())
+    model = nnj.extend(
+        Net(lambda s, table, x: s.a(x) + s.b(table).sum(0), a=linear(), b=linear()).double()
+    )
     loss = nnj.extend(nn.CrossEntropyLoss())
     with nnj.collect("batch_grad"):
         loss(model(torch.randn(2, 3).double(), X), Y).backward()
@@ -209,7 +237,9 @@ def test_the_batch_is_not_always_the_first_argument():
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 def test_a_saturated_network(dtype, rtol):
-    """The last layer is walked through without a factor; sure samples must not drown in rounding."""
+    """The last layer is walked through without a factor; sure samples must not drown in
+    rounding.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     with torch.no_grad():
@@ -227,9 +257,15 @@ def test_a_saturated_network(dtype, rtol):
 def test_more_outputs_than_features(loss):
     """Columns are recompressed behind the last layer."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 4), nn.Tanh(), nn.Linear(4, 50)).double()
+    model = nn.Sequential(
+        nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 4), nn.Tanh(), nn.Linear(4, 50)
+    ).double()
     x = torch.randn(3, 30).double()
-    y = torch.randint(0, 50, (3,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(3, 50).double()
+    y = (
+        torch.randint(0, 50, (3,))
+        if isinstance(loss, nn.CrossEntropyLoss)
+        else torch.randn(3, 50).double()
+    )
     truth = Truth(copy.deepcopy(model), lambda run: [run(x)], lambda f: loss(f[0], y))
     nnj.extend(model)
     with nnj.collect("ggn_diag", "ggn_block", block_limit=2000):
@@ -240,14 +276,18 @@ def test_more_outputs_than_features(loss):
 
 
 def test_a_node_whose_batching_rule_in_torch_is_wrong():
-    """vmap over the backward of cdist gives wrong numbers (torch 2.13), and so does jacrev: the truth is taken row by row."""
+    """vmap over the backward of cdist gives wrong numbers (torch 2.13), and so does jacrev: the
+    truth is taken row by row.
+    """
     torch.manual_seed(0)
     near = lambda s, x: s.head(torch.exp(-torch.cdist(s.a(x), s.centres)))
     model = Net(near, a=linear(), centres=P(5, 3), head=linear(5)).double()
     f = model(X)
     rows = torch.eye(f.numel()).double().reshape(-1, *f.shape)
     h = torch.func.hessian(lambda z: F.cross_entropy(z.reshape(f.shape), Y))(f.detach().reshape(-1))
-    by_row = lambda p: torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows])
+    by_row = lambda p: torch.stack(
+        [torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows]
+    )
     dense = {n: by_row(p) for n, p in model.named_parameters()}
     nnj.extend(model)
     with nnj.collect("ggn_diag"):
@@ -261,4 +301,8 @@ def test_queries_that_all_samples_share_go_through_a_layer():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 3).double()
     attend = lambda s, x: s.head((s.q(s.queries) @ s.k(x).mT).softmax(-1) @ x).mean(1)
-    compare(Net(attend, q=linear(), k=linear(), queries=P(2, 3), head=linear()), x, owner=torch.arange(4))
+    compare(
+        Net(attend, q=linear(), k=linear(), queries=P(2, 3), head=linear()),
+        x,
+        owner=torch.arange(4),
+    )

@@ -1,4 +1,7 @@
-"""The layer as one begins with it: its Jacobian, entry by entry. Compare layers.py, where it is fast."""
+"""The layer as one begins with it: its Jacobian, entry by entry. Compare layers.py, where it is
+fast.
+"""
+
 import torch
 from torch import Tensor
 
@@ -11,12 +14,17 @@ class FirstSine(Sine):
 
 
 def first_sine(m: FirstSine, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy_i / dx_j = w_i cos(w_i x_i) [i = j];  dy_i / dw_f = x_i cos(w_i x_i) [i is of feature f]."""
+    """dy_i / dx_j = w_i cos(w_i x_i) [i = j];  dy_i / dw_f = x_i cos(w_i x_i) [i is of feature
+    f].
+    """
     w, row = m.weight.detach(), x.shape[1:]
     c = torch.cos(w * x)
-    of_feature = torch.eye(len(w), dtype=x.dtype, device=x.device).repeat(row[:-1].numel(), 1)  # (outputs, features)
-    return {"input": nnj.Dense(torch.diag_embed((w * c).flatten(1)), row, row),
-            "weight": nnj.Dense((x * c).flatten(1)[:, :, None] * of_feature, w.shape, row)}
+    # (outputs, features)
+    of_feature = torch.eye(len(w), dtype=x.dtype, device=x.device).repeat(row[:-1].numel(), 1)
+    return {
+        "input": nnj.Dense(torch.diag_embed((w * c).flatten(1)), row, row),
+        "weight": nnj.Dense((x * c).flatten(1)[:, :, None] * of_feature, w.shape, row),
+    }
 
 
 @nnj.hookimpl

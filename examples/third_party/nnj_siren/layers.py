@@ -1,4 +1,7 @@
-"""y = sin(w x): the activation of SIREN (Sitzmann et al. 2020), with a trainable frequency w for each feature."""
+"""y = sin(w x): the activation of SIREN (Sitzmann et al. 2020), with a trainable frequency w for
+each feature.
+"""
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,10 @@ def sine(m: Sine, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     """dy = w cos(w x) dx;  dy = x cos(w x) dw."""
     w = m.weight.detach()
     c = torch.cos(w * x)
-    return {"input": nnj.Diagonal(w * c), "weight": nnj.ScaleShift(w.shape, x.shape[1:], x, m=lambda: x * c)}
+    return {
+        "input": nnj.Diagonal(w * c),
+        "weight": nnj.ScaleShift(w.shape, x.shape[1:], x, m=lambda: x * c),
+    }
 
 
 @nnj.hookimpl

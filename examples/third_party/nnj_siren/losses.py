@@ -1,4 +1,7 @@
-"""log cosh: a square near zero, an absolute value far from it. What nnj needs of a loss is its Hessian in the output."""
+"""log cosh: a square near zero, an absolute value far from it. What nnj needs of a loss is its
+Hessian in the output.
+"""
+
 import math
 
 import torch
@@ -18,13 +21,22 @@ class LogCosh(nn.Module):
     def forward(self, y: Tensor, target: Tensor) -> Tensor:
         size = (y - target).abs()
         value = size + F.softplus(-2 * size) - math.log(2)  # cosh itself would overflow
-        return value.mean() if self.reduction == "mean" else value.sum() if self.reduction == "sum" else value
+        return (
+            value.mean()
+            if self.reduction == "mean"
+            else value.sum()
+            if self.reduction == "sum"
+            else value
+        )
 
 
 def log_cosh(m: LogCosh, scale: Tensor, y: Tensor, target: Tensor) -> nnj.LossHessian:
-    """The second derivative is 1 / cosh^2, and zero between entries; `scale` is what multiplies the loss."""
+    """The second derivative is 1 / cosh^2, and zero between entries; `scale` is what multiplies the
+    loss.
+    """
     if target.shape != y.shape:
-        raise NotImplementedError("its target is broadcast")  # nnj then differentiates the loss twice
+        # nnj then differentiates the loss twice
+        raise NotImplementedError("its target is broadcast")
     size = (y - target).abs()
     root = 2 * torch.exp(-size) / (1 + torch.exp(-2 * size))
     return nnj.DiagonalHessian(scale * root.square() / (y.numel() if m.reduction == "mean" else 1))

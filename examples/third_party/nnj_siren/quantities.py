@@ -1,17 +1,21 @@
 """The diagonal of the empirical Fisher information: sum over samples of the squared gradient."""
+
 from torch import Tensor
 
 import nnj
 
 
 class FisherDiag(nnj.Quantity):
-    """`p.fisher_diag`, of the shape of p: sum over n of g_n^2, g_n being sample n's share of `p.grad`."""
+    """`p.fisher_diag`, of the shape of p: sum over n of g_n^2, g_n being sample n's share of
+    `p.grad`.
+    """
 
     source = "gradient"  # one column: the gradient of the loss in the output
     degree = 2  # a loss that is twice as large has one that is four times as large
 
     def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
-        return factor.square_sum()  # never the (N, *p.shape) gradients themselves, where a layer's structure helps
+        # never the (N, *p.shape) gradients themselves, where a layer's structure helps
+        return factor.square_sum()
 
 
 @nnj.hookimpl

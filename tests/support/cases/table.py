@@ -1,4 +1,5 @@
 """What a row of the table of models is, and the parts that rows share."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +24,9 @@ def in_order(outs: list[Tensor], data: tuple[Any, ...]) -> list[Tensor]:
 
 
 def every(outs: list[Tensor], data: tuple[Any, ...]) -> list[Tensor]:
-    """Row r belongs to sample r modulo the number of samples (token-major rows, concatenated views)."""
+    """Row r belongs to sample r modulo the number of samples
+    (token-major rows, concatenated views).
+    """
     n = len(data[0])
     return [torch.arange(len(t)) % n for t in outs]
 
@@ -52,11 +55,14 @@ class Case:
 
     Args:
         make: the model.
-        data: inputs and targets; the samples are in axis 0 of the first, unless `numbers` says otherwise.
+        data: inputs and targets; the samples are in axis 0 of the first, unless `numbers` says
+            otherwise.
         run: user code `run(model, loss, *data) -> scalar`; it may call both as often as it likes.
         loss: the loss, or a tuple of several, which `run` then gets as a tuple.
-        twin: the same model with the same state dict, for torch.func, where it cannot take the model itself.
-        numbers: for each output that a loss is given, in order, the number of the sample of each row.
+        twin: the same model with the same state dict, for torch.func, where it cannot take the
+            model itself.
+        numbers: for each output that a loss is given, in order, the number of the sample of each
+            row.
         batch_axis: for nnj.extend.
         n: how many samples there are, where the last of them has no row.
     """
@@ -78,7 +84,9 @@ CASES: dict[str, Case] = {}
 EITHER: dict[str, Case] = {}  # to be exact, or to be refused
 
 
-def case(name: str, make: Any, data: Any, *args: Any, table: dict[str, Case] = CASES, **kwargs: Any) -> None:
+def case(
+    name: str, make: Any, data: Any, *args: Any, table: dict[str, Case] = CASES, **kwargs: Any
+) -> None:
     assert name not in CASES and name not in EITHER, name
     table[name] = Case(name, make, data, *args, **kwargs)
 
