@@ -79,7 +79,7 @@ class LossColumns:
         )
 
     @cached_property
-    def curvature(self) -> LossHessian:
+    def hessian(self) -> LossHessian:
         """The Hessian in the outputs. Errors: `NNJError` if it is not positive semi-definite."""
         return self._by_rule or autodiff_hessian(self._value, tuple(self.outputs), self.name)
 
@@ -147,24 +147,26 @@ class LossColumns:
             found[edge] = found[edge] + t if edge in found else t
         return found
 
-    def select(self, owner: SampleIndex, tol: float) -> ColumnSelection | AllColumns:
+    def select(self, sample_index: SampleIndex, tol: float) -> ColumnSelection | AllColumns:
         """The columns that walk.
 
         Args:
             owner: whose the rows are.
             tol: what may be lost, of the trace of H.
         """
-        curvature = self.curvature
-        one = (curvature.rows == owner.n and owner.of is None) or owner.n == curvature.rows == 1
-        if one and (curvature.rows == 0 or (curvature.places == 1 and tol == 0)):
-            return AllColumns(curvature)
+        hessian = self.hessian
+        one = (
+            hessian.rows == sample_index.n and sample_index.of is None
+        ) or sample_index.n == hessian.rows == 1
+        if one and (hessian.rows == 0 or (hessian.places == 1 and tol == 0)):
+            return AllColumns(hessian)
         whose = (
-            torch.arange(owner.n, device=curvature.device)
+            torch.arange(sample_index.n, device=hessian.device)
             if one
-            else owner.rows(curvature.rows, curvature.device)
+            else sample_index.rows(hessian.rows, hessian.device)
         )
         assert whose is not None
-        return ColumnSelection(curvature, whose, tol)
+        return ColumnSelection(hessian, whose, tol)
 
     def chunks(
         self, wants: dict[str, Any], selection: ColumnSelection | AllColumns | None, size: int
@@ -184,12 +186,12 @@ class LossColumns:
             extra.append(("gradient", [g[None] for g in self.gradient()]))
         for name, quantity in wants.items():
             if quantity.source == "signs":
-                signs = self.curvature.sample(quantity.draws, quantity.generator)
-                extra.append((name, list(self.curvature.place(signs))))
+                signs = self.hessian.sample(quantity.draws, quantity.generator)
+                extra.append((name, list(self.hessian.to_outputs(signs))))
         for a in range(0, selection.k if selection and "exact" in wants else 0, size):
             assert selection is not None
             exact = selection.columns(a, min(a + size, selection.k))
-            yield self._join([("exact", list(self.curvature.place(exact))), *extra])
+            yield self._join([("exact", list(self.hessian.to_outputs(exact))), *extra])
             extra = []
         for name, parts in extra:
             for a in range(0, parts[0].shape[0], size):

@@ -65,15 +65,15 @@ def contribute(
         return executed[id(p)]
 
     graph = Graph(list(dict.fromkeys(call.edges)), wanted, paths)
-    reached = {id(p) for u in graph.units for _, p in u.params} | {
-        id(u.leaf) for u in graph.units if u.leaf is not None
+    reached = {id(p) for u in graph.steps for _, p in u.params} | {
+        id(u.leaf) for u in graph.steps if u.leaf is not None
     }
     calls = frozenset(mark.order for mark in graph.marks)
     for target in targets:
         target.check(reached, paths)
-    sweep, owner, known = (
+    sweep, sample_index, known = (
         plan(graph, columns.rows, scale.device)
-        if graph.units
+        if graph.steps
         else (None, SampleIndex(columns.rows), True)
     )
     each = [
@@ -86,7 +86,7 @@ def contribute(
             "is given, or give the loss one row for each sample; sums over samples, such as "
             "ggn_diag, do not need to know"
         )
-    found = {id(t.collection): Contribution(calls, owner.n) for t in targets}
+    found = {id(t.collection): Contribution(calls, sample_index.n) for t in targets}
     for target in targets:
         _holders(target, found[id(target.collection)], roots, graph, reached)
     if not graph.marks and not any(c.known for c in found.values()):
@@ -120,9 +120,9 @@ def contribute(
             for t in targets
             if any(q.source == "exact" for q in t.collection.quantities.values())
         )
-        selection = columns.select(owner, tol)
+        selection = columns.select(sample_index, tol)
         shared = _of_several({id(m): m for t in targets for m in t.modules})
-        head = LastLayerColumns(sweep, columns.curvature, shared, selection if tol else None)
+        head = LastLayerColumns(sweep, columns.hessian, shared, selection if tol else None)
         if head.useful:
             head.narrow(min(c.memory for c in collections))
         for target in targets:
@@ -160,12 +160,12 @@ def _walk_behind(
 ) -> None:
     """Exact columns, where the last layers are linear maps that all samples share."""
     head.parameters(lambda p, factor: sink({"exact": slice(0, factor.k)})(p, factor))
-    units = sweep.graph.units[len(head.units) :]
-    if not units:
+    steps = sweep.graph.steps[len(head.steps) :]
+    if not steps:
         return
     for v in head.walked(size):
         parts = {"exact": slice(0, v.shape[0])}
-        sweep.run({head.edge: v}, v.shape[0], sink(parts), units)
+        sweep.run({head.edge: v}, v.shape[0], sink(parts), steps)
         flush(parts)
 
 

@@ -29,19 +29,19 @@ def parts(call: LossCall, scale: Tensor) -> dict[int, LossColumns]:
     found = {sign: LossColumns(call, (sign * scale).clamp(min=0)) for sign in signs}
     try:
         for columns in found.values():
-            columns.curvature  # noqa: B018
+            columns.hessian  # noqa: B018
     except Indefinite:
         found = {sign: LossColumns(call, scale.abs()) for sign in (1, -1)}
         for sign, columns in found.items():
             columns.scale = scale.detach()
-            columns.curvature = autodiff_hessian(
+            columns.hessian = autodiff_hessian(
                 columns._value, tuple(columns.outputs), columns.name, sign
             )
-            columns.rows = columns.curvature.rows
+            columns.rows = columns.hessian.rows
     return {
         sign: columns
         for sign, columns in found.items()
-        if sign > 0 or bool(columns.curvature.diagonal().any())
+        if sign > 0 or bool(columns.hessian.diagonal().any())
     }
 
 

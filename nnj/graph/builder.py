@@ -47,19 +47,19 @@ class Graph:
             products,
         )
         self.marks: list[CallMark] = []
-        self._units: dict[Any, Step] = {}
+        self._steps: dict[Any, Step] = {}
         self._needed: dict[Step, bool] = {}
         # nodes that stand for many, and the edges of their outputs
         self._expanded: dict[Any, list[Edge | None] | None] = {}
         self._aliases: dict[Any, Edge] = {}
         order = self._visit(roots)
-        self.units = [unit for unit in order if self._needed[unit]]
-        for unit in self.units:
-            unit.out = [
-                e if e is not None and self._needed[self._unit(e)] else None for e in unit.out
+        self.steps = [step for step in order if self._needed[step]]
+        for step in self.steps:
+            step.out = [
+                e if e is not None and self._needed[self.step_at(e)] else None for e in step.out
             ]
 
-    def _unit(self, edge: Edge) -> Step:
+    def step_at(self, edge: Edge) -> Step:
         node, nr = edge
         if "CompiledFunction" in node.name():
             raise NNJError(
@@ -71,10 +71,10 @@ class Graph:
                 "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
                 "pass of its own and adds to .grad. Use use_reentrant=False"
             )
-        if edge in self._units:
-            return self._units[edge]
-        if node in self._units:
-            unit = self._units[node]
+        if edge in self._steps:
+            return self._steps[edge]
+        if node in self._steps:
+            step = self._steps[node]
         else:
             record = None
             if not hasattr(node, "variable"):
@@ -85,27 +85,27 @@ class Graph:
                 record = Record.of(node, nr)
             made = self._from_record(node, record) if record is not None else None
             if made is not None:
-                self._units[edge] = made
+                self._steps[edge] = made
                 made.into.append(edge)
                 return made
-            unit = self._from_node(node)
-            self._units[node] = unit
-        self._units[edge] = unit
-        unit.into.append(edge)
-        return unit
+            step = self._from_node(node)
+            self._steps[node] = step
+        self._steps[edge] = step
+        step.into.append(edge)
+        return step
 
     def _from_node(self, node: Any) -> Step:
         """A raw node as a unit; the bare parameters of a product are its own, and no columns go
         there.
         """
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
-        unit = Step(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
-        unit.held = SavedInput(node)
-        for bare in product(node, self._parameter, unit.held) if self.products else []:
-            unit.bare, unit.dtype, unit.out[bare.operand] = True, bare.p.dtype, None
-            unit.slots[str(bare.operand)] = bare.j
-            unit.params.append((str(bare.operand), bare.p))
-        return unit
+        step = Step(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
+        step.held = SavedInput(node)
+        for bare in product(node, self._parameter, step.held) if self.products else []:
+            step.bare, step.dtype, step.out[bare.operand] = True, bare.p.dtype, None
+            step.slots[str(bare.operand)] = bare.j
+            step.params.append((str(bare.operand), bare.p))
+        return step
 
     def _resolve(self, edge: Edge) -> Edge | None:
         """The edge itself, or where it leads when a node that stands for many is taken apart."""
@@ -157,23 +157,23 @@ class Graph:
         order: list[Step] = []
         done: set[Step] = set()
         for root in roots:
-            stack: list[tuple[Step, bool]] = [(self._unit(root), False)]
+            stack: list[tuple[Step, bool]] = [(self.step_at(root), False)]
             while stack:
-                unit, leaving = stack.pop()
+                step, leaving = stack.pop()
                 if leaving:
-                    children = [self._unit(e) for e in unit.out if e is not None]
-                    leaf = unit.leaf is not None and self.wanted(unit.leaf)
-                    self._needed[unit] = (
-                        leaf or bool(unit.params) or any(self._needed[c] for c in children)
+                    children = [self.step_at(e) for e in step.out if e is not None]
+                    leaf = step.leaf is not None and self.wanted(step.leaf)
+                    self._needed[step] = (
+                        leaf or bool(step.params) or any(self._needed[c] for c in children)
                     )
-                    unit.batch = (bool(unit.params) and not unit.bare) or (
-                        leaf and unit.leaf is self.batched
+                    step.batch = (bool(step.params) and not step.bare) or (
+                        leaf and step.leaf is self.batched
                     )
-                    unit.batch_above = any(c.batch or c.batch_above for c in children)
-                    unit.bare_above = any(c.bare or c.bare_above for c in children)
-                    order.append(unit)
-                elif unit not in done:
-                    done.add(unit)
-                    stack.append((unit, True))
-                    stack += [(self._unit(e), False) for e in unit.out if e is not None]
+                    step.batch_above = any(c.batch or c.batch_above for c in children)
+                    step.bare_above = any(c.bare or c.bare_above for c in children)
+                    order.append(step)
+                elif step not in done:
+                    done.add(step)
+                    stack.append((step, True))
+                    stack += [(self.step_at(e), False) for e in step.out if e is not None]
         return order[::-1]

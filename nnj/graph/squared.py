@@ -35,12 +35,12 @@ _SINGLE = ELEMENTWISE | {"Sum", "Mean"}
 
 
 def squared_backward(
-    unit: Step, m: list[Tensor | None], k: int, paths: dict[int, str], other: Step | None = None
+    step: Step, m: list[Tensor | None], k: int, paths: dict[int, str], other: Step | None = None
 ) -> list[Tensor | None]:
     """(J o J')^T m of a raw node. Errors: `NNJError` with the name of an operation whose squares
     nnj does not know.
     """
-    node, name = unit.node, unit.name
+    node, name = step.node, step.name
     pair = node if other is None else other.node
     if name in _COPIES or (name in _CHOICES and other is None):
         return call_node(node, m, k)
@@ -63,7 +63,7 @@ def squared_backward(
         ]
     (first, *_) = m
     if first is None:
-        raise _refusal(unit, paths)
+        raise _refusal(step, paths)
     if name == "MaxPool2DWithIndices":
         return call_node(node, [first * (node._saved_result1 == pair._saved_result1)], k)
     if name in ("Mm", "Bmm"):
@@ -89,12 +89,12 @@ def squared_backward(
         found = attention_squares(node, first, pair)
         if found is not None:
             return found
-    raise _refusal(unit, paths)
+    raise _refusal(step, paths)
 
 
-def _refusal(unit: Step, paths: dict[int, str]) -> NNJError:
+def _refusal(step: Step, paths: dict[int, str]) -> NNJError:
     return NNJError(
-        f"diag_backprop cannot go on at {describe(unit, paths)}: no rule says what the squares of "
+        f"diag_backprop cannot go on at {describe(step, paths)}: no rule says what the squares of "
         "its Jacobian are. Put the operation into a module with a rule, or leave out diag_backprop"
     )
 

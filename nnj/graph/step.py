@@ -42,9 +42,9 @@ class Step:
         return type(self.record.module).__name__ if self.record else node_name(self.node)
 
 
-def describe(unit: Step, paths: dict[int, str]) -> str:
+def describe(step: Step, paths: dict[int, str]) -> str:
     """The name of a unit for a sentence."""
-    if unit.record is not None:
-        path = paths.get(id(unit.record.module), "")
-        return f"layer '{path or type(unit.record.module).__name__}'"
-    return f"autograd's {node_name(unit.node)}"
+    if step.record is not None:
+        path = paths.get(id(step.record.module), "")
+        return f"layer '{path or type(step.record.module).__name__}'"
+    return f"autograd's {node_name(step.node)}"

@@ -97,27 +97,27 @@ class Jacobian:
 
     # -- what a quantity asks at a parameter -------------------------------------------------------
 
-    def pullback(self, u: Tensor, owner: SampleIndex) -> Factor:
+    def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
         """u J added up for each sample, as a `Factor` (K, n, *p): `owner` says whose the entries of
         u are.
         """
-        if not owner.explicit:
-            factor = self.factor(u, owner)
+        if not sample_index.by_column:
+            factor = self.factor(u, sample_index)
             if factor is not None:
                 return factor
             # an entry of each row for another sample: one column for each sample, always exact
-            u = owner.split(u)
-        b = self.explicit(u)
-        return DenseFactor(b.reshape(-1, owner.n, *b.shape[1:]))
+            u = sample_index.split(u)
+        b = self.summed_vjp(u)
+        return DenseFactor(b.reshape(-1, sample_index.n, *b.shape[1:]))
 
-    def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
+    def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         """`pullback` where a structure can tell samples apart; None where a row holds entries of
         several samples.
         """
-        b = owner.sum(self.vjp(u))
+        b = sample_index.sum(self.vjp(u))
         return None if b is None else DenseFactor(b)
 
-    def explicit(self, u: Tensor) -> Tensor:
+    def summed_vjp(self, u: Tensor) -> Tensor:
         """u J added over all rows: (K, R, *outputs) -> (K, *inputs)."""
         return self.vjp(u).sum(1)
 

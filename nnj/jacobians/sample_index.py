@@ -21,7 +21,7 @@ class SampleIndex:
     """Which of `n` samples each entry of a tangent (K, R, *outputs) belongs to.
 
     `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that
-    broadcasts against (R, *outputs), -1 where an entry belongs to nobody. With `explicit`, axis 0
+    broadcasts against (R, *outputs), -1 where an entry belongs to nobody. With `by_column`, axis 0
     of the tangent is (K * n): every column is that of one sample, and all its entries are that
     sample's. `along` says the same as `of` where that is so simple."""
 
@@ -29,10 +29,10 @@ class SampleIndex:
         self,
         n: int,
         of: Tensor | None = None,
-        explicit: bool = False,
+        by_column: bool = False,
         along: SampleAxis | None = None,
     ):
-        self.n, self.of, self.explicit, self.along = n, of, explicit, along
+        self.n, self.of, self.by_column, self.along = n, of, by_column, along
 
     @classmethod
     def by_axis(
@@ -61,7 +61,7 @@ class SampleIndex:
         where it is sample-major.
         """
         of = self.of
-        if of is None or self.explicit:
+        if of is None or self.by_column:
             return self
         for axis in range(of.dim() - 1, 0, -1):
             one = of.amax(axis, keepdim=True)

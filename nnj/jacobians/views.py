@@ -182,8 +182,8 @@ class PermutedJacobian(Jacobian):
     def _with(self, j: Jacobian) -> Jacobian:
         return PermutedJacobian(j, self.inputs, self.split, self.order)
 
-    def pullback(self, u: Tensor, owner: SampleIndex) -> Factor:
-        return PermutedFactor(self.j.pullback(u, owner), self.arrangement)
+    def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
+        return PermutedFactor(self.j.pullback(u, sample_index), self.arrangement)
 
 
 class RowsJacobian(Jacobian):
@@ -200,5 +200,5 @@ class RowsJacobian(Jacobian):
         after = self.inputs[0] - self.stop
         return F.pad(self.j.vjp(u), [0, 0] * (len(self.inputs) - 1) + [self.start, after])
 
-    def pullback(self, u: Tensor, owner: SampleIndex) -> Factor:
-        return RowsFactor([(self.start, self.j.pullback(u, owner))], self.inputs)
+    def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
+        return RowsFactor([(self.start, self.j.pullback(u, sample_index))], self.inputs)

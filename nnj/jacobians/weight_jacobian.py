@@ -35,13 +35,13 @@ class _Fold:
 
 
 def _grouped(
-    patches: Patches, v: Tensor, fold: _Fold, owner: SampleIndex, shape: Sequence[int]
+    patches: Patches, v: Tensor, fold: _Fold, sample_index: SampleIndex, shape: Sequence[int]
 ) -> OuterProduct | None:
     """Rows (R) and places (L) regrouped as samples (n) and their places: U (R, G, I, L), v
     (K, R, G, O, L).
     """
-    if owner.of is None:
-        n, k = owner.n, patches.n // owner.n
+    if sample_index.of is None:
+        n, k = sample_index.n, patches.n // sample_index.n
         rows = lambda s: slice(s.start * k, s.stop * k) if s.start is not None else s
         of_sample = lambda s: patches(rows(s)).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
         return OuterProduct(
@@ -50,27 +50,27 @@ def _grouped(
             shape,
         )
     u = patches()
-    of = fold(owner.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
+    of = fold(sample_index.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
     if not bool((of == of[:, :1, :1]).all()):
         return None
     flat = of[:, 0, 0].reshape(-1)
-    if is_cyclic(flat, owner.n):  # then the samples are an axis
+    if is_cyclic(flat, sample_index.n):  # then the samples are an axis
         u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
         return OuterProduct(
-            u.unflatten(0, (-1, owner.n)).movedim(0, -1),
-            v.unflatten(1, (-1, owner.n)).movedim(1, -1),
+            u.unflatten(0, (-1, sample_index.n)).movedim(0, -1),
+            v.unflatten(1, (-1, sample_index.n)).movedim(1, -1),
             shape,
         )
     order = torch.argsort(flat, stable=True)
     order = order[(flat < 0).sum() :]
     sample = flat[order]
-    counts = torch.bincount(sample, minlength=owner.n)
+    counts = torch.bincount(sample, minlength=sample_index.n)
     slot = torch.arange(len(order), device=flat.device) - (counts.cumsum(0) - counts)[sample]
     most = max(1, int(counts.max()) if len(order) else 1)
     # (R*L, G, I), (K, R*L, G, O)
     u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
-    grouped_u = u.new_zeros(owner.n, most, *u.shape[1:]).index_put((sample, slot), u[order])
-    grouped_v = v.new_zeros(v.shape[0], owner.n, most, *v.shape[2:])
+    grouped_u = u.new_zeros(sample_index.n, most, *u.shape[1:]).index_put((sample, slot), u[order])
+    grouped_v = v.new_zeros(v.shape[0], sample_index.n, most, *v.shape[2:])
     grouped_v[:, sample, slot] = v[:, order]
     return OuterProduct(grouped_u.movedim(1, -1), grouped_v.movedim(2, -1), shape)
 
@@ -136,13 +136,13 @@ class PatchMatmul(Jacobian):
             patches, self.inputs, self.outputs, self.like, groups=self.groups, last=self.fold.last
         )
 
-    def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
+    def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         v = self.fold(u)
-        if owner.of is None and owner.n == self.n:
+        if sample_index.of is None and sample_index.n == self.n:
             return OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
-        return _grouped(self.patches, v, self.fold, owner, self.inputs)
+        return _grouped(self.patches, v, self.fold, sample_index, self.inputs)
 
-    def explicit(self, u: Tensor) -> Tensor:
+    def summed_vjp(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
         v, p = self.fold(u), self.patches()
         return (v.movedim(1, -2).flatten(-2) @ p.movedim(0, -2).flatten(-2).mT).reshape(
@@ -199,22 +199,28 @@ class ScaleShift(Jacobian):
         both = None if m is None or n is None else (lambda: m() * n())
         return ScaleShift(self.inputs, self.outputs, self.like, m=both, last=self.fold.last)
 
-    def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
+    def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         # A place of width one that holds 1; the sum over a sample's places can be taken at once.
         v = self._weighted(u)
-        if owner.of is None:
+        if sample_index.of is None:
             one = v.shape[-1] == 1
-            total: Tensor | None = owner.sum(v[..., 0] if one else v.sum(-1))
+            total: Tensor | None = sample_index.sum(v[..., 0] if one else v.sum(-1))
         else:
-            of = self.fold(owner.of.expand(u.shape[1], *self.outputs), 1)  # (R, 1, D, L)
+            of = self.fold(sample_index.of.expand(u.shape[1], *self.outputs), 1)  # (R, 1, D, L)
             if not bool((of == of[:, :, :1]).all()):
                 return None
-            whose = SampleIndex(owner.n, of[:, 0, 0].reshape(-1))
+            whose = SampleIndex(sample_index.n, of[:, 0, 0].reshape(-1))
             total = whose.sum(v.movedim(-1, 2).flatten(1, 2))
         if total is None:
             return None
-        origin = u if owner.of is None and one and self.m is None and owner.n == self.n else None
-        return OuterProduct(total.new_ones(owner.n, 1, 1, 1), total[..., None], self.inputs, origin)
+        origin = (
+            u
+            if sample_index.of is None and one and self.m is None and sample_index.n == self.n
+            else None
+        )
+        return OuterProduct(
+            total.new_ones(sample_index.n, 1, 1, 1), total[..., None], self.inputs, origin
+        )
 
 
 class TableRows(Jacobian):
@@ -245,24 +251,24 @@ class TableRows(Jacobian):
         assert self.keep is not None
         return self.keep.reshape(*self.keep.shape, *[1] * (t.dim() - 1 - self.keep.dim()))
 
-    def _pairs(self, u: Tensor, owner: SampleIndex) -> Factor | None:
+    def _pairs(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         """u (K, R, *outputs) as the rows of a table for each of owner.n samples."""
         u = u if self.keep is None else u * self._mask(u)
         places = self.index.dim()
-        if owner.of is None:
-            whose = owner.rows(u.shape[1], u.device).reshape(-1, *[1] * (places - 1))  # type: ignore[union-attr]
+        if sample_index.of is None:
+            whose = sample_index.rows(u.shape[1], u.device).reshape(-1, *[1] * (places - 1))  # type: ignore[union-attr]
         else:
             whole = (
-                owner.of.expand(u.shape[1], *self.outputs).flatten(places)
+                sample_index.of.expand(u.shape[1], *self.outputs).flatten(places)
                 if len(self.inputs) > 1
-                else owner.of.expand(u.shape[1], *self.outputs)[..., None]
+                else sample_index.of.expand(u.shape[1], *self.outputs)[..., None]
             )
             if not bool((whole == whole[..., :1]).all()):
                 return None
             whose = whole[..., 0]
         sample = whose.expand(self.index.shape).reshape(-1)
         return RowSparse.build(
-            u.flatten(1, places), sample, self.index.reshape(-1), owner.n, self.inputs
+            u.flatten(1, places), sample, self.index.reshape(-1), sample_index.n, self.inputs
         )
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -270,10 +276,10 @@ class TableRows(Jacobian):
         assert found is not None
         return found.dense()
 
-    def factor(self, u: Tensor, owner: SampleIndex) -> Factor | None:
-        return self._pairs(u, owner)
+    def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
+        return self._pairs(u, sample_index)
 
-    def explicit(self, u: Tensor) -> Tensor:
+    def summed_vjp(self, u: Tensor) -> Tensor:
         found = self._pairs(u, SampleIndex(1))
         assert found is not None
         return found.dense()[:, 0]

@@ -52,7 +52,7 @@ class LossHessian:
         """Columns start to stop of the factor S of every block, (stop - start, R, D, B)."""
         raise NotImplementedError
 
-    def place(self, t: Tensor) -> tuple[Tensor, ...]:
+    def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
         """From (k, R, D, B) to a tensor (k, *shape) for each output of the loss."""
         rows = t.mT.reshape(*t.shape[:2], self.block * self.places).split(self.sizes, -1)
         return tuple(
@@ -99,7 +99,7 @@ class LossHessian:
         """
         return torch.cat([s.square().sum(-1) for s in self._chunks()])
 
-    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+    def columns_at(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
         """Columns j (m,) of the blocks (row, place), (m, B)."""
         first = int(j.min()) if len(j) else 0
         return self.columns(first, int(j.max()) + 1 if len(j) else first + 1)[j - first, row, place]

@@ -15,8 +15,8 @@ class AllColumns:
 
     trace = dropped = 0.0
 
-    def __init__(self, curvature: LossHessian):
-        self.k, self.columns = curvature.rank, curvature.columns
+    def __init__(self, hessian: LossHessian):
+        self.k, self.columns = hessian.rank, hessian.columns
 
 
 class ColumnSelection:
@@ -38,16 +38,16 @@ class ColumnSelection:
         trace, dropped: of H over the batch, and what the columns that were left out have of it.
     """
 
-    def __init__(self, curvature: LossHessian, whose: Tensor, tol: float = 0.0):
-        self.curvature = curvature
+    def __init__(self, hessian: LossHessian, whose: Tensor, tol: float = 0.0):
+        self.hessian = hessian
         n = max(0, int(whose.max())) + 1 if len(whose) else 0
         self.sample = torch.where(whose < 0, n, whose)
         self.slot = _number_within(self.sample)
         table = (n + 1, int(self.slot.max()) + 1 if len(whose) else 1)
-        rank, places = curvature.rank, curvature.places
+        rank, places = hessian.rank, hessian.places
         self.trace = self.dropped = 0.0
         if tol == 0:
-            size = curvature.diagonal().sum(-1)  # (R, D)
+            size = hessian.diagonal().sum(-1)  # (R, D)
             alive = (
                 size.new_zeros(*table, places)
                 .index_put((self.sample, self.slot), (size > 0).to(size.dtype))
@@ -62,7 +62,7 @@ class ColumnSelection:
             )
             self.k = self.index.shape[0]
             return
-        size = curvature.norms().movedim(0, -1).double()  # (R, D, rank)
+        size = hessian.norms().movedim(0, -1).double()  # (R, D, rank)
         size = (
             size.new_zeros(*table, places, rank)
             .index_put((self.sample, self.slot), size)
@@ -78,14 +78,14 @@ class ColumnSelection:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Packed columns start to stop, (k, R, D, B)."""
-        c = self.curvature
+        c = self.hessian
         # (k, R): of the sample's column k, the place among all of its columns
         mine = self.index[start:stop, self.sample]
         j, block = mine % c.rank, mine // c.rank
         k, row = (block // c.places == self.slot).nonzero(as_tuple=True)
         place = block[k, row] % c.places
         out = torch.zeros(mine.shape[0], c.rows, c.places, c.block, dtype=c.dtype, device=c.device)
-        out[k, row, place] = c.pick(row, place, j[k, row])
+        out[k, row, place] = c.columns_at(row, place, j[k, row])
         return out
 
 

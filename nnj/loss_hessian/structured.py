@@ -52,7 +52,7 @@ class DiagonalHessian(LossHessian):
     def norms(self) -> Tensor:
         return self.h[None, ..., 0]
 
-    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+    def columns_at(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
         return self.h[row, place].sqrt().to(self.dtype)
 
     def product(self, v: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class SoftmaxHessian(LossHessian):
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
-    def place(self, t: Tensor) -> tuple[Tensor, ...]:
-        (part,) = super().place(t)
+    def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
+        (part,) = super().to_outputs(t)
         return (part.movedim(2, self.axis + 1) if self.axis > 1 else part,)
 
     @staticmethod
@@ -177,7 +177,7 @@ class SoftmaxHessian(LossHessian):
         # q^2 may be zero where q is not
         return (root.square() + root / q * root * (below / q)).movedim(-1, 0)[: self.rank]
 
-    def pick(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
+    def columns_at(self, row: Tensor, place: Tensor, j: Tensor) -> Tensor:
         p, order, q, root = (t[row, place] for t in self._sorted)
         i, at = torch.arange(self.block, device=self.device), j[:, None]
         own = root.gather(1, at)

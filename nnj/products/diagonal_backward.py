@@ -45,13 +45,13 @@ class DiagonalSweep(Sweep):
         another way there.
         """
         sweep = copy.copy(self)
-        sweep.made, mine, theirs = {}, self.graph.units, other.graph.units
+        sweep.made, mine, theirs = {}, self.graph.steps, other.graph.steps
         same = len(mine) == len(theirs) and all(
             _alike(a, b) for a, b in zip(mine, theirs, strict=True)
         )
         sweep.partners = dict(zip(mine, theirs, strict=True)) if same else {}
         if not same or any(
-            sweep.partners.get(self.graph._unit(a)) is not other.graph._unit(b)
+            sweep.partners.get(self.graph.step_at(a)) is not other.graph.step_at(b)
             for one, two in sweep.partners.items()
             for a, b in zip(one.out, two.out, strict=True)
             if a is not None and b is not None
@@ -62,25 +62,25 @@ class DiagonalSweep(Sweep):
             )
         return sweep
 
-    def partner(self, unit: Step) -> Step:
+    def partner(self, step: Step) -> Step:
         """The unit at the other point."""
-        return self.partners.get(unit, unit)
+        return self.partners.get(step, step)
 
-    def operator(self, unit: Step, slot: str) -> Jacobian:
-        if (unit, slot) not in self.made:
-            j, other = unit.slots[slot], self.partner(unit).slots[slot]
-            self.made[unit, slot] = j.square() if j is other else j.times(other)
-        return self.made[unit, slot]
+    def operator(self, step: Step, slot: str) -> Jacobian:
+        if (step, slot) not in self.made:
+            j, other = step.slots[slot], self.partner(step).slots[slot]
+            self.made[step, slot] = j.square() if j is other else j.times(other)
+        return self.made[step, slot]
 
-    def backward(self, unit: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:
+    def backward(self, step: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:
         if self.probing:
-            return call_node(unit.node, args, k)
-        return squared_backward(unit, args, k, self.graph.paths, self.partners.get(unit))
+            return call_node(step.node, args, k)
+        return squared_backward(step, args, k, self.graph.paths, self.partners.get(step))
 
-    def _find_owners(self, roots: dict[Edge, Any]) -> None:
+    def _find_sample_indices(self, roots: dict[Edge, Any]) -> None:
         self.probing = True
         try:
-            super()._find_owners(roots)
+            super()._find_sample_indices(roots)
         finally:
             self.probing = False
 
@@ -149,142 +149,147 @@ class _Walk:
             )
             return
         values = Cotangents()
-        units = list(self.sweep.graph.units)
+        steps = list(self.sweep.graph.steps)
         if m is None or m.dim() == 2:
             start = at.y.new_ones(at.n, at.out) if m is None else m
             values[root] = start.reshape(1, at.n, *at.outputs).to(edge_dtype(root))
         else:
-            units = self._head(m, units, root, values)
-        for unit in units:
-            arrived = [e for e in unit.into if e in values]
+            steps = self._head(m, steps, root, values)
+        for step in steps:
+            arrived = [e for e in step.into if e in values]
             if arrived and not self.to_diag:
-                self._exactly(unit, arrived, values)
-            self.sweep._step(unit, values, 1, self.add)
+                self._exactly(step, arrived, values)
+            self.sweep._walk_step(step, values, 1, self.add)
 
-    def _exactly(self, unit: Step, arrived: list[Edge], values: Cotangents) -> None:
+    def _exactly(self, step: Step, arrived: list[Edge], values: Cotangents) -> None:
         """Blocks of a layer's parameters, and of the input at the first layer, from the diagonal
         that has arrived.
         """
-        if unit.leaf is not None and self.at.wrt == "weight":
+        if step.leaf is not None and self.at.wrt == "weight":
             raise NNJError(
                 "diag_backprop keeps only the diagonal at a parameter that no layer with a rule "
                 "owns. Use to_diag=True"
             )
-        if unit.record is not None and unit.params:
-            self._block(unit, *_columns(values[arrived[0]]))
+        if step.record is not None and step.params:
+            self._block(step, *_columns(values[arrived[0]]))
         if self.near is None or (
-            self.near not in unit.out and not (unit.leaf is not None and self.near in unit.into)
+            self.near not in step.out and not (step.leaf is not None and self.near in step.into)
         ):
             return
         for edge in arrived:
-            self._first(unit, edge, *_columns(values[edge]))
+            self._first(step, edge, *_columns(values[edge]))
 
-    def _head(self, m: Tensor, units: list[Step], root: Edge, values: Cotangents) -> list[Step]:
+    def _head(self, m: Tensor, steps: list[Step], root: Edge, values: Cotangents) -> list[Step]:
         """A full metric enters exactly: rows of the identity and of M walk as columns down to the
         last layer.
         """
         at, edge = self.at, root
         left = at.basis()
         right = m.transpose(0, 1).reshape(at.out, at.n, *at.outputs)
-        for i, unit in enumerate(units):
-            outs = [(i, e) for i, e in enumerate(unit.out) if e is not None]
-            if unit.record is not None:
-                self._exact(unit, left, right, values)
-                return units[i + 1 :]
-            plain = len(outs) == 1 and len(unit.into) == 1 and unit not in self.sweep.explicit
-            if unit.leaf is not None and self.near is not None:
-                self._first(unit, edge, left, right)
-            if not plain or (unit, outs[0][0]) in self.sweep.reduced | self.sweep.split:
+        for i, step in enumerate(steps):
+            outs = [(i, e) for i, e in enumerate(step.out) if e is not None]
+            if step.record is not None:
+                self._exact(step, left, right, values)
+                return steps[i + 1 :]
+            plain = len(outs) == 1 and len(step.into) == 1 and step not in self.sweep.by_column
+            if step.leaf is not None and self.near is not None:
+                self._first(step, edge, left, right)
+            if not plain or (step, outs[0][0]) in self.sweep.reduced | self.sweep.split:
                 values[edge] = (left * right).sum(0, keepdim=True)
-                return units[i:]
+                return steps[i:]
             number, after = outs[0]
             pair = [
                 through(u, number, edge[1], t)
-                for u, t in ((unit, left), (self.sweep.partner(unit), right))
+                for u, t in ((step, left), (self.sweep.partner(step), right))
             ]
             if pair[0] is None or pair[1] is None or tuple(pair[0].shape[1:]) != edge_shape(after):
                 values[edge] = (left * right).sum(0, keepdim=True)
-                return units[i:]
+                return steps[i:]
             left, right = pair[0], pair[1]
             edge = after
         return []
 
-    def _exact(self, unit: Step, left: Tensor, right: Tensor, values: Cotangents) -> None:
+    def _exact(self, step: Step, left: Tensor, right: Tensor, values: Cotangents) -> None:
         """The last layer: diag(J^T M J'), or the block of its parameters, with all of M."""
-        (edge,) = unit.into
-        other = self.sweep.partner(unit)
-        if unit.params and not self.to_diag:
-            self._block(unit, left, right)
-        for slot, p in unit.params if self.to_diag else []:
-            owner = self.sweep._owner(edge, unit)
+        (edge,) = step.into
+        other = self.sweep.partner(step)
+        if step.params and not self.to_diag:
+            self._block(step, left, right)
+        for slot, p in step.params if self.to_diag else []:
+            sample_index = self.sweep._sample_index(edge, step)
             a, b = (
-                u.slots[slot].pullback(t, owner).dense() for u, t in ((unit, left), (other, right))
+                u.slots[slot].pullback(t, sample_index).dense()
+                for u, t in ((step, left), (other, right))
             )
             self.add(p, DenseFactor((a * b).sum(0, keepdim=True)))
-        out = unit.out[0]
+        out = step.out[0]
         if out is not None:
             if self.near == out:
-                self._first(unit, edge, left, right)
-            a, b = unit.slots["input"].vjp(left), other.slots["input"].vjp(right)
+                self._first(step, edge, left, right)
+            a, b = step.slots["input"].vjp(left), other.slots["input"].vjp(right)
             values[out] = (a * b).sum(0, keepdim=True)
 
-    def _first(self, unit: Step, edge: Edge, left: Tensor, right: Tensor) -> None:
+    def _first(self, step: Step, edge: Edge, left: Tensor, right: Tensor) -> None:
         """J^T M J' of the first layer, over the whole input: what arrives at a unit that the input
         feeds.
         """
-        one_row_each(self.sweep, unit, edge, "Use to_diag=True")
+        one_row_each(self.sweep, step, edge, "Use to_diag=True")
         a, b = left, right
-        if unit.leaf is None:
+        if step.leaf is None:
             a, b = (
-                self._into(u, edge, t) for u, t in ((unit, left), (self.sweep.partner(unit), right))
+                self._into(u, edge, t) for u, t in ((step, left), (self.sweep.partner(step), right))
             )
         a, b = (t.reshape(t.shape[0], self.at.n, -1).transpose(0, 1) for t in (a, b))
         assert self.full is not None
         self.full = self.full + a.mT @ b
 
-    def _into(self, unit: Step, edge: Edge, t: Tensor) -> Tensor:
+    def _into(self, step: Step, edge: Edge, t: Tensor) -> Tensor:
         """Columns through a unit to the input."""
-        if unit.record is not None:
-            return unit.slots["input"].vjp(t)
-        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        if step.record is not None:
+            return step.slots["input"].vjp(t)
+        args: list[Tensor | None] = [None] * len(step.node._input_metadata)
         args[edge[1]] = t
-        found = call_node(unit.node, args, t.shape[0])
+        found = call_node(step.node, args, t.shape[0])
         parts = [
-            f for f, e in zip(found, unit.out, strict=False) if e == self.near and f is not None
+            f for f, e in zip(found, step.out, strict=False) if e == self.near and f is not None
         ]
         return torch.stack([sum_to(f, (self.at.n, *self.at.inputs), 1) for f in parts]).sum(0)
 
-    def _block(self, unit: Step, left: Tensor, right: Tensor) -> None:
+    def _block(self, step: Step, left: Tensor, right: Tensor) -> None:
         """J^T M J' over a layer's own parameters, from rows of the identity and of M."""
-        assert unit.record is not None
-        (edge,) = unit.into
-        one_row_each(self.sweep, unit, edge, "Use to_diag=True")
+        assert step.record is not None
+        (edge,) = step.into
+        one_row_each(self.sweep, step, edge, "Use to_diag=True")
         sides = [
-            [u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in unit.params]
-            for u, t in ((unit, left), (self.sweep.partner(unit), right))
+            [u.slots[s].vjp(t).flatten(2).transpose(0, 1) for s, _ in step.params]
+            for u, t in ((step, left), (self.sweep.partner(step), right))
         ]
-        for (_, p), a in zip(unit.params, sides[0], strict=True):
-            for (_, q), b in zip(unit.params, sides[1], strict=True):
+        for (_, p), a in zip(step.params, sides[0], strict=True):
+            for (_, q), b in zip(step.params, sides[1], strict=True):
                 (one, i), (two, j) = self.places[id(p)], self.places[id(q)]
                 if one == two:
                     self.blocks[one][:, i : i + p.numel(), j : j + q.numel()] += a.mT @ b
 
 
-def one_row_each(sweep: Sweep, unit: Step, edge: Edge, remedy: str) -> None:
+def one_row_each(sweep: Sweep, step: Step, edge: Edge, remedy: str) -> None:
     """Errors: `NNJError` unless a unit has one row for each sample, in order."""
-    owner = sweep._owner(edge, unit)
-    if owner.of is not None or (owner.explicit and sweep.n > 1) or edge_shape(edge)[0] != sweep.n:
+    sample_index = sweep._sample_index(edge, step)
+    if (
+        sample_index.of is not None
+        or (sample_index.by_column and sweep.n > 1)
+        or edge_shape(edge)[0] != sweep.n
+    ):
         raise NNJError(
             "diag_backprop takes full matrices only where a layer has one row for each sample, "
-            f"which {describe(unit, sweep.graph.paths)} has not. {remedy}"
+            f"which {describe(step, sweep.graph.paths)} has not. {remedy}"
         )
 
 
-def through(unit: Step, number: int, nr: int, t: Tensor) -> Tensor | None:
+def through(step: Step, number: int, nr: int, t: Tensor) -> Tensor | None:
     """Columns at output nr of a raw node, sent to its operand `number`."""
-    args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+    args: list[Tensor | None] = [None] * len(step.node._input_metadata)
     args[nr] = t
-    return call_node(unit.node, args, t.shape[0])[number]
+    return call_node(step.node, args, t.shape[0])[number]
 
 
 def _columns(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,9 +308,9 @@ def nearest(sweep: Sweep, at: Linearization) -> Edge | None:
     """The edge on which the model takes its input: behind the view that keeps the leaf from being
     written over.
     """
-    units = sweep.graph.units
-    leaf = next((u for u in units if u.leaf is at.x), None)
-    views = [u for u in units if leaf is not None and leaf.into[0] in u.out]
+    steps = sweep.graph.steps
+    leaf = next((u for u in steps if u.leaf is at.x), None)
+    views = [u for u in steps if leaf is not None and leaf.into[0] in u.out]
     if leaf is None:
         return None
     return (

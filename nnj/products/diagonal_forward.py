@@ -66,11 +66,11 @@ class _Push(Forward):
             for p, t in zip(at.params, d.split(at.sizes, 1), strict=True)
         }
 
-    def block(self, unit: Step) -> Tensor:
+    def block(self, step: Step) -> Tensor:
         """The metric on the parameters of a layer, (N, P_l, P_l), in the order of `unit.params`."""
         index = [
             i
-            for _, p in unit.params
+            for _, p in step.params
             for i in range(self.starts[id(p)], self.starts[id(p)] + p.numel())
         ]
         if not self.whole:
@@ -90,46 +90,46 @@ class _Push(Forward):
             ]
         return found
 
-    def rows(self, unit: Step, left: Tensor) -> Tensor:
+    def rows(self, step: Step, left: Tensor) -> Tensor:
         """Rows of the Jacobian in a layer's parameters, (N, k, P_l), for columns
         (k, N, *outputs).
         """
         return torch.cat(
-            [unit.slots[s].vjp(left).flatten(2) for s, _ in unit.params], -1
+            [step.slots[s].vjp(left).flatten(2) for s, _ in step.params], -1
         ).transpose(0, 1)
 
     def _record(
-        self, unit: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int
+        self, step: Step, tangents: dict[Edge, Tensor], seeds: dict[int, Tensor], k: int
     ) -> dict[Edge, Tensor]:
-        (edge,) = unit.into
-        at_input = unit.out[0] is not None and unit.out[0] == self.near
-        exact = self.whole and (at_input or any(id(p) in seeds for _, p in unit.params))
+        (edge,) = step.into
+        at_input = step.out[0] is not None and step.out[0] == self.near
+        exact = self.whole and (at_input or any(id(p) in seeds for _, p in step.params))
         if not exact:
-            return super()._record(unit, tangents, seeds, k)
-        one_row_each(self.sweep, unit, edge, REMEDY)
+            return super()._record(step, tangents, seeds, k)
+        one_row_each(self.sweep, step, edge, REMEDY)
         left = _eye(edge)
         total = torch.zeros(1, *edge_shape(edge), dtype=edge_dtype(edge), device=left.device)
         if at_input:
-            total = total + self._out(edge, unit.slots["input"].vjp(left), self.m)
+            total = total + self._out(edge, step.slots["input"].vjp(left), self.m)
         else:
-            found = super()._record(unit, tangents, {}, k)
+            found = super()._record(step, tangents, {}, k)
             total = total + found[edge] if edge in found else total
-        if unit.params:
-            j = self.rows(unit, left)
-            total = total + ((j @ self.block(unit)) * j).sum(-1).reshape(total.shape)
+        if step.params:
+            j = self.rows(step, left)
+            total = total + ((j @ self.block(step)) * j).sum(-1).reshape(total.shape)
         return {edge: total}
 
-    def _node(self, unit: Step, tangents: dict[Edge, Tensor], k: int) -> dict[Edge, Tensor]:
-        mine = [i for i, e in enumerate(unit.out) if e is not None and e == self.near]
+    def _node(self, step: Step, tangents: dict[Edge, Tensor], k: int) -> dict[Edge, Tensor]:
+        mine = [i for i, e in enumerate(step.out) if e is not None and e == self.near]
         if not self.whole or not mine:
-            return super()._node(unit, tangents, k)
+            return super()._node(step, tangents, k)
         held = tangents.pop(self.near) if self.near in tangents else None
-        found = super()._node(unit, tangents, k)
+        found = super()._node(step, tangents, k)
         if held is not None and self.near is not None:
             tangents[self.near] = held
-        for edge in unit.into:
-            one_row_each(self.sweep, unit, edge, REMEDY)
-            parts = [through(unit, i, edge[1], _eye(edge)) for i in mine]
+        for edge in step.into:
+            one_row_each(self.sweep, step, edge, REMEDY)
+            parts = [through(step, i, edge[1], _eye(edge)) for i in mine]
             rows = torch.stack(
                 [sum_to(t, (self.n, *self.at.inputs), 1) for t in parts if t is not None]
             ).sum(0)
@@ -142,8 +142,8 @@ class _Push(Forward):
         j = rows.reshape(rows.shape[0], self.n, -1).transpose(0, 1)
         return ((j @ m) * j).sum(-1).reshape(1, *edge_shape(edge))
 
-    def _at(self, edge: Edge, unit: Step, t: Tensor) -> Tensor:
-        self.seen[edge] = super()._at(edge, unit, t)
+    def _at(self, edge: Edge, step: Step, t: Tensor) -> Tensor:
+        self.seen[edge] = super()._at(edge, step, t)
         return self.seen[edge]
 
     # -- the last layer ----------------------------------------------------------------------------
@@ -155,23 +155,23 @@ class _Push(Forward):
         at = self.at
         edge, left = at.root, at.basis()
         assert edge is not None
-        for unit in self.sweep.graph.units:
+        for step in self.sweep.graph.steps:
             if edge == self.near and self.whole:
                 return self._sandwich(left, self.m)
-            if unit.record is not None:
-                return self._through_record(unit, left)
-            outs = [(i, e) for i, e in enumerate(unit.out) if e is not None]
-            plain = len(outs) == 1 and len(unit.into) == 1 and unit not in self.sweep.explicit
-            if not plain or (unit, outs[0][0]) in self.sweep.reduced | self.sweep.split:
+            if step.record is not None:
+                return self._through_record(step, left)
+            outs = [(i, e) for i, e in enumerate(step.out) if e is not None]
+            plain = len(outs) == 1 and len(step.into) == 1 and step not in self.sweep.by_column
+            if not plain or (step, outs[0][0]) in self.sweep.reduced | self.sweep.split:
                 break
             number, after = outs[0]
-            back = through(unit, number, edge[1], left)
+            back = through(step, number, edge[1], left)
             if back is None or tuple(back.shape[1:]) != edge_shape(after):
                 break
             edge, left = after, back
-        return self._sandwich(left, self._there(unit, edge))
+        return self._sandwich(left, self._there(step, edge))
 
-    def _there(self, unit: Step, edge: Edge) -> Tensor:
+    def _there(self, step: Step, edge: Edge) -> Tensor:
         """The diagonal on an edge, (N, d)."""
         if edge not in self.seen:
             return torch.zeros(
@@ -180,20 +180,20 @@ class _Push(Forward):
                 dtype=edge_dtype(edge),
                 device=self.at.y.device,
             )
-        one_row_each(self.sweep, unit, edge, REMEDY)
+        one_row_each(self.sweep, step, edge, REMEDY)
         return self.seen[edge].reshape(self.n, -1)
 
-    def _through_record(self, unit: Step, left: Tensor) -> Tensor:
-        (edge,) = unit.into
-        one_row_each(self.sweep, unit, edge, REMEDY)
+    def _through_record(self, step: Step, left: Tensor) -> Tensor:
+        (edge,) = step.into
+        one_row_each(self.sweep, step, edge, REMEDY)
         total = self.at.y.new_zeros(self.n, self.at.out, self.at.out)
-        below = unit.out[0]
+        below = step.out[0]
         if below is not None:
-            m = self.m if below == self.near and self.whole else self._there(unit, below)
-            total = total + self._sandwich(unit.slots["input"].vjp(left), m)
-        if unit.params:
-            j = self.rows(unit, left)
-            total = total + j @ self.block(unit) @ j.mT
+            m = self.m if below == self.near and self.whole else self._there(step, below)
+            total = total + self._sandwich(step.slots["input"].vjp(left), m)
+        if step.params:
+            j = self.rows(step, left)
+            total = total + j @ self.block(step) @ j.mT
         return total
 
     def _sandwich(self, rows: Tensor, m: Tensor) -> Tensor:

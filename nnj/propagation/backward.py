@@ -38,76 +38,76 @@ class Sweep(Plan):
         self,
         graph: Graph,
         n: int,
-        owners: dict[Edge, SampleIndex],
+        sample_indices: dict[Edge, SampleIndex],
         probed: bool = False,
         cut: bool = False,
         bare: bool = False,
     ):
-        super().__init__(graph, n, owners, probed, cut, bare)
+        super().__init__(graph, n, sample_indices, probed, cut, bare)
         # what the probe said, with entries that are nobody's
         self.found: dict[Edge, SampleIndex] = {}
         self.checked: set[Edge] = set()
         self.uses: dict[int, int] = {}
-        for unit in graph.units:
-            for _, p in unit.params:
+        for step in graph.steps:
+            for _, p in step.params:
                 self.uses[id(p)] = self.uses.get(id(p), 0) + 1
-            if unit.leaf is not None:
-                self.uses[id(unit.leaf)] = self.uses.get(id(unit.leaf), 0) + 1
+            if step.leaf is not None:
+                self.uses[id(step.leaf)] = self.uses.get(id(step.leaf), 0) + 1
         if None in self.state.values():
-            own_task(lambda: self._find_owners(owners))
+            own_task(lambda: self._find_sample_indices(sample_indices))
 
-    def _find_owners(self, roots: dict[Edge, SampleIndex]) -> None:
+    def _find_sample_indices(self, roots: dict[Edge, SampleIndex]) -> None:
         """Run the probe and write down the owners of all edges that are not known by the names of
         nodes alone.
         """
         found: dict[Edge, SampleIndex] = {}
         values = Cotangents()
         probe, k = Probe(self.n), 0
-        for edge, owner in roots.items():
+        for edge, sample_index in roots.items():
             like = torch.empty((), dtype=edge_dtype(edge), device=self._device(edge))
-            values[edge] = probe.columns(owner, edge_shape(edge), like)
+            values[edge] = probe.columns(sample_index, edge_shape(edge), like)
             k = len(values[edge])
-        for unit in self.graph.units:
-            if unit in self.explicit:
-                self._settle(unit, values, found, probe)
+        for step in self.graph.steps:
+            if step in self.by_column:
+                self._settle(step, values, found, probe)
                 continue
             if (
-                unit.params
-                or unit.leaf is not None
-                or any((unit, i) in self.reduced | self.split for i in range(len(unit.out)))
+                step.params
+                or step.leaf is not None
+                or any((step, i) in self.reduced | self.split for i in range(len(step.out)))
             ):
-                self._settle(unit, values, found, probe)
-            self._step(unit, values, k, None, probing=True)
-        for edge, owner in found.items():
-            self.found[edge], tidy = owner, owner.tidy()
+                self._settle(step, values, found, probe)
+            self._walk_step(step, values, k, None, probing=True)
+        for edge, sample_index in found.items():
+            self.found[edge], tidy = sample_index, sample_index.tidy()
             self.state[edge] = self.plain if tidy.of is None else tidy
 
     def _settle(
-        self, unit: Step, values: Cotangents, found: dict[Edge, SampleIndex], probe: Probe
+        self, step: Step, values: Cotangents, found: dict[Edge, SampleIndex], probe: Probe
     ) -> None:
-        for edge in unit.into:
+        for edge in step.into:
             if self.state[edge] is None and edge in values:
-                found[edge] = probe.owner(values[edge], describe(unit, self.graph.paths))
-        for edge in unit.into:
-            if unit in self.explicit:
+                found[edge] = probe.sample_index(values[edge], describe(step, self.graph.paths))
+        for edge in step.into:
+            if step in self.by_column:
                 values.pop(edge, None)
 
     # -- what a unit is: overridden where something else than J walks ------------------------------
 
-    def operator(self, unit: Step, slot: str) -> Jacobian:
+    def operator(self, step: Step, slot: str) -> Jacobian:
         """The operator of a record in one slot."""
-        return unit.slots[slot]
+        return step.slots[slot]
 
-    def backward(self, unit: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:
+    def backward(self, step: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:
         """What a raw node sends to its operands for k columns."""
-        if unit.bare and args[0] is not None:
-            return product_backward(unit.node, args[0])
-        return call_node(unit.node, args, k)
+        if step.bare and args[0] is not None:
+            return product_backward(step.node, args[0])
+        return call_node(step.node, args, k)
 
     # -- walking -----------------------------------------------------------------------------------
 
     def run(
-        self, roots: dict[Edge, Tensor], k: int, sink: Sink, units: list[Step] | None = None
+        self, roots: dict[Edge, Tensor], k: int, sink: Sink, steps: list[Step] | None = None
     ) -> dict[Edge, Tensor]:
         """Let k columns walk from the roots; `sink` is given each parameter with the factor of all
         its uses.
@@ -131,8 +131,8 @@ class Sweep(Plan):
                 sink(p, merge_uses(pending.pop(id(p))[1]))
 
         def walk() -> None:
-            for unit in self.graph.units if units is None else units:
-                self._step(unit, values, k, use)
+            for step in self.graph.steps if steps is None else steps:
+                self._walk_step(step, values, k, use)
             for p, parts in pending.values():  # to some of its uses nothing was sent
                 sink(p, merge_uses(parts))
 
@@ -140,92 +140,92 @@ class Sweep(Plan):
         return values
 
     def watch(
-        self, roots: dict[Edge, Tensor], k: int, units: list[Step]
+        self, roots: dict[Edge, Tensor], k: int, steps: list[Step]
     ) -> list[tuple[Step, Tensor]]:
         """What arrives at some records, without any factor."""
         values, seen = Cotangents(roots), []
 
         def walk() -> None:
-            for unit in self.graph.units:
-                if unit in units and unit.into[0] in values:
-                    seen.append((unit, values[unit.into[0]]))
-                self._step(unit, values, k, None)
+            for step in self.graph.steps:
+                if step in steps and step.into[0] in values:
+                    seen.append((step, values[step.into[0]]))
+                self._walk_step(step, values, k, None)
 
         own_task(walk)
         return seen
 
-    def _step(
-        self, unit: Step, values: Cotangents, k: int, use: Sink | None, probing: bool = False
+    def _walk_step(
+        self, step: Step, values: Cotangents, k: int, use: Sink | None, probing: bool = False
     ) -> None:
-        arrived = {e: values.take(e) for e in unit.into if e in values}
+        arrived = {e: values.take(e) for e in step.into if e in values}
         if not arrived:
             return
-        if unit in self.explicit and not probing:
-            arrived = {e: split(v, self._owner(e, unit, v)) for e, v in arrived.items()}
-        if unit.leaf is not None:
-            self._leaf(unit, arrived, k, use)
-        elif unit.record is not None:
-            self._record(unit, arrived, values, use)
+        if step in self.by_column and not probing:
+            arrived = {e: split(v, self._sample_index(e, step, v)) for e, v in arrived.items()}
+        if step.leaf is not None:
+            self._leaf(step, arrived, k, use)
+        elif step.record is not None:
+            self._record(step, arrived, values, use)
         else:
-            if unit.bare and use is not None:
+            if step.bare and use is not None:
                 ((edge, v),) = arrived.items()
-                if unit.held is not None:
-                    unit.held.take()
-                self._params(unit, edge, v.to(unit.dtype), use)
-            if unit.name == "Select" and self._select(unit, arrived, values):
+                if step.held is not None:
+                    step.held.take()
+                self._params(step, edge, v.to(step.dtype), use)
+            if step.name == "Select" and self._select(step, arrived, values):
                 return
-            if any(e is not None for e in unit.out):
-                self._node(unit, arrived, values, probing)
+            if any(e is not None for e in step.out):
+                self._node(step, arrived, values, probing)
 
-    def _params(self, unit: Step, edge: Edge, v: Tensor, use: Sink) -> None:
+    def _params(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
         """Columns at a unit's own parameters."""
-        for slot, p in unit.params:
-            factor = self.operator(unit, slot).pullback(v, self._owner(edge, unit, v))
-            if unit.record is not None and factor.shape != tuple(p.shape):
+        for slot, p in step.params:
+            factor = self.operator(step, slot).pullback(v, self._sample_index(edge, step, v))
+            if step.record is not None and factor.shape != tuple(p.shape):
                 who = blame(
-                    unit.record.entry,
-                    unit.record.module,
-                    self.graph.paths.get(id(unit.record.module), ""),
+                    step.record.entry,
+                    step.record.module,
+                    self.graph.paths.get(id(step.record.module), ""),
                 )
                 checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
             use(p, _wide(factor))
 
-    def _owner(self, edge: Edge, unit: Step, v: Tensor | None = None) -> SampleIndex:
-        owner = self.state[edge]
-        told = self.found.get(edge, owner)
+    def _sample_index(self, edge: Edge, step: Step, v: Tensor | None = None) -> SampleIndex:
+        sample_index = self.state[edge]
+        told = self.found.get(edge, sample_index)
         lost = False
         if v is not None and told is not None and told.of is not None and edge not in self.checked:
             # once: what is zero in all columns of a turn is so in the next one, masks are the same
             self.checked.add(edge)
             lost = _beyond_rounding(v, told.of < 0)
-        if owner is None or lost:
+        if sample_index is None or lost:
             raise NNJError(
-                f"nnj could not find out whose the rows at {describe(unit, self.graph.paths)} are"
+                f"nnj could not find out whose the rows at {describe(step, self.graph.paths)} are"
             )
-        return owner
+        return sample_index
 
-    def _leaf(self, unit: Step, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
+    def _leaf(self, step: Step, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
         (v,) = arrived.values()
-        if use is not None and unit.leaf is not None:
-            if unit.leaf is self.graph.batched:
-                self._input(unit, v, use)
+        if use is not None and step.leaf is not None:
+            if step.leaf is self.graph.batched:
+                self._input(step, v, use)
                 return
-            use(unit.leaf, _wide(DenseFactor(v.reshape(k, self.n, *unit.leaf.shape))))
+            use(step.leaf, _wide(DenseFactor(v.reshape(k, self.n, *step.leaf.shape))))
 
-    def _input(self, unit: Step, v: Tensor, use: Sink) -> None:
+    def _input(self, step: Step, v: Tensor, use: Sink) -> None:
         """Columns at the model's input, where each sample's row is its own."""
-        if unit not in self.explicit:
-            self.check_order(unit, v.device)
+        if step not in self.by_column:
+            self.check_order(step, v.device)
         elif self.n > 1:
             v = v.unflatten(0, (-1, self.n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
-        assert unit.leaf is not None
-        use(unit.leaf, DenseFactor(v))
+        assert step.leaf is not None
+        use(step.leaf, DenseFactor(v))
 
-    def check_order(self, unit: Step, device: torch.device) -> None:
+    def check_order(self, step: Step, device: torch.device) -> None:
         """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the
         output.
         """
-        of, own = self._owner(unit.into[0], unit).of, torch.arange(self.n, device=device)
+        of, own = self._sample_index(step.into[0], step).of, torch.arange(self.n, device=device)
         own = own if of is None else own.reshape(-1, *[1] * (of.dim() - 1))
         # an entry may be nobody's, behind a mask
         if of is not None and not bool(((of == own) | (of < 0)).all()):
@@ -235,106 +235,110 @@ class Sweep(Plan):
             )
 
     def _record(
-        self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, use: Sink | None
+        self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents, use: Sink | None
     ) -> None:
         ((edge, v),) = arrived.items()
-        record = unit.record
+        record = step.record
         assert record is not None
         who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
-        v = v.to(unit.dtype)
+        v = v.to(step.dtype)
         if use is not None:
-            self._params(unit, edge, v, use)
-        out = unit.out[0]
+            self._params(step, edge, v, use)
+        out = step.out[0]
         if out is not None:
             back = checked(
                 "vjp of 'input'",
-                self.operator(unit, "input").vjp(v),
+                self.operator(step, "input").vjp(v),
                 (v.shape[0], *record.x.shape),
                 who,
             )
-            self._send(unit, 0, back, values)
+            self._send(step, 0, back, values)
 
     def _node(
-        self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents, probing: bool
+        self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents, probing: bool
     ) -> None:
         k = next(iter(arrived.values())).shape[0]
-        apart = {i for i in range(len(unit.out)) if (unit, i) in self.split}
-        plain = k if any(e is not None and i not in apart for i, e in enumerate(unit.out)) else 0
-        args: list[Tensor | None] = [None] * len(unit.node._input_metadata)
+        apart = {i for i in range(len(step.out)) if (step, i) in self.split}
+        plain = k if any(e is not None and i not in apart for i, e in enumerate(step.out)) else 0
+        args: list[Tensor | None] = [None] * len(step.node._input_metadata)
         for edge, v in arrived.items():
-            shares = [split(v, self._owner(edge, unit, v))] if apart and not probing else []
+            shares = [split(v, self._sample_index(edge, step, v))] if apart and not probing else []
             args[edge[1]] = torch.cat([v[:plain], *shares]) if shares else v
         if probing and not plain:
             return
         rows = next(t.shape[0] for t in args if t is not None)
         for i, (out, back) in enumerate(
-            zip(unit.out, self.backward(unit, args, rows), strict=False)
+            zip(step.out, self.backward(step, args, rows), strict=False)
         ):
             if out is None or back is None:
                 continue
             if i in apart:
                 if not probing:
-                    self._send(unit, i, sum_to(back[plain:], edge_shape(out), 1), values)
-            elif (unit, i) in self.reduced:
+                    self._send(step, i, sum_to(back[plain:], edge_shape(out), 1), values)
+            elif (step, i) in self.reduced:
                 if not probing:
                     ((source, v),) = arrived.items()
                     share = self._reduce(
-                        v if unit.name == "Expand" else back[:plain], source, out, unit
+                        v if step.name == "Expand" else back[:plain], source, out, step
                     )
-                    self._send(unit, i, share, values)
+                    self._send(step, i, share, values)
             else:
-                self._send(unit, i, sum_to(back[:plain], edge_shape(out), 1), values)
+                self._send(step, i, sum_to(back[:plain], edge_shape(out), 1), values)
 
-    def _select(self, unit: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> bool:
+    def _select(self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> bool:
         """One index of an axis: it goes to its place, where else as many tensors of zeros would be
         added as there are indices.
         """
-        (edge,) = unit.out
-        leaving = self.leaving[unit, 0] if edge is not None else None
+        (edge,) = step.out
+        leaving = self.leaving[step, 0] if edge is not None else None
         if (
             edge is None
             or leaving is None
             or self.state[edge] is not leaving
-            or {(unit, 0)} & (self.split | self.reduced)
+            or {(step, 0)} & (self.split | self.reduced)
         ):
             return False
         (v,), shape = arrived.values(), edge_shape(edge)
-        axis, index = unit.node._saved_dim, unit.node._saved_index
+        axis, index = step.node._saved_dim, step.node._saved_index
         values.add_part(
             edge, shape, signed(axis) % len(shape), signed(index), v.to(edge_dtype(edge))
         )
         return True
 
-    def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, unit: Step) -> Tensor:
+    def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, step: Step) -> Tensor:
         """An operand without the batch: each sample's share of what arrived, summed to the
         operand's shape.
         """
         if tuple(unreduced.shape[1:]) != edge_shape(source):
             raise NNJError(
-                f"autograd's {unit.name} gave {tuple(unreduced.shape[1:])}, expected "
+                f"autograd's {step.name} gave {tuple(unreduced.shape[1:])}, expected "
                 f"{edge_shape(source)}"
             )
-        owner = self._owner(source, unit, unreduced)
+        sample_index = self._sample_index(source, step, unreduced)
         k = unreduced.shape[0]
-        if owner.of is None and not owner.explicit:
+        if sample_index.of is None and not sample_index.by_column:
             r = unreduced.shape[1]
             parts = unreduced.unflatten(1, (self.n, r // self.n)).flatten(0, 1)
         else:
-            parts = split(unreduced, owner)
+            parts = split(unreduced, sample_index)
         shape = edge_shape(edge)
         return sum_to(parts, shape, 1).reshape(k * self.n, *shape)
 
-    def _send(self, unit: Step, i: int, v: Tensor, values: Cotangents) -> None:
-        edge = unit.out[i]
+    def _send(self, step: Step, i: int, v: Tensor, values: Cotangents) -> None:
+        edge = step.out[i]
         assert edge is not None
         v = v.to(edge_dtype(edge))
-        state, leaving = self.state[edge], self.leaving[unit, i]
-        if state is not None and state.explicit and not (leaving is not None and leaving.explicit):
+        state, leaving = self.state[edge], self.leaving[step, i]
+        if (
+            state is not None
+            and state.by_column
+            and not (leaving is not None and leaving.by_column)
+        ):
             # Explicit columns arrive there too, and only bare parameters follow.
             if leaving is None:
                 raise NNJError(
                     "nnj could not find out whose the rows behind "
-                    f"{describe(unit, self.graph.paths)} are"
+                    f"{describe(step, self.graph.paths)} are"
                 )
             v = split(v, leaving)
         values.add(edge, v)

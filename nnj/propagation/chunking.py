@@ -25,29 +25,29 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A
     turn should not be larger than CACHE, lest every step goes through main memory, but much larger
     than the patches that it makes anew."""
-    units = [_entries(sweep, unit) for unit in sweep.graph.units]
+    steps = [_entries(sweep, step) for step in sweep.graph.steps]
     root = sweep.graph.roots[0][0]._input_metadata[0]
     size = max(4, root.dtype.itemsize)  # half precision is summed in float32
-    fits = max(1, memory // (size * 3 * max([1, *(held for held, _, _ in units)])))
+    fits = max(1, memory // (size * 3 * max([1, *(held for held, _, _ in steps)])))
     if root.device.type != "cpu":
         return fits, fits
     keep_heap(memory)
-    widest, patches = max([1, *(came for _, came, _ in units)]), sum(made for _, _, made in units)
+    widest, patches = max([1, *(came for _, came, _ in steps)]), sum(made for _, _, made in steps)
     return fits, max(1, min(fits, (CACHE + patches) // widest))
 
 
-def _entries(sweep: Sweep, unit: Step) -> tuple[int, int, int]:
+def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
     """Of one column at a unit: the entries that are held, and those that came to it; and of its
     patches, for all columns.
     """
-    times = sweep.n if unit in sweep.explicit else 1
-    came = held = sum(math.prod(edge_shape(e)) for e in unit.into) * times
-    for i, edge in enumerate(unit.out):
+    times = sweep.n if step in sweep.by_column else 1
+    came = held = sum(math.prod(edge_shape(e)) for e in step.into) * times
+    for i, edge in enumerate(step.out):
         if edge is not None:
-            held += math.prod(edge_shape(edge)) * (sweep.n if (unit, i) in sweep.reduced else times)
+            held += math.prod(edge_shape(edge)) * (sweep.n if (step, i) in sweep.reduced else times)
     dense = patches = 0
-    for slot, p in unit.params:
-        j = unit.slots[slot]
+    for slot, p in step.params:
+        j = step.slots[slot]
         if times > 1 or not isinstance(j, (PatchMatmul, ScaleShift, TableRows)):
             dense += p.numel() * sweep.n
         elif isinstance(j, PatchMatmul) and j.places > 1:

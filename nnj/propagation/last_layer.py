@@ -30,10 +30,10 @@ class LastLayerFactor(Factor):
     curvature H in the place of S.
     """
 
-    def __init__(self, curvature: LossHessian, u: Tensor, shape: tuple[int, ...]):
-        self.curvature, self.u, self.shape = curvature, u, tuple(shape)
+    def __init__(self, hessian: LossHessian, u: Tensor, shape: tuple[int, ...]):
+        self.hessian, self.u, self.shape = hessian, u, tuple(shape)
         self.k, self.n, self.device, self.dtype = (
-            curvature.rank * curvature.places,
+            hessian.rank * hessian.places,
             u.shape[0],
             u.device,
             u.dtype,
@@ -41,7 +41,7 @@ class LastLayerFactor(Factor):
 
     def _places(self) -> OuterProduct:
         """The same with columns: (K, N, 1, O, 1)."""
-        c = self.curvature
+        c = self.hessian
         s = c.columns(0, c.rank)
         if c.places > 1:  # a diagonal: each entry is a column to itself
             s = torch.diag_embed(s[0, :, :, 0]).movedim(1, 0)
@@ -58,10 +58,10 @@ class LastLayerFactor(Factor):
         return self if which == slice(0, self.k) else self._places().columns(which)
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return LastLayerFactor(self.curvature, self.u.to(dtype), self.shape)
+        return LastLayerFactor(self.hessian, self.u.to(dtype), self.shape)
 
     def square_sum(self) -> Tensor:
-        h = self.curvature.diagonal().reshape(self.n, -1).to(self.dtype)
+        h = self.hessian.diagonal().reshape(self.n, -1).to(self.dtype)
         return (h.mT @ self.u.square()).reshape(self.shape)
 
     def gram(self, other: Factor) -> Tensor:
@@ -83,60 +83,60 @@ class LastLayerColumns:
     def __init__(
         self,
         sweep: Sweep,
-        curvature: LossHessian,
+        hessian: LossHessian,
         shared: set[int],
         selection: ColumnSelection | AllColumns | None = None,
     ):
-        self.sweep, self.curvature, self.shared, self.selection = (
+        self.sweep, self.hessian, self.shared, self.selection = (
             sweep,
-            curvature,
+            hessian,
             shared,
             selection,
         )
-        self.units: list[Step] = []
+        self.steps: list[Step] = []
         self.edge: Edge = sweep.graph.roots[0]
         self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
         self.short: int | None = None  # how many columns there are after `narrow`
         self.stages: list[tuple[Edge, Tensor]] = []  # behind each unit its edge and the rows there
-        simple = isinstance(curvature, DiagonalHessian) or (
-            isinstance(curvature, SoftmaxHessian) and curvature.places == 1
+        simple = isinstance(hessian, DiagonalHessian) or (
+            isinstance(hessian, SoftmaxHessian) and hessian.places == 1
         )
-        if len(sweep.graph.roots) > 1 or not simple or curvature.rows != sweep.n or sweep.n == 1:
+        if len(sweep.graph.roots) > 1 or not simple or hessian.rows != sweep.n or sweep.n == 1:
             return
         if sweep.state[self.edge] is not sweep.plain:
             return
-        for unit in sweep.graph.units:
-            if not self._take(unit):
+        for step in sweep.graph.steps:
+            if not self._take(step):
                 break
 
-    def _take(self, unit: Step) -> bool:
+    def _take(self, step: Step) -> bool:
         """Go through one more unit, if it is a linear map that all samples share."""
-        out = unit.out[0] if unit.record is not None else None
-        if out is None or unit.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
+        out = step.out[0] if step.record is not None else None
+        if out is None or step.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
             return False
-        j = unit.slots["input"]
+        j = step.slots["input"]
         if not isinstance(j, Identity) and not (isinstance(j, LinearMap) and not j.per_row):
             return False
-        if unit.params and (
-            self.units or not all(self._one_place(unit, s, p) for s, p in unit.params)
+        if step.params and (
+            self.steps or not all(self._one_place(step, s, p) for s, p in step.params)
         ):
             return False
-        if j.n != self.sweep.n or unit.dtype in (torch.float16, torch.bfloat16):
+        if j.n != self.sweep.n or step.dtype in (torch.float16, torch.bfloat16):
             return False
         rows = self.rows
         if rows is None:
-            size = self.curvature.block * self.curvature.places
-            rows = torch.eye(size, dtype=unit.dtype, device=j.like.device).reshape(
+            size = self.hessian.block * self.hessian.places
+            rows = torch.eye(size, dtype=step.dtype, device=j.like.device).reshape(
                 size, 1, *j.outputs
             )
         self.rows = j.vjp(rows)
-        self.units.append(unit)
+        self.steps.append(step)
         self.edge = out
         self.stages.append((out, self.rows))
         return True
 
-    def _one_place(self, unit: Step, slot: str, p: Tensor) -> bool:
-        j = unit.slots[slot]
+    def _one_place(self, step: Step, slot: str, p: Tensor) -> bool:
+        j = step.slots[slot]
         if (
             not isinstance(j, (PatchMatmul, ScaleShift))
             or self.sweep.uses[id(p)] > 1
@@ -153,24 +153,24 @@ class LastLayerColumns:
     @property
     def useful(self) -> bool:
         """Whether there is anything to be saved."""
-        return bool(self.units)
+        return bool(self.steps)
 
     @property
     def k(self) -> int:
         """The number of columns."""
-        return self.selection.k if self.selection else self.curvature.rank * self.curvature.places
+        return self.selection.k if self.selection else self.hessian.rank * self.hessian.places
 
     def parameters(self, sink: Sink) -> None:
         """Give the parameters of the last layer their factors."""
-        for unit in self.units:
-            for slot, p in unit.params:
-                j = unit.slots[slot]
+        for step in self.steps:
+            for slot, p in step.params:
+                j = step.slots[slot]
                 u = (
                     j.patches()[:, 0, :, 0]
                     if isinstance(j, PatchMatmul)
-                    else j.like.new_ones(j.n, 1, dtype=unit.dtype)
+                    else j.like.new_ones(j.n, 1, dtype=step.dtype)
                 )
-                sink(p, LastLayerFactor(self.curvature, u, tuple(p.shape)))
+                sink(p, LastLayerFactor(self.hessian, u, tuple(p.shape)))
 
     def narrow(self, memory: int) -> None:
         """Go back to where columns are shortest, if they are worth recompressing there: `columns`
@@ -178,14 +178,14 @@ class LastLayerColumns:
         """
         lengths = [rows[0].numel() for _, rows in self.stages]
         at = lengths.index(min(lengths))
-        d, behind = lengths[at], self.sweep.graph.units[at + 1 :]
+        d, behind = lengths[at], self.sweep.graph.steps[at + 1 :]
         n, fits = self.sweep.n, self.sweep.n * lengths[at] ** 2 * 8 * 3 <= memory
         if (
             fits
             and self.selection is None
-            and worth_recompressing(self.k, n, self.curvature.block, d, walk_cost(behind))
+            and worth_recompressing(self.k, n, self.hessian.block, d, walk_cost(behind))
         ):
-            self.units, (self.edge, self.rows) = self.units[: at + 1], self.stages[at]
+            self.steps, (self.edge, self.rows) = self.steps[: at + 1], self.stages[at]
             self.short = d
 
     @property
@@ -211,7 +211,7 @@ class LastLayerColumns:
         column.
         """
         assert self.rows is not None
-        c, flat = self.curvature, self.rows.reshape(len(self.rows), -1).double()
+        c, flat = self.hessian, self.rows.reshape(len(self.rows), -1).double()
         if not isinstance(c, SoftmaxHessian):
             return _weighted_gram(flat, c.diagonal().reshape(c.rows, -1).double())
         # With D_c = J_c - J_t for the likeliest class t, H is a (sum_c p_c D_c D_c^T - R R^T) and
@@ -234,7 +234,7 @@ class LastLayerColumns:
         assert self.rows is not None
         rows, dtype = self.rows, edge_dtype(self.edge)
         flat = rows.reshape(len(rows), -1)
-        c = self.curvature
+        c = self.hessian
         if self.selection:
             make = self._selected(flat, self.selection)
         else:
@@ -252,7 +252,7 @@ class LastLayerColumns:
 
     def _diagonal(self, flat: Tensor) -> Callable[[int, int], Tensor]:
         """sqrt(h_c) J_c."""
-        weight = self.curvature.diagonal().reshape(self.curvature.rows, -1).sqrt().to(flat.dtype).mT
+        weight = self.hessian.diagonal().reshape(self.hessian.rows, -1).sqrt().to(flat.dtype).mT
         return lambda a, b: flat[a:b, None] * weight[a:b, :, None]
 
     def _softmax(self, flat: Tensor, c: SoftmaxHessian) -> Callable[[int, int], Tensor]:
@@ -315,17 +315,17 @@ def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:
     return k > d and 2.0 * n * (c * d**2 + d**3) < (k - d) * cost
 
 
-def walk_cost(units: list[Step]) -> float:
+def walk_cost(steps: list[Step]) -> float:
     """Multiply-adds of one column through some units, by their parameters and places.
 
     A layer with one place for each sample squares columns before it multiplies them by its input:
     they cost it their length."""
     total = 0.0
-    for unit in units:
-        for slot, p in unit.params:
-            j = unit.slots[slot]
+    for step in steps:
+        for slot, p in step.params:
+            j = step.slots[slot]
             places = j.places if isinstance(j, PatchMatmul) else 1
-            back = p.numel() * places if unit.out[0] is not None else 0
+            back = p.numel() * places if step.out[0] is not None else 0
             total += j.n * (
                 back + (2.0 * p.numel() * places if places > 1 else math.prod(j.outputs))
             )

@@ -120,7 +120,7 @@ class Linearization:
                 None if wrt == "weight" else self.x,
                 walk is Sweep,
             )
-            if graph.units:
+            if graph.steps:
                 self.sweep = _plan(walk, graph, self.n, roots, wrt == "input")
 
     @property

@@ -41,13 +41,13 @@ class Plan:
         self,
         graph: Graph,
         n: int,
-        owners: dict[Edge, SampleIndex],
+        sample_indices: dict[Edge, SampleIndex],
         probed: bool = False,
         cut: bool = False,
         bare: bool = False,
     ):
         self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
-        self.plain, self.apart = SampleIndex(n), SampleIndex(n, explicit=True)
+        self.plain, self.apart = SampleIndex(n), SampleIndex(n, by_column=True)
         self.state: dict[Edge, SampleIndex | None] = {}  # None: to be found by the probe
         # owners are the same if they are one
         self._by_axis: dict[tuple[SampleAxis, tuple[int, ...], torch.device], SampleIndex] = {}
@@ -56,18 +56,18 @@ class Plan:
         self.reduced: set[tuple[Step, int]] = set()
         # bare parameters follow: walked with one column for each sample from here
         self.split: set[tuple[Step, int]] = set()
-        self.explicit: set[Step] = set()  # units that are given one column for each sample
-        for edge, owner in owners.items():
-            self._arrive(edge, self.apart if n == 1 else self._root(edge, owner))
-        for unit in graph.units:
-            self._plan(unit)
+        self.by_column: set[Step] = set()  # units that are given one column for each sample
+        for edge, sample_index in sample_indices.items():
+            self._arrive(edge, self.apart if n == 1 else self._root(edge, sample_index))
+        for step in graph.steps:
+            self._plan(step)
 
-    def _root(self, edge: Edge, owner: SampleIndex) -> SampleIndex:
-        of = owner.of
+    def _root(self, edge: Edge, sample_index: SampleIndex) -> SampleIndex:
+        of = sample_index.of
         if of is None:
             return self.plain
         simple = of.numel() == len(of) and is_cyclic(of.flatten(), self.n)
-        return self._along(edge, SampleAxis(0, 1)) if simple else owner
+        return self._along(edge, SampleAxis(0, 1)) if simple else sample_index
 
     def _along(self, edge: Edge, along: SampleAxis) -> SampleIndex:
         """The owner of an edge with the samples along one axis."""
@@ -79,52 +79,54 @@ class Plan:
             self._by_axis[key] = SampleIndex.by_axis(self.n, shape, along, key[2])
         return self._by_axis[key]
 
-    def _axis(self, edge: Edge, owner: SampleIndex | None) -> SampleAxis | None:
+    def _axis(self, edge: Edge, sample_index: SampleIndex | None) -> SampleAxis | None:
         """Along which axis of an edge the samples are; None if that is not known, or not all there
         is to say.
         """
         return (
             SampleAxis(0, edge_shape(edge)[0] // self.n)
-            if owner is self.plain
+            if sample_index is self.plain
             else None
-            if owner is None
-            else owner.along
+            if sample_index is None
+            else sample_index.along
         )
 
-    def _arrive(self, edge: Edge, owner: SampleIndex | None) -> None:
+    def _arrive(self, edge: Edge, sample_index: SampleIndex | None) -> None:
         if edge not in self.state:
-            self.state[edge] = owner
+            self.state[edge] = sample_index
             return
         there = self.state[edge]
-        if (there is not None and there.explicit) != (owner is not None and owner.explicit):
-            unit = self.graph._unit(edge)
+        if (there is not None and there.by_column) != (
+            sample_index is not None and sample_index.by_column
+        ):
+            step = self.graph.step_at(edge)
             if self._batch_behind(edge):
-                raise Coupled.at(describe(unit, self.graph.paths))
+                raise Coupled.at(describe(step, self.graph.paths))
             self.state[edge] = self.apart
-        elif there is not owner:
+        elif there is not sample_index:
             self.state[edge] = None
 
-    def _plan(self, unit: Step) -> None:
-        states = [self.state[e] for e in unit.into]
-        if any(s is not None and s.explicit for s in states) or (
-            unit.leaf is not None and unit.leaf is not self.graph.batched
+    def _plan(self, step: Step) -> None:
+        states = [self.state[e] for e in step.into]
+        if any(s is not None and s.by_column for s in states) or (
+            step.leaf is not None and step.leaf is not self.graph.batched
         ):
-            self.explicit.add(unit)
-        whole = unit in self.explicit
-        if whole and self._on_the_batch(unit):
-            raise Coupled.at(describe(unit, self.graph.paths))
-        for i, edge in enumerate(unit.out):
+            self.by_column.add(step)
+        whole = step in self.by_column
+        if whole and self._on_the_batch(step):
+            raise Coupled.at(describe(step, self.graph.paths))
+        for i, edge in enumerate(step.out):
             if edge is None:
                 continue
-            leaving = self.apart if whole else self._leaving(unit, i, edge, states)
-            self.leaving[unit, i] = leaving
+            leaving = self.apart if whole else self._leaving(step, i, edge, states)
+            self.leaving[step, i] = leaving
             self._arrive(edge, leaving)
 
-    def _on_the_batch(self, unit: Step) -> bool:
+    def _on_the_batch(self, step: Step) -> bool:
         """Whether a record stands on what was given to the model, or a view of it."""
-        if unit.record is None or unit.record.x.place is None or self.n == 1:
+        if step.record is None or step.record.x.place is None or self.n == 1:
             return False
-        storage, seen = unit.record.x.place[0], math.prod(unit.record.x.shape)
+        storage, seen = step.record.x.place[0], math.prod(step.record.x.shape)
         given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
         return any(
             storage == place_of(t)[0]
@@ -138,51 +140,53 @@ class Plan:
         """Whether units with samples in their rows lie behind an edge, and not bare parameters
         alone.
         """
-        unit = self.graph._unit(edge)
-        return unit.batch or unit.batch_above or (self.bare and (unit.bare or unit.bare_above))
+        step = self.graph.step_at(edge)
+        return step.batch or step.batch_above or (self.bare and (step.bare or step.bare_above))
 
-    def _reducible(self, unit: Step, edge: Edge, along: SampleAxis | None) -> bool:
+    def _reducible(self, step: Step, edge: Edge, along: SampleAxis | None) -> bool:
         axis = 0 if along is None else along.axis
-        return len(unit.into) == 1 and broadcast_operand(
-            unit.node, edge_shape(unit.into[0]), edge_shape(edge), axis
+        return len(step.into) == 1 and broadcast_operand(
+            step.node, edge_shape(step.into[0]), edge_shape(edge), axis
         )
 
     def _carried(
-        self, unit: Step, i: int, edge: Edge, alongs: list[SampleAxis | None]
+        self, step: Step, i: int, edge: Edge, alongs: list[SampleAxis | None]
     ) -> SampleIndex | None:
         """Whose the entries of an operand are, if the names of nodes tell that."""
         found = set()
-        for e, along in zip(unit.into, alongs, strict=True):
+        for e, along in zip(step.into, alongs, strict=True):
             found.add(
                 None
                 if along is None
-                else carried(unit.node, i, edge_shape(e), edge_shape(edge), self.n, along)
+                else carried(step.node, i, edge_shape(e), edge_shape(edge), self.n, along)
             )
         (along, *others) = found
         return None if others or along is None else self._along(edge, along)
 
     def _leaving(
-        self, unit: Step, i: int, edge: Edge, states: list[SampleIndex | None]
+        self, step: Step, i: int, edge: Edge, states: list[SampleIndex | None]
     ) -> SampleIndex | None:
         """Whose the entries are that leave a unit on one edge; None if only a probe can say."""
-        alongs = [self._axis(e, owner) for e, owner in zip(unit.into, states, strict=True)]
+        alongs = [
+            self._axis(e, sample_index) for e, sample_index in zip(step.into, states, strict=True)
+        ]
         along, known = alongs[0], None not in alongs
-        if unit.record is not None:
+        if step.record is not None:
             rows = edge_shape(edge)[0]
-            if along is None or along.axis > 0 or rows != edge_shape(unit.into[0])[0]:
+            if along is None or along.axis > 0 or rows != edge_shape(step.into[0])[0]:
                 return None
             return self._along(edge, along)
-        if self._reducible(unit, edge, along) and (
+        if self._reducible(step, edge, along) and (
             known or not self.probed or not self._batch_behind(edge)
         ):
-            self.reduced.add((unit, i))
+            self.reduced.add((step, i))
             return self.apart
-        owner = self._carried(unit, i, edge, alongs)
-        if owner is not None:
-            return owner
+        sample_index = self._carried(step, i, edge, alongs)
+        if sample_index is not None:
+            return sample_index
         if self._batch_behind(edge) and not (self.cut and known):
             return None
-        self.split.add((unit, i))
+        self.split.add((step, i))
         return self.apart
 
     @staticmethod

@@ -35,27 +35,27 @@ def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, SampleIn
     mark = max(graph.marks, key=lambda m: m.order, default=None)
     refusal: NNJError | None = None
     out_of_order: list[SampleIndex] = []
-    for n, owner, options in _attempts(graph, rows, mark, device):
+    for n, sample_index, options in _attempts(graph, rows, mark, device):
         given = None if mark is None else _samples(mark, rows)
-        if any(owner is other for other in out_of_order):
+        if any(sample_index is other for other in out_of_order):
             continue
         try:
-            sweep = Sweep(graph, n, _on_roots(graph, owner), **options)
+            sweep = Sweep(graph, n, _on_roots(graph, sample_index), **options)
             in_order = mark is None or given is None or _check_apart(sweep, mark, given)
         except Coupled as error:
             refusal = refusal or error
             continue
         if mark is None or given is None or rows == given:
-            return sweep, owner, True
+            return sweep, sample_index, True
         if n == rows or in_order:
             evidence = _evidence(graph, mark, given)
             known = (
-                all(bool((e.owners >= 0).all()) for e in evidence)
+                all(bool((e.sample_indices >= 0).all()) for e in evidence)
                 if evidence
-                else _alone(graph, rows, mark, n, owner)
+                else _alone(graph, rows, mark, n, sample_index)
             )
-            return sweep, owner, known
-        out_of_order.append(owner)
+            return sweep, sample_index, known
+        out_of_order.append(sample_index)
     assert refusal is not None
     raise refusal
 
@@ -68,10 +68,10 @@ def plans(graph: Graph) -> list[dict[str, bool]]:
         {"probed": probed, "cut": cut, "bare": False}
         for probed, cut in ((False, False), (True, False), (False, True))
     ]
-    return [{**found[0], "bare": True}, *found] if any(unit.bare for unit in graph.units) else found
+    return [{**found[0], "bare": True}, *found] if any(step.bare for step in graph.steps) else found
 
 
-def _alone(graph: Graph, rows: int, mark: CallMark, n: int, owner: SampleIndex) -> bool:
+def _alone(graph: Graph, rows: int, mark: CallMark, n: int, sample_index: SampleIndex) -> bool:
     """Whether samples influence one another in the other order of rows, so that this one needs no
     evidence of first layers.
 
@@ -81,7 +81,7 @@ def _alone(graph: Graph, rows: int, mark: CallMark, n: int, owner: SampleIndex) 
         return False
     other = (
         SampleIndex(n)
-        if owner.of is not None
+        if sample_index.of is not None
         else SampleIndex(n, torch.arange(rows, device=mark.inputs[0].device) % n)
     )
     for options in plans(graph):
@@ -95,16 +95,16 @@ def _alone(graph: Graph, rows: int, mark: CallMark, n: int, owner: SampleIndex) 
     return True
 
 
-def _on_roots(graph: Graph, owner: SampleIndex) -> dict[Edge, SampleIndex]:
-    owners = {}
+def _on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
+    sample_indices = {}
     for edge in graph.roots:
         dims = len(edge_shape(edge))
-        owners[edge] = (
-            owner
-            if owner.of is None
-            else SampleIndex(owner.n, owner.of.reshape(-1, *[1] * (dims - 1)))
+        sample_indices[edge] = (
+            sample_index
+            if sample_index.of is None
+            else SampleIndex(sample_index.n, sample_index.of.reshape(-1, *[1] * (dims - 1)))
         )
-    return owners
+    return sample_indices
 
 
 def _attempts(
@@ -119,11 +119,18 @@ def _attempts(
             order = [SampleIndex(n), SampleIndex(n, torch.arange(rows, device=device) % n)]
             order = order if mark.batch_axis == 0 else order[::-1]
             for cut in (False, True):
-                yield from ((n, owner, way) for owner in order for way in ways if way["cut"] == cut)
+                yield from (
+                    (n, sample_index, way)
+                    for sample_index in order
+                    for way in ways
+                    if way["cut"] == cut
+                )
         touched = _touched(graph, rows, mark, n)
         if touched is not None:
-            yield from ((n, owner, way) for owner in [SampleIndex(n, touched)] for way in ways)
-    yield from ((rows, owner, way) for owner in [SampleIndex(rows)] for way in ways)
+            yield from (
+                (n, sample_index, way) for sample_index in [SampleIndex(n, touched)] for way in ways
+            )
+    yield from ((rows, sample_index, way) for sample_index in [SampleIndex(rows)] for way in ways)
 
 
 def _samples(mark: CallMark, rows: int) -> int | None:
@@ -139,9 +146,9 @@ class _Evidence(NamedTuple):
     where it cannot be told.
     """
 
-    unit: Step
+    step: Step
     axis: int
-    owners: Tensor
+    sample_indices: Tensor
 
 
 def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
@@ -149,9 +156,9 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
     another order.
     """
     found = []
-    for unit in graph.units:
-        record = unit.record
-        if record is None or record.edge is not None or not unit.params:
+    for step in graph.steps:
+        record = step.record
+        if record is None or record.edge is not None or not step.params:
             continue
         axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
         if record.x.place in [place_of(t) for t in mark.inputs]:
@@ -160,16 +167,16 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
                 and shape[axis] == n
                 and record.y.shape[: axis + 1] == shape[: axis + 1]
             ):
-                found.append(_Evidence(unit, axis, torch.arange(n)))
+                found.append(_Evidence(step, axis, torch.arange(n)))
         elif axis < 2 and any(
             t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs
         ):
             if shape[1 - axis] == n and record.y.shape[:2] == shape[:2]:
-                found.append(_Evidence(unit, 1 - axis, torch.arange(n)))
+                found.append(_Evidence(step, 1 - axis, torch.arange(n)))
         elif record.x.value is not None and record.x.value.device.type != "meta":
-            owners = _rows_of_inputs(record.x.value, mark, n)
-            if owners is not None:
-                found.append(_Evidence(unit, 0, owners))
+            sample_indices = _rows_of_inputs(record.x.value, mark, n)
+            if sample_indices is not None:
+                found.append(_Evidence(step, 0, sample_indices))
     return found
 
 
@@ -178,7 +185,7 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
     if some are not.
     """
     rows, size = x.reshape(len(x), -1), x[0].numel()
-    pool, owners = [], []
+    pool, sample_indices = [], []
     for t in mark.inputs:
         if (
             t.dim() > mark.batch_axis
@@ -187,7 +194,7 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
             and t.numel() % (n * size) == 0
         ):
             pool.append(t.movedim(mark.batch_axis, 0).reshape(-1, size))
-            owners.append(torch.arange(n).repeat_interleave(len(pool[-1]) // n))
+            sample_indices.append(torch.arange(n).repeat_interleave(len(pool[-1]) // n))
     if not pool or (not x.is_floating_point() and x.numel() != sum(t.numel() for t in pool)):
         # numbers that merely count, such as positions, are found among tokens by chance
         return None
@@ -195,7 +202,10 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
         size, generator=torch.Generator().manual_seed(0x6E6E6A), dtype=torch.float64
     ).to(x.device)
     known, order = (torch.cat(pool).to(torch.float64) * mix).sum(1).sort()
-    mine, owner = (rows.to(torch.float64) * mix).sum(1), torch.cat(owners)[order.cpu()]
+    mine, sample_index = (
+        (rows.to(torch.float64) * mix).sum(1),
+        torch.cat(sample_indices)[order.cpu()],
+    )
     slack = 1e-12 * (1 + known.abs())
     first = torch.searchsorted(known - slack, mine, right=True).clamp(max=len(known)) - 1
     low = torch.searchsorted(known + slack, mine).cpu()
@@ -203,7 +213,7 @@ def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
     if bool((low > high).any()):
         return None
     # equal rows of several samples tell nothing
-    return torch.where(owner[low] == owner[high], owner[low], -1)
+    return torch.where(sample_index[low] == sample_index[high], sample_index[low], -1)
 
 
 def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
@@ -213,12 +223,12 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
     Errors: `Coupled` if what was given at one place reaches the loss in two samples.
     """
     in_order, to = True, torch.full((n,), -1)
-    for unit, axis, owners in _evidence(sweep.graph, mark, n) if sweep.n > 1 else []:
-        state, shape = sweep.state[unit.into[0]], edge_shape(unit.into[0])
+    for step, axis, sample_indices in _evidence(sweep.graph, mark, n) if sweep.n > 1 else []:
+        state, shape = sweep.state[step.into[0]], edge_shape(step.into[0])
         if state is None:
             return False
-        if state.explicit:
-            raise Coupled.at(describe(unit, sweep.graph.paths))
+        if state.by_column:
+            raise Coupled.at(describe(step, sweep.graph.paths))
         of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
         of = of.reshape(*of.shape, *[1] * (len(shape) - of.dim()))
         of = (
@@ -226,12 +236,12 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
             .movedim(axis, 0)
             .flatten(1)
         )
-        told = (of >= 0) & (owners[:, None] >= 0)
-        given, whose = owners[:, None].expand(of.shape)[told], of[told]
+        told = (of >= 0) & (sample_indices[:, None] >= 0)
+        given, whose = sample_indices[:, None].expand(of.shape)[told], of[told]
         unknown = to[given] < 0
         to[given[unknown]] = whose[unknown]
         if bool((to[given] != whose).any()):
-            raise Coupled.at(describe(unit, sweep.graph.paths))
+            raise Coupled.at(describe(step, sweep.graph.paths))
         in_order = in_order and bool((given == whose).all())
     return in_order
 
@@ -240,7 +250,7 @@ def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row of the loss touches at the first layers, or None if a row
     touches none or several.
     """
-    evidence = {e.unit: e for e in _evidence(graph, mark, n) if bool((e.owners >= 0).all())}
+    evidence = {e.step: e for e in _evidence(graph, mark, n) if bool((e.sample_indices >= 0).all())}
     if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[:1] != (rows,):
         return None
     (root,) = graph.roots
@@ -250,15 +260,15 @@ def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(0x6E6E6A)
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)
     found = torch.zeros(rows, n, dtype=torch.long, device=device)
-    step = 64
-    for start in range(0, rows, step):
-        number = torch.arange(start, min(start + step, rows), device=device)
+    stride = 64
+    for start in range(0, rows, stride):
+        number = torch.arange(start, min(start + stride, rows), device=device)
         columns = cotangent.new_zeros(len(number), *shape)
         columns[number - start, number] = cotangent[number]
-        for unit, v in sweep.watch({root: columns}, len(number), list(evidence)):
-            there = (v != 0).movedim(evidence[unit].axis + 1, 1).flatten(2).any(2).long()
+        for step, v in sweep.watch({root: columns}, len(number), list(evidence)):
+            there = (v != 0).movedim(evidence[step].axis + 1, 1).flatten(2).any(2).long()
             found[number] += torch.zeros_like(found[number]).index_add_(
-                1, evidence[unit].owners.to(device), there
+                1, evidence[step].sample_indices.to(device), there
             )
     touched = found > 0
     return touched.int().argmax(1) if bool((touched.sum(1) == 1).all()) else None

@@ -27,14 +27,14 @@ class Probe:
         # one for all roots, so that they do not cancel
         self.generator = torch.Generator().manual_seed(0x6E6E6A)
 
-    def columns(self, owner: SampleIndex, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def columns(self, sample_index: SampleIndex, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The columns that start at one root edge, (2 * bits * DRAWS, *shape)."""
-        if owner.of is None:
-            of = owner.rows(shape[0], like.device)
+        if sample_index.of is None:
+            of = sample_index.rows(shape[0], like.device)
             assert of is not None
             of = of.reshape(-1, *[1] * (len(shape) - 1))
         else:
-            of = owner.of
+            of = sample_index.of
         columns = []
         for _ in range(self.DRAWS):
             # Sizes are bounded away from zero, so that small ones do not vanish on the way.
@@ -45,7 +45,7 @@ class Probe:
                 columns += [cotangent * (has & (of >= 0)), cotangent * (~has & (of >= 0))]
         return torch.stack(columns)
 
-    def owner(self, v: Tensor, who: str) -> SampleIndex:
+    def sample_index(self, v: Tensor, who: str) -> SampleIndex:
         """The owners of an edge's entries from what arrived there. Errors: `NNJError` if samples
         influence one another.
 

@@ -113,8 +113,8 @@ def broadcast_operand(node: Any, out: tuple[int, ...], into: tuple[int, ...], ax
     return fits and aligned[axis] == 1
 
 
-def split(v: Tensor, owner: SampleIndex) -> Tensor:
+def split(v: Tensor, sample_index: SampleIndex) -> Tensor:
     """Each column once for each sample: (K, *shape) -> (K * n, *shape), with the other samples'
     entries zero.
     """
-    return v if owner.explicit else owner.split(v)
+    return v if sample_index.by_column else sample_index.split(v)

@@ -105,16 +105,16 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
 def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
     n = dense.shape[0]
     u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
-    for way, (owner, of) in _owners(n, j.outputs).items():
-        per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(owner.n)]
+    for way, (sample_index, of) in _owners(n, j.outputs).items():
+        per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(sample_index.n)]
         expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
         name = f"{who}: pullback ({way})"
-        factor = j.pullback(u, owner)
-        _check_factor(name, factor, expected.reshape(4, owner.n, *j.inputs))
-        split = torch.stack(per, 1).reshape(4 * owner.n, n, *j.outputs)
+        factor = j.pullback(u, sample_index)
+        _check_factor(name, factor, expected.reshape(4, sample_index.n, *j.inputs))
+        split = torch.stack(per, 1).reshape(4 * sample_index.n, n, *j.outputs)
         _check_factor(
             f"{name}, explicit",
-            j.pullback(split, SampleIndex(owner.n, explicit=True)),
+            j.pullback(split, SampleIndex(sample_index.n, by_column=True)),
             expected.reshape(4, -1, *j.inputs),
         )
 

@@ -27,7 +27,7 @@ def check_loss(
 
     Mean, sum, none and the loss's own reduction, under the scale 1 and a random positive one: the
     factor, in one piece, in slices and in columns that are picked, with their square sums; where
-    `place` puts it; diagonal, product, combinations of columns; samples, which must be the columns
+    `to_outputs` puts it; diagonal, product, combinations of columns; samples, which must be columns
     under the signs that the generator gives. Blocks must be all there is: the Hessian between rows,
     or places, must be zero. The loss is copied, so its reduction stays.
 
@@ -63,10 +63,10 @@ def check_loss(
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
             dense = jacrev(jacrev(lambda y: (run(module, y, *args) * scale).sum()))(output)  # noqa: B023
             h = hessian_of_loss(module, scale, output, *args)
-            _check_curvature(who, h, dense.detach().reshape(output.numel(), -1), output)
+            _check_hessian(who, h, dense.detach().reshape(output.numel(), -1), output)
 
 
-def _check_curvature(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
+def _check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
     shape = (h.rows, h.places, h.block)
     assert h.rows * h.places * h.block == output.numel(), (
         f"{who}: {shape} blocks for an output of {tuple(output.shape)}"
@@ -77,8 +77,8 @@ def _check_curvature(who: str, h: LossHessian, dense: Tensor, output: Tensor) ->
         _same(f"{who}: columns({a}, {b})", h.columns(a, b), s[a:b])
     # each block by itself
     mine = torch.eye(h.rows * h.places, dtype=s.dtype).reshape(-1, 1, h.rows, h.places, 1)
-    (apart,) = h.place((mine * s).flatten(0, 1))
-    checked("place", apart, (mine.shape[0] * h.rank, *output.shape), who)
+    (apart,) = h.to_outputs((mine * s).flatten(0, 1))
+    checked("to_outputs", apart, (mine.shape[0] * h.rank, *output.shape), who)
     apart = apart.reshape(len(apart), -1)
     _same(f"{who}: S S^T", apart.T @ apart, dense)
     _same(
@@ -86,13 +86,15 @@ def _check_curvature(who: str, h: LossHessian, dense: Tensor, output: Tensor) ->
     )
     row, place, j = (torch.randint(size, (7,)) for size in (h.rows, h.places, h.rank))
     _same(
-        f"{who}: pick", checked("pick", h.pick(row, place, j), (7, h.block), who), s[j, row, place]
+        f"{who}: columns_at",
+        checked("columns_at", h.columns_at(row, place, j), (7, h.block), who),
+        s[j, row, place],
     )
-    (diagonal,) = h.place(checked("diagonal", h.diagonal(), shape, who)[None])
+    (diagonal,) = h.to_outputs(checked("diagonal", h.diagonal(), shape, who)[None])
     _same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
     v = torch.randn(3, *shape, dtype=s.dtype)
-    found = h.place(checked("product", h.product(v), v.shape, who))[0].reshape(3, -1)
-    _same(f"{who}: product", found, h.place(v)[0].reshape(3, -1) @ dense)
+    found = h.to_outputs(checked("product", h.product(v), v.shape, who))[0].reshape(3, -1)
+    _same(f"{who}: product", found, h.to_outputs(v)[0].reshape(3, -1) @ dense)
     c = torch.randn(3, h.rank, *shape[:2], dtype=s.dtype)
     _same(
         f"{who}: combine",

@@ -121,8 +121,8 @@ def check_model(
             ),
         },
     )
-    curvature = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
-    wrong = _wrong(report, list(_points(truth, found, curvature)), _blocks(truth, found, blocks))
+    hessian = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
+    wrong = _wrong(report, list(_points(truth, found, hessian)), _blocks(truth, found, blocks))
     if wrong:
         raise AssertionError("\n".join(wrong + _faults(found, x, report.rules)))
     return report
@@ -233,9 +233,9 @@ class _Truth:
         return share @ j
 
 
-def _points(truth: _Truth, found: nn.Module, curvature: LossHessian) -> Iterator[_Row]:
+def _points(truth: _Truth, found: nn.Module, hessian: LossHessian) -> Iterator[_Row]:
     """What stands on parameters."""
-    (drawn,) = curvature.place(curvature.sample(DRAWS, torch.Generator().manual_seed(0)))
+    (drawn,) = hessian.to_outputs(hessian.sample(DRAWS, torch.Generator().manual_seed(0)))
     for name, p in found.named_parameters():
         if name in truth.j:
             j = truth.j[name]

@@ -44,11 +44,11 @@ class Bag(nnj.Jacobian):
     def vjp(self, u: Tensor) -> Tensor:
         return self.rows.vjp(u[:, :, None] * self.a)
 
-    def factor(self, u: Tensor, owner: Any) -> nnj.Factor | None:
+    def factor(self, u: Tensor, sample_index: Any) -> nnj.Factor | None:
         return (
-            self.rows.factor(u[:, :, None] * self.a, owner)
-            if owner.of is None
-            else super().factor(u, owner)
+            self.rows.factor(u[:, :, None] * self.a, sample_index)
+            if sample_index.of is None
+            else super().factor(u, sample_index)
         )
 
 

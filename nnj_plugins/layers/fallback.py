@@ -51,9 +51,9 @@ class PerSample(nnj.Jacobian):
 
         return vmap(of, in_dims=(0, 1), out_dims=1)(self.x, u)
 
-    def explicit(self, u: Tensor) -> Tensor:
+    def summed_vjp(self, u: Tensor) -> Tensor:
         if self.slot == "input":
-            return super().explicit(u)
+            return super().summed_vjp(u)
         rows = lambda p: vmap(lambda row: self._at(row)[0](p))(self.x)
         back: Any = vjp(rows, self.state[self.slot])[1]
         return vmap(lambda t: back(t)[0])(u)

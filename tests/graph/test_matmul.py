@@ -100,9 +100,9 @@ def test_matrices_never_stand_in_explicit_columns(name):
     params = {id(p): name for name, p in model.named_parameters()}
     graph = Graph([edge_of(y)], lambda p: id(p) in params, {})
     sweep, _, _ = plan(graph, N, torch.device("cpu"))
-    assert any(unit.bare for unit in graph.units)
+    assert any(step.bare for step in graph.steps)
     # biases that were added
-    assert all(len(edge_shape(edge)) == 1 for unit in sweep.explicit for edge in unit.into)
+    assert all(len(edge_shape(edge)) == 1 for step in sweep.by_column for edge in step.into)
     found: dict[str, Any] = {}
     sweep.run(
         {edge_of(y): torch.randn(2, *y.shape, dtype=y.dtype)},

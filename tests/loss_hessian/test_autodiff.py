@@ -12,7 +12,7 @@ from torch import nn
 import nnj
 from nnj.registry.loss_rules import hessian_of_loss
 from nnj.testing import check_loss
-from nnj.testing.check_loss import _check_curvature
+from nnj.testing.check_loss import _check_hessian
 from tests.support.losses import CE, LogCosh, Quadratic, made, soft, y, z
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -164,7 +164,7 @@ def test_twice_over_two_outputs():
     call = lambda a, b: (a.sum(1) + 2 * b.sum((1, 2))).square().sum() + a.exp().sum()
     h = nnj.autodiff_hessian(call, (a, b))
     assert (h.rows, h.places, h.block) == (3, 1, 4)
-    s = h.place(
+    s = h.to_outputs(
         (torch.eye(3, dtype=a.dtype)[:, None, :, None, None] * h.columns(0, h.rank)).flatten(0, 1)
     )
     flat = torch.cat([t.reshape(len(t), -1) for t in s], 1)
@@ -177,7 +177,7 @@ def test_outputs_that_share_no_rows_are_one_block():
     a, b = z(3, 2)(), z()()
     h = nnj.autodiff_hessian(lambda a, b: (a.sum() + b).square(), (a, b))
     assert (h.rows, h.places, h.block, h.rank) == (1, 1, 7, 1)
-    assert [t.shape for t in h.place(h.columns(0, 1))] == [(1, 3, 2), (1,)]
+    assert [t.shape for t in h.to_outputs(h.columns(0, 1))] == [(1, 3, 2), (1,)]
     torch.testing.assert_close(h.diagonal(), torch.full((1, 1, 7), 2.0, dtype=torch.float64))
 
 
@@ -187,7 +187,7 @@ def test_an_elementwise_loss_of_any_size_is_diagonal():
         lambda o: F.huber_loss(o, torch.zeros_like(o), reduction="sum"), (output,)
     )
     assert (h.rows, h.places, h.block, h.rank) == (2, 30_000, 1, 1)
-    torch.testing.assert_close(h.place(h.diagonal()[None])[0][0], (output.abs() < 1).float())
+    torch.testing.assert_close(h.to_outputs(h.diagonal()[None])[0][0], (output.abs() < 1).float())
 
 
 def test_columns_that_are_zero_for_every_row_are_left_out():
@@ -255,7 +255,7 @@ def test_cross_entropy_is_recognised(loss, given):
     h = nnj.autodiff_hessian(lambda o: loss(o, target), (output,))
     assert isinstance(h, nnj.SoftmaxHessian) and h.axis == axis
     dense = torch.func.hessian(loss)(output, target).reshape(output.numel(), -1)
-    _check_curvature("cross entropy", h, dense, output)
+    _check_hessian("cross entropy", h, dense, output)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_what_is_nearly_cross_entropy_is_not_taken_for_it(call):
     output = z(3, 4)().abs()
     h = nnj.autodiff_hessian(call, (output,))
     assert isinstance(h, nnj.BlockHessian)
-    _check_curvature("nearly", h, torch.func.hessian(call)(output).reshape(12, 12), output)
+    _check_hessian("nearly", h, torch.func.hessian(call)(output).reshape(12, 12), output)
 
 
 def test_a_factor_that_changes_with_the_output_is_seen():
@@ -284,7 +284,7 @@ def test_a_factor_that_changes_with_the_output_is_seen():
     output = 3 * z(3, 4)()
     h = nnj.autodiff_hessian(call, (output,))
     dense = torch.func.hessian(call)(output).reshape(12, 12)
-    (s,) = h.place(
+    (s,) = h.to_outputs(
         (torch.eye(3, dtype=output.dtype).reshape(3, 1, 3, 1, 1) * h.columns(0, h.rank)).flatten(
             0, 1
         )

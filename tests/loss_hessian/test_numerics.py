@@ -63,7 +63,7 @@ def test_saturated_logits_by_autograd(logit, dtype):
     )
     loss = lambda o: F.cross_entropy(o, target, reduction="sum")
     h, exact = nnj.autodiff_hessian(loss, (output,)), nnj.SoftmaxHessian(output.double())
-    diagonals = [c.place(c.diagonal()[None])[0].double() for c in (h, exact)]
+    diagonals = [c.to_outputs(c.diagonal()[None])[0].double() for c in (h, exact)]
     torch.testing.assert_close(*diagonals, rtol=1e-5, atol=1e-14)
 
 
@@ -115,9 +115,9 @@ OUT = {
 def rowwise(z, loss, target):
     """By a rule or by a function that is differentiated twice."""
     h = hessian_of_loss(loss, torch.tensor(1.0, dtype=z.dtype), z, target)
-    s = h.place(h.columns(0, h.rank))[0]
+    s = h.to_outputs(h.columns(0, h.rank))[0]
     assert s.dtype == torch.float32 and bool(s.isfinite().all())
-    return h.place(h.diagonal()[None])[0][0].double()
+    return h.to_outputs(h.diagonal()[None])[0][0].double()
 
 
 @pytest.mark.parametrize("name", OUT)

@@ -38,9 +38,9 @@ def test_columns_fall_and_what_is_cut_off_is_known():
 def test_samples_are_unbiased_and_independent_between_rows_and_places():
     h = hessian_of_loss(CE(), torch.tensor(1.0, dtype=torch.float64), z(2, 4, 2)(), y(4, 2, 2)())
     count = 20_000
-    (s,) = h.place(h.sample(count, torch.Generator().manual_seed(1)))
+    (s,) = h.to_outputs(h.sample(count, torch.Generator().manual_seed(1)))
     found = s.reshape(count, -1).T @ s.reshape(count, -1) / count
-    (columns,) = h.place(
+    (columns,) = h.to_outputs(
         (torch.eye(4, dtype=s.dtype).reshape(4, 1, 2, 2, 1) * h.columns(0, 3)).flatten(0, 1)
     )
     exact = columns.reshape(12, -1).T @ columns.reshape(12, -1)
@@ -90,7 +90,7 @@ def test_no_rows(make):
     output = torch.zeros(0, 3)
     h = make(output)
     assert h.rows == 0
-    assert h.place(h.sample(2))[0].shape == (2, 0, 3)
+    assert h.to_outputs(h.sample(2))[0].shape == (2, 0, 3)
     assert h.diagonal().numel() == 0 and h.product(h.sample(2)).numel() == 0
 
 
@@ -102,7 +102,7 @@ def test_explicit_blocks():
     v = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     torch.testing.assert_close(h.product(v), (v[..., None, :] @ (a @ a.mT))[..., 0, :])
     torch.testing.assert_close(h.diagonal(), (a @ a.mT).diagonal(dim1=-2, dim2=-1))
-    (placed,) = h.place(v)
+    (placed,) = h.to_outputs(v)
     torch.testing.assert_close(placed[1, 2, :, 1], v[1, 2, 1])
 
 

@@ -157,13 +157,13 @@ def test_twice_agrees_with_the_rule_for_cross_entropy(loss, given):
     h = nnj.autodiff_hessian(lambda o: loss(o, *args), (output,))
     g = hessian_of_loss(loss, torch.tensor(1.0, dtype=torch.float64), output, *args)
     torch.testing.assert_close(
-        h.place(h.diagonal()[None]), g.place(g.diagonal()[None]), rtol=1e-9, atol=1e-12
+        h.to_outputs(h.diagonal()[None]), g.to_outputs(g.diagonal()[None]), rtol=1e-9, atol=1e-12
     )
     v = torch.randn(2, *output.shape, dtype=torch.float64)
     ours = v.reshape(2, g.rows, g.block, g.places).mT
     theirs = v.reshape(2, h.rows, h.block, h.places).mT
     torch.testing.assert_close(
-        h.place(h.product(theirs)), g.place(g.product(ours)), rtol=1e-9, atol=1e-12
+        h.to_outputs(h.product(theirs)), g.to_outputs(g.product(ours)), rtol=1e-9, atol=1e-12
     )
 
 
@@ -230,6 +230,6 @@ def test_a_squared_margin_of_one_sample():
         for o, t in ((row[None], torch.tensor([0])), (row, torch.tensor(0)))
     )
     torch.testing.assert_close(h.columns(0, 2), one.columns(0, 2))
-    assert h.place(h.columns(0, 2))[0].shape == (2, 1, 3) and one.place(one.columns(0, 2))[
-        0
-    ].shape == (2, 3)
+    assert h.to_outputs(h.columns(0, 2))[0].shape == (2, 1, 3) and one.to_outputs(
+        one.columns(0, 2)
+    )[0].shape == (2, 3)

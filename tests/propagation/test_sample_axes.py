@@ -186,6 +186,6 @@ def test_usual_models_are_not_probed(name, monkeypatch):
     def refuse(*args):
         raise AssertionError("probed")
 
-    monkeypatch.setattr(Sweep, "_find_owners", refuse)
+    monkeypatch.setattr(Sweep, "_find_sample_indices", refuse)
     for a, b in zip(collected(), probed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -158,7 +158,7 @@ def test_exact(name):
         value = loss(output, target)
         value.backward()
     curvature = hessian_of_loss(loss, torch.ones_like(value), output.detach(), target)
-    (drawn,) = curvature.place(curvature.sample(DRAWS, torch.Generator().manual_seed(0)))
+    (drawn,) = curvature.to_outputs(curvature.sample(DRAWS, torch.Generator().manual_seed(0)))
     faults: list[str] = []
     for name, p in model.named_parameters():
         if name not in expected.j:
