@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
-from tests.collecting.test_cases import QUANTITIES, collected, extended
 from tests.support.cases import MLP, Case, vectors
 from tests.support.oracle import build, data_of
+from tests.whole.test_every_model import QUANTITIES, collected, extended
 from tests.whole.test_refusals import intact
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from tests.collecting.test_cases import extended
 from tests.support.cases import CASES
 from tests.support.collecting import QUANTITIES, T, X, Y, base, exact, pair, same
 from tests.support.oracle import Truth, build, data_of, run, truth
+from tests.whole.test_every_model import extended
 
 
 def none() -> nn.Module:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from tests.collecting.test_cases import extended
 from tests.support.cases import MLP, Case, plain
 from tests.support.oracle import Truth, build, close, losses_of, run
+from tests.whole.test_every_model import extended
 
 QUANTITIES = ("ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad")
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()

@@ -1,5 +1,5 @@
 """The table of layers, (name, module, input), with options that are easily got wrong;
-test_layers.py runs over it.
+tests/nnj_plugins/test_every_layer.py runs over it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nnj
-from tests.collecting.test_cases import QUANTITIES, collected, extended
 from tests.support.cases import (
     EITHER,
     MLP,
@@ -30,6 +29,7 @@ from tests.support.cases import (
     vectors,
 )
 from tests.support.oracle import build, data_of, losses_of, run
+from tests.whole.test_every_model import QUANTITIES, collected, extended
 
 REFUSED: dict[str, tuple[Case, str]] = {}
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import nnj
 from nnj.registry.manager import use
 from nnj_plugins.losses import classification as losses
-from tests.collecting.test_cases import QUANTITIES, collected
 from tests.support.cases import MLP, Case, vectors
+from tests.whole.test_every_model import QUANTITIES, collected
 from tests.whole.test_refusals import intact
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import nnj
-from tests.collecting.test_cases import extended, wrong
 from tests.support.cases import CASES, MLP, Case
 from tests.support.collecting import QUANTITIES, Fixed, X, Y, base, exact, pair, same
 from tests.support.oracle import Truth, build, data_of, run, truth
+from tests.whole.test_every_model import extended, wrong
 
 
 def changed_output(model: MLP) -> None:
