@@ -11,9 +11,8 @@ from torch import nn
 
 import nnj
 from tests.support.cases import MLP, Case, vectors
+from tests.support.collecting import QUANTITIES, collected, extended, intact
 from tests.support.oracle import build, data_of
-from tests.whole.test_every_model import QUANTITIES, collected, extended
-from tests.whole.test_refusals import intact
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import nnj
 from tests.support.cases import CASES
-from tests.support.collecting import QUANTITIES, T, X, Y, base, exact, pair, same
+from tests.support.collecting import QUANTITIES, T, X, Y, base, exact, extended, pair, same
 from tests.support.oracle import Truth, build, data_of, run, truth
-from tests.whole.test_every_model import extended
 
 
 def none() -> nn.Module:

@@ -13,8 +13,7 @@ import nnj
 from nnj.registry.manager import use
 from nnj_plugins.losses import classification as losses
 from tests.support.cases import MLP, Case, vectors
-from tests.whole.test_every_model import QUANTITIES, collected
-from tests.whole.test_refusals import intact
+from tests.support.collecting import QUANTITIES, collected, intact
 
 
 class Toy(nn.Module):

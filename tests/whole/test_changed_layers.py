@@ -11,9 +11,8 @@ from torch.nn.utils import prune
 
 import nnj
 from tests.support.cases import CASES, MLP, Case
-from tests.support.collecting import QUANTITIES, Fixed, X, Y, base, exact, pair, same
-from tests.support.oracle import Truth, build, data_of, run, truth
-from tests.whole.test_every_model import extended, wrong
+from tests.support.collecting import QUANTITIES, Fixed, X, Y, base, exact, extended, pair, same
+from tests.support.oracle import Truth, build, data_of, truth
 
 
 def changed_output(model: MLP) -> None:
@@ -140,20 +139,3 @@ def test_in_float32(name):
 def build_eval(name: str) -> nn.Module:
     torch.manual_seed(0)
     return CASES[name].make().eval()
-
-
-def test_wrong_is_seen():
-    """The comparison of the table is not blind."""
-    case = CASES["mlp"]
-    model, losses = extended(case)
-    with nnj.collect("ggn_diag", "ggn_block", "batch_grad"):
-        run(case, model, losses).backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    assert wrong(case, model, ("ggn_diag", "ggn_block", "batch_grad"), grads) == []
-    model.two.weight.ggn_diag[0, 0] *= 1 + 1e-6
-    model.three.ggn_block[0, 1] += 1e-6
-    model.one.bias.batch_grad = None
-    assert [
-        w.split(" is")[0]
-        for w in wrong(case, model, ("ggn_diag", "ggn_block", "batch_grad"), grads)
-    ] == ["batch_grad of one.bias", "ggn_diag of two.weight", "ggn_block of 'three'"]

@@ -28,8 +28,8 @@ from tests.support.cases import (
     r,
     vectors,
 )
+from tests.support.collecting import QUANTITIES, collected, extended, intact
 from tests.support.oracle import build, data_of, losses_of, run
-from tests.whole.test_every_model import QUANTITIES, collected, extended
 
 REFUSED: dict[str, tuple[Case, str]] = {}
 
@@ -346,14 +346,6 @@ def lazy() -> nn.Module:
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Linear(3, 3))
     model(torch.zeros(3, 4))
     return model
-
-
-def intact(model: nn.Module) -> None:
-    """Nothing half collected."""
-    for part in model.modules():
-        assert not hasattr(part, "ggn_block")
-    for p in model.parameters():
-        assert not any(hasattr(p, q) for q in QUANTITIES)
 
 
 @pytest.mark.parametrize("name", REFUSED)
