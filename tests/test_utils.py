@@ -15,7 +15,7 @@ import nnj
 from nnj.registry.layer_rules import find_rule
 from nnj.testing import check_layer
 from nnj_plugins.layers.extra import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
-from tests.products.test_jacobian_products import MODELS, N, case, dense_jacobian, r, same
+from tests.support.products import MODELS, N, case, dense_jacobian, r, same
 
 
 def network():

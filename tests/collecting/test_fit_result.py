@@ -15,8 +15,7 @@ from torch.utils.data import TensorDataset
 
 import nnj
 from nnj.registry.manager import manager, use
-from tests.collecting.test_fit import CLASSES, REAL, C, N, X, agree, batches, mlp
-from tests.whole.test_fit_in_use import LOADER, expected
+from tests.support.fitting import CLASSES, LOADER, REAL, C, N, X, agree, batches, expected, mlp
 
 # -- the result ------------------------------------------------------------------------------------
 

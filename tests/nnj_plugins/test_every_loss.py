@@ -18,8 +18,7 @@ from nnj.registry.loss_rules import FunctionLoss, name_of, reference_of_loss
 from nnj.registry.manager import manager
 from nnj.testing import check_loss, check_model
 from nnj_plugins.losses.functional import MODULES
-from tests.nnj_plugins.test_losses_in_closed_form import multi_label_margin, multi_margin
-from tests.support.losses import y
+from tests.support.losses import multi_label_margin, multi_margin, y
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),

@@ -10,7 +10,17 @@ import nnj
 from nnj.registry.loss_rules import hessian_of_loss
 from nnj.registry.manager import manager
 from nnj.testing import check_loss
-from tests.support.losses import CE, ce, ignoring, made, soft, y, z
+from tests.support.losses import (
+    CE,
+    ce,
+    ignoring,
+    made,
+    multi_label_margin,
+    multi_margin,
+    soft,
+    y,
+    z,
+)
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -168,28 +178,6 @@ def test_twice_agrees_with_the_rule_for_cross_entropy(loss, given):
 
 
 # -- margins: torch cannot differentiate them twice, so they are written out -----------------------
-
-
-def reduced(loss, rows):
-    return {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[loss.reduction]
-
-
-def multi_margin(loss, z, t):
-    z, t = torch.atleast_2d(z), t.reshape(-1)
-    hinge = (loss.margin - z.gather(1, t[:, None]) + z).relu() ** loss.p * (
-        torch.arange(z.shape[1]) != t[:, None]
-    )
-    rows = hinge.sum(1) / z.shape[1] * (1.0 if loss.weight is None else loss.weight[t])
-    return reduced(loss, rows)
-
-
-def multi_label_margin(loss, z, t):
-    rows = []
-    for own, labels in zip(z, t, strict=True):
-        there = [int(c) for c in labels[: (labels < 0).nonzero()[0, 0]]]
-        others = [c for c in range(len(own)) if c not in there]
-        rows.append((1 - own[there][:, None] + own[others]).relu().sum() / len(own))
-    return reduced(loss, torch.stack(rows))
 
 
 MARGINS = {

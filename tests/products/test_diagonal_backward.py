@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import nnj
-from tests.products.test_jacobian_products import (
+from tests.support.products import (
     MODELS,
     N,
     bare,

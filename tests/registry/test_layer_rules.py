@@ -15,26 +15,9 @@ from nnj.registry.layer_rules import apply_rule, checked, find_rule
 from nnj.registry.manager import PluginManager, manager, use
 from nnj.testing import check_layer, layer_jacobians
 from nnj_plugins.quantities import batch_grad
-from tests.support.distributions import Plugin, load
+from tests.support.distributions import Plugin, Squash, load, twice
 
 # -- which rule describes a module -----------------------------------------------------------------
-
-
-def twice(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """A right rule for nn.Linear without bias, on vectors."""
-    eye = torch.eye(m.out_features, dtype=x.dtype)
-    j = torch.einsum("op,ni->nopi", eye, x).flatten(2)
-    return {
-        "input": nnj.Dense(m.weight.detach().expand(len(x), -1, -1), x.shape[1:], y.shape[1:]),
-        "weight": nnj.Dense(j, m.weight.shape, y.shape[1:]),
-    }
-
-
-class Squash(nn.Module):
-    """(N, 4) -> (N, 4), not symmetric."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) * x[:, :1]
 
 
 @pytest.fixture

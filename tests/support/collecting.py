@@ -149,7 +149,7 @@ def same(
 
 
 def exact(case: Case) -> nn.Module:
-    """The model of any case: exact after one backward pass, its gradient that of one without nnj."""
+    """The model of any case: exact after one backward pass, with the gradient of plain torch."""
     _, grads = gradients(case)
     model, losses = extended(case)
     with nnj.collect(*QUANTITIES):

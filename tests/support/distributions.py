@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import nnj
 from nnj.registry.claim import DISABLED
@@ -101,3 +103,20 @@ class Plugin:
     @nnj.hookimpl
     def nnj_register_quantities(self, register):
         self.hooks[2] and self.hooks[2](register)
+
+
+def twice(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
+    """A right rule for nn.Linear without bias, on vectors."""
+    eye = torch.eye(m.out_features, dtype=x.dtype)
+    j = torch.einsum("op,ni->nopi", eye, x).flatten(2)
+    return {
+        "input": nnj.Dense(m.weight.detach().expand(len(x), -1, -1), x.shape[1:], y.shape[1:]),
+        "weight": nnj.Dense(j, m.weight.shape, y.shape[1:]),
+    }
+
+
+class Squash(nn.Module):
+    """(N, 4) -> (N, 4), not symmetric."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * x[:, :1]

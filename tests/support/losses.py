@@ -53,3 +53,25 @@ class Quadratic(nn.Module):
 
     def forward(self, y):
         return (y @ self.a.mT).square().sum()
+
+
+def reduced(loss, rows):
+    return {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[loss.reduction]
+
+
+def multi_margin(loss, z, t):
+    z, t = torch.atleast_2d(z), t.reshape(-1)
+    hinge = (loss.margin - z.gather(1, t[:, None]) + z).relu() ** loss.p * (
+        torch.arange(z.shape[1]) != t[:, None]
+    )
+    rows = hinge.sum(1) / z.shape[1] * (1.0 if loss.weight is None else loss.weight[t])
+    return reduced(loss, rows)
+
+
+def multi_label_margin(loss, z, t):
+    rows = []
+    for own, labels in zip(z, t, strict=True):
+        there = [int(c) for c in labels[: (labels < 0).nonzero()[0, 0]]]
+        others = [c for c in range(len(own)) if c not in there]
+        rows.append((1 - own[there][:, None] + own[others]).relu().sum() / len(own))
+    return reduced(loss, torch.stack(rows))

@@ -14,8 +14,7 @@ from torch import nn
 from nnj import __main__ as command
 from nnj.registry.claim import Source
 from nnj.registry.manager import PluginManager
-from tests.registry.test_layer_rules import Squash, twice
-from tests.support.distributions import CLAIM, ROOT, Fakes, Plugin
+from tests.support.distributions import CLAIM, ROOT, Fakes, Plugin, Squash, twice
 
 
 def test_the_table():

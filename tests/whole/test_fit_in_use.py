@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nnj
-from tests.collecting.test_fit import CLASSES, C, N, X, agree, batches, dense, mlp
-
-LOADER = batches(X, CLASSES, 3)
-
-
-def expected(scale: str = "sum") -> dict[str, Tensor]:
-    return dense(mlp(), nn.CrossEntropyLoss(reduction=scale), X, CLASSES)[0]
+from tests.support.fitting import CLASSES, LOADER, C, N, X, agree, batches, dense, expected, mlp
 
 
 def state(model: nn.Module) -> list[Any]:

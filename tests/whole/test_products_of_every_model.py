@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import nnj
-from tests.products.test_jacobian_products import dense_jacobian
 from tests.support.cases import CASES, EITHER, Case, plain
 from tests.support.oracle import build, close, data_of
+from tests.support.products import block_index, dense_jacobian
 
 # The samples of these are not in axis 0 of x and y alike, or what one sample is given depends on
 # others.
@@ -80,15 +80,7 @@ def block_products(
     """The blocks of modules, in the order of modules(), and a metric given as such blocks; a shared
     parameter counts once.
     """
-    places, start = {}, 0
-    for p in model.parameters():
-        if p.requires_grad:
-            places[id(p)] = list(range(start, start + p.numel()))
-            start += p.numel()
-    index = []
-    for module in model.modules():
-        own = [places.pop(id(p)) for p in module.parameters(recurse=False) if id(p) in places]
-        index += [[i for part in own for i in part]] if own else []
+    index = block_index(model)
     blocks = seeded(nnj.jTmjp, x, m, "weight")
     blocks = blocks if isinstance(blocks, list) else [blocks]
     assert len(blocks) == len(index)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import nnj
-from tests.products.test_jacobian_products import N, r
+from tests.support.products import N, r
 
 OUT, IN, P = 2, 3, 26
 
