@@ -63,10 +63,10 @@ def check_loss(
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
             dense = jacrev(jacrev(lambda y: (run(module, y, *args) * scale).sum()))(output)  # noqa: B023
             h = hessian_of_loss(module, scale, output, *args)
-            _check_hessian(who, h, dense.detach().reshape(output.numel(), -1), output)
+            check_hessian(who, h, dense.detach().reshape(output.numel(), -1), output)
 
 
-def _check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
+def check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
     shape = (h.rows, h.places, h.block)
     assert h.rows * h.places * h.block == output.numel(), (
         f"{who}: {shape} blocks for an output of {tuple(output.shape)}"

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
-from tests.support.cases import CASES, MLP, Case
-from tests.support.collecting import X, Y, base, pair, same
+from tests.support.cases import CASES, MLP, Case, vectors
+from tests.support.collecting import QUANTITIES, X, Y, base, collected, extended, intact, pair, same
 from tests.support.oracle import Truth, build, close, data_of
 
 
@@ -237,3 +238,82 @@ def test_create_graph_and_a_gradient_penalty():
         torch.equal(p.grad, q.grad)
         for p, q in zip(model.parameters(), alone.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "names, options, words",
+    [
+        (
+            ("ggn_diagonal",),
+            {},
+            (
+                r"unknown quantity 'ggn_diagonal'.*did you mean 'ggn_diag'.*Known: batch_grad, "
+                r"ggn_block, ggn_diag, "
+            ),
+        ),
+        (("diag",), {}, "unknown quantity 'diag'.*Known"),
+        ((), {}, "name of a quantity"),
+        ((3,), {}, "unknown quantity 3"),
+        (("ggn_diag",), {"samples": 2}, "unknown option 'samples'"),
+        (("ggn_diag_mc",), {"sample": 2}, "unknown option 'sample'.*did you mean 'samples'"),
+        (("ggn_diag_mc",), {"samples": 0}, "samples=0"),
+        (("ggn_diag_mc",), {"samples": 1.5}, "samples=1.5"),
+        (("ggn_diag",), {"modules": ["head"]}, "modules="),
+    ],
+)
+def test_what_collect_does_not_know(names, options, words):
+    with pytest.raises(nnj.NNJError, match=words):
+        nnj.collect(*names, **options)
+
+
+def test_nothing_collected_is_said_at_the_end_of_the_with():
+    model, (loss,) = extended(Case("", MLP, vectors))
+    x, y = data_of(Case("", MLP, vectors))
+    with (
+        pytest.raises(
+            nnj.NNJError, match=r"nothing was collected for ggn_diag, ggn_block.*nnj\.extend"
+        ),
+        nnj.collect("ggn_diag", "ggn_block"),
+    ):
+        pass
+    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
+        F.cross_entropy(model(x), y).backward()
+    with pytest.raises(nnj.NNJError, match="nothing was collected"), nnj.collect("ggn_diag"):
+        loss(model(x), y)
+    with (
+        pytest.raises(nnj.NNJError, match="nothing was collected"),
+        nnj.collect("ggn_diag"),
+        torch.no_grad(),
+    ):
+        loss(model(x), y)
+    assert collected(Case("mlp", MLP, vectors), *QUANTITIES) == []
+
+
+def test_an_extended_loss_on_a_model_that_is_not():
+    """It must not end silently with nothing collected."""
+    model, loss = build(Case("", MLP, vectors)), nnj.extend(nn.CrossEntropyLoss())
+    x, y = data_of(Case("", MLP, vectors))
+    with pytest.raises(nnj.NNJError, match=r"extend"), nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+
+
+def test_modules_that_the_pass_does_not_reach():
+    """As with .grad: None."""
+    model, (loss,) = extended(Case("", MLP, vectors))
+    x, y = data_of(Case("", MLP, vectors))
+    other = nn.Linear(2, 2)
+    with nnj.collect("ggn_diag", modules=[other]):
+        loss(model(x), y).backward()
+    assert other.weight.ggn_diag is None and not hasattr(model.one.weight, "ggn_diag")
+
+
+def test_everything_frozen():
+    """A loss without a graph raises torch's own error; nnj adds no other."""
+    model, (loss,) = extended(Case("", MLP, vectors))
+    model.requires_grad_(False)
+    x, y = data_of(Case("", MLP, vectors))
+    with pytest.raises(RuntimeError, match="does not require grad"), nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    with nnj.collect("ggn_diag"):
+        loss(model(x.requires_grad_()), y).backward()
+    intact(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import nn
 import nnj
 from nnj.registry.loss_rules import hessian_of_loss
 from nnj.testing import check_loss
-from nnj.testing.check_loss import _check_hessian
+from nnj.testing.check_loss import check_hessian
 from tests.support.losses import CE, LogCosh, Quadratic, made, soft, y, z
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -76,17 +74,6 @@ TWICE = {
 @pytest.mark.parametrize("loss, given", made(TWICE))
 def test_twice(loss, given):
     check_loss(loss(), *[make() for make in given])
-
-
-def test_check_loss_takes_functions():
-    output, target = z(4, 3)(), y(3, 4)()
-    check_loss(F.cross_entropy, output, target)
-    check_loss(lambda o, t: F.cross_entropy(2 * o, t), output, target)
-    check_loss(functools.partial(F.huber_loss, delta=0.3), output, z(4, 3)())
-    with pytest.raises(AssertionError, match="cross_entropy: the value of the reference"):
-        check_loss(F.cross_entropy, output, target, reference=lambda loss, o, t: 2 * loss(o, t))
-    with pytest.raises(nnj.NNJError, match="cosine_embedding_loss: .*not positive semi-definite"):
-        check_loss(F.cosine_embedding_loss, output, z(4, 3)(), torch.ones(4))
 
 
 def test_subclass_with_a_forward_of_its_own_goes_twice():
@@ -255,7 +242,7 @@ def test_cross_entropy_is_recognised(loss, given):
     h = nnj.autodiff_hessian(lambda o: loss(o, target), (output,))
     assert isinstance(h, nnj.SoftmaxHessian) and h.axis == axis
     dense = torch.func.hessian(loss)(output, target).reshape(output.numel(), -1)
-    _check_hessian("cross entropy", h, dense, output)
+    check_hessian("cross entropy", h, dense, output)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +262,7 @@ def test_what_is_nearly_cross_entropy_is_not_taken_for_it(call):
     output = z(3, 4)().abs()
     h = nnj.autodiff_hessian(call, (output,))
     assert isinstance(h, nnj.BlockHessian)
-    _check_hessian("nearly", h, torch.func.hessian(call)(output).reshape(12, 12), output)
+    check_hessian("nearly", h, torch.func.hessian(call)(output).reshape(12, 12), output)
 
 
 def test_a_factor_that_changes_with_the_output_is_seen():
@@ -299,3 +286,92 @@ def test_many_classes_in_a_function(classes):
     exact = hessian_of_loss(CE(), torch.tensor(1.0), output, target)
     torch.testing.assert_close(h.diagonal(), exact.diagonal(), rtol=1e-5, atol=0.0)
     assert h.rank == classes - 1
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_convex():
+    message = (
+        r"sin: its Hessian in the output is not positive semi-definite \(smallest eigenvalue -1\)"
+    )
+    with pytest.raises(nnj.NNJError, match=message):
+        nnj.autodiff_hessian(lambda o: o.sin().sum(), (torch.full((2, 3), torch.pi / 2),), "sin")
+    with pytest.raises(nnj.NNJError, match="not positive semi-definite"):
+        nnj.autodiff_hessian(lambda o: o.prod(1).sum(), (z(3, 2)(),))
+    with pytest.raises(nnj.NNJError, match=r"CosineEmbeddingLoss.*not positive.*write a loss rule"):
+        hessian_of_loss(
+            nn.CosineEmbeddingLoss(),
+            torch.tensor(1.0),
+            torch.randn(3, 4),
+            torch.randn(3, 4),
+            torch.ones(3),
+        )
+    with pytest.raises(nnj.NNJError, match=r"CrossEntropyLoss.*not positive"):
+        hessian_of_loss(CE(), torch.tensor(1.0), torch.randn(2, 3), -torch.rand(2, 3))
+    with pytest.raises(nnj.NNJError, match="not positive semi-definite"):
+        nnj.BlockHessian(torch.diag(torch.tensor([1.0, -0.1]))[None, None], [(1, 2)])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda o: o.sum().square(),
+        lambda o: (o - o.mean(0)).square().sum(),
+        lambda o: o.logsumexp(0).sum(),
+        lambda o: o.square().sum() + 1e-3 * o[0, 0] * o[1, 1],
+        lambda o: o.square().sum().sqrt() + (o[:1] * o[1:2]).sum(),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_couples_rows(call, dtype):
+    with pytest.raises(nnj.NNJError, match="contrast couples rows of the batch"):
+        nnj.autodiff_hessian(call, (torch.randn(6, 3, dtype=dtype),), "contrast")
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda o: o.diff(dim=1).sum().square(),
+        lambda o: o.logsumexp(1).sum() + 1e-2 * o.diff(dim=1).prod(),
+        lambda o: (o - o.flip(0)).logsumexp(1).sum(),
+        lambda o: (o + o.flip(0)).logsumexp(1).sum(),
+    ],
+)
+def test_a_loss_that_couples_rows_of_two_classes(call, size):
+    """All of which see nothing but differences of classes, as cross entropy does."""
+    with pytest.raises(nnj.NNJError, match="couples rows of the batch"):
+        nnj.autodiff_hessian(call, (size * z(2, 2)(),))
+
+
+def test_a_loss_of_one_axis_that_couples_entries():
+    with pytest.raises(nnj.NNJError, match="couples rows of the batch"):
+        nnj.autodiff_hessian(lambda o: o.sum().square(), (z(4)(),))
+
+
+def test_rows_that_are_too_long():
+    with pytest.raises(nnj.NNJError, match=r"1 blocks of 5000 x 5000.*4096.*loss rule"):
+        nnj.autodiff_hessian(lambda o: o.logsumexp(1).square().sum(), (torch.randn(1, 5000),))
+
+
+def test_a_hessian_that_is_not_finite():
+    with pytest.raises(nnj.NNJError, match="its Hessian is not finite"):
+        nnj.autodiff_hessian(lambda o: o.sqrt().sum(), (torch.zeros(2, 3),))
+    with pytest.raises(nnj.NNJError, match="its Hessian is not finite"):
+        loss = CE(weight=torch.tensor([0.0, 1.0]), label_smoothing=0.1)
+        hessian_of_loss(loss, torch.tensor(1.0), torch.randn(1, 2), torch.tensor([0]))
+
+
+def test_a_loss_that_draws_random_numbers():
+    with pytest.raises(nnj.NNJError, match="another value each time"):
+        nnj.autodiff_hessian(lambda o: F.dropout(o, 0.5).square().sum(), (torch.ones(50, 3),))
+
+
+def test_a_loss_without_second_derivatives():
+    with pytest.raises(
+        nnj.NNJError, match=r"the loss cannot be differentiated twice by autograd: .*loss rule"
+    ):
+        nnj.autodiff_hessian(
+            lambda o: F.multi_margin_loss(o, torch.tensor([0, 1]), p=2), (torch.randn(2, 3),)
+        )

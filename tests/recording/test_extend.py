@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
-from tests.support.cases import CASES, MLP
-from tests.support.collecting import QUANTITIES, T, X, Y, base, pair, same
+from tests.support.cases import CASES, MLP, Case, vectors
+from tests.support.collecting import QUANTITIES, T, X, Y, base, intact, pair, same
 from tests.support.oracle import Truth, build, data_of
 
 # -- extend, retract, copies -----------------------------------------------------------------------
@@ -211,3 +211,46 @@ def test_results_hold_no_graph():
         assert all(
             not getattr(p, q).requires_grad for q in ("ggn_diag", "ggn_diag_mc", "batch_grad")
         )
+
+
+@pytest.mark.parametrize("wrong", [3, "model", nn.Linear, [nn.Linear(1, 1)], None])
+def test_what_extend_does_not_take(wrong):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module or a function"):
+        nnj.extend(wrong)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "order", ["extend the compiled", "compile the extended", "compile in place", "compile a part"]
+)
+def test_compiled(backend, order):
+    torch._dynamo.reset()
+    model, loss = build(Case("", MLP, vectors)), nnj.extend(nn.CrossEntropyLoss())
+    alone = build(Case("", MLP, vectors))
+    x, y = data_of(Case("", MLP, vectors))
+    F.cross_entropy(alone(x), y).backward()
+    if order == "extend the compiled":
+        with pytest.raises(nnj.NNJError, match=r"compile.*_orig_mod"):
+            nnj.extend(torch.compile(model, backend=backend))
+        return
+    called: Any = nnj.extend(model)
+    if order == "compile the extended":
+        called = torch.compile(model, backend=backend)
+    elif order == "compile in place":
+        model.compile(backend=backend)
+    else:
+        model.two.compile(backend=backend)
+    try:
+        with nnj.collect("ggn_diag"):
+            loss(called(x), y).backward()
+    except nnj.NNJError as error:
+        assert "compile" in str(error)
+        intact(model)
+    else:  # a backend that leaves autograd's own nodes may be exact
+        from tests.support.oracle import Truth, close
+
+        truth = Truth(Case("", MLP, vectors))
+        assert all(close(p.ggn_diag, truth.diag(n)) == "" for n, p in model.named_parameters())
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch._dynamo.reset()

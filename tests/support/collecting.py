@@ -41,6 +41,12 @@ def pair(case: Case | None = None) -> tuple[nn.Module, Any]:
     return model, losses[0] if len(losses) == 1 else losses
 
 
+def net() -> nn.Module:
+    """A network of layers with rules, always the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+
+
 def Fixed(model: nn.Module) -> nn.Module:
     """A twin that has its own parameters, and takes none from the model."""
     model.load_state_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]

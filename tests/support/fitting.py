@@ -43,7 +43,7 @@ def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 def dense(
     model: nn.Module, loss: Any, x: Tensor, y: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """diag(J^T H J), J^T H J for each module, and the gradient, of all of the data, by torch.func."""
+    """diag(J^T H J), J^T H J for each module, and the gradient, of all data, by torch.func."""
     model = copy.deepcopy(model).eval()
     params = {name: p.detach() for name, p in model.named_parameters()}
     f = functional_call(model, params, (x,)).detach()

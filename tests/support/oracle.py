@@ -1,19 +1,22 @@
-"""The truth, from torch.func alone: dense Jacobians of a model that was never extended, and the
-Hessian of its scalar.
+"""The truth, from torch.func alone: dense float64 Jacobians of a model that was never extended.
 
-A case is a piece of user code, `run(model, loss, *data) -> scalar`. Here it is run with a
-functional model and with a loss that notes what it is given: these are the outputs. The same code
-with other outputs put in their place is the scalar as a function of the outputs, so that
-reductions, factors, sums of losses and weighted sums are all in it."""
+`Truth` is that of a case of the table, `dense` that of any model. A case is a piece of user code,
+`run(model, loss, *data) -> scalar`. Here it is run with a functional model and with a loss that
+notes what it is given: these are the outputs. The same code with other outputs put in their place
+is the scalar as a function of the outputs, so that reductions, factors, sums of losses and weighted
+sums are all in it.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, grad, hessian, jacrev
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.support.cases import CASES, EITHER, Case
@@ -36,6 +39,7 @@ def build(case: Case, twin: bool = False) -> nn.Module:
 
 
 def data_of(case: Case) -> tuple[Any, ...]:
+    """Inputs and targets in float64, always the same."""
     torch.manual_seed(1)
     return tuple(
         t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.data()
@@ -43,6 +47,7 @@ def data_of(case: Case) -> tuple[Any, ...]:
 
 
 def losses_of(case: Case) -> tuple[Any, ...]:
+    """The losses in float64, always the same."""
     torch.manual_seed(3)
     made = case.loss()
     return tuple(
@@ -60,7 +65,7 @@ def run(
     return case.run(model, losses[0] if len(losses) == 1 else losses, *data)
 
 
-class _Notes:
+class Notes:
     """A loss that notes the outputs which it is given, or puts others in their place."""
 
     def __init__(self) -> None:
@@ -93,17 +98,96 @@ class _Notes:
         return noting
 
 
-class Truth:
-    """Dense truth of one case: `diag`, `block` and `batch_grad` by the names of parameters.
+@dataclass
+class Dense:
+    """J of all D outputs in each parameter, and H and g of the scalar in the outputs.
+
+    Args:
+        jacobian: {name of a parameter: (D, *shape of it)}.
+        hessian: (D, D).
+        gradient: (D,).
+        samples: (D,), the sample of each output.
+        n: the number of samples.
+    """
+
+    jacobian: dict[str, Tensor]
+    hessian: Tensor
+    gradient: Tensor
+    samples: Tensor
+    n: int
+
+    def columns(self, name: str) -> Tensor:
+        """The Jacobian of all outputs in one parameter, (D, P)."""
+        return self.jacobian[name].reshape(len(self.hessian), -1)
+
+    def block(self, names: list[str]) -> Tensor:
+        """J^T H J of these parameters together."""
+        j = torch.cat([self.columns(name) for name in names], 1)
+        return j.T @ self.hessian @ j
+
+    def diag(self, name: str) -> Tensor:
+        """diag(J^T H J), in the shape of the parameter."""
+        j = self.columns(name)
+        return ((self.hessian @ j) * j).sum(0).reshape(self.jacobian[name].shape[1:])
+
+    def shares(self, v: Tensor, name: str) -> Tensor:
+        """v^T J of each sample, (N, *shape of the parameter)."""
+        rows = v[:, None] * self.columns(name)
+        total = rows.new_zeros(self.n, rows.shape[1]).index_add_(0, self.samples, rows)
+        return total.reshape(self.n, *self.jacobian[name].shape[1:])
+
+    def batch_grad(self, name: str) -> Tensor:
+        """The gradient's share of each sample."""
+        return self.shares(self.gradient, name)
+
+
+def dense(
+    model: nn.Module,
+    call: Callable[[Callable[..., Any]], list[Tensor]],
+    scalar: Callable[[list[Tensor]], Tensor],
+    samples: Tensor | None = None,
+) -> Dense:
+    """The truth of any model, in its parameters that require grad.
+
+    Args:
+        model: in float64, not extended.
+        call: from a function that runs the model to a list of output tensors.
+        scalar: from that list to the scalar that is differentiated.
+        samples: (D,), the sample of each output; one for all if left out.
+    """
+    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def outputs(params: dict[str, Tensor]) -> list[Tensor]:
+        return call(lambda *args, **kwargs: functional_call(model, params | rest, args, kwargs))
+
+    shapes = [t.shape for t in outputs(params)]
+    flat = lambda params: torch.cat([t.flatten() for t in outputs(params)])
+    of = lambda z: scalar(unflattened(z, shapes))
+    z = flat(params).detach()
+    samples = torch.zeros(len(z), dtype=torch.long) if samples is None else samples
+    jacobian = {name: j.detach() for name, j in jacrev(flat)(params).items()}
+    return Dense(
+        jacobian, hessian(of)(z).detach(), grad(of)(z).detach(), samples, int(samples.max()) + 1
+    )
+
+
+def unflattened(z: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """The tensors whose entries stand one behind the other in z."""
+    parts = z.split([shape.numel() for shape in shapes])
+    return [t.reshape(shape) for t, shape in zip(parts, shapes, strict=True)]
+
+
+class Truth(Dense):
+    """The truth of one case.
 
     Errors: AssertionError if torch.func computes another output (another mask of dropout), or
-    another gradient, than
-    autograd: the case then needs a twin.
+    another gradient, than autograd: the case then needs a twin.
     """
 
     def __init__(self, case: Case):
         model, data = build(case, twin=True), data_of(case)
-        notes = _Notes()
+        notes = Notes()
         losses = tuple(notes.wrap(loss) for loss in losses_of(case))
         self.value = run(case, model, losses, data).detach()
         notes.first = False
@@ -118,30 +202,20 @@ class Truth:
             return flat, flat
 
         def scalar(flat: Tensor) -> Tensor:
-            parts = [
-                t.reshape(s)
-                for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
-            ]
-            notes.start(parts)
-            return run(
-                case,
-                lambda *args, **kwargs: functional_call(model, params, args, kwargs),
-                losses,
-                data,
-            )
+            notes.start(unflattened(flat, shapes))
+            functional = lambda *args, **kwargs: functional_call(model, params, args, kwargs)
+            return run(case, functional, losses, data)
 
         z = torch.cat([t.detach().flatten() for t in outs])
         j, again = jacrev(outputs, has_aux=True)(params)
         assert torch.allclose(again, z, rtol=1e-12, atol=1e-14), (
             f"{case.name}: torch.func computes another output"
         )
-        self.jacobian = {
-            name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()
-        }
-        self.gradient = jacrev(scalar)(z).detach()
-        self.hessian = jacrev(jacrev(scalar))(z).detach()
-        numbers = case.numbers([t.detach() for t in outs], data)
-        self._owners(numbers, outs, case)
+        jacobian = {name: t.detach().reshape(len(z), *params[name].shape) for name, t in j.items()}
+        samples = every_entry(case.numbers([t.detach() for t in outs], data), outs)
+        n = int(samples.max()) + 1 if case.n is None else case.n
+        h, g = jacrev(jacrev(scalar))(z).detach(), jacrev(scalar)(z).detach()
+        super().__init__(jacobian, h, g, samples, n)
         run(case, model, losses_of(case), data).backward()
         for name, p in model.named_parameters():
             if p.grad is not None:
@@ -149,36 +223,16 @@ class Truth:
                     self.batch_grad(name).sum(0), p.grad, rtol=1e-9, atol=1e-12
                 ), f"{case.name}: {name}"
 
-    def _owners(self, numbers: list[Tensor], outs: list[Tensor], case: Case) -> None:
-        self.owners = torch.cat(
-            [
-                w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
-                for w, t in zip(numbers, outs, strict=True)
-            ]
-        )
-        self.n = int(self.owners.max()) + 1 if case.n is None else case.n
 
-    def columns(self, name: str) -> Tensor:
-        """The Jacobian of all outputs in one parameter, (D, P)."""
-        j = self.jacobian[name]
-        return j.reshape(len(j), -1)
-
-    def block(self, names: list[str]) -> Tensor:
-        j = torch.cat([self.columns(name) for name in names], 1)
-        return j.T @ self.hessian @ j
-
-    def diag(self, name: str) -> Tensor:
-        return self.block([name]).diagonal().reshape(self.jacobian[name].shape[1:])
-
-    def batch_grad(self, name: str) -> Tensor:
-        share = torch.zeros(self.n, len(self.owners), dtype=self.gradient.dtype)
-        at = torch.arange(len(self.owners))
-        share[self.owners, at] = self.gradient[at]
-        return (share @ self.columns(name)).reshape(self.n, *self.jacobian[name].shape[1:])
+def every_entry(numbers: list[Tensor], outs: list[Tensor]) -> Tensor:
+    """The samples of all entries, from those of the leading axes of each output."""
+    full = lambda w, t: w.reshape(w.shape + (1,) * (t.dim() - w.dim())).expand(t.shape).flatten()
+    return torch.cat([full(w, t) for w, t in zip(numbers, outs, strict=True)])
 
 
 @functools.cache
 def truth(name: str) -> Truth:
+    """The truth of a case of the table, once."""
     return Truth((CASES | EITHER)[name])
 
 

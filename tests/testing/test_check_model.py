@@ -10,6 +10,7 @@ from torch import nn
 import nnj
 from nnj.registry.manager import manager, use
 from nnj.testing import check_model
+from tests.support.collecting import X, Y, net
 from tests.support.distributions import Plugin
 
 N = 4
@@ -258,3 +259,18 @@ def test_a_wrong_rule_of_little_influence(doubled, factor):
     model = nn.Sequential(nn.Linear(6, 5), Faint(), nn.Linear(5, 3))
     with pytest.raises(AssertionError, match=r"ggn_diag of '1\.wrong\.weight' is wrong"):
         check_model(model, nn.CrossEntropyLoss(), torch.randn(N, 6), targets())
+
+
+def test_check_model_tells_right_from_wrong():
+    model = net()
+    check_model(model, nn.CrossEntropyLoss(), X, Y)
+    check_model(nnj.extend(model), lambda f, y: F.cross_entropy(f, y, reduction="sum"), X, Y)
+    assert not hasattr(model[0].weight, "ggn_diag")
+    broken = net()
+    own = nnj.PatchMatmul.factor
+    try:
+        nnj.PatchMatmul.factor = lambda self, u, owner: own(self, 2 * u, owner)
+        with pytest.raises(AssertionError, match="ggn_diag of '0.weight' is wrong"):
+            check_model(broken, nn.CrossEntropyLoss(), X, Y)
+    finally:
+        nnj.PatchMatmul.factor = own

@@ -1,4 +1,4 @@
-"""Layers that are not what their class says, hooks of users, and other precisions."""
+"""Layers that are not what their class says, before and after extend, and hooks of users."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import nnj
-from tests.support.cases import CASES, MLP, Case
-from tests.support.collecting import QUANTITIES, Fixed, X, Y, base, exact, extended, pair, same
-from tests.support.oracle import Truth, build, data_of, truth
+from tests.support.cases import MLP
+from tests.support.collecting import QUANTITIES, Fixed, X, Y, base, exact, net, pair, same
+from tests.support.oracle import Truth, build, dense
 
 
 def changed_output(model: MLP) -> None:
@@ -111,31 +112,77 @@ def test_hooks_of_users_run_once_and_in_their_order():
     assert calls == ["forward"] + ["grad"] * 7
 
 
+def first_doubled(m):
+    m[0].register_forward_hook(lambda module, args, y: y * 2)
+
+
+def last_of_the_sine(m):
+    m[2].register_forward_pre_hook(lambda module, args: (args[0].sin(),))
+
+
+def first_tripled_in_place(m):
+    m[0].register_forward_hook(lambda module, args, y: y.mul_(3))
+
+
+def first_with_another_forward(m):
+    own = m[0].forward
+    m[0].forward = lambda x: own(x).sin()
+
+
+def first_pruned(m):
+    prune.random_unstructured(m[0], "weight", 0.4)
+
+
+def last_normed(m):
+    torch.nn.utils.weight_norm(m[2])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("first", [True, False], ids=["then extended", "after extend"])
 @pytest.mark.parametrize(
-    "name", ["mlp", "lm-tied", "residual-inplace", "dropout-train", "experts-for-tokens"]
+    "change",
+    [
+        first_doubled,
+        last_of_the_sine,
+        first_tripled_in_place,
+        first_with_another_forward,
+        first_pruned,
+        last_normed,
+    ],
 )
-def test_in_float32(name):
-    """The numbers of float64, to the precision of float32."""
-    case = CASES[name]
-    torch.manual_seed(0)
-    model, losses = extended(case)
-    model.float()
-    data = tuple(
-        t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in data_of(case)
-    )
-    if name == "dropout-train":
-        model.eval()
-        case = Case("", lambda: build_eval(name), case.data)
-    with nnj.collect("ggn_diag", "batch_grad"):
-        case.run(model, losses[0].float(), *data).backward()
-    expected = truth(name) if name != "dropout-train" else Truth(case)
-    for n, p in model.named_parameters():
-        want = expected.diag(n)
-        torch.testing.assert_close(
-            p.ggn_diag.double(), want, rtol=2e-3, atol=1e-4 * float(want.abs().max())
-        )
+def test_a_rule_is_taken_only_where_it_describes_the_module(change, first):
+    model, plain = net(), net()
+    if not first:
+        nnj.extend(model)
+    for m in (model, plain):
+        torch.manual_seed(3)
+        change(m)
+    if first:
+        nnj.extend(model)
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+    params = list(plain.parameters())
+    f = plain(X)
+    rows = torch.eye(f.numel()).double().reshape(-1, *f.shape)
+    jacobians = [
+        torch.stack([torch.autograd.grad(f, p, r, retain_graph=True)[0] for r in rows])
+        for p in params
+    ]
+    h = torch.func.hessian(lambda z: F.cross_entropy(z.reshape(f.shape), Y))(f.detach().reshape(-1))
+    for p, d in zip(model.parameters(), jacobians, strict=True):
+        d = d.reshape(len(d), -1)
+        torch.testing.assert_close(p.ggn_diag, ((h @ d) * d).sum(0).reshape(p.shape))
 
 
-def build_eval(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return CASES[name].make().eval()
+def test_a_layer_that_changed_after_its_call_is_not_taken_at_its_word():
+    act = nn.LeakyReLU(0.1)
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 3)).double()
+    found = dense(copy.deepcopy(model), lambda run: [run(X)], lambda f: F.cross_entropy(f[0], Y))
+    nnj.extend(model)
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    value = loss(model(X), Y)
+    act.negative_slope = 0.9
+    with nnj.collect("ggn_diag"):
+        value.backward()
+    torch.testing.assert_close(model[0].weight.ggn_diag, found.diag("0.weight"))

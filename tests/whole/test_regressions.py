@@ -15,7 +15,7 @@ from torch import nn
 
 import nnj
 from nnj.jacobians.outer_product import OuterProduct
-from tests.support.truth import Truth
+from tests.support.oracle import dense
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.randint(0, 3, (4,), generator=torch.Generator().manual_seed(1))
@@ -39,8 +39,11 @@ class Net(nn.Module):
 def compare(model, x=X, y=Y, loss=F.cross_entropy, twin=None, owner=None):
     """ggn_diag, and batch_grad by sample, against the dense truth."""
     model = model.double()
-    truth = Truth(
-        copy.deepcopy(twin or model).double(), lambda run: [run(x)], lambda f: loss(f[0], y)
+    each = None
+    if owner is not None:
+        each = owner.repeat_interleave(model(x).numel() // len(owner))
+    truth = dense(
+        copy.deepcopy(twin or model).double(), lambda run: [run(x)], lambda f: loss(f[0], y), each
     )
     nnj.extend(model)
     extended = nnj.extend(nn.CrossEntropyLoss() if loss is F.cross_entropy else loss)
@@ -50,10 +53,7 @@ def compare(model, x=X, y=Y, loss=F.cross_entropy, twin=None, owner=None):
         torch.testing.assert_close(p.ggn_diag, truth.diag(name), rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(p.batch_grad.sum(0), p.grad)
         if owner is not None:
-            each = owner[:, None].expand(len(owner), truth.f.numel() // len(owner)).reshape(-1)
-            torch.testing.assert_close(
-                p.batch_grad, truth.sample_grads(name, each, int(owner.max()) + 1)
-            )
+            torch.testing.assert_close(p.batch_grad, truth.batch_grad(name))
 
 
 class Borrowed(nn.Module):
@@ -121,7 +121,7 @@ def test_contributions_of_two_outputs_do_not_cancel_in_the_probe():
 
     model = Net(lambda s, x: forward(s, x).unbind(1), a=linear(), b=linear()).double()
     flat = Net(forward, a=copy.deepcopy(model.a), b=copy.deepcopy(model.b)).double()
-    truth = Truth(
+    truth = dense(
         flat,
         lambda run: [run(X)],
         lambda f: f[0][:, 0].square().sum() + 2 * f[0][:, 1].square().sum(),
@@ -245,7 +245,7 @@ def test_a_saturated_network(dtype, rtol):
     with torch.no_grad():
         model[2].weight.mul_(30)
     twin = copy.deepcopy(model)
-    truth = Truth(twin, lambda run: [run(X)], lambda f: F.cross_entropy(f[0], Y))
+    truth = dense(twin, lambda run: [run(X)], lambda f: F.cross_entropy(f[0], Y))
     nnj.extend(model.to(dtype))
     with nnj.collect("ggn_diag"):
         nnj.extend(nn.CrossEntropyLoss())(model(X.to(dtype)), Y).backward()
@@ -266,7 +266,7 @@ def test_more_outputs_than_features(loss):
         if isinstance(loss, nn.CrossEntropyLoss)
         else torch.randn(3, 50).double()
     )
-    truth = Truth(copy.deepcopy(model), lambda run: [run(x)], lambda f: loss(f[0], y))
+    truth = dense(copy.deepcopy(model), lambda run: [run(x)], lambda f: loss(f[0], y))
     nnj.extend(model)
     with nnj.collect("ggn_diag", "ggn_block", block_limit=2000):
         nnj.extend(loss)(model(x), y).backward()

@@ -377,3 +377,10 @@ def test_a_linear_loss_of_outputs_that_are_zero_is_not_refused():
             model(x), torch.randn(6, 1)
         ).backward()
     assert model.weight.ggn_diag.shape == (1, 3) and not model.weight.ggn_diag.any()
+
+
+def test_ctc():
+    args = (torch.tensor([[1, 2], [2, 1]]), torch.tensor([5, 5]), torch.tensor([2, 2]))
+    for loss in (nn.CTCLoss(), nnj.extend(F.ctc_loss)):
+        with pytest.raises(nnj.NNJError, match=r"CTCLoss: .*concave in the log probabilities"):
+            hessian_of_loss(loss, torch.tensor(1.0), torch.randn(5, 2, 3).log_softmax(2), *args)
