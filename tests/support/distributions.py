@@ -1,9 +1,13 @@
-"""Distributions that are fakes on sys.path, and plugins made by hand, for the tests of plugins."""
+"""Plugins for tests: made by hand, in fake distributions on sys.path, or installed by pip."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from nnj.registry.claim import DISABLED
 from nnj.registry.manager import PluginManager
 
 ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 CLAIM = """
 import nnj, torch
 def rule(m, x, y): return {{}}
@@ -39,9 +44,7 @@ class Fakes:
         version: str = "0.1",
         entries: dict[str, str] | None = None,
     ) -> None:
-        """A distribution of one module (no module if `code` is None) and of one entry point of its
-        own name.
-        """
+        """A distribution of one module, none if `code` is None, and one entry point of its name."""
         module = name.replace("-", "_") + "_fake"
         if code is not None:
             (self.path / f"{module}.py").write_text(code)
@@ -53,6 +56,7 @@ class Fakes:
         (info / "entry_points.txt").write_text("\n".join(["[nnj]", *lines, ""]))
 
     def claim(self, name: str, cls: str = "torch.nn.Linear", more: str = "", **options) -> None:
+        """A distribution that claims a layer."""
         self.install(name, CLAIM.format(cls=cls, more=more), **options)
 
 
@@ -74,6 +78,7 @@ def fakes(tmp_path, monkeypatch):
 
 
 def load() -> PluginManager:
+    """A new manager, with all plugins that are found."""
     importlib.invalidate_caches()
     manager = PluginManager()
     manager.load()
@@ -81,6 +86,7 @@ def load() -> PluginManager:
 
 
 def refusal() -> str:
+    """How `load` fails."""
     with pytest.raises(nnj.PluginError) as caught:
         load()
     return str(caught.value)
@@ -120,3 +126,44 @@ class Squash(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x) * x[:, :1]
+
+
+def install(target: Path, *sources: Path) -> Run:
+    """Install all in one go, beside this nnj.
+
+    Returns `run(*args, disabled=[...])`, an interpreter that finds them, and nnj as here.
+    """
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
+        pytest.skip("building a package without a network needs pip and setuptools (extra 'test')")
+    if not any(
+        point.value == "nnj_plugins.quantities.ggn_diag"
+        for point in metadata.entry_points(group="nnj")
+    ):
+        pytest.skip(
+            "nnj is not installed, so its own plugins have no entry points: pip install -e ."
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run(
+        [*command, "--target", str(target), *map(str, sources)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    path = os.pathsep.join(filter(None, [str(target), str(ROOT), os.environ.get("PYTHONPATH")]))
+
+    def run(
+        *args: str, disabled: list[str] | None = None, cwd: Path = target.parent
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": path, DISABLED: ",".join(disabled or [])}
+        return subprocess.run(
+            [sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+
+    return run

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import nnj
-from tests.support.installing import install
+from tests.support.distributions import install
 
 HEAD = "import nnj, torch\nfrom torch import nn\n"
 LAYERS = "@nnj.hookimpl\ndef nnj_register_layers(register):\n    register(%s)\n"

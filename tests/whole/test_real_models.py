@@ -5,7 +5,6 @@ Hessian of the loss.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -16,7 +15,7 @@ from torch.func import functional_call, hessian, vjp
 
 import nnj
 from nnj.registry.loss_rules import hessian_of_loss
-from tests.support.oracle import close
+from tests.support.oracle import Dense, close
 from tests.support.real_models import REAL, N, Real
 
 DRAWS = 2
@@ -56,32 +55,6 @@ def in_float64():
         yield
 
 
-@dataclass
-class Truth:
-    """By the names of parameters that are reached, gradients and rows of the Jacobian; the Hessian;
-    the samples of entries.
-    """
-
-    gradient: dict[str, Tensor]
-    j: dict[str, Tensor]
-    h: Tensor
-    g: Tensor
-    owner: Tensor
-
-    def diag(self, name: str) -> Tensor:
-        return ((self.h @ self.j[name]) * self.j[name]).sum(0)
-
-    def block(self, names: list[str]) -> Tensor:
-        j = torch.cat([self.j[name] for name in names], 1)
-        return j.T @ self.h @ j
-
-    def shares(self, v: Tensor, name: str) -> Tensor:
-        """v^T J of each sample."""
-        return v.new_zeros(N, self.j[name].shape[1]).index_add_(
-            0, self.owner, v[:, None] * self.j[name]
-        )
-
-
 def rows(real: Real, output: Tensor, wanted: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """The gradients of each entry of the output, by torch.func; in training by autograd, as
     torch.func may draw other masks.
@@ -103,27 +76,25 @@ def rows(real: Real, output: Tensor, wanted: dict[str, Tensor]) -> list[tuple[Te
     return [tuple(pull(e)[0].values()) for e in units]
 
 
-def truth(real: Real) -> Truth:
+def truth(real: Real) -> tuple[Dense, dict[str, Tensor]]:
+    """Dense derivatives in the parameters that are reached, and the gradients of these."""
     model, inputs, criterion = built(real)
     output, target = run(real, model, inputs)
     criterion(output, target).backward(retain_graph=True)
     wanted = {name: p for name, p in model.named_parameters() if p.grad is not None}
     parts = zip(*rows(real, output, wanted), strict=True)
-    j = {name: torch.stack(part).flatten(1) for name, part in zip(wanted, parts, strict=True)}
+    j = {name: torch.stack(part) for name, part in zip(wanted, parts, strict=True)}
     of, z = lambda z: criterion(z.reshape(output.shape), target), output.detach().flatten()
     gradient = {name: p.grad.clone() for name, p in wanted.items()}
-    found = Truth(
-        gradient, j, hessian(of)(z), torch.func.grad(of)(z), torch.arange(len(z)) // (len(z) // N)
-    )
+    samples = torch.arange(len(z)) // (len(z) // N)
+    found = Dense(j, hessian(of)(z), torch.func.grad(of)(z), samples, N)
     for name, grad in gradient.items():
-        assert torch.allclose(
-            (found.g @ j[name]).reshape(grad.shape), grad, rtol=1e-9, atol=1e-12
-        ), name
+        assert torch.allclose(found.batch_grad(name).sum(0), grad, rtol=1e-9, atol=1e-12), name
     if real.train:
         assert not torch.allclose(output, run(real, model, inputs, seed=3)[0]), (
             "nothing was dropped"
         )
-    return found
+    return found, gradient
 
 
 def needs(package: str) -> None:
@@ -135,7 +106,7 @@ def needs(package: str) -> None:
 def test_exact(name):
     real = REAL[name]
     needs(real.package)
-    expected = truth(real)
+    expected, gradients = truth(real)
     model, inputs, criterion = built(real)
     loss = nnj.extend(criterion)
     nnj.extend(model)
@@ -161,32 +132,32 @@ def test_exact(name):
     (drawn,) = curvature.to_outputs(curvature.sample(DRAWS, torch.Generator().manual_seed(0)))
     faults: list[str] = []
     for name, p in model.named_parameters():
-        if name not in expected.j:
+        if name not in gradients:
             there = [
                 getattr(p, quantity, None)
                 for quantity in ("ggn_diag", "batch_grad", "ggn_diag_mc", "grad")
             ]
             faults += [f"{name} was not reached"] * any(t is not None for t in there)
             continue
-        faults += [f"grad of {name} differs"] * (not torch.equal(p.grad, expected.gradient[name]))
+        faults += [f"grad of {name} differs"] * (not torch.equal(p.grad, gradients[name]))
         mc = sum(expected.shares(v.flatten(), name).square().sum(0) for v in drawn) / DRAWS
         for quantity, right in (
             ("ggn_diag", expected.diag(name)),
-            ("batch_grad", expected.shares(expected.g, name)),
+            ("batch_grad", expected.batch_grad(name)),
             ("ggn_diag_mc", mc),
         ):
-            fault = close(getattr(p, quantity), right.reshape(*right.shape[:-1], *p.shape))
+            fault = close(getattr(p, quantity), right)
             faults += [f"{quantity} of {name} {fault}"] if fault else []
     faults += blocks(model, small, expected)
     assert faults == []
 
 
-def blocks(model: nn.Module, small: list[nn.Module], expected: Truth) -> list[str]:
+def blocks(model: nn.Module, small: list[nn.Module], expected: Dense) -> list[str]:
     names = {id(p): name for name, p in model.named_parameters()}
     faults, compared = [], 0
     for m in small:
         own = [names[id(p)] for p in m.parameters(recurse=False) if p.requires_grad]
-        if not own or any(name not in expected.j for name in own):
+        if not own or any(name not in expected.jacobian for name in own):
             continue
         fault = close(m.ggn_block, expected.block(own))
         faults += [f"ggn_block of {own} {fault}"] if fault else []

@@ -9,8 +9,7 @@ import shutil
 
 import pytest
 
-from tests.support.distributions import ROOT
-from tests.support.installing import install
+from tests.support.distributions import ROOT, install
 
 USE = """
 import nnj, nnj_siren, torch
