@@ -12,7 +12,7 @@ from nnj.jacobians.sample_index import SampleIndex
 from nnj.recording.extend import copied
 from nnj.registry.layer_rules import ask_rule, blame, checked, find_rule
 from nnj.registry.manager import manager
-from nnj.testing.compare import _double, _owners, _same
+from nnj.testing.compare import double, same, sample_indices
 
 
 def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -21,8 +21,12 @@ def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     Errors: AssertionError if one row's output depends on another row's input.
     """
-    params = dict(module.named_parameters())
-    run = lambda p, z: functional_call(module, p, (z.clone(),))
+    params: dict[str, Tensor] = dict(module.named_parameters())
+
+    def run(params: dict[str, Tensor], z: Tensor) -> Tensor:
+        y: Tensor = functional_call(module, params, (z.clone(),))
+        return y
+
     y = run(params, x)
     n = y.shape[0]
     found = {}
@@ -32,12 +36,8 @@ def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if x.is_floating_point():
         j = jacrev(lambda z: run(params, z))(x).reshape(n, -1, n, x[0].numel())
         own = torch.stack([j[i, :, i] for i in range(n)])
-        cross = (
-            torch.stack([j[i, :, m] for i in range(n) for m in range(n) if i != m])
-            if n > 1
-            else own[:0]
-        )
-        assert not cross.any(), f"{type(module).__name__}: rows of the batch influence one another"
+        coupled = any(bool(j[i, :, m].any()) for i in range(n) for m in range(n) if i != m)
+        assert not coupled, f"{type(module).__name__}: rows of the batch influence one another"
         found["input"] = own
     return {name: j.detach() for name, j in found.items()}
 
@@ -53,7 +53,7 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
 
     Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes
     the module."""
-    module, x = copied(module).double(), _double(x)
+    module, x = copied(module).double(), double(x)
     entry = find_rule(module)
     if entry is None:
         raise manager().unsupported(module, type(module).__name__)
@@ -74,6 +74,7 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
 
 
 def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> None:
+    """Its products with tangents, cotangents, matrices and metrics, and those of its square."""
     n, out, into = dense.shape
     who = f"{entry_layer} '{slot}'"
     v = torch.randn(3, n, *j.inputs, dtype=dense.dtype)
@@ -85,27 +86,28 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
 
     found = checked(f"vjp of '{slot}'", j.vjp(u), (3, n, *j.inputs), entry_layer)
     expected = torch.einsum("noi,kno->kni", dense, u.reshape(3, n, out)).reshape(3, n, *j.inputs)
-    _same(f"{who}: vjp", found, expected)
-    _same(
+    same(f"{who}: vjp", found, expected)
+    same(
         f"{who}: jvp",
         checked(f"jvp of '{slot}'", j.jvp(v), (3, n, *j.outputs), entry_layer),
         jvp(v),
     )
     if slot != "input":
-        _same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
-    _same(f"{who}: dense", j.dense(), dense)
+        same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
+    same(f"{who}: dense", j.dense(), dense)
     for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
         a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
-        _same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
-        _same(f"{who}: {name}mjp", op.mjp(b[:, :2]), b[:, :2] @ matrix)
-        _same(f"{who}: {name}jmjTp", op.jmjTp(a), matrix @ a @ matrix.mT)
-        _same(f"{who}: {name}jTmjp", op.jTmjp(b), matrix.mT @ b @ matrix)
+        same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
+        same(f"{who}: {name}mjp", op.mjp(b[:, :2]), b[:, :2] @ matrix)
+        same(f"{who}: {name}jmjTp", op.jmjTp(a), matrix @ a @ matrix.mT)
+        same(f"{who}: {name}jTmjp", op.jTmjp(b), matrix.mT @ b @ matrix)
 
 
 def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
+    """B = V J under every sample index, and with a column for each sample."""
     n = dense.shape[0]
     u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
-    for way, (sample_index, of) in _owners(n, j.outputs).items():
+    for way, (sample_index, of) in sample_indices(n, j.outputs).items():
         per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(sample_index.n)]
         expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
         name = f"{who}: pullback ({way})"
@@ -113,18 +115,19 @@ def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
         _check_factor(name, factor, expected.reshape(4, sample_index.n, *j.inputs))
         split = torch.stack(per, 1).reshape(4 * sample_index.n, n, *j.outputs)
         _check_factor(
-            f"{name}, explicit",
+            f"{name}, by column",
             j.pullback(split, SampleIndex(sample_index.n, by_column=True)),
             expected.reshape(4, -1, *j.inputs),
         )
 
 
 def _check_factor(name: str, factor: Factor, expected: Tensor) -> None:
+    """What quantities ask of a factor, whose dense form is expected."""
     flat = expected.reshape(-1, factor.dense()[0, 0].numel())
-    _same(f"{name}, per sample", factor.dense(), expected)
-    _same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
-    _same(f"{name}, block", factor.gram(factor), flat.T @ flat)
-    _same(
+    same(f"{name}, per sample", factor.dense(), expected)
+    same(f"{name}, diagonal", factor.square_sum(), expected.square().sum((0, 1)))
+    same(f"{name}, block", factor.gram(factor), flat.T @ flat)
+    same(
         f"{name}, some columns",
         factor.columns(slice(1, 3)).square_sum(),
         expected[1:3].square().sum((0, 1)),

@@ -13,7 +13,7 @@ from torch.func import jacrev
 from nnj.loss_hessian.base import LossHessian
 from nnj.registry.layer_rules import checked
 from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, name_of, reference_of_loss
-from nnj.testing.compare import _double, _same
+from nnj.testing.compare import double, same
 
 
 def check_loss(
@@ -42,7 +42,7 @@ def check_loss(
     Errors: AssertionError naming the loss, its reduction and the product; `NNJError` for a loss
     that `nnj.collect` refuses, such as one that is not convex in `output`."""
     loss = loss if isinstance(loss, nn.Module) else FunctionLoss(loss)
-    output, args = _double(output), tuple(map(_double, args))
+    output, args = double(output), tuple(map(double, args))
     run = reference or reference_of_loss(loss)
     reductions = (
         dict.fromkeys(["mean", "sum", "none", loss.reduction])
@@ -55,7 +55,7 @@ def check_loss(
             module.reduction = reduction
         who = f"{name_of(loss)}{f'(reduction={reduction!r})' if reduction else ''}"
         value = module.forward(output, *args).detach()
-        _same(
+        same(
             f"{who}: the value of the reference",
             run(module, output, *args).detach().nan_to_num(),
             value.nan_to_num(),
@@ -67,6 +67,10 @@ def check_loss(
 
 
 def check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> None:
+    """Check all that a Hessian gives at `output` against the dense one, (D, D).
+
+    Errors: AssertionError naming the loss and the product.
+    """
     shape = (h.rows, h.places, h.block)
     assert h.rows * h.places * h.block == output.numel(), (
         f"{who}: {shape} blocks for an output of {tuple(output.shape)}"
@@ -74,29 +78,29 @@ def check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> No
     s = checked("columns", h.columns(0, h.rank), (h.rank, *shape), who)
     assert s.dtype == output.dtype, f"{who}: columns are {s.dtype}, expected {output.dtype}"
     for a, b in ((0, 1), (h.rank // 2, h.rank), (0, h.rank // 2)):
-        _same(f"{who}: columns({a}, {b})", h.columns(a, b), s[a:b])
+        same(f"{who}: columns({a}, {b})", h.columns(a, b), s[a:b])
     # each block by itself
     mine = torch.eye(h.rows * h.places, dtype=s.dtype).reshape(-1, 1, h.rows, h.places, 1)
     (apart,) = h.to_outputs((mine * s).flatten(0, 1))
     checked("to_outputs", apart, (mine.shape[0] * h.rank, *output.shape), who)
     apart = apart.reshape(len(apart), -1)
-    _same(f"{who}: S S^T", apart.T @ apart, dense)
-    _same(
+    same(f"{who}: S S^T", apart.T @ apart, dense)
+    same(
         f"{who}: norms", checked("norms", h.norms(), (h.rank, *shape[:2]), who), s.square().sum(-1)
     )
     row, place, j = (torch.randint(size, (7,)) for size in (h.rows, h.places, h.rank))
-    _same(
+    same(
         f"{who}: columns_at",
         checked("columns_at", h.columns_at(row, place, j), (7, h.block), who),
         s[j, row, place],
     )
     (diagonal,) = h.to_outputs(checked("diagonal", h.diagonal(), shape, who)[None])
-    _same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
+    same(f"{who}: diagonal", diagonal.flatten(), dense.diagonal())
     v = torch.randn(3, *shape, dtype=s.dtype)
     found = h.to_outputs(checked("product", h.product(v), v.shape, who))[0].reshape(3, -1)
-    _same(f"{who}: product", found, h.to_outputs(v)[0].reshape(3, -1) @ dense)
+    same(f"{who}: product", found, h.to_outputs(v)[0].reshape(3, -1) @ dense)
     c = torch.randn(3, h.rank, *shape[:2], dtype=s.dtype)
-    _same(
+    same(
         f"{who}: combine",
         checked("combine", h.combine(c), v.shape, who),
         torch.einsum("kjrd,jrdb->krdb", c, s),
@@ -106,4 +110,4 @@ def check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> No
         f"{who}: signs are not +1 or -1 for each column"
     )
     drawn = checked("sample", h.sample(5, torch.Generator().manual_seed(0)), (5, *shape), who)
-    _same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
+    same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))

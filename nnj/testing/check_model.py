@@ -19,6 +19,7 @@ from nnj.loss_hessian.base import LossHessian
 from nnj.recording.extend import batch_axis_of, copied, extend
 from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
 from nnj.testing.check_layer import check_layer
+from nnj.testing.compare import double
 from nnj.testing.describe import Line, call_with, lines, text
 
 DRAWS = 2
@@ -26,7 +27,7 @@ LARGEST_BLOCK = 2000  # parameters of a module whose full block is compared
 EXACT, NEAR = 1e-8, 1e-9  # of the entry, and of the largest one
 # what may be left of a zero, of the largest entry anywhere; where J is squared, so is this
 ROUNDING = 1e-13
-_Row = tuple[str, str, Any, Tensor]  # quantity, path, parameter or module, brute force
+Row = tuple[str, str, Any, Tensor]  # quantity, path, parameter or module, brute force
 
 
 @dataclass
@@ -91,12 +92,12 @@ def check_model(
     `NNJError` where nnj refuses the model (`ggn_diag`; what else it refuses is in the report)."""
 
     axis = batch_axis_of(model)
-    model, x, targets = _doubled(model), _double(x), tuple(_double(targets))
+    model, x, targets = _doubled(model), double(x), double(targets)
     loss = _doubled(loss_func) if isinstance(loss_func, nn.Module) else loss_func
     found = extend(copied(model), batch_axis=axis)
     extended = extend(copied(loss) if isinstance(loss, nn.Module) else loss, loss=True)
     run = reference or reference_of_loss(extended)
-    truth = _Truth(model, lambda z: run(extended, z, *targets), x, axis)
+    truth = _BruteForce(model, lambda z: run(extended, z, *targets), x, axis)
     value = extended.forward(truth.output, *targets).detach()
     assert torch.allclose(truth.value, value), (
         f"the reference is {float(truth.value):.6g} where the loss is {float(value):.6g}"
@@ -105,22 +106,14 @@ def check_model(
     report = ModelReport(truth.n, left_out=[path for path in truth.own if path not in blocks])
     report.rules = lines(model, x)
 
-    _collect(
-        report,
-        found,
-        x,
-        lambda out: extended(out, *targets),
-        {
-            "ggn_diag": {},
-            "batch_grad": {},
-            "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
-            **(
-                {"ggn_block": {"modules": [found.get_submodule(path) for path in blocks]}}
-                if blocks
-                else {}
-            ),
-        },
-    )
+    options: dict[str, dict[str, Any]] = {
+        "ggn_diag": {},
+        "batch_grad": {},
+        "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
+    }
+    if blocks:
+        options["ggn_block"] = {"modules": [found.get_submodule(path) for path in blocks]}
+    _collect(report, found, x, lambda out: extended(out, *targets), options)
     hessian = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
     wrong = _wrong(report, list(_points(truth, found, hessian)), _blocks(truth, found, blocks))
     if wrong:
@@ -128,7 +121,7 @@ def check_model(
     return report
 
 
-def _wrong(report: ModelReport, points: list[_Row], blocks: Iterable[_Row]) -> list[str]:
+def _wrong(report: ModelReport, points: list[Row], blocks: Iterable[Row]) -> list[str]:
     """What differs from brute force; the errors are written into the report."""
     wrong = []
     largest: dict[str, float] = {}
@@ -159,7 +152,7 @@ def _collect(
     found: nn.Module,
     x: Any,
     loss: Callable[[Any], Tensor],
-    options: dict[str, Any],
+    options: dict[str, dict[str, Any]],
 ) -> None:
     """Each quantity by itself, so that one that is refused does not take the others with it."""
     for quantity, given in options.items():
@@ -176,8 +169,15 @@ def _collect(
         )
 
 
-class _Truth:
-    """Dense derivatives by autograd, with the sample to which each entry of the output belongs."""
+class _BruteForce:
+    """Dense derivatives by autograd, with the sample to which each entry of the output belongs.
+
+    Attributes:
+        j: {name of a parameter: the Jacobian of all entries of the output, (D, P)}.
+        g, h: the gradient (D,) and the Hessian (D, D) of the loss in these entries.
+        sample: (D,), the sample of each of them; n: how many samples there are.
+        own: {path of a module: the names of its own parameters}, where it has some.
+    """
 
     def __init__(self, model: nn.Module, scalar_of: Callable[[Tensor], Tensor], x: Any, axis: int):
         out = call_with(model, x)
@@ -187,53 +187,56 @@ class _Truth:
                 f"{type(out).__name__}. Wrap it in a module that gives the tensor which the loss "
                 "takes"
             )
-        self.output, shape = out.detach(), out.shape
-        self.n, self.owner = _owners(model, x, self.output, axis)
-        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        params = list(self.names.values())
-        rows = [
-            torch.autograd.grad(t, params, retain_graph=True, allow_unused=True)
-            for t in out.flatten()
-        ]
-        self.j = {
-            name: torch.stack(
-                [torch.zeros_like(p) if row[i] is None else row[i] for row in rows]
-            ).reshape(len(rows), -1)
-            for i, (name, p) in enumerate(self.names.items())
+        self.output = out.detach()
+        self.n, self.sample = _samples(model, x, self.output, axis)
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.j = _jacobian(out, params)
+        self._differentiate(lambda z: scalar_of(z.reshape(out.shape)))
+        # a parameter that is shared has its first name
+        names = {p: name for name, p in params.items()}
+        own = {
+            path: [names[p] for p in m.parameters(recurse=False) if p in names]
+            for path, m in model.named_modules()
         }
-        scalar = lambda z: scalar_of(z.reshape(shape))
+        self.own = {path: found for path, found in own.items() if found}
+
+    def _differentiate(self, scalar: Callable[[Tensor], Tensor]) -> None:
         z = self.output.flatten().clone().requires_grad_()
-        self.value = scalar(z)
-        if self.value.dim() > 0:
+        value = scalar(z)
+        if value.dim() > 0:
             raise TypeError(
-                "check_model takes a loss that gives a scalar, and this one gives "
-                f"{tuple(self.value.shape)}"
+                f"check_model takes a loss that gives a scalar, and this one gives "
+                f"{tuple(value.shape)}"
             )
-        self.g = torch.autograd.grad(self.value, z)[0]
-        self.value = self.value.detach()
-        self.h = torch.autograd.functional.hessian(scalar, z.detach())
-        apart = self.h * (self.owner[:, None] != self.owner)
+        self.value, self.g = value.detach(), torch.autograd.grad(value, z)[0]
+        self.h: Tensor = torch.autograd.functional.hessian(scalar, z.detach())
+        apart = self.h * (self.sample[:, None] != self.sample)
         assert float(apart.abs().max()) <= NEAR * float(self.h.abs().max()), (
             "the loss couples samples: its Hessian between them is up to "
             f"{float(apart.abs().max()):.3g}"
         )
-        self.own = {
-            path: names for path, m in model.named_modules() if (names := self._names(path, m))
-        }
-
-    def _names(self, path: str, m: nn.Module) -> list[str]:
-        """The names in the whole model of a module's own parameters; a shared one has its first."""
-        known = {id(p): name for name, p in self.names.items()}
-        return [known[id(p)] for _, p in m.named_parameters(recurse=False) if id(p) in known]
 
     def per_sample(self, v: Tensor, j: Tensor) -> Tensor:
         """v^T J with the rows of each sample apart: (N, P)."""
         share = v.new_zeros(self.n, len(v))
-        share[self.owner, torch.arange(len(v))] = v
+        share[self.sample, torch.arange(len(v))] = v
         return share @ j
 
 
-def _points(truth: _Truth, found: nn.Module, hessian: LossHessian) -> Iterator[_Row]:
+def _jacobian(out: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """(D, P) for each parameter, a row for each entry of the output."""
+    rows = [
+        torch.autograd.grad(entry, list(params.values()), retain_graph=True, materialize_grads=True)
+        for entry in out.flatten()
+    ]
+    parts = zip(*rows, strict=True)
+    return {
+        name: torch.stack(part).reshape(len(rows), -1)
+        for name, part in zip(params, parts, strict=True)
+    }
+
+
+def _points(truth: _BruteForce, found: nn.Module, hessian: LossHessian) -> Iterator[Row]:
     """What stands on parameters."""
     (drawn,) = hessian.to_outputs(hessian.sample(DRAWS, torch.Generator().manual_seed(0)))
     for name, p in found.named_parameters():
@@ -245,7 +248,7 @@ def _points(truth: _Truth, found: nn.Module, hessian: LossHessian) -> Iterator[_
             yield "ggn_diag_mc", name, p, squares.reshape(p.shape)  # type: ignore[union-attr]
 
 
-def _blocks(truth: _Truth, found: nn.Module, blocks: list[str]) -> Iterator[_Row]:
+def _blocks(truth: _BruteForce, found: nn.Module, blocks: list[str]) -> Iterator[Row]:
     """What stands on modules."""
     for path in blocks:
         j = torch.cat([truth.j[name] for name in truth.own[path]], 1)
@@ -253,15 +256,16 @@ def _blocks(truth: _Truth, found: nn.Module, blocks: list[str]) -> Iterator[_Row
 
 
 def _large(module: nn.Module) -> bool:
+    """Whether a block in it would be too large to be compared."""
     return any(
         sum(p.numel() for p in m.parameters(recurse=False)) > LARGEST_BLOCK
         for m in module.modules()
     )
 
 
-def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, Tensor]:
-    """The number of samples, and that of the sample of each entry of the output, found by running
-    every sample alone.
+def _samples(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, Tensor]:
+    """The number of samples, and the sample of each entry of the output, found by running every
+    sample alone.
 
     Errors: AssertionError if no order of rows explains what they give alone.
     """
@@ -270,6 +274,24 @@ def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, T
         for t in tree_leaves(x)
         if isinstance(t, Tensor) and t.dim() > 0
     )
+    alone, nearest = _alone(model, x, output, n, axis), float("inf")
+    for place, order in _orders(output, n):
+        parts = [output.index_select(place, (order == m).nonzero()[:, 0]) for m in range(n)]
+        if any(a.shape != b.shape for a, b in zip(parts, alone, strict=True)):
+            continue
+        off = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
+        if off <= NEAR * max(1.0, float(output.abs().max())):
+            by_row = order.reshape(-1, *[1] * (output.dim() - place - 1))
+            return n, by_row.expand(output.shape).flatten()
+        nearest = min(nearest, off)
+    raise AssertionError(
+        "samples influence one another: among the others they give something else than alone, off "
+        f"by {nearest:.3g}. Batch norm in training mode does this; use model.eval()"
+    )
+
+
+def _alone(model: nn.Module, x: Any, output: Tensor, n: int, axis: int) -> list[Tensor]:
+    """What each sample gives alone."""
     with torch.no_grad():
         again = call_with(model, x)
         assert torch.allclose(again, output, rtol=NEAR, atol=NEAR), (
@@ -277,29 +299,24 @@ def _owners(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, T
             "keeps a state. Use model.eval()"
         )
         try:
-            take = lambda m: tree_map(lambda t: _part(t, n, m, axis), x)
-            alone = [call_with(model, take(m)) for m in range(n)]
+            return [
+                call_with(model, tree_map(lambda t, m=m: _part(t, n, m, axis), x)) for m in range(n)
+            ]
         except (RuntimeError, ValueError) as error:
             raise AssertionError(
                 f"samples influence one another, or the model does not take one alone: {error}"
             ) from error
-    numbers, nearest = torch.arange(n), float("inf")
-    for place in range(output.dim()):
-        if output.shape[place] % n == 0:
-            k = output.shape[place] // n
-            for order in (numbers.repeat_interleave(k), numbers.repeat(k)):
-                parts = [output.index_select(place, (order == m).nonzero()[:, 0]) for m in range(n)]
-                if all(a.shape == b.shape for a, b in zip(parts, alone, strict=True)):
-                    off = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
-                    if off <= NEAR * max(1.0, float(output.abs().max())):
-                        return n, order.reshape(-1, *[1] * (output.dim() - place - 1)).expand(
-                            output.shape
-                        ).flatten()
-                    nearest = min(nearest, off)
-    raise AssertionError(
-        "samples influence one another: among the others they give something else than alone, off "
-        f"by {nearest:.3g}. Batch norm in training mode does this; use model.eval()"
-    )
+
+
+def _orders(output: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
+    """Along which axis n samples may lie, and the sample of each of its entries: those of a sample
+    together, or every n-th one.
+    """
+    numbers = torch.arange(n)
+    for axis, size in enumerate(output.shape):
+        if size % n == 0:
+            yield axis, numbers.repeat_interleave(size // n)
+            yield axis, numbers.repeat(size // n)
 
 
 def _part(t: Any, n: int, m: int, axis: int) -> Any:
@@ -336,16 +353,5 @@ def _doubled(module: nn.Module) -> nn.Module:
     """A copy in float64; `Module.double` would leave complex tensors as they are."""
     module = copied(module).double()
     for t in [*module.parameters(), *module.buffers()]:
-        t.data = _double(t)
+        t.data = double(t)
     return module
-
-
-def _double(value: Any) -> Any:
-    """Its tensors in double precision."""
-
-    def double(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
-            return t
-        return t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
-
-    return tree_map(double, value)

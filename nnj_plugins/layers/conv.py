@@ -38,11 +38,8 @@ def unpad(u: Tensor, by: list[tuple[int, int]], mode: str, space: torch.Size) ->
         return pad(u, [(-a, -b) for a, b in by], "zeros")
     source = torch.arange(space.numel(), dtype=torch.float64).reshape(1, 1, *space)
     source = pad(source, by, mode).flatten().to(u.device, torch.long)
-    return (
-        u.new_zeros(*u.shape[:2], space.numel())
-        .index_add_(2, source, u.flatten(2))
-        .unflatten(2, space)
-    )
+    flat = u.new_zeros(*u.shape[:2], space.numel())
+    return flat.index_add_(2, source, u.flatten(2)).reshape(*u.shape[:2], *space)
 
 
 def patches(m: nn.Conv2d, x: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ class TruncExp(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _TruncExp.apply(x)
+        y: Tensor = _TruncExp.apply(x)  # type: ignore[no-untyped-call]
+        return y
 
 
 class L2Norm(nn.Module):
@@ -67,7 +68,8 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        return x / (norm + self.eps).reshape(-1, *[1] * (x.dim() - 1))
+        y: Tensor = x / (norm + self.eps).reshape(-1, *[1] * (x.dim() - 1))
+        return y
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -94,7 +96,8 @@ class SkipConnection(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, super().forward(x)], 1)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return torch.cat([x, y], 1)
 
 
 class Normalize(nnj.Jacobian):
@@ -113,7 +116,8 @@ class Normalize(nnj.Jacobian):
         along = (x * flat).sum(-1, keepdim=True) / (norm * wide).clamp(
             min=torch.finfo(x.dtype).tiny
         )
-        return ((flat - x * along) / wide).reshape(v.shape)
+        found: Tensor = (flat - x * along) / wide
+        return found.reshape(v.shape)
 
     def vjp(self, u: Tensor) -> Tensor:
         return self.jvp(u)

@@ -35,28 +35,32 @@ class PerSample(nnj.Jacobian):
     def jvp(self, v: Tensor) -> Tensor:
         def of(row: Tensor, v: Tensor) -> Tensor:
             f, at = self._at(row)
-            return vmap(lambda t: jvp(f, (at,), (t,))[1])(v)
+            tangents: Tensor = vmap(lambda t: jvp(f, (at,), (t,))[1])(v)
+            return tangents
 
         shared = v.shape[1] != self.n
+        by_row = vmap(of, in_dims=(0, None if shared else 1), out_dims=1)
         try:
-            return vmap(of, in_dims=(0, None if shared else 1), out_dims=1)(
-                self.x, v[:, 0] if shared else v
-            )
+            found: Tensor = by_row(self.x, v[:, 0] if shared else v)
+            return found
         except NotImplementedError:  # an operation of torch's that knows no forward derivative
             return super().jvp(v)
 
     def vjp(self, u: Tensor) -> Tensor:
         def of(row: Tensor, u: Tensor) -> Tensor:
-            return vmap(lambda t: vjp(*self._at(row))[1](t)[0])(u)
+            cotangents: Tensor = vmap(lambda t: vjp(*self._at(row))[1](t)[0])(u)
+            return cotangents
 
-        return vmap(of, in_dims=(0, 1), out_dims=1)(self.x, u)
+        found: Tensor = vmap(of, in_dims=(0, 1), out_dims=1)(self.x, u)
+        return found
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         if self.slot == "input":
             return super().summed_vjp(u)
         rows = lambda p: vmap(lambda row: self._at(row)[0](p))(self.x)
         back: Any = vjp(rows, self.state[self.slot])[1]
-        return vmap(lambda t: back(t)[0])(u)
+        found: Tensor = vmap(lambda t: back(t)[0])(u)
+        return found
 
 
 def _copy(m: nn.Module) -> nn.Module:
@@ -82,7 +86,8 @@ def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     def run(state: dict[str, Tensor], row: Tensor) -> Tensor:
         # the other kernels of attention have no forward derivative
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(m, state, (row[None],))[0]
+            alone: Tensor = functional_call(m, state, (row[None],))[0]
+            return alone
 
     try:  # the y of the call is the test of all that is assumed here
         alone: Any = vmap(lambda row: run(state, row))(x)

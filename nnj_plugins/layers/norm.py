@@ -162,7 +162,11 @@ def local_response(m: nn.LocalResponseNorm, x: Tensor, y: Tensor) -> dict[str, n
     c = torch.arange(x.shape[1], device=x.device)
     ahead = c - c[:, None]  # entry (c, c'): how far channel c' is ahead of c
     mean = ((ahead >= -(m.size // 2)) & (ahead <= (m.size - 1) // 2)).to(x.dtype) / m.size
-    along = lambda a, v: (v.movedim(-x.dim() + 1, -1) @ a.mT).movedim(-1, -x.dim() + 1)
+
+    def along(a: Tensor, v: Tensor) -> Tensor:
+        """A v on the axis of channels."""
+        return (v.movedim(-x.dim() + 1, -1) @ a.mT).movedim(-1, -x.dim() + 1)
+
     q = m.k + m.alpha * along(mean, x.square())
     near, far = q.pow(-m.beta), 2 * m.alpha * m.beta * x * q.pow(-m.beta - 1)
     forward = lambda v: near * v - far * along(mean, x * v)

@@ -21,8 +21,12 @@ def padding(
     if x.dim() <= axes:
         raise NotImplementedError("it pads the batch axis")
     space = torch.Size(x.shape[-axes:])
-    pad = lambda v: F.pad(v.reshape(len(v), -1, *space), list(m.padding), mode)
-    forward = lambda v: pad(v).reshape(len(v), *y.shape[1:])
+
+    def pad(v: Tensor) -> Tensor:
+        return F.pad(v.reshape(len(v), -1, *space), list(m.padding), mode)
+
+    def forward(v: Tensor) -> Tensor:
+        return pad(v).reshape(len(v), *y.shape[1:])
 
     def adjoint(u: Tensor) -> Tensor:
         number = torch.arange(1, 1 + space.numel(), dtype=torch.float64).reshape(1, *space)

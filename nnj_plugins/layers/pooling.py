@@ -38,15 +38,12 @@ def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.
 
     def forward(v: Tensor) -> Tensor:
         index = where().flatten(2).expand(*v.shape[:3], -1)
-        return v.flatten(3).gather(3, index).unflatten(3, places)
+        return v.flatten(3).gather(3, index).reshape(*v.shape[:3], *places)
 
     def adjoint(u: Tensor) -> Tensor:
         index = where().flatten(2).expand(*u.shape[:3], -1)
-        return (
-            u.new_zeros(*u.shape[:3], space.numel())
-            .scatter_add_(3, index, u.flatten(3))
-            .unflatten(3, space)
-        )
+        flat = u.new_zeros(*u.shape[:3], space.numel())
+        return flat.scatter_add_(3, index, u.flatten(3)).reshape(*u.shape[:3], *space)
 
     squared = lambda: largest(x, y, where)["input"]
     return {

@@ -33,7 +33,8 @@ def upsample(m: nn.Upsample, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
     corners = [] if exact else [bool(m.align_corners)]
 
     def adjoint(u: Tensor) -> Tensor:
-        return back(u, y.shape[2:], [len(u), *x.shape[1:]], *corners, *scales)
+        found: Tensor = back(u, y.shape[2:], [len(u), *x.shape[1:]], *corners, *scales)
+        return found
 
     # zeros and ones
     squared = (lambda: upsample(m, x, y)["input"]) if exact else (lambda: squares(m, x, y))
