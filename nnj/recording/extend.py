@@ -131,6 +131,15 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
             EXTENDED.discard(module)
 
 
+def first_after_call(module: nn.Module) -> None:
+    """Put our forward hook back before all others, where another one was prepended to it: what it
+    sees must be what `forward` gave.
+    """
+    hooks: Any = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, AfterCall)]:
+        hooks.move_to_end(key, last=False)
+
+
 def batch_axis_of(module: nn.Module) -> int:
     """The batch axis under which a module was extended; 0 if it was not."""
     return next(

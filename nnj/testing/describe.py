@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
-from nnj.recording.extend import temporarily_extended
+from nnj.recording.extend import first_after_call, temporarily_extended
 from nnj.recording.module_hook import is_leaf_layer
 from nnj.recording.records import Record, tensors
 from nnj.registry.claim import Entry
@@ -161,9 +161,10 @@ def _calls(model: nn.Module, x: Any) -> dict[nn.Module, list[_Call]]:
     with temporarily_extended(model), torch.enable_grad():
         handles: list[Any] = []
         for m in model.modules():
-            # before our own hook, which has to see what comes of all others
-            handles.append(m.register_forward_pre_hook(begin, prepend=True))
-            handles.append(m.register_forward_hook(end, with_kwargs=True))
+            if not isinstance(m, torch.jit.ScriptModule):
+                handles.append(m.register_forward_pre_hook(begin, prepend=True))
+                handles.append(m.register_forward_hook(end, with_kwargs=True, prepend=True))
+                first_after_call(m)
         try:
             call_with(model, x)
         finally:
@@ -178,6 +179,8 @@ def _line(
     kind = type(module).__name__
     if is_loss(module):
         return Line(path, kind, "loss", "", "")
+    if isinstance(module, torch.jit.ScriptModule):
+        return Line(path, kind, AUTOGRAD, "", "scripted: it has no calls of layers to hook")
     if type(module).forward is nn.Module.forward:
         return Line(path, kind, "", "", "container")
     if calls:
@@ -205,10 +208,13 @@ def _by_rule(path: str, kind: str, entry: Entry, answers: list[Answer] | None) -
         for answer in answers:
             if isinstance(answer, NNJError):
                 return Line(path, kind, "refused", plugin, f"refused: {answer}")
-        for answer in answers:
-            if isinstance(answer, Declined):
-                return Line(path, kind, AUTOGRAD, "", f"declined: {answer.reason}")
-        note = "nothing to be differentiated" if None in answers else ""
+        declined = [answer for answer in answers if isinstance(answer, Declined)]
+        if declined and not any(isinstance(answer, Accepted) for answer in answers):
+            return Line(path, kind, AUTOGRAD, "", f"declined: {declined[0].reason}")
+        if declined:
+            note = f"declined in {len(declined)} of {len(answers)} calls: {declined[0].reason}"
+        elif None in answers:
+            note = "nothing to be differentiated"
     return Line(path, kind, rule, plugin, note)
 
 
