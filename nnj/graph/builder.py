@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
-from nnj.graph.matmul import SavedInput, product
+from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
 from nnj.graph.nodes import leaf_of, node_name
 from nnj.graph.step import Step
 from nnj.graph.traverse import topological
@@ -117,11 +117,12 @@ class Graph:
         """
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
         step = Step(node, None, {}, [], out, leaf_of(node))
-        step.saved_input = SavedInput(node)
-        for bare in product(node, self._parameter, step.saved_input) if self.products else []:
-            step.bare, step.dtype, step.out[bare.operand] = True, bare.p.dtype, None
-            step.slots[str(bare.operand)] = bare.j
-            step.params.append((str(bare.operand), bare.p))
+        if self.products and step.name in PRODUCTS:
+            step.saved_input = SavedInput(node)
+            for bare in bare_parameters(node, self._parameter, step.saved_input):
+                step.bare, step.dtype, step.out[bare.operand] = True, bare.p.dtype, None
+                step.slots[str(bare.operand)] = bare.j
+                step.params.append((str(bare.operand), bare.p))
         return step
 
     def _resolve(self, edge: Edge) -> Edge | None:

@@ -24,6 +24,7 @@ from nnj.recording.records import Edge
 
 NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
 FORMS = {"Addmm": 1, "Mm": 0}  # y = x M: the operand that x is; M is saved as mat2
+PRODUCTS = {"Add", *NAMES}  # the nodes that may have bare parameters
 
 
 @dataclass(eq=False)
@@ -60,20 +61,29 @@ class SavedInput:
         return self.value
 
 
-def product(
+def bare_parameters(
     node: Any, wanted: Callable[[Tensor], bool], saved_x: SavedInput
 ) -> list[BareParameter]:
     """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is
     computed.
     """
     name = node_name(node)
-    if name in ("Add", "Convolution"):
-        return _bias(node, wanted) if name == "Add" else _convolution(node, wanted, saved_x)
-    if name not in FORMS or any(
-        getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")
-    ):
+    if name == "Add":
+        return _bias(node, wanted)
+    if name == "Convolution":
+        return _convolution(node, wanted, saved_x)
+    return _matrix_product(node, FORMS[name], wanted, saved_x) if name in FORMS else []
+
+
+def _matrix_product(
+    node: Any, first: int, wanted: Callable[[Tensor], bool], saved_x: SavedInput
+) -> list[BareParameter]:
+    """The bare parameters of y = x M + b, of which x is operand `first`, M the next one, and b
+    operand 0 where there is one.
+    """
+    if any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
         return []
-    shape, first = tuple(node._input_metadata[0].shape), FORMS[name]
+    shape = tuple(node._input_metadata[0].shape)
     end = _end(node.next_functions[first + 1], wanted)
     if end is None or len(shape) != 2 or not node._input_metadata[0].dtype.is_floating_point:
         return []
@@ -91,7 +101,7 @@ def product(
     if (
         end is not None
         and edge_shape(node.next_functions[0]) == shape[1:]
-        and end[0].dtype == p.dtype
+        and end.p.dtype == p.dtype
     ):
         b, _, rows = end
         found.append(BareParameter(0, b, _whole(ScaleShift(shape[1:], shape[1:], like), rows, b)))
@@ -112,7 +122,7 @@ def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
             if edge[0] is not None and len(shape) > 1 and edge_shape(edge) == shape[-1:]
             else None
         )
-        if end is None or end[0].dtype != dtype or node._saved_alpha != 1:
+        if end is None or end.p.dtype != dtype or node._saved_alpha != 1:
             continue
         p, _, rows = end
         j = ScaleShift(

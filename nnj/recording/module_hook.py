@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from typing_extensions import override
 
 from nnj.recording.records import MARK, RECORD, CallMark, Edge, edge_of, inert, note, tensors, write
 from nnj.registry.layer_rules import RuleLookup
@@ -150,6 +151,7 @@ class AfterLeafCall(AfterCall):
     A hook before the call, and one that is always called, cost time that a small network would
     feel."""
 
+    @override
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
