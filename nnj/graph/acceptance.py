@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import edge_shape, leaf_of, node_name, own_task, sum_to
+from nnj.graph.nodes import edge_shape, leaf_of, own_task, sum_to
 from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian
 from nnj.recording.records import Edge, Record
@@ -49,7 +49,7 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
         return UNRECORDED
     if record.stale:
         return Declined("what its rule reads was written over in place")
-    if node_name(node) == "MaxPool2DWithIndices" and node.next_functions[0] == record.edge:
+    if "MaxPool2DWithIndices" in node.name() and node.next_functions[0] == record.edge:
         return Declined(
             "autograd's node has saved where the largest entries are, which its rule would have to "
             "find again"

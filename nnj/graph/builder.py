@@ -12,7 +12,7 @@ from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import leaf_of, node_name
+from nnj.graph.nodes import LEAF, leaf_of, node_name
 from nnj.graph.step import Step
 from nnj.graph.traverse import topological
 from nnj.recording.records import MARK, CallMark, Edge
@@ -86,7 +86,7 @@ class Graph:
         """The step of the record on an edge if it speaks for its call, else that of the node."""
         node, number = edge
         _refuse(node.name())
-        if leaf_of(node) is None:
+        if type(node) is not LEAF:
             mark = node.metadata.get((MARK, number))
             if mark is not None:
                 self.marks.append(mark)
@@ -109,14 +109,15 @@ class Graph:
             if slot != "input" and self.wanted(parameters[slot])
         ]
         edge = None if record.edge is None else self._resolve(record.edge)
-        return Step(node, record, jacobians, [], [edge], None, dtype, params)
+        name = type(record.module).__name__
+        return Step(name, node, record, jacobians, [], [edge], None, dtype, params)
 
     def _from_node(self, node: Any) -> Step:
         """A node as a step. Bare parameters of a product belong to the step, and no columns are
         sent to them.
         """
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
-        step = Step(node, None, {}, [], out, leaf_of(node))
+        step = Step(node_name(node), node, None, {}, [], out, leaf_of(node))
         if self.products and step.name in PRODUCTS:
             step.saved_input = SavedInput(node)
             for bare in bare_parameters(node, self._parameter, step.saved_input):

@@ -39,14 +39,14 @@ def _short(name: str) -> str:
 
 
 # the node that adds a gradient to the .grad of a leaf
-_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 
 def leaf_of(node: Any) -> Tensor | None:
     """The leaf whose gradient a node accumulates; None for the node of an operation.
 
     By the type of the node: a function in Python may have an attribute `variable` of its own."""
-    return node.variable if type(node) is _LEAF else None
+    return node.variable if type(node) is LEAF else None
 
 
 def children(node: Any) -> list[Any]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from nnj.graph.matmul import SavedInput
-from nnj.graph.nodes import node_name
 from nnj.jacobians.jacobian import Jacobian
 from nnj.recording.records import Edge, Record
 
@@ -19,6 +18,7 @@ class Step:
     """A linear step: columns arrive on the edges `into` and leave on the edges `out`.
 
     Attributes:
+        name: the class of the layer, or the name of the node.
         node: that of the output. A step with a record stands for all nodes of the call.
         slots: the Jacobians of a record in its input and parameters; of a product with bare
             parameters those in them, under the numbers of the operands.
@@ -32,9 +32,9 @@ class Step:
         bare: whether it is a product with bare parameters, which usually has the samples in its
             rows, too. `bare_above`: as above.
         saved_input: x of a product with bare parameters.
-        name: the class of the layer, or the name of the node.
     """
 
+    name: str
     node: Any
     record: Record | None
     slots: dict[str, Jacobian]
@@ -48,11 +48,6 @@ class Step:
     bare: bool = False
     bare_above: bool = False
     saved_input: SavedInput | None = None
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        record = self.record
-        self.name = node_name(self.node) if record is None else type(record.module).__name__
 
 
 def describe(step: Step, paths: dict[nn.Module, str]) -> str:

@@ -5,7 +5,7 @@ where several are for the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -49,6 +49,7 @@ class Entry:
         uses: which of x and y a layer's rule reads.
         table: "layer", "loss" or "quantity".
         replace, when, reference: as `nnj.registry.hookspecs` says.
+        is_fallback: whether it speaks for every module that nobody else knows.
     """
 
     key: Any
@@ -59,11 +60,10 @@ class Entry:
     replace: bool = False
     when: Callable[[Any], bool] | None = None
     reference: Callable[..., Any] | None = None
+    is_fallback: bool = field(init=False)
 
-    @property
-    def is_fallback(self) -> bool:
-        """Whether it speaks for every module that nobody else knows."""
-        return self.key is nn.Module
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_fallback", self.key is nn.Module)
 
 
 Tables = dict[str, dict[Any, Entry]]

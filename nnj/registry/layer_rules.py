@@ -131,7 +131,6 @@ def ask_rule(
     if x.is_complex() or y.is_complex():
         # autograd's vjp is J^H u, where theirs is J^T u
         return Declined("its tensors are complex, and rules are those of real ones")
-    who = blame(entry, module, path)
     try:
         jacobians = entry.rule(
             module,
@@ -144,16 +143,13 @@ def ask_rule(
         error.args = (f"layer '{path or type(module).__name__}': {error}",)
         raise
     except Exception as error:
-        raise rule_failed(who, entry, error) from error
-    if not isinstance(jacobians, dict):
-        raise PluginError(
-            f"{who}: the rule returned {type(jacobians).__name__}, expected a dict of Jacobians"
-        )
+        raise rule_failed(blame(entry, module, path), entry, error) from error
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for slot, j in jacobians.items():
-        if slot != "input" and slot not in parameters and _computed(module, slot):
-            return Declined(f"a computed tensor stands in the place of {slot!r}")
-        _check_jacobian(who, slot, j, parameters, x, y)
+    fault = _fault(jacobians, module, parameters, x, y)
+    if isinstance(fault, Declined):
+        return fault
+    if fault is not None:
+        raise PluginError(f"{blame(entry, module, path)}: {fault}")
     known = {parameters[slot] for slot in jacobians if slot != "input"}
     unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
     if unknown:
@@ -161,29 +157,34 @@ def ask_rule(
     return Described(jacobians, parameters)
 
 
-def _computed(module: nn.Module, name: str) -> bool:
-    """Whether a module computes the tensor of that name, as pruning and the old weight norm do."""
-    return isinstance(getattr(module, name, None), Tensor)
-
-
-def _check_jacobian(
-    who: str, slot: str, j: Any, parameters: dict[str, nn.Parameter], x: Tensor, y: Tensor
-) -> None:
-    """Errors: `PluginError` if j is not a Jacobian from the slot to y."""
-    if slot != "input" and slot not in parameters:
-        raise PluginError(
-            f"{who}: the rule names {slot!r}, which is neither 'input' nor a parameter of the layer"
-        )
-    if not isinstance(j, Jacobian):
-        raise PluginError(f"{who}: {slot!r} is {type(j).__name__}, expected a nnj.Jacobian")
-    shape = tuple(x.shape[1:]) if slot == "input" else tuple(parameters[slot].shape)
-    if j.inputs != shape or j.outputs != tuple(y.shape[1:]) or j.n != y.shape[0]:
-        raise PluginError(
-            f"{who}: {slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
-            f"expected {shape} to {tuple(y.shape[1:])} for {y.shape[0]}"
-        )
-    if j.like.is_meta:  # a rule that reads neither x nor y knows no device
-        j.like = x if y.is_meta and x.is_floating_point() else y
+def _fault(
+    jacobians: Any, module: nn.Module, parameters: dict[str, nn.Parameter], x: Tensor, y: Tensor
+) -> Declined | str | None:
+    """What is wrong with the answer of a rule, if anything: it names a tensor that the module
+    computes, and is not taken; or it breaks the contract.
+    """
+    if not isinstance(jacobians, dict):
+        return f"the rule returned {type(jacobians).__name__}, expected a dict of Jacobians"
+    rows, outputs = y.shape[0], tuple(y.shape[1:])
+    for slot, j in jacobians.items():
+        if slot == "input":
+            shape = tuple(x.shape[1:])
+        elif slot in parameters:
+            shape = tuple(parameters[slot].shape)
+        elif isinstance(getattr(module, slot, None), Tensor):  # by pruning, or the old weight norm
+            return Declined(f"a computed tensor stands in the place of {slot!r}")
+        else:
+            return f"the rule names {slot!r}, which is neither 'input' nor a parameter of the layer"
+        if not isinstance(j, Jacobian):
+            return f"{slot!r} is {type(j).__name__}, expected a nnj.Jacobian"
+        if j.inputs != shape or j.outputs != outputs or j.n != rows:
+            return (
+                f"{slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
+                f"expected {shape} to {outputs} for {rows}"
+            )
+        if j.like.is_meta:  # a rule that reads neither x nor y knows no device
+            j.like = x if y.is_meta and x.is_floating_point() else y
+    return None
 
 
 def _shape_of(t: Tensor) -> Any:
