@@ -53,8 +53,8 @@ class Graph:
             ]
 
     def _wanted_steps(self) -> list[Step]:
-        """The steps that lead to what is wanted, in topological order, with what each knows of
-        those behind it.
+        """The steps that lead to what is wanted, in topological order; each is told what lies
+        behind it.
         """
         behind: dict[Step, list[Step]] = {}
 
@@ -64,14 +64,17 @@ class Graph:
 
         order = topological((self.step_at(root) for root in self.roots), children)
         for step in reversed(order):
-            leaf, later = step.leaf is not None and self.wanted(step.leaf), behind[step]
-            if leaf or step.params or not self._needed.isdisjoint(later):
-                self._needed.add(step)
+            leaf = step.leaf is not None and self.wanted(step.leaf)
+            needed = leaf or bool(step.params)
             step.batch = (bool(step.params) and not step.bare) or (
                 leaf and step.leaf is self.batched
             )
-            step.batch_above = any(c.batch or c.batch_above for c in later)
-            step.bare_above = any(c.bare or c.bare_above for c in later)
+            for later in behind[step]:
+                needed = needed or later in self._needed
+                step.batch_above = step.batch_above or later.batch or later.batch_above
+                step.bare_above = step.bare_above or later.bare or later.bare_above
+            if needed:
+                self._needed.add(step)
         return [step for step in order if step in self._needed]
 
     def step_at(self, edge: Edge) -> Step:
@@ -131,7 +134,7 @@ class Graph:
         node, nr = edge
         if node in self._aliases:
             return self._resolve(self._aliases[node])
-        if node_name(node) != "MkldnnRnnLayer":
+        if "MkldnnRnnLayer" not in node.name():
             return edge
         if node not in self._expanded:
             found = expand(node)

@@ -26,7 +26,8 @@ def topological(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> lis
             elif node not in met:
                 met.add(node)
                 stack.append((node, True))
-                stack += [(child, False) for child in children(node)]
+                for child in children(node):
+                    stack.append((child, False))
     order.reverse()
     return order
 

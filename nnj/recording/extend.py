@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
 from nnj.recording.loss_hook import LossHook
@@ -131,13 +132,16 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
             EXTENDED.discard(module)
 
 
-def first_after_call(module: nn.Module) -> None:
-    """Put our forward hook back before all others, where another one was prepended to it: what it
-    sees must be what `forward` gave.
+def register_after_ours(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Register a forward hook of (module, args, kwargs, output) before all others, but for ours
+    where it is the first: what ours sees must be what `forward` gave.
     """
     hooks: Any = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, AfterCall)]:
-        hooks.move_to_end(key, last=False)
+    first = next(iter(hooks), None)
+    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    if first is not None and isinstance(hooks[first], AfterCall):
+        hooks.move_to_end(first, last=False)
+    return handle
 
 
 def batch_axis_of(module: nn.Module) -> int:

@@ -114,8 +114,13 @@ class Record:
         """
         if self.x.stale or self.y.stale:
             return True
-        now = layer_state(self.module)
-        return len(now) != len(self.state) or any(map(_changed, self.state, now))
+        state = layer_state(self.module)
+        if len(state) != len(self.state):
+            return True
+        for before, now in zip(self.state, state, strict=True):
+            if before is not now and _changed(before, now):
+                return True
+        return False
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))

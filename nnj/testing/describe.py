@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
-from nnj.recording.extend import first_after_call, temporarily_extended
+from nnj.recording.extend import register_after_ours, temporarily_extended
 from nnj.recording.module_hook import is_leaf_layer
 from nnj.recording.records import Record, tensors
 from nnj.registry.claim import Entry
@@ -41,7 +41,7 @@ class Line:
     note: str = ""
 
 
-Answer = Accepted | Declined | NNJError | None
+Answer = Accepted | Declined | NNJError | None  # the error of a rule that refuses the call
 
 
 @dataclass(eq=False)
@@ -49,22 +49,23 @@ class _Call:
     """One call of a module.
 
     Attributes:
-        around: the calls inside of which it was made.
+        around: the calls inside of which it was made, outermost first.
+        paths: the names of all modules.
         x, y: what it took and gave: one tensor, or a list of tensors.
         node, number: that of autograd which made y, and which of its outputs y is.
     """
 
     module: nn.Module
     around: list[_Call]
+    paths: dict[nn.Module, str]
     x: Any = None
     y: Any = None
     node: Any = None
     number: int = 0
 
-    def answer(self, paths: dict[nn.Module, str]) -> Answer:
-        """Who speaks for the call, or the error of a rule that refuses it; None if nothing is
-        differentiated.
-        """
+    @functools.cached_property
+    def answer(self) -> Answer:
+        """Who speaks for the call; None if nothing is differentiated."""
         if not isinstance(self.y, Tensor):
             return Declined("it takes or gives several tensors")
         record = None if self.node is None else Record.of(self.node, self.number)
@@ -74,14 +75,15 @@ class _Call:
         if record is not None and not own:
             return Declined("its output is that of a layer around it, for which autograd speaks")
         try:
-            return accept(self.node, self.number, paths)
+            return accept(self.node, self.number, self.paths)
         except NNJError as error:
             return error
 
-    def speaker(self, paths: dict[nn.Module, str]) -> nn.Module | None:
+    @property
+    def outer(self) -> nn.Module | None:
         """A module around this one whose rule speaks for all that was computed inside of it."""
         for call in self.around:
-            if isinstance(call.answer(paths), Accepted):
+            if isinstance(call.answer, Accepted):
                 return call.module
         return None
 
@@ -124,9 +126,9 @@ def lines(model: nn.Module, x: Any = None) -> list[Line]:
     Errors: what the model raises; `PluginError` for a rule that is broken.
     """
     paths = {module: path for path, module in model.named_modules()}
-    calls = None if x is None else _calls(model, x)
+    calls = None if x is None else _calls(model, x, paths)
     return [
-        _line(path, module, None if calls is None else calls.get(module, []), paths)
+        _line(path, module, None if calls is None else calls.get(module, []))
         for module, path in paths.items()
     ]
 
@@ -142,13 +144,13 @@ def call_with(model: Callable[..., Any], x: Any) -> Any:
     )
 
 
-def _calls(model: nn.Module, x: Any) -> dict[nn.Module, list[_Call]]:
+def _calls(model: nn.Module, x: Any, paths: dict[nn.Module, str]) -> dict[nn.Module, list[_Call]]:
     """The calls of all modules in one forward pass."""
     found: dict[nn.Module, list[_Call]] = {}
     running: list[_Call] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        running.append(_Call(module, list(running)))
+        running.append(_Call(module, list(running), paths))
 
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         call, given = running.pop(), [*args, *kwargs.values()]
@@ -163,8 +165,7 @@ def _calls(model: nn.Module, x: Any) -> dict[nn.Module, list[_Call]]:
         for m in model.modules():
             if not isinstance(m, torch.jit.ScriptModule):
                 handles.append(m.register_forward_pre_hook(begin, prepend=True))
-                handles.append(m.register_forward_hook(end, with_kwargs=True, prepend=True))
-                first_after_call(m)
+                handles.append(register_after_ours(m, end))
         try:
             call_with(model, x)
         finally:
@@ -173,9 +174,7 @@ def _calls(model: nn.Module, x: Any) -> dict[nn.Module, list[_Call]]:
     return found
 
 
-def _line(
-    path: str, module: nn.Module, calls: list[_Call] | None, paths: dict[nn.Module, str]
-) -> Line:
+def _line(path: str, module: nn.Module, calls: list[_Call] | None) -> Line:
     kind = type(module).__name__
     if is_loss(module):
         return Line(path, kind, "loss", "", "")
@@ -184,16 +183,14 @@ def _line(
     if type(module).forward is nn.Module.forward:
         return Line(path, kind, "", "", "container")
     if calls:
-        speakers = {call: call.speaker(paths) for call in calls}
-        outer = speakers[calls[0]]
-        calls = [call for call in calls if speakers[call] is None]
-        if outer is not None and not calls:
-            name = paths[outer] or type(outer).__name__
+        first, calls = calls[0], [call for call in calls if call.outer is None]
+        if first.outer is not None and not calls:
+            name = first.paths[first.outer] or type(first.outer).__name__
             return Line(path, kind, "", "", f"inside of '{name}', whose rule speaks for it")
     entry = find_rule(module)
     if entry is None or (entry.is_fallback and not is_leaf_layer(module)):
         return Line(path, kind, AUTOGRAD, "", _by_autograd(module, calls))
-    answers = None if calls is None else [call.answer(paths) for call in calls]
+    answers = None if calls is None else [call.answer for call in calls]
     return _by_rule(path, kind, entry, answers)
 
 

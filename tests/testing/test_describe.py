@@ -177,6 +177,14 @@ def test_a_hook_of_another_and_a_frozen_layer():
     assert found["1"] == ("linear", "nnj-linear", "")
     layer.register_forward_pre_hook(lambda m, x: (x[0].sin(),))
     assert table(nnj.extend(model), torch.randn(3, 2))["1"] == ("linear", "nnj-linear", "")
+    # a hook before ours hides what forward gave
+    layer.register_forward_hook(lambda m, x, y: 3 * y, prepend=True)
+    before = list(layer._forward_hooks)
+    assert table(model, torch.randn(3, 2))["1"][::2] == (
+        "autograd",
+        "declined: a hook, or the shapes of its input and output, hide what its rows are",
+    )
+    assert list(layer._forward_hooks) == before
 
 
 def test_text():
