@@ -6,7 +6,7 @@ from nnj.collecting.collect import collect
 from nnj.collecting.fit import fit
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.quantity import Quantity
-from nnj.errors import NNJError, PluginError, UnsupportedLayer
+from nnj.errors import NNJError, PluginError
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
 from nnj.jacobians.sums import SquareSum
@@ -18,7 +18,7 @@ from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHe
 from nnj.products.jacobian_products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
 from nnj.products.methods import AbstractJacobian
 from nnj.recording.extend import extend, retract
-from nnj.registry.hookspecs import hookimpl
+from nnj.registry.hookspecs import RegisterLayer, RegisterLoss, RegisterQuantity, hookimpl
 from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, reference_of_loss
 from nnj.registry.manager import PluginManager
 
@@ -54,6 +54,9 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "PermutedJacobian",
     "PluginManager",
     "Quantity",
+    "RegisterLayer",
+    "RegisterLoss",
+    "RegisterQuantity",
     "ScaleShift",
     "SoftmaxHessian",
     "SquareSum",
@@ -66,5 +69,4 @@ __all__ = [  # noqa: RUF022 (in three groups)
     # Errors.
     "NNJError",
     "PluginError",
-    "UnsupportedLayer",
 ]

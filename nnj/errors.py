@@ -1,5 +1,5 @@
-"""The errors of nnj. Each message says what (subject), what is the matter (fact) and what to do
-(remedy).
+"""The errors of nnj. Each message has a subject, a fact and a remedy: what fails, why, and what to
+do.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ class PluginError(NNJError):
     """
 
 
-class UnsupportedLayer(NNJError, NotImplementedError):
-    """No installed plugin knows this layer."""
-
-
 class Indefinite(NNJError):
     """The Hessian of a loss is not positive semi-definite."""
 
 
 def complex_parameter(subject: str) -> NNJError:
-    """Of a parameter in which derivatives are asked for: what models do with it is mostly not
-    holomorphic.
+    """The error for a complex parameter in which derivatives are asked for: most models are not
+    holomorphic in it.
     """
     return NNJError(
         f"{subject} is complex, but Jacobians and curvature are those in real parameters. Hold its "
@@ -39,7 +35,7 @@ class Coupled(NNJError):
 
     @classmethod
     def at(cls, who: str) -> Coupled:
-        """With the sentence that says where it was seen."""
+        """The error for rows that were seen to mix at `who`."""
         return cls(
             f"samples influence one another (seen at {who}): the GGN is then not a sum over "
             "samples. If the samples are not in axis 0 of the model's input, say so with "

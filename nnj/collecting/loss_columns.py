@@ -18,7 +18,7 @@ from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection
 from nnj.recording.records import Edge, LossCall
-from nnj.registry.claim import at_work
+from nnj.registry.blame import at_work
 from nnj.registry.layer_rules import describes
 from nnj.registry.loss_rules import FunctionLoss
 from nnj.registry.manager import manager
@@ -88,7 +88,7 @@ class LossColumns:
         module = self.call.module
         entry = manager().find("loss", type(module))
         args, kwargs = self.call.arguments(self.outputs)
-        if entry is None or entry.key is torch.nn.Module or not describes(entry, module):
+        if entry is None or entry.is_fallback or not describes(entry, module):
             return None
         if (
             len(self.outputs) > 1

@@ -50,9 +50,9 @@ def contribute(
     """
     columns = LossColumns(call, scale) if columns is None else columns
     roots = extended_roots()
-    paths = {id(m): name for root in roots for name, m in root.named_modules()}
+    paths = {m: name for root in roots for name, m in root.named_modules()}
     targets = [Target(c, roots) for c in collections]
-    check_arguments(call, node, {key for target in targets for key in target.params})
+    check_arguments(call, node, {p for target in targets for p in target.params.values()})
     if not call.edges:
         return {id(t.collection): Contribution(frozenset(), 0) for t in targets}
     executed: dict[int, bool] = {}
@@ -210,7 +210,7 @@ class Target:
         self.pending: dict[int, dict[int, Factor]] = {}
         self.in_all: dict[str, int] = {}  # how many columns of each source there will be
 
-    def check(self, reached: set[int], paths: dict[int, str]) -> None:
+    def check(self, reached: set[int], paths: dict[nn.Module, str]) -> None:
         """Errors: `NNJError` for what cannot be collected at the parameters that a sweep will
         reach.
         """
@@ -226,12 +226,12 @@ class Target:
                 if any(p.is_complex() and id(p) in reached for p in self.own[id(m)])
             )
             raise complex_parameter(
-                f"{squared[0]}: a parameter of '{paths.get(id(where), '') or type(where).__name__}'"
+                f"{squared[0]}: a parameter of '{paths.get(where, '') or type(where).__name__}'"
             )
         for quantity in self.blocks.values():
             for m in self.modules:
                 if any(id(p) in reached for p in self.own[id(m)]):
-                    quantity.check(m, self.own[id(m)], paths.get(id(m), ""))
+                    quantity.check(m, self.own[id(m)], paths.get(m, ""))
 
     def take(
         self,

@@ -1,104 +1,75 @@
-"""Whether a record says all that autograd says of one call: the fallback assumes what only the
-graph of the call can confirm.
-"""
+"""Who speaks for a call: its record, with the rule of a plugin, or autograd's own nodes.
+
+The graph of a backward pass and `python -m nnj` both ask `accept`, so that one says what the other
+does."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import own_task, sum_to
+from nnj.graph.nodes import edge_shape, leaf_of, own_task, sum_to
+from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian
-from nnj.recording.records import Record
+from nnj.recording.records import Edge, Record
+from nnj.registry.layer_rules import Declined, ask_rule
+
+LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
+UNRECORDED = Declined("a hook, or the shapes of its input and output, hide what its rows are")
 
 
-def confirmed(node: Any, record: Record, slots: dict[str, Jacobian], y: Tensor) -> bool:
-    """Whether every path through the call ends at its input or its own parameters, and one random
-    vjp is autograd's own.
+class Accepted(NamedTuple):
+    """A record that speaks for its call.
 
-    Samples that influence one another, tensors of other layers and hooks on gradients are seen in
-    this."""
-    ends = _inside(node, record)
-    if ends is None:
-        return False
-    seed = torch.Generator().manual_seed(0x6E6E6A)
-    u = torch.rand(y.shape, generator=seed).to(y.device, y.dtype) + 0.5
-    try:
-        expected = own_task(lambda: _backward(node, record, ends, u))
-        named = dict(record.module.named_parameters(remove_duplicate=False))
-        for slot, j in slots.items():
-            key = record.edge if slot == "input" else id(named[slot])
-            if (slot != "input" and not named[slot].requires_grad) or key is None:
-                continue
-            found = j.vjp(u[None])[0] if slot == "input" else j.vjp(u[None])[0].sum(0)
-            theirs = expected.get(key, torch.zeros_like(found))
-            tolerance = torch.finfo(y.dtype).eps ** 0.5 * (theirs.abs().max() + found.abs().max())
-            if found.shape != theirs.shape or bool(((found - theirs).abs() > tolerance).any()):
-                return False
-    except RuntimeError:
-        return False
-    return True
-
-
-def _inside(node: Any, record: Record) -> list[Any] | None:
-    """The nodes of the call in topological order, or None if a path leaves it elsewhere than at x
-    and its parameters.
+    Attributes:
+        jacobians: of the output in the input and each parameter, computed in `dtype`.
+        parameters: those of the module, by name.
     """
-    own = {id(p) for p in record.module.parameters()}
-    order: list[Any] = []
-    done: set[Any] = set()
-    stack = [(node, False)]
-    while stack:
-        n, leaving = stack.pop()
-        if leaving:
-            order.append(n)
-            continue
-        if n in done:
-            continue
-        done.add(n)
-        if hasattr(n, "variable"):
-            if id(n.variable) not in own:
-                return None
-            continue
-        stack.append((n, True))
-        for child in n.next_functions:
-            if child[0] is not None and child != record.edge:
-                stack.append((child[0], False))
-        if len(done) > 10_000:
-            return None
-    return order[::-1]
+
+    record: Record
+    jacobians: dict[str, Jacobian]
+    parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
 
 
-def _backward(node: Any, record: Record, order: list[Any], u: Tensor) -> dict[Any, Tensor]:
-    """Autograd's own vjp of the call, by the edge of x and by the ids of parameters."""
-    values: dict[Any, Tensor] = {(node, 0): u}
-    found: dict[Any, Tensor] = {}
-    for n in order:
-        args = [values.pop((n, nr), None) for nr in range(len(n._input_metadata))]
-        if all(a is None for a in args):
-            continue
-        columns = [None if a is None else a[None] for a in args]
-        for edge, back in zip(n.next_functions, call_node(n, columns, 1), strict=False):
-            if back is None or edge[0] is None:
-                continue
-            shape = tuple(edge[0]._input_metadata[edge[1]].shape)
-            t = sum_to(back, shape, 1)[0]
-            inner = hasattr(edge[0], "variable") and edge != record.edge
-            into, key = (
-                (found, id(edge[0].variable))
-                if inner
-                else (found, edge)
-                if edge == record.edge
-                else (values, edge)
-            )
-            into[key] = into[key] + t if key in into else t
-    return found
+def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | Declined:
+    """The record at output `number` of a node, or why autograd's nodes speak for that output.
+
+    Args:
+        paths: the names of modules, for errors.
+
+    Errors: `PluginError` if the rule is broken, `NNJError` if it refuses the call.
+    """
+    record = Record.of(node, number)
+    if record is None:
+        return UNRECORDED
+    if record.stale:
+        return Declined("what its rule reads was written over in place")
+    if "MaxPool2DWithIndices" in node.name() and node.next_functions[0] == record.edge:
+        return Declined(
+            "autograd's node has saved where the largest entries are, which its rule would have to "
+            "find again"
+        )
+    point = _working_point(record)
+    if point is None:
+        return Declined("its parameters are narrower than its tensors")
+    x, y = point
+    said = ask_rule(record.entry, record.module, x, y, paths.get(record.module, ""))
+    if isinstance(said, Declined):
+        return said
+    if record.edge is not None and "input" not in said.jacobians:
+        return Declined("its rule does not know its input")
+    accepted = Accepted(record, said.jacobians, said.parameters, y.dtype)
+    if record.entry.is_fallback and not _confirmed(node, accepted, y):
+        return Declined("for each sample alone it is not what autograd says")
+    return accepted
 
 
-def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
+def _working_point(record: Record) -> tuple[Tensor, Tensor] | None:
     """x and y of a call in one dtype; where autocast has mixed precisions, the widest. None if
     parameters are narrower.
     """
@@ -110,3 +81,85 @@ def working_point(record: Record) -> tuple[Tensor, Tensor] | None:
     if own - {dtype}:
         return None
     return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
+
+
+# -- the fallback, which assumes what only the graph of a call can confirm -------------------------
+
+
+def _confirmed(node: Any, accepted: Accepted, y: Tensor) -> bool:
+    """Whether every path through the call ends at its input or its own parameters, and one random
+    vjp is autograd's own.
+
+    This sees samples that influence one another, tensors of other layers and hooks on gradients."""
+    record, parameters = accepted.record, accepted.parameters
+    nodes = _nodes_of_call(node, record)
+    if nodes is None:
+        return False
+    seed = torch.Generator().manual_seed(0x6E6E6A)
+    u = torch.rand(y.shape, generator=seed).to(y.device, y.dtype) + 0.5
+    eps: float = torch.finfo(y.dtype).eps
+    try:
+        at_input, at_leaves = own_task(lambda: _autograd_vjp(node, record, nodes, u))
+        for slot, j in accepted.jacobians.items():
+            if slot == "input":
+                if record.edge is not None and not _same(j.vjp(u[None])[0], at_input, eps):
+                    return False
+            elif (p := parameters[slot]).requires_grad:
+                if not _same(j.vjp(u[None])[0].sum(0), at_leaves.get(p), eps):
+                    return False
+    except RuntimeError:
+        return False
+    return True
+
+
+def _same(found: Tensor, expected: Tensor | None, eps: float) -> bool:
+    """Whether two gradients agree but for rounding; None is zero."""
+    if expected is None:
+        expected = torch.zeros_like(found)
+    tolerance = eps**0.5 * (expected.abs().max() + found.abs().max())
+    return found.shape == expected.shape and not bool(((found - expected).abs() > tolerance).any())
+
+
+def _nodes_of_call(node: Any, record: Record) -> list[Any] | None:
+    """The nodes of a call in topological order, without leaves; None if a path ends elsewhere than
+    at x and the module's parameters, or there are too many.
+    """
+    own = set(record.module.parameters())
+
+    def inside(n: Any) -> list[Any]:
+        return [edge[0] for edge in n.next_functions if edge[0] is not None and edge != record.edge]
+
+    met = 0
+    for n in islice(reachable([node], inside), LARGEST_CALL + 1):
+        leaf, met = leaf_of(n), met + 1
+        if leaf is not None and leaf not in own:
+            return None
+    if met > LARGEST_CALL:
+        return None
+    return [n for n in topological([node], inside) if leaf_of(n) is None]
+
+
+def _autograd_vjp(
+    node: Any, record: Record, order: list[Any], u: Tensor
+) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
+    """Autograd's own vjp of a call with u: at x, and at the leaves."""
+    values: dict[Edge, Tensor] = {(node, 0): u}
+    # apart from the values: another output of the same node may be inside of the call
+    at_input: Tensor | None = None
+    at_leaves: dict[Tensor, Tensor] = {}
+    for n in order:
+        args = [values.pop((n, nr), None) for nr in range(len(n._input_metadata))]
+        if all(a is None for a in args):
+            continue
+        columns = [None if a is None else a[None] for a in args]
+        for edge, back in zip(n.next_functions, call_node(n, columns, 1), strict=False):
+            if back is None or edge[0] is None:
+                continue
+            t = sum_to(back, edge_shape(edge), 1)[0]
+            if edge == record.edge:
+                at_input = t if at_input is None else at_input + t
+            elif (leaf := leaf_of(edge[0])) is not None:
+                at_leaves[leaf] = at_leaves[leaf] + t if leaf in at_leaves else t
+            else:
+                values[edge] = values[edge] + t if edge in values else t
+    return at_input, at_leaves

@@ -1,5 +1,5 @@
-"""O = softmax(s Q K^T + mask) V, backwards on many columns at once, which the fused kernels cannot
-do.
+"""O = softmax(s Q K^T + mask) V: u J for many columns u at once, which the fused kernels of torch
+cannot do, and (J o J')^T m.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnj.graph.nodes import children
+from nnj.graph.op_names import ATTENTION
+
+_SAVED = (
+    "_saved_query",
+    "_saved_key",
+    "_saved_value",
+    "_saved_is_causal",
+    "_saved_scale",
+    "_saved_dropout_p",
+)
+
 
 def fused_attention(node: Any) -> bool:
     """Whether a node is torch's fused attention in a form that `attention_backward` computes."""
-    if "ScaledDotProduct" not in node.name():
+    if ATTENTION not in node.name():
         return False
-    names = (
-        "_saved_query",
-        "_saved_key",
-        "_saved_value",
-        "_saved_is_causal",
-        "_saved_scale",
-        "_saved_dropout_p",
-    )
-    # a checkpoint unpacks a tensor once
-    if not all(hasattr(type(node), name) for name in names) or node._saved_dropout_p:
+    # of the type: to ask the node unpacks the tensor, which a checkpoint allows once
+    kind = type(node)
+    if not all(hasattr(kind, name) for name in _SAVED) or node._saved_dropout_p:
         return False
-    if (
-        hasattr(type(node), "_saved_attn_bias")
-        or len([n for n, _ in node.next_functions if n is not None]) > 3
-    ):
-        return False
-    return True
+    return not hasattr(kind, "_saved_attn_bias") and len(children(node)) <= 3
 
 
 def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
@@ -57,7 +57,7 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
 
 
 def _probabilities(node: Any, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """P of (N, H, T, S), and s."""
+    """P of (N, H, T, S), and the scale s."""
     scale = node._saved_scale
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q @ k.mT) * scale
@@ -67,7 +67,7 @@ def _probabilities(node: Any, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
     if node._saved_is_causal:
         below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~below, -math.inf)
-    return scores.softmax(-1).nan_to_num(0.0), scale  # a row that is masked altogether gives zero
+    return scores.softmax(-1).nan_to_num(0.0), scale  # a row that is masked as a whole gives zero
 
 
 def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] | None:

@@ -1,6 +1,4 @@
-"""Autograd's graph as the sweep sees it: steps (records and raw nodes) and their edges, in
-topological order.
-"""
+"""Autograd's graph as linear steps, records and nodes, with their edges, in topological order."""
 
 from __future__ import annotations
 
@@ -11,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
-from nnj.graph.acceptance import confirmed, working_point
+from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
-from nnj.graph.matmul import SavedInput, product
-from nnj.graph.nodes import node_name
+from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
+from nnj.graph.nodes import LEAF, leaf_of, node_name
 from nnj.graph.step import Step
-from nnj.recording.records import MARK, CallMark, Edge, Record
-from nnj.registry.layer_rules import apply_rule
+from nnj.graph.traverse import topological
+from nnj.recording.records import MARK, CallMark, Edge
 
 
 class Graph:
-    """The units between the outputs of a loss and the wanted parameters, in topological order.
+    """The steps between the outputs of a loss and the wanted parameters, in topological order.
 
     Args:
         roots: the edges of the outputs.
@@ -35,76 +33,100 @@ class Graph:
         self,
         roots: list[Edge],
         wanted: Callable[[Tensor], bool],
-        paths: dict[int, str],
+        paths: dict[nn.Module, str],
         batched: Tensor | None = None,
         products: bool = True,
     ):
-        self.roots, self.wanted, self.paths, self.batched, self.products = (
-            roots,
-            wanted,
-            paths,
-            batched,
-            products,
-        )
-        self.marks: list[CallMark] = []
-        self._steps: dict[Any, Step] = {}
-        self._needed: dict[Step, bool] = {}
-        # nodes that stand for many, and the edges of their outputs
+        self.roots, self.wanted, self.paths = roots, wanted, paths
+        self.batched, self.products = batched, products
+        self.marks: list[CallMark] = []  # of the outermost calls that were met
+        self._steps: dict[Edge, Step] = {}
+        self._raw: dict[Any, Step] = {}  # steps of nodes, which may have several outputs
+        self._needed: set[Step] = set()  # those that lead to what is wanted
+        # nodes that stand for many: the edges of their outputs, and where their inputs lead
         self._expanded: dict[Any, list[Edge | None] | None] = {}
         self._aliases: dict[Any, Edge] = {}
-        order = self._visit(roots)
-        self.steps = [step for step in order if self._needed[step]]
+        self.steps = self._wanted_steps()
         for step in self.steps:
             step.out = [
-                e if e is not None and self._needed[self.step_at(e)] else None for e in step.out
+                e if e is not None and self.step_at(e) in self._needed else None for e in step.out
             ]
 
+    def _wanted_steps(self) -> list[Step]:
+        """The steps that lead to what is wanted, in topological order; each is told what lies
+        behind it.
+        """
+        behind: dict[Step, list[Step]] = {}
+
+        def children(step: Step) -> list[Step]:
+            found = behind[step] = [self.step_at(e) for e in step.out if e is not None]
+            return found
+
+        order = topological((self.step_at(root) for root in self.roots), children)
+        for step in reversed(order):
+            leaf = step.leaf is not None and self.wanted(step.leaf)
+            needed = leaf or bool(step.params)
+            step.batch = (bool(step.params) and not step.bare) or (
+                leaf and step.leaf is self.batched
+            )
+            for later in behind[step]:
+                needed = needed or later in self._needed
+                step.batch_above = step.batch_above or later.batch or later.batch_above
+                step.bare_above = step.bare_above or later.bare or later.bare_above
+            if needed:
+                self._needed.add(step)
+        return [step for step in order if step in self._needed]
+
     def step_at(self, edge: Edge) -> Step:
-        node, nr = edge
-        if "CompiledFunction" in node.name():
-            raise NNJError(
-                "the model runs under torch.compile, which leaves no calls of layers in the graph. "
-                "Collect with the model that was given to torch.compile (model._orig_mod)"
-            )
-        if "CheckpointFunctionBackward" in node.name():
-            raise NNJError(
-                "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
-                "pass of its own and adds to .grad. Use use_reentrant=False"
-            )
-        if edge in self._steps:
-            return self._steps[edge]
-        if node in self._steps:
-            step = self._steps[node]
-        else:
-            record = None
-            if not hasattr(node, "variable"):
-                found = node.metadata
-                mark = found.get((MARK, nr))
-                if mark is not None:
-                    self.marks.append(mark)
-                record = Record.of(node, nr)
-            made = self._from_record(node, record) if record is not None else None
-            if made is not None:
-                self._steps[edge] = made
-                made.into.append(edge)
-                return made
-            step = self._from_node(node)
-            self._steps[node] = step
-        self._steps[edge] = step
-        step.into.append(edge)
+        """The step whose result is on an edge; it is made when it is asked for the first time."""
+        step = self._steps.get(edge)
+        if step is None:
+            step = self._steps[edge] = self._raw.get(edge[0]) or self._made(edge)
+            step.into.append(edge)
         return step
 
+    def _made(self, edge: Edge) -> Step:
+        """The step of the record on an edge if it speaks for its call, else that of the node."""
+        node, number = edge
+        _refuse(node.name())
+        if type(node) is not LEAF:
+            mark = node.metadata.get((MARK, number))
+            if mark is not None:
+                self.marks.append(mark)
+            said = accept(node, number, self.paths)
+            if isinstance(said, Accepted):
+                return self._from_record(node, said)
+        step = self._raw[node] = self._from_node(node)
+        return step
+
+    def _from_record(self, node: Any, said: Accepted) -> Step:
+        """A record as a step, from the edge of its output straight to the edge of its input."""
+        record, jacobians, parameters, dtype = said
+        for j in jacobians.values():
+            # the rule reads neither x nor y: only the node knows where they were
+            if j.like.device.type == "meta":
+                j.like = torch.empty(j.n, 0, dtype=dtype, device=node._input_metadata[0].device)
+        params = [
+            (slot, parameters[slot])
+            for slot in jacobians
+            if slot != "input" and self.wanted(parameters[slot])
+        ]
+        edge = None if record.edge is None else self._resolve(record.edge)
+        name = type(record.module).__name__
+        return Step(name, node, record, jacobians, [], [edge], None, dtype, params)
+
     def _from_node(self, node: Any) -> Step:
-        """A raw node as a unit; the bare parameters of a product are its own, and no columns go
-        there.
+        """A node as a step. Bare parameters of a product belong to the step, and no columns are
+        sent to them.
         """
         out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
-        step = Step(node, None, {}, [], out, node.variable if hasattr(node, "variable") else None)
-        step.held = SavedInput(node)
-        for bare in product(node, self._parameter, step.held) if self.products else []:
-            step.bare, step.dtype, step.out[bare.operand] = True, bare.p.dtype, None
-            step.slots[str(bare.operand)] = bare.j
-            step.params.append((str(bare.operand), bare.p))
+        step = Step(node_name(node), node, None, {}, [], out, leaf_of(node))
+        if self.products and step.name in PRODUCTS:
+            step.saved_input = SavedInput(node)
+            for bare in bare_parameters(node, self._parameter, step.saved_input):
+                step.bare, step.dtype, step.out[bare.operand] = True, bare.p.dtype, None
+                step.slots[str(bare.operand)] = bare.j
+                step.params.append((str(bare.operand), bare.p))
         return step
 
     def _resolve(self, edge: Edge) -> Edge | None:
@@ -112,7 +134,7 @@ class Graph:
         node, nr = edge
         if node in self._aliases:
             return self._resolve(self._aliases[node])
-        if node_name(node) != "MkldnnRnnLayer":
+        if "MkldnnRnnLayer" not in node.name():
             return edge
         if node not in self._expanded:
             found = expand(node)
@@ -122,58 +144,19 @@ class Graph:
         return edge if edges is None else edges[nr]
 
     def _parameter(self, leaf: Tensor) -> bool:
+        """Whether a leaf is a wanted parameter, and not the input."""
         return leaf is not self.batched and self.wanted(leaf)
 
-    def _from_record(self, node: Any, record: Record) -> Step | None:
-        """A record as a unit, if its rule still describes the call."""
-        if record.stale:
-            return None
-        if node_name(node) == "MaxPool2DWithIndices" and node.next_functions[0] == record.edge:
-            # the node has saved where the largest entries are, which a rule would have to find
-            # again
-            return None
-        point = working_point(record)
-        if point is None:
-            return None
-        x, y = point
-        slots = apply_rule(record.entry, record.module, x, y, self.paths.get(id(record.module), ""))
-        if slots is None or (record.edge is not None and "input" not in slots):
-            return None
-        if record.entry.key is nn.Module and not confirmed(node, record, slots, y):
-            return None
-        for j in slots.values():
-            # the rule reads neither x nor y: only the node knows where they were
-            if j.like.device.type == "meta":
-                j.like = torch.empty(j.n, 0, dtype=y.dtype, device=node._input_metadata[0].device)
-        own = dict(record.module.named_parameters(remove_duplicate=False))
-        params = [(slot, own[slot]) for slot in slots if slot != "input" and self.wanted(own[slot])]
-        edge = None if record.edge is None else self._resolve(record.edge)
-        return Step(node, record, slots, [], [edge], None, y.dtype, params)
 
-    def _visit(self, roots: list[Edge]) -> list[Step]:
-        """Units in topological order (reversed postorder of a depth-first walk), with what each of
-        them leads to.
-        """
-        order: list[Step] = []
-        done: set[Step] = set()
-        for root in roots:
-            stack: list[tuple[Step, bool]] = [(self.step_at(root), False)]
-            while stack:
-                step, leaving = stack.pop()
-                if leaving:
-                    children = [self.step_at(e) for e in step.out if e is not None]
-                    leaf = step.leaf is not None and self.wanted(step.leaf)
-                    self._needed[step] = (
-                        leaf or bool(step.params) or any(self._needed[c] for c in children)
-                    )
-                    step.batch = (bool(step.params) and not step.bare) or (
-                        leaf and step.leaf is self.batched
-                    )
-                    step.batch_above = any(c.batch or c.batch_above for c in children)
-                    step.bare_above = any(c.bare or c.bare_above for c in children)
-                    order.append(step)
-                elif step not in done:
-                    done.add(step)
-                    stack.append((step, True))
-                    stack += [(self.step_at(e), False) for e in step.out if e is not None]
-        return order[::-1]
+def _refuse(name: str) -> None:
+    """Errors: `NNJError` for nodes in which the layers of a model cannot be told apart."""
+    if "CompiledFunction" in name:
+        raise NNJError(
+            "the model runs under torch.compile, which leaves no calls of layers in the graph. "
+            "Collect with the model that was given to torch.compile (model._orig_mod)"
+        )
+    if "CheckpointFunctionBackward" in name:
+        raise NNJError(
+            "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
+            "pass of its own and adds to .grad. Use use_reentrant=False"
+        )

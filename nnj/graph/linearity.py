@@ -1,27 +1,20 @@
-"""Between the value of a loss and the scalar on which backward was called: only what is linear in
-the loss keeps its Hessian.
+"""Checks that the scalar on which backward was called is linear in each loss: only then its Hessian
+is that of the losses.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.graph.nodes import node_name
+from nnj.graph.nodes import children, leaf_of, node_name
+from nnj.graph.op_names import BILINEAR, LINEAR
+from nnj.graph.traverse import reachable, topological
 from nnj.recording.records import MARK, RECORD, LossCall
-
-_LINEAR = set(
-    """
-    Add Sub Rsub Neg Sum Nansum Mean Select Slice Index IndexSelect Gather Stack Cat Split
-    Unbind View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Clone Alias ToCopy Permute
-    Transpose T MaskedFill Where Max Min Amax Amin Repeat CopySlices AsStrided
-    """.split()
-)
-_BILINEAR = {"Mul", "Dot", "Mv", "Mm", "Bmm", "Addcmul"}
 
 
 def backward_roots() -> list[Any]:
@@ -43,39 +36,28 @@ def backward_roots() -> list[Any]:
 
 def check_linear(call: LossCall, loss: Any) -> None:
     """Errors: `NNJError` if the scalar is not linear in the loss, whose node is `loss`."""
-    stop = {node for node, _ in call.edges}
-    leads: dict[Any, bool] = {}
-    stack = [(node, False) for node in backward_roots()]
-    while stack:
-        node, leaving = stack.pop()
-        if leaving:
-            below = [n for n, _ in node.next_functions if n is not None and leads.get(n)]
-            leads[node] = bool(below)
-            if below:
-                _check(node, below, call)
-        elif node not in leads:
-            leads[node] = node is loss
-            if node is not loss and node not in stop:
-                stack.append((node, True))
-                stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    stop = {node for node, _ in call.edges} | {loss}
+    above = lambda node: [] if node in stop else children(node)
+    leads = {loss}  # the nodes that lead to the loss
+    for node in reversed(topological(backward_roots(), above)):
+        operands = [child for child in above(node) if child in leads]
+        if operands:
+            leads.add(node)
+            _check(node, operands, call)
 
 
-def _check(node: Any, below: list[Any], call: LossCall) -> None:
+def _check(node: Any, operands: list[Any], call: LossCall) -> None:
+    """Errors: `NNJError` if a node is not linear in the operands that lead to the loss."""
     name = node_name(node)
-    children = [n for n, _ in node.next_functions]
-    if name in _LINEAR:
+    if name in LINEAR:
         return
-    if (
-        name == "Div"
-        and children[0] in below
-        and (len(children) < 2 or not _of_a_model([children[1]], call))
-    ):
-        return
-    if (
-        name in _BILINEAR
-        and not _of_a_model([n for n in children if n is not None and n not in below], call)
-        and len([n for n in children if n in below]) == 1
-    ):
+    if name == "Div":  # numerator and denominator
+        fine = node.next_functions[0][0] in operands
+        others = [n for n, _ in node.next_functions[1:] if n is not None]
+    else:
+        fine = name in BILINEAR and len(operands) == 1
+        others = [n for n in children(node) if n not in operands]
+    if fine and not _of_a_model(others, call):
         return
     raise NNJError(
         f"{call.name}: the scalar is not linear in this loss (autograd's {name} comes after it), "
@@ -87,42 +69,28 @@ def _check(node: Any, below: list[Any], call: LossCall) -> None:
 def _of_a_model(nodes: Iterable[Any], call: LossCall) -> bool:
     """Whether a factor comes from an output of a model."""
     ends = {node for node, _ in call.edges}
-    seen: set[Any] = set()
-    stack = [n for n in nodes if n is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        keys = (
-            []
-            if hasattr(node, "variable")
-            else [key for key in node.metadata if isinstance(key, tuple)]
-        )
-        marked = any(key[0] in (RECORD, MARK) for key in keys)
-        if node in ends or marked:
-            return True
-        stack += [n for n, _ in node.next_functions if n is not None]
-    return False
+    return any(node in ends or _recorded(node) for node in reachable(nodes, children))
 
 
-def check_arguments(call: LossCall, loss: Any, params: set[int]) -> None:
+def _recorded(node: Any) -> bool:
+    """Whether the output of an extended module is the result of a node."""
+    if leaf_of(node) is not None:
+        return False
+    return any(isinstance(key, tuple) and key[0] in (RECORD, MARK) for key in node.metadata)
+
+
+def check_arguments(call: LossCall, loss: Any, params: Container[Tensor]) -> None:
     """Errors: `NNJError` if the loss depends on parameters of a model otherwise than through its
     arguments.
     """
     ends = {node for node, _ in call.edges}
-    seen: set[Any] = set()
-    stack = [loss]
-    while stack:
-        node = stack.pop()
-        if node in seen or node in ends:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) in params:
+    above = lambda node: [child for child in children(node) if child not in ends]
+    for node in reachable([] if loss in ends else [loss], above):
+        leaf = leaf_of(node)
+        if leaf is not None and leaf in params:
             raise NNJError(
                 f"{call.name}: the loss reaches parameters of the model otherwise than through its "
                 "arguments, and nnj sees only what is passed to it. Pass every output of the model "
                 "to the loss as a tensor, or in tuples, lists and dicts of them; add terms in the "
                 "parameters outside of it"
             )
-        stack += [n for n, _ in node.next_functions if n is not None]

@@ -1,8 +1,7 @@
-"""A recurrent layer that is one node of autograd's (oneDNN's LSTM, in float32 on CPUs) as the many
-nodes that it stands for.
+"""i, f, g, o = W x + U h + b + d,  c = f c + i g,  h = o tanh(c): oneDNN's LSTM as many nodes.
 
-Called with columns, such a node would take each column of each sample by itself.
-"""
+On CPUs, in float32, such a layer is one node of autograd, which torch runs under vmap once for each
+column of each sample."""
 
 from __future__ import annotations
 
@@ -12,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnj.graph.nodes import own_task, saved
+from nnj.graph.nodes import leaf_of, own_task, saved
 from nnj.recording.records import MARK, Edge, edge_of, write
 
 # the operands, in the order of next_functions
 NAMES = ("input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
-LSTM = 2
-# from which on many nodes are faster: one node costs (samples x columns) calls, many cost some for
-# each time step
+LSTM = 2  # the mode of a node that is an LSTM
+# With so many samples the many nodes are faster: they cost some calls for each time step, the one
+# node costs (samples x columns) calls.
 ROWS = 16
 
 
 def expand(node: Any) -> tuple[list[Edge | None], dict[Any, Edge]] | None:
-    """The edges of the outputs y, h, c, computed anew, and for leaves that stand for other tensors
-    the edges of these.
+    """The layer computed anew: the edges of its outputs y, h and c, and for each leaf that stands
+    for a tensor of the model the edge of that tensor.
 
-    None where the node is something else, has few rows, or gives another y: then it is taken as it
-    is."""
+    None where the node is something else, has few rows, or gave another y: then the node itself is
+    used."""
     rows = node._input_metadata[1].shape[0]
     if node._saved_mode != LSTM or node._saved_batch_sizes or rows < ROWS:
         return None
@@ -59,11 +58,12 @@ def expand(node: Any) -> tuple[list[Edge | None], dict[Any, Edge]] | None:
 
 
 def _operand(value: Tensor, edge: Edge, aliases: dict[Any, Edge]) -> Any:
-    """A tensor for an operand of a node: the leaf that it is, or a leaf in its place."""
+    """The tensor of an operand if it is a leaf or needs no gradient, else a leaf in its place."""
     if edge[0] is None:
         return value
-    if hasattr(edge[0], "variable"):
-        return edge[0].variable
+    own = leaf_of(edge[0])
+    if own is not None:
+        return own
     leaf = value.requires_grad_()
     aliases[torch.autograd.graph.get_gradient_edge(leaf).node] = edge
     return leaf
@@ -79,9 +79,7 @@ def _lstm(
     c: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, N, I) -> y of (T, N, H), and the last h and c: i, f, g, o = W x + U h + b + d;  c = f
-    c + i g;  h = o tanh(c).
-    """
+    """(T, N, I) -> y of (T, N, H), and the last h and c."""
     steps = list(F.linear(x, w, b).unbind(0))
     ys = []
     for step in reversed(steps) if reverse else steps:

@@ -1,5 +1,5 @@
-"""A matrix product with a bare parameter, y = x W^T + b without a layer: autograd's node says what
-a layer's rule would.
+"""y = x W^T + b with bare parameters, without a layer: autograd's node says what a layer's rule
+would.
 
 The projections of attention, recurrent cells, adapters, functional and exported models end in such
 nodes; so do convolutions. Where the weight's edge leads straight to a parameter, through transposes
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnj.graph.nodes import edge_shape, node_name, own_task, saved, signed
+from nnj.graph.nodes import edge_shape, leaf_of, node_name, own_task, saved, signed
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.views import PermutedJacobian, RowsJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift
@@ -24,11 +24,14 @@ from nnj.recording.records import Edge
 
 NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
 FORMS = {"Addmm": 1, "Mm": 0}  # y = x M: the operand that x is; M is saved as mat2
+PRODUCTS = {"Add", *NAMES}  # the nodes that may have bare parameters
 
 
 @dataclass(eq=False)
 class BareParameter:
-    """Operand number `operand` of a node is the parameter p, which the Jacobian is that of."""
+    """Operand number `operand` of a node is the parameter p, or rows of it; j is the Jacobian in
+    p.
+    """
 
     operand: int
     p: nn.Parameter
@@ -36,10 +39,10 @@ class BareParameter:
 
 
 class SavedInput:
-    """x of y = x W^T, as a node has saved it: taken once, in a pass of its own or during a walk,
-    and then at hand.
+    """x of y = x W^T, as a node has saved it: asked for once, in a pass of its own or during a
+    walk, and then kept.
 
-    A checkpoint gives it once in each pass, and another pass is the user's.
+    A checkpoint gives it once in each pass, and the next pass is the user's.
     """
 
     def __init__(self, node: Any):
@@ -58,36 +61,47 @@ class SavedInput:
         return self.value
 
 
-def product(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> list[BareParameter]:
+def bare_parameters(
+    node: Any, wanted: Callable[[Tensor], bool], saved_x: SavedInput
+) -> list[BareParameter]:
     """The bare parameters of a node y = x W^T + b; empty if it is something else, or its weight is
     computed.
     """
     name = node_name(node)
-    if name in ("Add", "Convolution"):
-        return _bias(node, wanted) if name == "Add" else _convolution(node, wanted, held)
-    if name not in FORMS or any(
-        getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")
-    ):
+    if name == "Add":
+        return _bias(node, wanted)
+    if name == "Convolution":
+        return _convolution(node, wanted, saved_x)
+    return _matrix_product(node, FORMS[name], wanted, saved_x) if name in FORMS else []
+
+
+def _matrix_product(
+    node: Any, first: int, wanted: Callable[[Tensor], bool], saved_x: SavedInput
+) -> list[BareParameter]:
+    """The bare parameters of y = x M + b, of which x is operand `first`, M the next one, and b
+    operand 0 where there is one.
+    """
+    if any(getattr(node, f"_saved_{scale}", 1) != 1 for scale in ("alpha", "beta")):
         return []
-    shape, first = tuple(node._input_metadata[0].shape), FORMS[name]
+    shape = tuple(node._input_metadata[0].shape)
     end = _end(node.next_functions[first + 1], wanted)
     if end is None or len(shape) != 2 or not node._input_metadata[0].dtype.is_floating_point:
         return []
-    p, turned, rows = end
-    width = p.shape[0] if turned else p.shape[-1]
+    p, transposed, rows = end
+    width = p.shape[0] if transposed else p.shape[-1]
     like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
-    patches = lambda at: held()[at, None, :, None].to(p.dtype)
+    patches = lambda at: saved_x()[at, None, :, None].to(p.dtype)
     j: Jacobian = PatchMatmul(patches, (shape[1], width), shape[1:], like)
     found = [
         BareParameter(
-            first + 1, p, PermutedJacobian(j, j.inputs[::-1]) if turned else _whole(j, rows, p)
+            first + 1, p, PermutedJacobian(j, j.inputs[::-1]) if transposed else _whole(j, rows, p)
         )
     ]
     end = _end(node.next_functions[0], wanted) if first else None
     if (
         end is not None
         and edge_shape(node.next_functions[0]) == shape[1:]
-        and end[0].dtype == p.dtype
+        and end.p.dtype == p.dtype
     ):
         b, _, rows = end
         found.append(BareParameter(0, b, _whole(ScaleShift(shape[1:], shape[1:], like), rows, b)))
@@ -97,8 +111,8 @@ def product(node: Any, wanted: Callable[[Tensor], bool], held: SavedInput) -> li
 
 
 def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
-    """The bare parameters of y = x + b, with b along the last axis; torch adds it apart where the
-    rows of x are scattered.
+    """The bare parameter of y = x + b, with b along the last axis: torch adds a bias in a node of
+    its own where the rows of x are not contiguous.
     """
     shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
     found = []
@@ -108,7 +122,7 @@ def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
             if edge[0] is not None and len(shape) > 1 and edge_shape(edge) == shape[-1:]
             else None
         )
-        if end is None or end[0].dtype != dtype or node._saved_alpha != 1:
+        if end is None or end.p.dtype != dtype or node._saved_alpha != 1:
             continue
         p, _, rows = end
         j = ScaleShift(
@@ -120,14 +134,14 @@ def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
 
 
 def _convolution(
-    node: Any, wanted: Callable[[Tensor], bool], held: SavedInput
+    node: Any, wanted: Callable[[Tensor], bool], saved_x: SavedInput
 ) -> list[BareParameter]:
     """The bare parameters of y = w * x + b on one or two spatial axes, w seen as a matrix and x in
     patches.
     """
     (w, _), b = node.next_functions[1], node.next_functions[2]
     shape, dtype = tuple(node._input_metadata[0].shape), node._input_metadata[0].dtype
-    ends = [getattr(end, "variable", None) for end in (w, b[0])]
+    ends: list[Any] = [None if end is None else leaf_of(end) for end in (w, b[0])]
     if (
         node._saved_transposed
         or len(shape) not in (3, 4)
@@ -141,7 +155,7 @@ def _convolution(
     like = torch.empty(shape[0], 0, dtype=dtype, device=ends[0].device)
 
     def patches(at: slice) -> Tensor:
-        x = held()[at]
+        x = saved_x()[at]
         options = [
             tuple(value)
             for value in (kernel, node._saved_dilation, node._saved_padding, node._saved_stride)
@@ -186,9 +200,7 @@ def _convolution_backward(node: Any, g: Tensor) -> Tensor:
 
 
 def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
-    """What a product sends to b and x, for columns g: g M^T. Its weight is not a matter of
-    columns.
-    """
+    """What a product sends to b and x, for columns g: g and g M^T; nothing to its weight."""
     if node_name(node) == "Add":
         return [g, g]
     if node_name(node) == "Convolution":
@@ -203,46 +215,57 @@ def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
 
 
 def _whole(j: Jacobian, rows: tuple[int, int] | None, p: Tensor) -> Jacobian:
+    """The Jacobian in a parameter, of which some rows have the Jacobian j."""
     return j if rows is None else RowsJacobian(j, rows[0], p.shape[0])
 
 
-def _end(
-    edge: Edge, wanted: Callable[[Tensor], bool]
-) -> tuple[nn.Parameter, bool, tuple[int, int] | None] | None:
-    """The parameter where an edge ends, whether M is it and not its transpose, and which of its
-    rows stand in it.
+class _End(NamedTuple):
+    """The parameter where an edge ends.
+
+    Attributes:
+        transposed: whether a matrix M of y = x M is p itself, so that W of y = x W^T is its
+            transpose.
+        rows: start and stop of the rows of p that stand in M, where they are not all.
     """
-    node, nr = edge
-    turned, rows = True, None
-    while node is not None and not hasattr(node, "variable"):
-        name, dims = node_name(node), len(node._input_metadata[nr].shape)
-        if rows is not None and name != "ToCopy":
-            return None
-        if name == "T" or (
-            name == "Transpose" and dims == 2 and (node._saved_dim0 - node._saved_dim1) % 2
-        ):
-            turned = not turned
-        elif name != "ToCopy":
-            rows = _chunk(node, nr)
-            if rows is None or (turned and dims == 2):
+
+    p: nn.Parameter
+    transposed: bool
+    rows: tuple[int, int] | None
+
+
+def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> _End | None:
+    """The wanted parameter to which an edge leads through transposes, casts and a chunk of rows
+    alone.
+    """
+    node, number = edge
+    transposed, rows = True, None
+    while node is not None and leaf_of(node) is None:
+        name, dims = node_name(node), len(node._input_metadata[number].shape)
+        if name != "ToCopy":
+            if rows is not None:
                 return None
+            if name == "T" or (name == "Transpose" and dims == 2 and _swaps(node)):
+                transposed = not transposed
+            else:
+                rows = _chunk(node, number)
+                if rows is None or (transposed and dims == 2):
+                    return None
         if len(node.next_functions) != 1:
             return None
-        node, nr = node.next_functions[0]
-    if node is None or not wanted(node.variable):
+        node, number = node.next_functions[0]
+    p: Any = None if node is None else leaf_of(node)
+    if p is None or not wanted(p) or p.dim() not in (1, 2) or p.layout != torch.strided:
         return None
-    p = node.variable
-    return (
-        (p, turned and p.dim() == 2, rows)
-        if p.dim() in (1, 2) and p.layout == torch.strided
-        else None
-    )
+    return _End(p, transposed and p.dim() == 2, rows)
+
+
+def _swaps(node: Any) -> bool:
+    """Whether the two axes of a transpose of a matrix are different ones."""
+    return (node._saved_dim0 - node._saved_dim1) % 2 != 0
 
 
 def _chunk(node: Any, nr: int) -> tuple[int, int] | None:
-    """Which rows of its operand output nr of a node is: a chunk, a split or a slice along axis
-    0.
-    """
+    """Start and stop of the rows of a node's operand that its output nr is, if it is that."""
     name = node_name(node)
     if name in ("Split", "SplitWithSizes", "UnsafeSplit") and node._saved_dim == 0:
         sizes: Sequence[int] = [m.shape[0] for m in node._input_metadata]

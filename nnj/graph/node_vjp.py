@@ -1,4 +1,4 @@
-"""How a node of autograd is called on many columns at once."""
+"""u J of a node of autograd for many columns u at once: its own formula, under vmap."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from nnj.graph.attention import attention_backward, fused_attention
-from nnj.graph.nodes import _freed, node_name, own_task
+from nnj.graph.nodes import node_name, own_task, refuse_freed
 from nnj.graph.op_names import TRUSTED
 
 
 def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
-    """A node's backward on k columns: autograd's own formula under vmap, column by column where
-    vmap cannot take it.
-    """
+    """What a node makes of k columns, for each of its operands.
+
+    Autograd's own formula under vmap; one column after the other where vmap cannot take it, or
+    makes something else of it."""
     if fused_attention(node) and arrived[0] is not None:
         found = attention_backward(node, arrived[0])
         if found is not None:
@@ -56,7 +57,7 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
         if node_name(node) in TRUSTED or _confirmed(run, given, found):
             return found
     except RuntimeError as error:
-        _freed(error)
+        refuse_freed(error)
     columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
     return [
         None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)
@@ -66,10 +67,10 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
 def _confirmed(
     run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: list[Tensor | None]
 ) -> bool:
-    """Whether a random combination of all columns comes out alone as it does of them under vmap.
+    """Whether a random combination of the columns, taken alone, gives the same combination of what
+    came out under vmap, as it must, since a node is linear.
 
-    Not every batching rule of torch is right (that of cdist's backward is not); a node is linear in
-    what it is given."""
+    Not every batching rule of torch is right (that of cdist's backward is not)."""
     seed = torch.Generator().manual_seed(0x6E6E6A)
     weights = torch.rand(len(given[0]), generator=seed, dtype=torch.float64) + 0.5
     mix = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
@@ -87,11 +88,10 @@ def _confirmed(
 
 
 class _PlainRecomputation(TorchFunctionMode):
-    """What a checkpoint computes anew while its tensors are unpacked has nothing to do with the
-    columns: it runs outside of vmap.
+    """What a checkpoint computes anew while its tensors are unpacked runs outside of vmap: it has
+    nothing to do with the columns.
 
-    There torch may take other kernels, which save other tensors than those that stand for the ones
-    of the forward pass."""
+    Under vmap torch may take other kernels, which save other tensors than the forward pass did."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with temporarily_clear_interpreter_stack():
@@ -100,8 +100,8 @@ class _PlainRecomputation(TorchFunctionMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """vmap tells of slow paths inside formulas that are not ours; autograd would repeat it to the
-    user after the pass.
+    """Without vmap's warnings of slow paths: the formulas are torch's own, and autograd would
+    repeat the warnings to the user after the pass.
     """
     functorch: Any = torch._C._functorch
     functorch._set_vmap_fallback_warning_enabled(False)
@@ -112,9 +112,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
-    """g of (K, N, C, *pooled) at the places that were the largest: what vmap would do column by
-    column.
-    """
+    """g of (K, N, C, *pooled) where the largest entries were; vmap would do it column by column."""
     x, index = node._saved_self, node._saved_result1
     back = g.new_zeros(*g.shape[:-2], x.shape[-2] * x.shape[-1])
     back.scatter_add_(-1, index.flatten(-2).expand(*g.shape[:-2], -1), g.flatten(-2))

@@ -1,7 +1,10 @@
-"""Autograd's nodes and edges: their names, shapes and saved tensors, and passes of our own."""
+"""Autograd's nodes and edges: their names, shapes, leaves and saved tensors; backward passes of our
+own.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,7 +30,28 @@ def edge_dtype(edge: Edge) -> torch.dtype:
 
 def node_name(node: Any) -> str:
     """The name of a node without its number: 'Add' for AddBackward0."""
-    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+    return _short(node.name())
+
+
+@functools.cache
+def _short(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1])
+
+
+# the node that adds a gradient to the .grad of a leaf
+LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for the node of an operation.
+
+    By the type of the node: a function in Python may have an attribute `variable` of its own."""
+    return node.variable if type(node) is LEAF else None
+
+
+def children(node: Any) -> list[Any]:
+    """The nodes to which a node sends what it makes of a gradient."""
+    return [child for child, _ in node.next_functions if child is not None]
 
 
 def signed(number: int) -> int:
@@ -36,18 +60,17 @@ def signed(number: int) -> int:
 
 
 def saved(node: Any, name: str) -> Tensor:
-    """A tensor that a node has saved. Errors: `NNJError` if an earlier backward pass has freed
-    it.
-    """
+    """A tensor that a node has saved. Errors: `NNJError` if an earlier pass has freed it."""
     try:
         found: Tensor = getattr(node, f"_saved_{name}")
     except RuntimeError as error:
-        _freed(error)
+        refuse_freed(error)
         raise
     return found
 
 
-def _freed(error: RuntimeError) -> None:
+def refuse_freed(error: RuntimeError) -> None:
+    """Errors: `NNJError` if the error of a node means that its saved tensors are gone."""
     if "second time" in str(error):
         raise NNJError(
             "the graph was freed by an earlier backward pass; use retain_graph=True there"
@@ -64,8 +87,8 @@ def sum_to(t: Tensor, shape: tuple[int, ...], free: int) -> Tensor:
 
 
 def own_task(run: Callable[[], T]) -> T:
-    """Run inside a backward pass of its own: checkpointed tensors may be unpacked only once in
-    each.
+    """Run something inside a backward pass of its own: checkpointed tensors can be unpacked only
+    once in each.
     """
     result: list[T] = []
 

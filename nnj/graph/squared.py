@@ -2,101 +2,115 @@
 two points.
 
 J' is J at another point of the same model (`other`), or J itself. What no formula here covers is
-refused by its name."""
+refused with its name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.graph.attention import attention_squares, fused_attention
 from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import signed
-from nnj.graph.op_names import ELEMENTWISE
+from nnj.graph.op_names import CHOICES, COPIES, ELEMENTWISE
 from nnj.graph.step import Step, describe
 
-# Jacobians of zeros and ones are their own squares: the same ones at every point, or (choices)
-# chosen by the numbers.
-_COPIES = set(
-    """
-    View UnsafeView ReshapeAlias Permute Transpose T Swapaxes Unsqueeze Squeeze Select Slice
-    Split SplitWithSizes UnsafeSplit Unbind Cat Stack ConstantPadNd Expand Flip Roll Repeat
-    AsStrided CopySlices Clone Alias UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
-    PixelShuffle PixelUnshuffle
-    """.split()
-)
-_CHOICES = set("MaxPool2DWithIndices Max Min Index IndexSelect Gather Embedding".split())
-# Each operand's entry feeds one entry of the result: the square is the factor that it is sent back
-# with, twice.
+Columns = list[Tensor | None]  # one tensor (K, ...) for each edge; None where nothing arrives
+
+# Each entry of an operand feeds one entry of the result, so its square is the factor with which the
+# node sends it back, twice.
 _SINGLE = ELEMENTWISE | {"Sum", "Mean"}
 
 
 def squared_backward(
-    step: Step, m: list[Tensor | None], k: int, paths: dict[int, str], other: Step | None = None
-) -> list[Tensor | None]:
-    """(J o J')^T m of a raw node. Errors: `NNJError` with the name of an operation whose squares
-    nnj does not know.
+    step: Step, m: Columns, k: int, paths: dict[nn.Module, str], other: Step | None = None
+) -> Columns:
+    """(J o J')^T m of a node. Errors: `NNJError` with the name of an operation whose squares nnj
+    does not know.
     """
     node, name = step.node, step.name
     pair = node if other is None else other.node
-    if name in _COPIES or (name in _CHOICES and other is None):
+    if name in COPIES or (name in CHOICES and other is None):
         return call_node(node, m, k)
     if name in _SINGLE:
-        ones = [None if t is None else torch.ones_like(t[:1]) for t in m]
-        if other is None:  # in one call: what a checkpoint has kept can be asked for once
-            both = call_node(
-                node,
-                [
-                    None if t is None or one is None else torch.cat([one, t])
-                    for t, one in zip(m, ones, strict=True)
-                ],
-                k + 1,
-            )
-            return [None if b is None else b[1:] * b[:1].detach() for b in both]
-        factors, back = call_node(pair, ones, 1), call_node(node, m, k)
-        return [
-            None if c is None or b is None else b * c.detach()
-            for b, c in zip(back, factors, strict=True)
-        ]
-    (first, *_) = m
-    if first is None:
-        raise _refusal(step, paths)
-    if name == "MaxPool2DWithIndices":
-        return call_node(node, [first * (node._saved_result1 == pair._saved_result1)], k)
-    if name in ("Mm", "Bmm"):
-        return _products(
-            first, (node._saved_self, node._saved_mat2), (pair._saved_self, pair._saved_mat2)
+        return _single(node, m, k) if other is None else _single_pair(node, pair, m, k)
+    first = m[0]
+    formula = _attention if fused_attention(node) else _FORMULAS.get(name)
+    found = None if formula is None or first is None else formula(node, pair, first, k)
+    if found is None:
+        raise NNJError(
+            f"diag_backprop cannot go on at {describe(step, paths)}: no rule says what the squares "
+            "of its Jacobian are. Put the operation into a module with a rule, or leave out "
+            "diag_backprop"
         )
-    if name == "Addmm":
-        alpha, beta = node._saved_alpha, node._saved_beta
-        products = _products(
-            first, (node._saved_mat1, node._saved_mat2), (pair._saved_mat1, pair._saved_mat2)
-        )
-        return [first * beta**2, *(None if t is None else t * alpha**2 for t in products)]
-    if name == "Softmax":
-        p, q = node._saved_result, pair._saved_result
-        both, axis = p * q, _axis(node._saved_dim, p.dim())
-        return [both * ((both * first).sum(axis, keepdim=True) + (1 - p - q) * first)]
-    if name == "LogSoftmax":
-        p, q = node._saved_result.exp(), pair._saved_result.exp()
-        return [
-            (1 - p - q) * first + p * q * first.sum(_axis(node._saved_dim, p.dim()), keepdim=True)
-        ]
-    if fused_attention(node):
-        found = attention_squares(node, first, pair)
-        if found is not None:
-            return found
-    raise _refusal(step, paths)
+    return found
 
 
-def _refusal(step: Step, paths: dict[int, str]) -> NNJError:
-    return NNJError(
-        f"diag_backprop cannot go on at {describe(step, paths)}: no rule says what the squares of "
-        "its Jacobian are. Put the operation into a module with a rule, or leave out diag_backprop"
-    )
+def _single(node: Any, m: Columns, k: int) -> Columns:
+    """The factors are what the node makes of ones. They are asked for together with the columns:
+    what a checkpoint has kept can be had once.
+    """
+    with_ones = [None if t is None else torch.cat([torch.ones_like(t[:1]), t]) for t in m]
+    both = call_node(node, with_ones, k + 1)
+    return [None if b is None else b[1:] * b[:1].detach() for b in both]
+
+
+def _single_pair(node: Any, pair: Any, m: Columns, k: int) -> Columns:
+    """One of the two factors is the other point's."""
+    ones = [None if t is None else torch.ones_like(t[:1]) for t in m]
+    factors, back = call_node(pair, ones, 1), call_node(node, m, k)
+    return [
+        None if c is None or b is None else b * c.detach()
+        for b, c in zip(back, factors, strict=True)
+    ]
+
+
+# -- formulas for one result: `node` has J, `pair` has J' ------------------------------------------
+
+
+def _max_pool(node: Any, pair: Any, m: Tensor, k: int) -> Columns:
+    """Where both have chosen the same entry."""
+    return call_node(node, [m * (node._saved_result1 == pair._saved_result1)], k)
+
+
+def _product(node: Any, pair: Any, m: Tensor, k: int) -> Columns:
+    """y = a b."""
+    return _factors(m, (node._saved_self, node._saved_mat2), (pair._saved_self, pair._saved_mat2))
+
+
+def _sum_with_product(node: Any, pair: Any, m: Tensor, k: int) -> Columns:
+    """y = beta c + alpha a b."""
+    alpha, beta = node._saved_alpha, node._saved_beta
+    found = _factors(m, (node._saved_mat1, node._saved_mat2), (pair._saved_mat1, pair._saved_mat2))
+    return [m * beta**2, *(None if t is None else t * alpha**2 for t in found)]
+
+
+def _factors(m: Tensor, one: tuple[Any, Any], two: tuple[Any, Any]) -> Columns:
+    """y = a b: dy_ij = sum_k da_ik b_kj + a_ik db_kj, at (a, b) and (c, d)."""
+    (a, b), (c, d) = one, two
+    return [None if b is None else m @ (b * d).mT, None if a is None else (a * c).mT @ m]
+
+
+def _softmax(node: Any, pair: Any, m: Tensor, k: int) -> Columns:
+    """J = diag(p) - p p^T, J' that of q."""
+    p, q = node._saved_result, pair._saved_result
+    both, axis = p * q, _axis(node._saved_dim, p.dim())
+    return [both * ((both * m).sum(axis, keepdim=True) + (1 - p - q) * m)]
+
+
+def _log_softmax(node: Any, pair: Any, m: Tensor, k: int) -> Columns:
+    """J = 1 - 1 p^T, J' that of q."""
+    p, q = node._saved_result.exp(), pair._saved_result.exp()
+    axis = _axis(node._saved_dim, p.dim())
+    return [(1 - p - q) * m + p * q * m.sum(axis, keepdim=True)]
+
+
+def _attention(node: Any, pair: Any, m: Tensor, k: int) -> Columns | None:
+    return attention_squares(node, m, pair)
 
 
 def _axis(saved: int, dims: int) -> int:
@@ -104,7 +118,11 @@ def _axis(saved: int, dims: int) -> int:
     return signed(saved) % dims - dims
 
 
-def _products(m: Tensor, one: tuple[Any, Any], two: tuple[Any, Any]) -> list[Tensor | None]:
-    """y = a b: dy_ij = sum_k da_ik b_kj + a_ik db_kj."""
-    (a, b), (c, d) = one, two
-    return [None if b is None else m @ (b * d).mT, None if a is None else (a * c).mT @ m]
+_FORMULAS: dict[str, Callable[[Any, Any, Tensor, int], Columns]] = {
+    "MaxPool2DWithIndices": _max_pool,
+    "Mm": _product,
+    "Bmm": _product,
+    "Addmm": _sum_with_product,
+    "Softmax": _softmax,
+    "LogSoftmax": _log_softmax,
+}

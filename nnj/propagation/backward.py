@@ -24,7 +24,8 @@ from nnj.propagation.plan import Plan
 from nnj.propagation.probe import Probe
 from nnj.propagation.sample_axes import split
 from nnj.recording.records import Edge
-from nnj.registry.layer_rules import blame, checked
+from nnj.registry.blame import blame
+from nnj.registry.layer_rules import checked
 
 Sink = Callable[[Tensor, Factor], None]
 
@@ -169,8 +170,8 @@ class Sweep(Plan):
         else:
             if step.bare and use is not None:
                 ((edge, v),) = arrived.items()
-                if step.held is not None:
-                    step.held.take()
+                if step.saved_input is not None:
+                    step.saved_input.take()
                 self._params(step, edge, v.to(step.dtype), use)
             if step.name == "Select" and self._select(step, arrived, values):
                 return
@@ -185,7 +186,7 @@ class Sweep(Plan):
                 who = blame(
                     step.record.entry,
                     step.record.module,
-                    self.graph.paths.get(id(step.record.module), ""),
+                    self.graph.paths.get(step.record.module, ""),
                 )
                 checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
             use(p, _wide(factor))
@@ -240,7 +241,7 @@ class Sweep(Plan):
         ((edge, v),) = arrived.items()
         record = step.record
         assert record is not None
-        who = blame(record.entry, record.module, self.graph.paths.get(id(record.module), ""))
+        who = blame(record.entry, record.module, self.graph.paths.get(record.module, ""))
         v = v.to(step.dtype)
         if use is not None:
             self._params(step, edge, v, use)

@@ -108,7 +108,7 @@ class Linearization:
         self.outputs, self.inputs = tuple(y.shape[1:]), tuple(x.shape[1:])
         self.sizes = [p.numel() for p in self.params]
         wanted = {id(p) for p in self.params} if wrt == "weight" else {id(self.x)}
-        paths = {id(m): name for name, m in module.named_modules()}
+        paths = {m: name for name, m in module.named_modules()}
         self.root = edge_of(y)
         self.sweep: Sweep | None = None
         if self.root is not None:

@@ -1,18 +1,25 @@
-"""extend() and retract(): puts the hooks on a model or a loss, and takes them away."""
+"""extend() and retract(): put nnj's hooks on a model or a loss, and take them away."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
 from nnj.recording.loss_hook import LossHook
-from nnj.recording.module_hook import _After, _AfterLeaf, _Before, _has_known_part, _roots
+from nnj.recording.module_hook import (
+    EXTENDED,
+    AfterCall,
+    AfterLeafCall,
+    BeforeCall,
+    has_known_part,
+)
 from nnj.registry.loss_rules import FunctionLoss, is_loss
 from nnj.registry.manager import manager
 
@@ -20,7 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def _is_leaf_of_torch(module: nn.Module) -> bool:
-    """Whether `_AfterLeaf` will do."""
+    """Whether `AfterLeafCall` is enough: no parts, nothing in place, torch's own forward."""
     known = (
         type(module).__module__.startswith("torch.nn.modules.") and "forward" not in module.__dict__
     )
@@ -28,11 +35,11 @@ def _is_leaf_of_torch(module: nn.Module) -> bool:
 
 
 def _may_be_layer(module: nn.Module) -> bool:
-    """Whether a rule may describe a call. Said once, when it is extended: to ask at each call costs
-    more than the call itself.
+    """Whether a rule may describe a call. Asked once, when the module is extended: at each call it
+    would cost more than the call itself.
     """
     entry = manager().find("layer", type(module))
-    return (entry is not None and entry.key is not nn.Module) or not _has_known_part(module)
+    return (entry is not None and not entry.is_fallback) or not has_known_part(module)
 
 
 def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
@@ -64,14 +71,16 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
         return module
     for part in module.modules():
         if is_loss(part):
-            if not any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
+            if not _has_loss_hook(part):
                 part.register_forward_hook(LossHook(), with_kwargs=True)
-        elif not isinstance(part, torch.jit.ScriptModule):
-            if any(isinstance(hook, LossHook) for hook in part._forward_hooks.values()):
-                continue
+        elif not isinstance(part, torch.jit.ScriptModule) and not _has_loss_hook(part):
             _put(part, batch_axis)
-    _roots.add(module)
+    EXTENDED.add(module)
     return module
+
+
+def _has_loss_hook(module: nn.Module) -> bool:
+    return any(isinstance(hook, LossHook) for hook in module._forward_hooks.values())
 
 
 def retract(module: nn.Module) -> nn.Module:
@@ -80,7 +89,7 @@ def retract(module: nn.Module) -> nn.Module:
     """
     for part in module.modules():
         _remove(part)
-    _roots.discard(module)
+    EXTENDED.discard(module)
     return module
 
 
@@ -102,13 +111,14 @@ def copied(module: M) -> M:
 @contextmanager
 def temporarily_extended(module: nn.Module) -> Iterator[None]:
     """Our hooks on a module, where it has none; they are gone afterwards."""
-    known = module in _roots
+    known = module in EXTENDED
     parts = [
         m
         for m in module.modules()
         if not isinstance(m, torch.jit.ScriptModule)
         and not any(
-            isinstance(hook, (_Before, _After, LossHook)) for hook in m._forward_hooks.values()
+            isinstance(hook, (BeforeCall, AfterCall, LossHook))
+            for hook in m._forward_hooks.values()
         )
     ]
     for part in parts:
@@ -119,13 +129,26 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
         for part in parts:
             _remove(part)
         if not known:
-            _roots.discard(module)
+            EXTENDED.discard(module)
+
+
+def register_after_ours(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Register a forward hook of (module, args, kwargs, output) before all others, but for ours
+    where it is the first: what ours sees must be what `forward` gave.
+    """
+    hooks: Any = module._forward_hooks
+    first = next(iter(hooks), None)
+    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    if first is not None and isinstance(hooks[first], AfterCall):
+        hooks.move_to_end(first, last=False)
+    return handle
 
 
 def batch_axis_of(module: nn.Module) -> int:
     """The batch axis under which a module was extended; 0 if it was not."""
     return next(
-        (hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, _After)), 0
+        (hook.batch_axis for hook in module._forward_hooks.values() if isinstance(hook, AfterCall)),
+        0,
     )
 
 
@@ -146,11 +169,11 @@ def check_hookable(module: nn.Module) -> None:
 def _put(module: nn.Module, batch_axis: int) -> None:
     _remove(module)
     if _is_leaf_of_torch(module):
-        module.register_forward_hook(_AfterLeaf(batch_axis), with_kwargs=True, prepend=True)
+        module.register_forward_hook(AfterLeafCall(batch_axis), with_kwargs=True, prepend=True)
         return
-    module.register_forward_pre_hook(_Before(_may_be_layer(module)), with_kwargs=True)
+    module.register_forward_pre_hook(BeforeCall(_may_be_layer(module)), with_kwargs=True)
     module.register_forward_hook(
-        _After(batch_axis), with_kwargs=True, prepend=True, always_call=True
+        AfterCall(batch_axis), with_kwargs=True, prepend=True, always_call=True
     )
 
 
@@ -164,7 +187,9 @@ def _remove(module: nn.Module) -> None:
     )
     for hooks, flags in tables:
         for key in [
-            key for key, hook in hooks.items() if isinstance(hook, (_Before, _After, LossHook))
+            key
+            for key, hook in hooks.items()
+            if isinstance(hook, (BeforeCall, AfterCall, LossHook))
         ]:
             del hooks[key]
             for flag in flags:

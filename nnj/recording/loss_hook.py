@@ -1,5 +1,5 @@
-"""The hook of a loss: it notes what the loss is given, and is told when the gradient of its value
-arrives.
+"""The hook of a loss: it keeps what the loss was given, and tells `listeners` when the gradient of
+its value arrives.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from torch.utils._pytree import tree_flatten
 from nnj.recording.records import LossCall, edge_of, inert
 from nnj.registry.loss_rules import name_of, signature_of
 
-# told when the gradient of a loss arrives; collection.py is one
+# Each is called with the call of a loss and the gradient of its value, when that gradient arrives
+# in a backward pass, before any node of the model has run. nnj.collecting.collect adds itself here.
 listeners: list[Callable[[LossCall, Tensor], None]] = []
 
 
 class LossHook:
-    """Forward hook of a loss: asks autograd to tell us when the gradient of its value arrives.
+    """Forward hook of a loss: puts a hook on its value, which autograd calls with the value's
+    gradient.
 
-    That is before any node of the model has run, so every saved tensor is there, and the gradient
-    is the scale."""
+    That is before any node of the model has run, so every saved tensor is there; the gradient is
+    the scale of the loss in the scalar."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
@@ -36,12 +38,12 @@ class LossHook:
             if edge is not None:
                 outputs.append(index)
                 edges.append(edge)
-        held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        versions = [(t, t._version) for t in held if isinstance(t, Tensor)]
+        kept = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        versions = [(t, t._version) for t in kept if isinstance(t, Tensor)]
         call = LossCall(
             module,
             name_of(module),
-            held,
+            kept,
             spec,
             outputs,
             edges,

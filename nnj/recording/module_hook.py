@@ -1,4 +1,4 @@
-"""The hook manager: extend() and retract(), and the record of one call of one module.
+"""The hooks of a module: they write a record of each of its calls on autograd's graph.
 
 A record lives in the metadata of the autograd node that made the module's output, so it lives
 exactly as long as the graph. Nothing is stored on modules or parameters, and nothing happens where
@@ -16,13 +16,24 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from typing_extensions import override
 
 from nnj.recording.records import MARK, RECORD, CallMark, Edge, edge_of, inert, note, tensors, write
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
+# The modules that were given to `extend` (or are copies of such) and are still alive.
+EXTENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-class _Local(threading.local):
+
+def extended_roots() -> list[nn.Module]:
+    """The modules that were given to `extend` and are still alive."""
+    return list(EXTENDED)
+
+
+class _Calls(threading.local):
+    """The calls that are going on in this thread, outermost first."""
+
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
 
@@ -34,7 +45,7 @@ class _Frame:
         x, edge, version: the only argument, before anything in place changes it, if a record may be
             made of the call.
         given: the arguments of an outermost call.
-        python: the call in Python that this stands for.
+        python: the frame of Python that called the module.
     """
 
     __slots__ = ("edge", "given", "module", "python", "version", "x")
@@ -56,22 +67,17 @@ class _Frame:
         self.given = tensors(list(given)) if outermost else []
 
 
-_local = _Local()
-_order = itertools.count()
-_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_calls = _Calls()
+_order = itertools.count()  # of outermost calls
 
 
-def extended_roots() -> list[nn.Module]:
-    """The modules that were given to `extend` and are still alive."""
-    return list(_roots)
-
-
-class _Before:
+class BeforeCall:
     """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last
     of all pre-hooks.
 
     Args:
-        layer: whether a rule may describe the call; what holds layers with rules is a call alone.
+        layer: whether a rule may describe the call. A module that only contains such layers leaves
+            a mark of its call, and no record.
     """
 
     def __init__(self, layer: bool):
@@ -80,7 +86,7 @@ class _Before:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inert():
             return
-        frames, python = _local.frames, sys._getframe(1)
+        frames, python = _calls.frames, sys._getframe(1)
         _drop_finished(frames, python)
         frames.append(
             _Frame(
@@ -93,7 +99,7 @@ class _Before:
         )
 
 
-class _After:
+class AfterCall:
     """Forward hook: stores the record on the output. Comes first of all hooks; called also when
     forward raises.
     """
@@ -104,7 +110,7 @@ class _After:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        frames = _local.frames
+        frames = _calls.frames
         while frames:  # frames above ours belong to calls that raised
             frame = frames.pop()
             if frame.module is module:
@@ -121,7 +127,7 @@ class _After:
     def _mark(self, module: nn.Module, given: list[Tensor], output: Any) -> None:
         """The end of an outermost call."""
         mark = CallMark(module, [t.detach() for t in given], self.batch_axis, next(_order))
-        _roots.add(module)  # a copy of an extended model is known by its first call
+        EXTENDED.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
             if t.grad_fn is not None:
                 write(t.grad_fn, (MARK, t.output_nr), mark)
@@ -130,26 +136,28 @@ class _After:
         self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor
     ) -> None:
         node = y.grad_fn
-        if not _sees_forward(module) or (y is x and edge is not None and edge[0] is node):
-            return  # in the latter case nothing was computed
+        unchanged = y is x and edge is not None and edge[0] is node
+        if unchanged or not _sees_forward(module):
+            return
         entry = self.known.rule(module)
-        if entry is not None and (entry.key is not nn.Module or is_leaf_layer(module)):
+        if entry is not None and (not entry.is_fallback or is_leaf_layer(module)):
             write(node, (RECORD, y.output_nr), note(module, entry, x, version, edge, y))
 
 
-class _AfterLeaf(_After):
-    """The only hook of a layer of torch that has no parts and does not work in place: all is still
-    there after the call.
+class AfterLeafCall(AfterCall):
+    """The only hook of a layer of torch that has no parts and does not work in place: what the
+    record needs is still there after the call.
 
-    torch runs a hook before the call, and one that is always called, at a price that a small
-    network would feel."""
+    A hook before the call, and one that is always called, cost time that a small network would
+    feel."""
 
+    @override
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if inert() or output is None:
             return
-        frames = _local.frames
+        frames = _calls.frames
         if frames:
             _drop_finished(frames, sys._getframe(1))
         given = [*args, *kwargs.values()] if kwargs else args
@@ -172,35 +180,35 @@ def _sees_forward(module: nn.Module) -> bool:
     own = module.__dict__
     after, before = own["_forward_hooks"], own["_forward_pre_hooks"]
     first = next(iter(after.values()))
-    if isinstance(first, _AfterLeaf) or len(after) == len(before) == 1:
-        return isinstance(first, _After)
-    return isinstance(first, _After) and isinstance(next(reversed(before.values())), _Before)
+    if isinstance(first, AfterLeafCall) or len(after) == len(before) == 1:
+        return isinstance(first, AfterCall)
+    return isinstance(first, AfterCall) and isinstance(next(reversed(before.values())), BeforeCall)
 
 
 def is_leaf_layer(module: nn.Module) -> bool:
-    """The fallback is for layers with parameters whose parts have no rules: else autograd's nodes
-    and they do better.
+    """Whether the fallback may describe a module: it has parameters, and none in parts with rules,
+    which do better together with autograd's nodes.
     """
-    return not _has_known_part(module) and next(module.parameters(), None) is not None
+    return not has_known_part(module) and next(module.parameters(), None) is not None
 
 
-def _has_known_part(module: nn.Module) -> bool:
-    """Whether a layer with a rule of its own, and with parameters, is inside. It mostly is the
-    first that is looked at.
+def has_known_part(module: nn.Module) -> bool:
+    """Whether a layer with a rule of its own, and with parameters, is inside; usually the first
+    child is one.
     """
     for part in module._modules.values():
         if part is None:
             continue
         entry = manager().find("layer", type(part))
-        known = entry is not None and entry.key is not nn.Module
-        if (known and next(part.parameters(), None) is not None) or _has_known_part(part):
+        known = entry is not None and not entry.is_fallback
+        if (known and next(part.parameters(), None) is not None) or has_known_part(part):
             return True
     return False
 
 
 def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
-    """Forget calls that ended without a word (an interrupt by the keyboard): they are no callers of
-    this one.
+    """Forget calls that ended without their hook being called (an interrupt by the keyboard):
+    those whose frame is not among the callers of `python`.
     """
     while frames:
         caller: FrameType | None = python

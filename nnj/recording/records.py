@@ -18,8 +18,8 @@ Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
 def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Where the numbers of a tensor are: another tensor with the same place is the same, seen in
-    the same way.
+    """Where the numbers of a tensor are in memory: tensors with the same place have the same
+    entries in the same order.
     """
     return (
         (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride())
@@ -33,8 +33,8 @@ class Point:
     rule does not read it.
 
     Attributes:
-        place: where its numbers are, if they may be those that were given to the model: nothing has
-            computed them from such.
+        place: where its numbers are, if it may be an input of the model, or a view of one; None for
+            what was computed.
     """
 
     __slots__ = ("dtype", "place", "shape", "value", "version")
@@ -65,8 +65,8 @@ class Point:
 def note(
     module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor
 ) -> tuple[Any, ...]:
-    """What the forward pass keeps of a call, for `Record`: a tuple, as a small network feels every
-    object that is made.
+    """What the forward pass keeps of a call, for `Record`. A tuple, since making an object takes
+    time that can be measured on small networks.
     """
     uses = entry.uses
     return (
@@ -95,8 +95,8 @@ class Record:
 
     @staticmethod
     def of(node: Any, nr: int) -> Record | None:
-        """That of the call that made output `nr` of a node of autograd; None if there is none, or
-        it has no rows.
+        """The record of the call that made output `nr` of a node; None if there is none, or x and y
+        have not the same number of rows.
         """
         noted = node.metadata.get((RECORD, nr))
         record = None if noted is None else Record(noted)
@@ -109,13 +109,18 @@ class Record:
 
     @property
     def stale(self) -> bool:
-        """Whether the module is no longer as it was in the call, or what the rule reads was written
-        over.
+        """Whether the module is no longer as it was in the call, or what the rule reads was
+        overwritten.
         """
         if self.x.stale or self.y.stale:
             return True
-        now = layer_state(self.module)
-        return len(now) != len(self.state) or any(map(_changed, self.state, now))
+        state = layer_state(self.module)
+        if len(state) != len(self.state):
+            return True
+        for before, now in zip(self.state, state, strict=True):
+            if before is not now and _changed(before, now):
+                return True
+        return False
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -128,7 +133,7 @@ def layer_state(module: nn.Module) -> list[Any]:
     found: list[Any] = []
     for part in module.modules() if module._modules else (module,):
         own = part.__dict__
-        found.append(own.copy())  # to look for the options in it can wait until somebody asks
+        found.append(own.copy())  # all of it: `_changed` picks the options, if it is ever asked
         for t in own["_parameters"].values():
             if t is not None:
                 found += (t, t._version)
@@ -200,7 +205,7 @@ def edge_of(t: Tensor) -> Edge | None:
 
 
 def inert() -> bool:
-    """Under no_grad, torch.func transforms and tracing there is no graph of ours to write on."""
+    """Whether there is no graph to write on: under no_grad, torch.func transforms and tracing."""
     return (
         not torch.is_grad_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None

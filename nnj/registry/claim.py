@@ -1,12 +1,14 @@
-"""What a plugin claims: a class or a name, the rule for it, and by whom; who wins where several
-claim the same.
+"""What a plugin claims: a class or a name, the rule for it, and by whom; and which claim holds
+where several are for the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from nnj.errors import PluginError
 
@@ -39,7 +41,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One claim: a class (or the name of a quantity), what it is claimed with, and by whom."""
+    """One claim: a class (or the name of a quantity), what it is claimed with, and by whom.
+
+    Attributes:
+        key: the class of a layer or a loss, or the name of a quantity.
+        rule: for a quantity its class.
+        uses: which of x and y a layer's rule reads.
+        table: "layer", "loss" or "quantity".
+        replace, when, reference: as `nnj.registry.hookspecs` says.
+        is_fallback: whether it speaks for every module that nobody else knows.
+    """
 
     key: Any
     rule: Callable[..., Any]
@@ -49,6 +60,10 @@ class Entry:
     replace: bool = False
     when: Callable[[Any], bool] | None = None
     reference: Callable[..., Any] | None = None
+    is_fallback: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_fallback", self.key is nn.Module)
 
 
 Tables = dict[str, dict[Any, Entry]]
@@ -66,8 +81,8 @@ def full_name(key: Any) -> str:
     return name
 
 
-def _settle(claims: Iterable[Entry]) -> tuple[Tables, list[PluginError]]:
-    """Who has what, and the conflicts. The order of the claims is of no account: a replacement
+def settle(claims: Iterable[Entry]) -> tuple[Tables, list[PluginError]]:
+    """Who has what, and the conflicts. The order of the claims does not matter: a replacement
     always wins.
     """
     rivals: dict[tuple[str, Any], list[Entry]] = {}
@@ -98,21 +113,3 @@ def _conflict(rivals: list[Entry]) -> PluginError:
         else ". A plugin that means to take over a class registers with replace=True"
     )
     return PluginError(f"{full_name(rivals[0].key)} is {verb} {times}: {by}{remedy}{other}")
-
-
-def _fact(error: BaseException) -> str:
-    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-
-
-def _remedy(source: Source) -> str:
-    return f" Disable it with {DISABLED}={source.plugin}" if source.distribution else ""
-
-
-def at_work(source: Source) -> str:
-    """Whose a rule is that failed while it was used, and how to go on without it."""
-    return (
-        f". It is of {source.distribution} {source.version}, and {DISABLED}={source.plugin} "
-        "disables it"
-        if source.distribution
-        else ""
-    )

@@ -1,4 +1,4 @@
-"""Loads one plugin: its version, its import, its hooks; says whose fault it is when it is
+"""Loads one plugin: checks its version, imports it, calls its hooks, and names it when it is
 broken.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
@@ -15,13 +15,14 @@ import pluggy
 from nnj._version import __version__
 from nnj.errors import PluginError
 from nnj.registry import hookspecs
-from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, _fact, _remedy, full_name
+from nnj.registry.blame import fact, remedy
+from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, full_name
 from nnj.registry.versions import fits, required
 
 
-def _check_version(point: metadata.EntryPoint, source: Source) -> None:
-    """pip leaves a plugin where it is when nnj is upgraded beside it, so what its distribution asks
-    for is looked at here.
+def check_version(point: metadata.EntryPoint, source: Source) -> None:
+    """Errors: `PluginError` if the plugin was written for another version of nnj. pip leaves it
+    where it is when nnj is upgraded beside it.
     """
     wanted = required((point.dist.requires or ()) if point.dist else ())
     if not fits(__version__, wanted):
@@ -32,22 +33,24 @@ def _check_version(point: metadata.EntryPoint, source: Source) -> None:
         )
 
 
-def _import(point: metadata.EntryPoint, source: Source) -> Any:
+def import_plugin(point: metadata.EntryPoint, source: Source) -> Any:
+    """The module or object behind an entry point. Errors: `PluginError`."""
     try:
         return point.load()
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a module that exits would take the user's program with it
+    # a module that exits would take the user's program with it
+    except (Exception, SystemExit) as error:
         origin = f", from {source.distribution} {source.version}" if source.distribution else ""
         raise PluginError(
-            f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {_fact(error)}."
-            f"{_remedy(source)}"
+            f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {fact(error)}."
+            f"{remedy(source)}"
         ) from error
 
 
-def _ask(plugin: Any, source: Source) -> list[Entry]:
-    """What one plugin claims: its hooks are called with a `register` that takes notes."""
+def claims_of(plugin: Any, source: Source) -> list[Entry]:
+    """What one plugin claims: its hooks are called with a `register` that takes notes.
+
+    Errors: `PluginError` if it does not fit, or claims what cannot be claimed.
+    """
     # one for each plugin, so that one that is broken spoils no other
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -57,7 +60,7 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
     except pluggy.PluginValidationError as error:
         raise PluginError(
             f"plugin {source} does not fit nnj {__version__}: {_misfit(manager, plugin) or error}. "
-            f"nnj.registry.hookspecs says what there is.{_remedy(source)}"
+            f"nnj.registry.hookspecs says what there is.{remedy(source)}"
         ) from error
     claims: list[Entry] = []
     for table, hook in HOOKS.items():
@@ -67,20 +70,20 @@ def _ask(plugin: Any, source: Source) -> list[Entry]:
             raise
         except Exception as error:
             raise PluginError(
-                f"plugin {source} failed in {hook}: {_fact(error)}.{_remedy(source)}"
+                f"plugin {source} failed in {hook}: {fact(error)}.{remedy(source)}"
             ) from error
     if not claims:
         warnings.warn(
             f"plugin {source} registers nothing: does it implement a hook of "
-            f"nnj.registry.hookspecs with @nnj.hookimpl?{_remedy(source)}",
+            f"nnj.registry.hookspecs with @nnj.hookimpl?{remedy(source)}",
             stacklevel=2,
         )
     return claims
 
 
-def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
-    """Which hook of a plugin this version of nnj does not have, or gives other arguments; "" if it
-    is something else.
+def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str | None:
+    """Which hook of a plugin this version of nnj does not have, or gives other arguments; None if
+    it is something else.
     """
     for name in dir(plugin):
         options = manager.parse_hookimpl_opts(plugin, name)
@@ -96,10 +99,12 @@ def _misfit(manager: pluggy.PluginManager, plugin: Any) -> str:
         ]
         if set(takes) - {"register"}:
             return f"its {hook} takes ({', '.join(takes)}), and this version gives (register)"
-    return ""
+    return None
 
 
 def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[..., None]:
+    """The `register` that a hook is given: it checks a claim and takes it down."""
+
     def register(
         key: Any,
         rule: Callable[..., Any],
@@ -110,31 +115,38 @@ def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[...,
         reference: Callable[..., Any] | None = None,
         **unknown: Any,
     ) -> None:
-        fault = ""
-        if unknown:
-            fault = f"nnj {__version__} knows no option {', '.join(map(repr, unknown))} of register"
-        elif table == "quantity" and not (isinstance(key, str) and key.isidentifier()):
-            fault = "its name is not an identifier"
-        elif table != "quantity" and not isinstance(key, type):
-            fault = "it is not a class"
-        elif not callable(rule):
-            fault = f"its rule {rule!r} cannot be called"
-        elif uses not in ("", "x", "y", "xy"):
-            fault = f"uses={uses!r}, expected 'x', 'y', 'xy' or ''"
-        elif not all(given is None or callable(given) for given in (when, reference)):
-            fault = f"when={when!r} and reference={reference!r} are to be called"
-        if fault:
+        entry = Entry(key, rule, source, uses, table, replace, when, reference)
+        fault = _fault(entry, unknown)
+        if fault is not None:
             raise PluginError(
                 f"plugin {source} registers the {table} {full_name(key)}, but "
-                f"{fault}.{_remedy(source)}"
+                f"{fault}.{remedy(source)}"
             )
-        claims.append(Entry(key, rule, source, uses, table, replace, when, reference))
+        claims.append(entry)
 
     return register
 
 
-def _raise(errors: list[PluginError]) -> None:
-    """All errors as one."""
+def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
+    """What is wrong with a claim, if anything; `unknown` are options that `register` has not."""
+    if unknown:
+        return f"nnj {__version__} knows no option {', '.join(map(repr, unknown))} of register"
+    if entry.table == "quantity":
+        if not (isinstance(entry.key, str) and entry.key.isidentifier()):
+            return "its name is not an identifier"
+    elif not isinstance(entry.key, type):
+        return "it is not a class"
+    if not callable(entry.rule):
+        return f"its rule {entry.rule!r} cannot be called"
+    if entry.uses not in ("", "x", "y", "xy"):
+        return f"uses={entry.uses!r}, expected 'x', 'y', 'xy' or ''"
+    if not all(given is None or callable(given) for given in (entry.when, entry.reference)):
+        return f"when={entry.when!r} and reference={entry.reference!r} must be callable"
+    return None
+
+
+def raise_all(errors: list[PluginError]) -> None:
+    """Errors: all of them as one; nothing happens if there are none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:

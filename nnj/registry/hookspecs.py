@@ -6,15 +6,54 @@ these hooks with `@nnj.hookimpl`; each is called once, when nnj first needs its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import pluggy
+from torch import nn
 
 hookspec = pluggy.HookspecMarker("nnj")
 hookimpl = pluggy.HookimplMarker("nnj")
 
 
+class RegisterLayer(Protocol):
+    """What `nnj_register_layers` is given: it claims a class of layers."""
+
+    def __call__(
+        self,
+        cls: type[Any],
+        rule: Callable[..., Any],
+        /,
+        *,
+        uses: Literal["", "x", "y", "xy"] = "xy",
+        replace: bool = False,
+        when: Callable[[Any], bool] | None = None,
+    ) -> None: ...
+
+
+class RegisterLoss(Protocol):
+    """What `nnj_register_losses` is given: it claims a class of losses."""
+
+    def __call__(
+        self,
+        cls: type[nn.Module],
+        rule: Callable[..., Any],
+        /,
+        *,
+        reference: Callable[..., Any] | None = None,
+        replace: bool = False,
+    ) -> None: ...
+
+
+class RegisterQuantity(Protocol):
+    """What `nnj_register_quantities` is given: it claims a name for a subclass of
+    `nnj.Quantity`.
+    """
+
+    def __call__(self, name: str, cls: type[Any], /, *, replace: bool = False) -> None: ...
+
+
 @hookspec
-def nnj_register_layers(register: Callable[..., None]) -> None:
+def nnj_register_layers(register: RegisterLayer) -> None:
     """Say what layers are: `register(cls, rule, *, uses="xy", replace=False, when=None)`.
 
     `rule(module, x, y) -> {"input": J, "weight": J, ...}` gives at the point x, with y = module(x),
@@ -22,9 +61,9 @@ def nnj_register_layers(register: Callable[..., None]) -> None:
     detached and have the batch in axis 0. Raise `NotImplementedError` with a reason to decline a
     module (an odd option, a mode): nnj then goes through autograd.
 
-    `uses` names which of x and y the rule *reads* ("x", "y", "xy" or ""). The other one has its
-    shape alone (it is on the `meta` device), and may be overwritten in place by what follows
-    without harm.
+    `uses` names which of x and y the rule *reads* ("x", "y", "xy" or ""). Of the other
+    one it gets the shape alone (on the `meta` device), and what follows may overwrite that one in
+    place without harm.
 
     The rule holds for `cls` and for subclasses that override none of its methods; or, if `cls` is
     an interface of which each subclass defines `forward`, for those of which `when(module)` says
@@ -32,7 +71,7 @@ def nnj_register_layers(register: Callable[..., None]) -> None:
 
 
 @hookspec
-def nnj_register_losses(register: Callable[..., None]) -> None:
+def nnj_register_losses(register: RegisterLoss) -> None:
     """Say what the Hessian of a loss is: `register(cls, rule, *, reference=None, replace=False)`.
 
     `rule(module, scale, output, *args) -> nnj.LossHessian`: `scale` is what multiplies the loss in
@@ -46,7 +85,7 @@ def nnj_register_losses(register: Callable[..., None]) -> None:
 
 
 @hookspec
-def nnj_register_quantities(register: Callable[..., None]) -> None:
+def nnj_register_quantities(register: RegisterQuantity) -> None:
     """Say what can be collected: `register(name, cls, *, replace=False)`, `cls` a subclass of
     `nnj.Quantity`.
 

@@ -1,10 +1,10 @@
-"""Which rule describes a module, and what it says at a point: lookups are made once, answers are
-checked.
+"""Which rule describes a module, and what it says of a call: rules are looked up once, and their
+answers are checked.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,67 +12,73 @@ from torch.nn.utils import parametrize
 
 from nnj.errors import NNJError, PluginError
 from nnj.jacobians.jacobian import Jacobian
-from nnj.registry.claim import Entry, at_work
+from nnj.registry.blame import blame, rule_failed
+from nnj.registry.claim import Entry
 from nnj.registry.manager import manager
 
+
+class Described(NamedTuple):
+    """What a rule says of a call: the Jacobian in each slot, and the module's parameters by
+    name.
+    """
+
+    jacobians: dict[str, Jacobian]
+    parameters: dict[str, nn.Parameter]
+
+
+class Declined(NamedTuple):
+    """That a rule does not speak for a module or a call, and why: what follows "declined: "."""
+
+    reason: str
+
+
 # What a subclass may override without becoming another layer.
-_HARMLESS = {
-    "extra_repr",
-    "reset_parameters",
-    "train",
-    "eval",
-    "state_dict",
-    "load_state_dict",
-    "forward_features",
-}
-_HARMLESS |= {
-    "__init__",
-    "__repr__",
-    "__doc__",
-    "__module__",
-    "__annotations__",
-    "__constants__",
-    "__dir__",
-    "__setstate__",
-    "__getstate__",
-    "__static_attributes__",
-    "__firstlineno__",
-    "__qualname__",
-    "__orig_bases__",
-    "__parameters__",
-}
+_HARMLESS = frozenset(
+    """
+    extra_repr reset_parameters train eval state_dict load_state_dict forward_features
+    __init__ __repr__ __doc__ __module__ __annotations__ __constants__ __dir__ __setstate__
+    __getstate__ __static_attributes__ __firstlineno__ __qualname__ __orig_bases__ __parameters__
+    """.split()
+)
 
 
 def describes(entry: Entry, module: nn.Module) -> bool:
     """Whether the class that was registered still says what this module computes."""
-    return not undescribed(entry, module)
+    return undescribed(entry, module) is None
 
 
-def undescribed(entry: Entry, module: nn.Module) -> str:
-    """Why the class that was registered does not say what this module computes; "" if it does."""
-    held = module.__dict__
-    if "forward" in held or "__call__" in held:
-        return "its forward was replaced"
-    if "parametrizations" in held["_modules"] and parametrize.is_parametrized(module):
-        return "its parameters are computed by a parametrization"
-    for p in held["_parameters"].values():
+def undescribed(entry: Entry, module: nn.Module) -> Declined | None:
+    """Why the class that was registered does not say what this module computes; None if it does."""
+    own = module.__dict__
+    if "forward" in own or "__call__" in own:
+        return Declined("its forward was replaced")
+    if "parametrizations" in own["_modules"] and parametrize.is_parametrized(module):
+        return Declined("its parameters are computed by a parametrization")
+    for p in own["_parameters"].values():
         if not (p is None or isinstance(p, nn.Parameter)):
-            return "a parameter of it is no nn.Parameter"
+            return Declined("a parameter of it is no nn.Parameter")
     if entry.when is not None:
-        return "" if entry.when(module) else "its rule is for others of its class"
-    if type(module) is entry.key or entry.key is nn.Module:
-        return ""
+        return None if entry.when(module) else Declined("its rule is for others of its class")
+    if type(module) is entry.key or entry.is_fallback:
+        return None
+    return _overridden(entry.key, module)
+
+
+def _overridden(base: type, module: nn.Module) -> Declined | None:
+    """The methods, or ideas of what a parameter is, in which the module's class differs from a base
+    class, if there are any.
+    """
     for cls in type(module).__mro__:
-        if cls is entry.key:
-            return ""
-        own = [
+        if cls is base:
+            return None
+        changed = [
             name
             for name in vars(cls)
-            if (name not in _HARMLESS and hasattr(entry.key, name)) or name in module._parameters
+            if (name not in _HARMLESS and hasattr(base, name)) or name in module._parameters
         ]
-        if own:  # its own method, or its own idea of what a parameter of that name is
-            return f"{cls.__name__} has another {', '.join(own)} than {entry.key.__name__}"
-    return "its class has no rule"
+        if changed:
+            return Declined(f"{cls.__name__} has another {', '.join(changed)} than {base.__name__}")
+    return Declined("its class has no rule")
 
 
 def find_rule(module: nn.Module) -> Entry | None:
@@ -92,15 +98,15 @@ class RuleLookup:
         self._cls: type | None = None
 
     def rule(self, module: nn.Module) -> Entry | None:
-        held, tables = module.__dict__, manager().tables
+        own, tables = module.__dict__, manager().tables
         if (
             type(module) is not self._cls
             or tables is not self._tables
-            or held["_modules"]
-            or "forward" in held
+            or own["_modules"]
+            or "forward" in own
         ):
             return self._ask(module)
-        for p in held["_parameters"].values():
+        for p in own["_parameters"].values():
             if p is not None and type(p) is not nn.Parameter:
                 return self._ask(module)
         return self._entry
@@ -115,75 +121,70 @@ class RuleLookup:
         return RuleLookup, ()  # a copy of a module asks anew
 
 
-def blame(entry: Entry, module: nn.Module, path: str) -> str:
-    """Subject of an error about a rule."""
-    return f"plugin '{entry.source.plugin}' (layer '{path or type(module).__name__}')"
-
-
-def apply_rule(
-    entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = ""
-) -> dict[str, Jacobian] | None:
-    """The Jacobians of a module at a point; None where the rule declines, or leaves out a parameter
-    that it must know.
-
-    Errors: as `ask_rule`.
-    """
-    found = ask_rule(entry, module, x, y, path)
-    return None if isinstance(found, str) else found
-
-
 def ask_rule(
     entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = ""
-) -> dict[str, Jacobian] | str:
-    """The Jacobians of a module at a point, or the reason for which the rule cannot be taken there.
+) -> Described | Declined:
+    """The Jacobians of a module at a point, or why the rule cannot be taken there.
 
     Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of
     parameters; `NNJError` with the path of the layer if the rule refuses."""
     if x.is_complex() or y.is_complex():
         # autograd's vjp is J^H u, where theirs is J^T u
-        return "its tensors are complex, and rules are those of real ones"
-    who = blame(entry, module, path)
+        return Declined("its tensors are complex, and rules are those of real ones")
     try:
-        slots = entry.rule(
+        jacobians = entry.rule(
             module,
             x if "x" in entry.uses else _shape_of(x),
             y if "y" in entry.uses else _shape_of(y),
         )
     except NotImplementedError as error:
-        return str(error) or "its rule declines"
+        return Declined(str(error) or "its rule declines")
     except NNJError as error:  # a refusal, not a fault: say where
         error.args = (f"layer '{path or type(module).__name__}': {error}",)
         raise
     except Exception as error:
-        raise PluginError(
-            f"{who}: the rule failed with {type(error).__name__}: {error}{at_work(entry.source)}"
-        ) from error
-    if not isinstance(slots, dict):
-        raise PluginError(
-            f"{who}: the rule returned {type(slots).__name__}, expected a dict of Jacobians"
-        )
-    own = dict(module.named_parameters(remove_duplicate=False))
-    for slot, j in slots.items():
-        if slot != "input" and slot not in own and isinstance(getattr(module, slot, None), Tensor):
-            return f"a computed tensor stands in the place of {slot!r}"  # pruning, old weight norm
-        if slot != "input" and slot not in own:
-            raise PluginError(
-                f"{who}: the rule names {slot!r}, which is neither 'input' nor a parameter of the "
-                "layer"
-            )
+        raise rule_failed(blame(entry, module, path), entry, error) from error
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    fault = _fault(jacobians, module, parameters, x, y)
+    if isinstance(fault, Declined):
+        return fault
+    if fault is not None:
+        raise PluginError(f"{blame(entry, module, path)}: {fault}")
+    known = {parameters[slot] for slot in jacobians if slot != "input"}
+    unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
+    if unknown:
+        return Declined(f"its rule does not know {', '.join(unknown)}")
+    return Described(jacobians, parameters)
+
+
+def _fault(
+    jacobians: Any, module: nn.Module, parameters: dict[str, nn.Parameter], x: Tensor, y: Tensor
+) -> Declined | str | None:
+    """What is wrong with the answer of a rule, if anything: it names a tensor that the module
+    computes, and is not taken; or it breaks the contract.
+    """
+    if not isinstance(jacobians, dict):
+        return f"the rule returned {type(jacobians).__name__}, expected a dict of Jacobians"
+    rows, outputs = y.shape[0], tuple(y.shape[1:])
+    for slot, j in jacobians.items():
+        if slot == "input":
+            shape = tuple(x.shape[1:])
+        elif slot in parameters:
+            shape = tuple(parameters[slot].shape)
+        elif isinstance(getattr(module, slot, None), Tensor):  # by pruning, or the old weight norm
+            return Declined(f"a computed tensor stands in the place of {slot!r}")
+        else:
+            return f"the rule names {slot!r}, which is neither 'input' nor a parameter of the layer"
         if not isinstance(j, Jacobian):
-            raise PluginError(f"{who}: {slot!r} is {type(j).__name__}, expected a nnj.Jacobian")
-        shape = tuple(x.shape[1:]) if slot == "input" else tuple(own[slot].shape)
-        if j.inputs != shape or j.outputs != tuple(y.shape[1:]) or j.n != y.shape[0]:
-            raise PluginError(
-                f"{who}: {slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
-                f"expected {shape} to {tuple(y.shape[1:])} for {y.shape[0]}"
+            return f"{slot!r} is {type(j).__name__}, expected a nnj.Jacobian"
+        if j.inputs != shape or j.outputs != outputs or j.n != rows:
+            return (
+                f"{slot!r} maps {j.inputs} to {j.outputs} for {j.n} rows, "
+                f"expected {shape} to {outputs} for {rows}"
             )
         if j.like.is_meta:  # a rule that reads neither x nor y knows no device
             j.like = x if y.is_meta and x.is_floating_point() else y
-    known = {id(own[name]) for name in slots if name != "input"}
-    unknown = [name for name, p in own.items() if p.requires_grad and id(p) not in known]
-    return f"its rule does not know {', '.join(unknown)}" if unknown else slots
+    return None
 
 
 def _shape_of(t: Tensor) -> Any:

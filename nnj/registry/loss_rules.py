@@ -24,7 +24,7 @@ class FunctionLoss(nn.Module):
     While the module of a function is in use, the function has no other: `extend` in a loop gives
     the same one again."""
 
-    # by the id of the function
+    # by id, since not everything that can be called can be hashed
     _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -71,7 +71,7 @@ def is_loss(module: nn.Module) -> bool:
     if isinstance(module, (FunctionLoss, nn.modules.loss._Loss)):
         return True
     entry = manager().find("loss", type(module))
-    return entry is not None and entry.key is not nn.Module
+    return entry is not None and not entry.is_fallback
 
 
 def hessian_of_loss(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -> LossHessian:

@@ -12,9 +12,9 @@ from importlib import metadata
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from nnj.errors import PluginError, UnsupportedLayer
-from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, Tables, _settle, full_name
-from nnj.registry.discovery import _ask, _check_version, _import, _raise
+from nnj.errors import PluginError
+from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, Tables, full_name, settle
+from nnj.registry.discovery import check_version, claims_of, import_plugin, raise_all
 
 
 class PluginManager:
@@ -87,12 +87,12 @@ class PluginManager:
                         "names begin with the name of the distribution; rename one of them"
                     )
                 seen[point.name] = source
-                _check_version(point, source)
-                claims += _ask(_import(point, source), source)
+                check_version(point, source)
+                claims += claims_of(import_plugin(point, source), source)
             except PluginError as error:
                 broken.append(error)
-        tables, conflicts = _settle(claims)
-        _raise(broken + conflicts)
+        tables, conflicts = settle(claims)
+        raise_all(broken + conflicts)
         self._take(claims, tables)
         self._loaded = True
         self.disabled = sorted(disabled - unknown)
@@ -102,11 +102,11 @@ class PluginManager:
         kept of a broken one.
         """
         with self._lock:
-            claims = self._claims + _ask(
+            claims = self._claims + claims_of(
                 plugin, Source(source) if isinstance(source, str) else source
             )
-            tables, conflicts = _settle(claims)
-            _raise(conflicts)
+            tables, conflicts = settle(claims)
+            raise_all(conflicts)
             self._take(claims, tables)
 
     def _take(self, claims: list[Entry], tables: Tables) -> None:
@@ -136,16 +136,6 @@ class PluginManager:
         """All claims of a table that hold, sorted by name."""
         self.load()
         return iter(sorted(self.tables[table].values(), key=lambda entry: full_name(entry.key)))
-
-    def unsupported(self, module: Any, path: str, table: str = "layer") -> UnsupportedLayer:
-        """The error for a layer (or a loss) that nobody knows."""
-        names = ", ".join(sorted({entry.source.plugin for entry in self.entries(table)})) or "none"
-        off = f" (disabled: {', '.join(self.disabled)})" if self.disabled else ""
-        enable = "Enable what is disabled, or write" if self.disabled else "Write"
-        return UnsupportedLayer(
-            f"no plugin knows {type(module).__name__} ('{path}'). Installed: {names}{off}. "
-            f"{enable} a rule for it (see nnj.registry.hookspecs)"
-        )
 
 
 _manager = PluginManager()

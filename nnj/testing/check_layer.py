@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from nnj.errors import NNJError
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.recording.extend import copied
-from nnj.registry.layer_rules import ask_rule, blame, checked, find_rule
+from nnj.registry.blame import blame
+from nnj.registry.layer_rules import Declined, ask_rule, checked, find_rule
 from nnj.registry.manager import manager
 from nnj.testing.compare import double, same, sample_indices
 
@@ -51,26 +53,41 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
     gradient, with several rows for each sample in several orders. The module is copied, x is not
     changed. Any plugin author can call it in a test of one line.
 
-    Errors: AssertionError naming the slot and the product; `UnsupportedLayer` if no rule describes
-    the module."""
+    Errors: AssertionError naming the slot and the product; `NNJError` if no rule describes the
+    module."""
     module, x = copied(module).double(), double(x)
     entry = find_rule(module)
     if entry is None:
-        raise manager().unsupported(module, type(module).__name__)
+        raise _unsupported(module)
     oracle = layer_jacobians(module, x)
     with torch.no_grad():
         point = x.clone()
         y = module(point)
         if "x" in entry.uses:
             point = x.clone()
-        slots = ask_rule(entry, module, point, y.clone())
-        assert not isinstance(slots, str), f"{type(module).__name__}: its rule declines it: {slots}"
+        said = ask_rule(entry, module, point, y.clone())
+        assert not isinstance(said, Declined), (
+            f"{type(module).__name__}: its rule declines it: {said.reason}"
+        )
+        slots = said.jacobians
         missing = set(oracle) - set(slots)
         assert not missing, f"{type(module).__name__}: its rule leaves out {sorted(missing)}"
         for slot in oracle:
             who = blame(entry, module, type(module).__name__)
             _check_products(who, slot, slots[slot], oracle[slot])
             _check_pullback(f"{who} '{slot}'", slots[slot], oracle[slot])
+
+
+def _unsupported(module: nn.Module) -> NNJError:
+    """The error for a layer that no rule describes."""
+    known, name = manager(), type(module).__name__
+    plugins = ", ".join(sorted({entry.source.plugin for entry in known.entries("layer")})) or "none"
+    off = f" (disabled: {', '.join(known.disabled)})" if known.disabled else ""
+    enable = "Enable what is disabled, or write" if known.disabled else "Write"
+    return NNJError(
+        f"no plugin knows {name} ('{name}'). Installed: {plugins}{off}. "
+        f"{enable} a rule for it (see nnj.registry.hookspecs)"
+    )
 
 
 def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
-from nnj.graph.acceptance import confirmed, working_point
-from nnj.recording.extend import temporarily_extended
+from nnj.graph.acceptance import Accepted, accept
+from nnj.recording.extend import register_after_ours, temporarily_extended
 from nnj.recording.module_hook import is_leaf_layer
 from nnj.recording.records import Record, tensors
 from nnj.registry.claim import Entry
-from nnj.registry.layer_rules import ask_rule, find_rule, undescribed
+from nnj.registry.layer_rules import Declined, find_rule, undescribed
 from nnj.registry.loss_rules import is_loss
 from nnj.registry.manager import manager
 
@@ -41,12 +41,51 @@ class Line:
     note: str = ""
 
 
-@dataclass
+Answer = Accepted | Declined | NNJError | None  # the error of a rule that refuses the call
+
+
+@dataclass(eq=False)
 class _Call:
-    x: Any
-    y: Any
-    node: Any
-    number: int
+    """One call of a module.
+
+    Attributes:
+        around: the calls inside of which it was made, outermost first.
+        paths: the names of all modules.
+        x, y: what it took and gave: one tensor, or a list of tensors.
+        node, number: that of autograd which made y, and which of its outputs y is.
+    """
+
+    module: nn.Module
+    around: list[_Call]
+    paths: dict[nn.Module, str]
+    x: Any = None
+    y: Any = None
+    node: Any = None
+    number: int = 0
+
+    @functools.cached_property
+    def answer(self) -> Answer:
+        """Who speaks for the call; None if nothing is differentiated."""
+        if not isinstance(self.y, Tensor):
+            return Declined("it takes or gives several tensors")
+        record = None if self.node is None else Record.of(self.node, self.number)
+        own = record is not None and record.module is self.module
+        if self.node is None or (self.y is self.x and not own):
+            return None
+        if record is not None and not own:
+            return Declined("its output is that of a layer around it, for which autograd speaks")
+        try:
+            return accept(self.node, self.number, self.paths)
+        except NNJError as error:
+            return error
+
+    @property
+    def outer(self) -> nn.Module | None:
+        """A module around this one whose rule speaks for all that was computed inside of it."""
+        for call in self.around:
+            if isinstance(call.answer, Accepted):
+                return call.module
+        return None
 
 
 def load(spec: str) -> tuple[nn.Module, Any]:
@@ -86,10 +125,11 @@ def lines(model: nn.Module, x: Any = None) -> list[Line]:
 
     Errors: what the model raises; `PluginError` for a rule that is broken.
     """
-    calls = None if x is None else _calls(model, x)
+    paths = {module: path for path, module in model.named_modules()}
+    calls = None if x is None else _calls(model, x, paths)
     return [
-        _line(path, module, None if calls is None else calls.get(id(module), []))
-        for path, module in model.named_modules()
+        _line(path, module, None if calls is None else calls.get(module, []))
+        for module, path in paths.items()
     ]
 
 
@@ -104,20 +144,28 @@ def call_with(model: Callable[..., Any], x: Any) -> Any:
     )
 
 
-def _calls(model: nn.Module, x: Any) -> dict[int, list[_Call]]:
-    """The calls of all modules in one forward pass, by the module's id."""
-    found: dict[int, list[_Call]] = {}
+def _calls(model: nn.Module, x: Any, paths: dict[nn.Module, str]) -> dict[nn.Module, list[_Call]]:
+    """The calls of all modules in one forward pass."""
+    found: dict[nn.Module, list[_Call]] = {}
+    running: list[_Call] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-        given = [*args, *kwargs.values()]
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.append(_Call(module, list(running), paths))
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        call, given = running.pop(), [*args, *kwargs.values()]
         one = isinstance(y, Tensor) and len(given) == 1 and isinstance(given[0], Tensor)
-        node, number = (y.grad_fn, y.output_nr) if isinstance(y, Tensor) else (None, 0)
-        found.setdefault(id(module), []).append(
-            _Call(given[0] if one else given, y if one else tensors(y), node, number)
-        )
+        call.x, call.y = (given[0], y) if one else (given, tensors(y))
+        if isinstance(y, Tensor):
+            call.node, call.number = y.grad_fn, y.output_nr
+        found.setdefault(module, []).append(call)
 
     with temporarily_extended(model), torch.enable_grad():
-        handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
+        handles: list[Any] = []
+        for m in model.modules():
+            if not isinstance(m, torch.jit.ScriptModule):
+                handles.append(m.register_forward_pre_hook(begin, prepend=True))
+                handles.append(register_after_ours(m, end))
         try:
             call_with(model, x)
         finally:
@@ -130,76 +178,53 @@ def _line(path: str, module: nn.Module, calls: list[_Call] | None) -> Line:
     kind = type(module).__name__
     if is_loss(module):
         return Line(path, kind, "loss", "", "")
-    entry = find_rule(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return Line(path, kind, AUTOGRAD, "", "scripted: it has no calls of layers to hook")
     if type(module).forward is nn.Module.forward:
         return Line(path, kind, "", "", "container")
-    if entry is None or (entry.key is nn.Module and not is_leaf_layer(module)):
+    if calls:
+        first, calls = calls[0], [call for call in calls if call.outer is None]
+        if first.outer is not None and not calls:
+            name = first.paths[first.outer] or type(first.outer).__name__
+            return Line(path, kind, "", "", f"inside of '{name}', whose rule speaks for it")
+    entry = find_rule(module)
+    if entry is None or (entry.is_fallback and not is_leaf_layer(module)):
         return Line(path, kind, AUTOGRAD, "", _by_autograd(module, calls))
-    rule, plugin = rule_name(entry.rule), entry.source.plugin
-    if calls is None:
-        return Line(
-            path,
-            kind,
-            rule,
-            plugin,
-            "if it takes one tensor and gives one" if entry.key is nn.Module else "",
-        )
-    if not calls:
-        return Line(path, kind, rule, plugin, "not called")
-    said = [_said(path, module, entry, call) for call in calls]
-    refused = next((text for taken, text in said if not taken and text.startswith("refused")), None)
-    declined = next((text for taken, text in said if not taken), None)
-    if refused is None and declined is None:
-        return Line(path, kind, rule, plugin, next((text for _, text in said if text), ""))
-    return Line(
-        path,
-        kind,
-        "refused" if refused else AUTOGRAD,
-        "" if refused is None else plugin,
-        refused or declined or "",
-    )
+    answers = None if calls is None else [call.answer for call in calls]
+    return _by_rule(path, kind, entry, answers)
+
+
+def _by_rule(path: str, kind: str, entry: Entry, answers: list[Answer] | None) -> Line:
+    """The line of a module with a rule, with what is said of each of its calls."""
+    rule, plugin, note = rule_name(entry.rule), entry.source.plugin, ""
+    if answers is None:
+        note = "if it takes one tensor and gives one" if entry.is_fallback else ""
+    elif not answers:
+        note = "not called"
+    else:
+        for answer in answers:
+            if isinstance(answer, NNJError):
+                return Line(path, kind, "refused", plugin, f"refused: {answer}")
+        declined = [answer for answer in answers if isinstance(answer, Declined)]
+        if declined and not any(isinstance(answer, Accepted) for answer in answers):
+            return Line(path, kind, AUTOGRAD, "", f"declined: {declined[0].reason}")
+        if declined:
+            note = f"declined in {len(declined)} of {len(answers)} calls: {declined[0].reason}"
+        elif None in answers:
+            note = "nothing to be differentiated"
+    return Line(path, kind, rule, plugin, note)
 
 
 def _by_autograd(module: nn.Module, calls: list[_Call] | None) -> str:
     """What is to be said of a module without a rule."""
     entry = manager().find("layer", type(module))
-    reason = "no plugin knows it" if entry is None else undescribed(entry, module)
+    known = Declined("no plugin knows it") if entry is None else undescribed(entry, module)
     bare = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    parts = [reason] if reason else ["container"] if any(True for _ in module.children()) else []
+    holds = any(True for _ in module.children())
+    parts = [known.reason] if known else ["container"] if holds else []
     parts += [f"bare parameters: {', '.join(bare)}"] if bare else []
     parts += ["not called"] if calls == [] else []
     return "; ".join(parts or ["no plugin knows it"])
-
-
-def _said(path: str, module: nn.Module, entry: Entry, call: _Call) -> tuple[bool, str]:
-    """Whether a rule is taken for a call, and what is to be said of it."""
-    if not isinstance(call.y, Tensor):
-        return False, "declined: it takes or gives several tensors"
-    record = None if call.node is None else Record.of(call.node, call.number)
-    if call.node is None or (record is None and call.y is call.x):
-        return True, "nothing to be differentiated"
-    if record is None:
-        return (
-            False,
-            "declined: a hook, or the shapes of its input and output, hide what its rows are",
-        )
-    point = None if record.stale else working_point(record)
-    if point is None:
-        why = (
-            "what its rule reads was written over in place"
-            if record.stale
-            else "its parameters are narrower than its tensors"
-        )
-        return False, f"declined: {why}"
-    try:
-        slots = ask_rule(entry, module, *point, path)
-    except NNJError as error:
-        return False, f"refused: {error}"
-    if isinstance(slots, str):
-        return False, f"declined: {slots}"
-    if entry.key is nn.Module and not confirmed(call.node, record, slots, point[1]):
-        return False, "declined: for each sample alone it is not what autograd says"
-    return True, ""
 
 
 def text(found: Iterable[Line]) -> str:

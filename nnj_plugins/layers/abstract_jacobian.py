@@ -81,5 +81,5 @@ def custom(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     register(nnj.AbstractJacobian, custom, when=lambda m: own(m) is not None)

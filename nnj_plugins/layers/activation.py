@@ -196,7 +196,7 @@ def log_softmax(m: nn.LogSoftmax, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobia
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for cls, slope in FROM_Y.items():
         register(cls, from_y(slope), uses="y")
     for cls, slope in FROM_X.items():

@@ -183,7 +183,7 @@ def conv_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> dict[str, nn
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         register(cls, conv, uses="x")
     for transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):

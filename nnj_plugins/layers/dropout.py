@@ -17,7 +17,7 @@ def dropout(m: nn.Dropout, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for cls in (
         nn.Dropout,
         nn.Dropout1d,

@@ -65,6 +65,6 @@ def embedding_bag(m: nn.EmbeddingBag, x: Tensor, y: Tensor) -> dict[str, nnj.Jac
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     register(nn.Embedding, embedding, uses="x")
     register(nn.EmbeddingBag, embedding_bag, uses="xy")

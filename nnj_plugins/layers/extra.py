@@ -144,7 +144,7 @@ def reshape(m: Reshape, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     register(Sinusoidal, sinusoidal, uses="x")
     register(TruncExp, trunc_exp, uses="x")
     register(L2Norm, l2_norm, uses="x")

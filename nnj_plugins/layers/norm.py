@@ -175,7 +175,7 @@ def local_response(m: nn.LocalResponseNorm, x: Tensor, y: Tensor) -> dict[str, n
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         register(cls, batch_norm, uses="x")
     for axes, instance in enumerate(

@@ -53,7 +53,7 @@ MODES = {
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for (kind, mode), axes in itertools.product(MODES.items(), (1, 2, 3)):
         register(
             getattr(nn, f"{kind}{axes}d"), functools.partial(padding, mode=mode, axes=axes), uses=""

@@ -179,7 +179,7 @@ def lp_pool(m: nn.LPPool2d, x: Tensor, y: Tensor, axes: int) -> dict[str, nnj.Ja
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     rules: dict[str, Callable[..., Any]] = {
         "MaxPool": max_pool,
         "AdaptiveMaxPool": adaptive_max_pool,
@@ -188,5 +188,8 @@ def nnj_register_layers(register):
         "LPPool": lp_pool,
     }
     for (name, rule), axes in itertools.product(rules.items(), (1, 2, 3)):
-        uses = "xy" if "LP" in name else "x" if "Max" in name else ""
-        register(getattr(nn, f"{name}{axes}d"), functools.partial(rule, axes=axes), uses=uses)
+        register(
+            getattr(nn, f"{name}{axes}d"),
+            functools.partial(rule, axes=axes),
+            uses="xy" if "LP" in name else "x" if "Max" in name else "",
+        )

@@ -76,7 +76,7 @@ def fold(m: nn.Fold, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     register(nn.Identity, identity, uses="")
     register(nn.Flatten, flatten, uses="")
     register(nn.Unflatten, unflatten, uses="")

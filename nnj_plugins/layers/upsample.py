@@ -80,5 +80,5 @@ def squares(m: nn.Upsample, x: Tensor, y: Tensor) -> nnj.Jacobian:
 
 
 @nnj.hookimpl
-def nnj_register_layers(register):
+def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     register(nn.Upsample, upsample, uses="")

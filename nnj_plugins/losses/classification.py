@@ -140,7 +140,7 @@ def any_loss(m: nn.Module, scale: Tensor, y: Tensor, *args: Any) -> nnj.LossHess
 
 
 @nnj.hookimpl
-def nnj_register_losses(register):
+def nnj_register_losses(register: nnj.RegisterLoss) -> None:
     register(nn.CrossEntropyLoss, cross_entropy)
     register(nn.NLLLoss, nll, reference=of_logits)
     register(nn.NLLLoss2d, nll, reference=of_logits)

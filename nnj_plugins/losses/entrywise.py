@@ -212,7 +212,7 @@ def _reduced(m: Any, rows: Tensor) -> Tensor:
 
 
 @nnj.hookimpl
-def nnj_register_losses(register):
+def nnj_register_losses(register: nnj.RegisterLoss) -> None:
     register(nn.MSELoss, mse)
     register(nn.BCEWithLogitsLoss, bce_with_logits)
     register(nn.BCELoss, bce)

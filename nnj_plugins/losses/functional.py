@@ -79,5 +79,5 @@ def reference(m: nnj.FunctionLoss, y: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 @nnj.hookimpl
-def nnj_register_losses(register):
+def nnj_register_losses(register: nnj.RegisterLoss) -> None:
     register(nnj.FunctionLoss, functional, reference=reference)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 import nnj
@@ -26,5 +24,5 @@ class BatchGrad(nnj.Quantity):
 
 
 @nnj.hookimpl
-def nnj_register_quantities(register: Callable[..., None]) -> None:
+def nnj_register_quantities(register: nnj.RegisterQuantity) -> None:
     register("batch_grad", BatchGrad)

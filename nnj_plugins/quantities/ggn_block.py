@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -54,5 +52,5 @@ class GGNBlock(nnj.Quantity):
 
 
 @nnj.hookimpl
-def nnj_register_quantities(register: Callable[..., None]) -> None:
+def nnj_register_quantities(register: nnj.RegisterQuantity) -> None:
     register("ggn_block", GGNBlock)

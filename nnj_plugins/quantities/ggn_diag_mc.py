@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -38,5 +36,5 @@ class GGNDiagMC(nnj.Quantity):
 
 
 @nnj.hookimpl
-def nnj_register_quantities(register: Callable[..., None]) -> None:
+def nnj_register_quantities(register: nnj.RegisterQuantity) -> None:
     register("ggn_diag_mc", GGNDiagMC)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import nnj
-from nnj.registry.layer_rules import apply_rule, find_rule
+from nnj.registry.layer_rules import Declined, Described, ask_rule, find_rule
 from nnj.registry.manager import use
 from nnj.testing import check_layer
 from tests.support.layers import ACTIVATIONS, CASES, INPLACE
@@ -50,7 +50,8 @@ def slots_of(module, x):
     with torch.no_grad():
         kept = x.clone()
         y = module(x)
-        return apply_rule(find_rule(module), module, kept, y, "net.layer")
+        said = ask_rule(find_rule(module), module, kept, y, "net.layer")
+        return None if isinstance(said, Declined) else said.jacobians
 
 
 @pytest.mark.parametrize("module, x", [pytest.param(*case[1:], id=case[0]) for case in CASES])
@@ -61,7 +62,7 @@ def test_layer(module, x):
 
 @pytest.mark.parametrize("name, module, x", [pytest.param(*case, id=case[0]) for case in CASES])
 def test_layer_is_described_by_its_own_rule(name, module, x):
-    assert (find_rule(module()).key is nn.Module) == name.startswith("fallback")
+    assert find_rule(module()).is_fallback == name.startswith("fallback")
 
 
 @pytest.mark.parametrize("module, x", [pytest.param(*case[1:], id=case[0]) for case in CASES])
@@ -76,12 +77,14 @@ def test_nothing_outlives_the_operators(module, x):
         kept, y = x.clone(), module(x.clone()).clone()
     gc.disable()
     try:
-        slots = apply_rule(entry, module, kept, y)
+        said = ask_rule(entry, module, kept, y)
+        assert isinstance(said, Described)
+        slots = said.jacobians
         for j in slots.values():
             j.vjp(torch.ones_like(y)[None])
             j.square()
         held = [weakref.ref(t) for t in (kept, y, *slots.values())]
-        del slots, j, kept, y
+        del said, slots, j, kept, y
         assert not any(ref() is not None for ref in held)
     finally:
         gc.enable()
@@ -209,7 +212,7 @@ def test_declined(module, shape):
         x = torch.randn(shape)
         y = module(x.clone())
         before = {name: t.clone() for name, t in module.state_dict().items()}
-        assert apply_rule(find_rule(module), module, x, y) is None
+        assert isinstance(ask_rule(find_rule(module), module, x, y), Declined)
     for name, t in module.state_dict().items():
         assert t.equal(before[name])
 
@@ -221,7 +224,9 @@ def test_embedding_declines(options):
 
 def test_max_pool_that_returns_indices_is_declined():
     entry, x = find_rule(nn.MaxPool2d(2)), torch.randn(2, 2, 4, 4)
-    assert apply_rule(entry, nn.MaxPool2d(2, return_indices=True), x, x[..., ::2, ::2]) is None
+    assert isinstance(
+        ask_rule(entry, nn.MaxPool2d(2, return_indices=True), x, x[..., ::2, ::2]), Declined
+    )
 
 
 def test_fallback_leaves_buffers_alone():
@@ -229,7 +234,7 @@ def test_fallback_leaves_buffers_alone():
     x = torch.randn(2, 3)
     y = module(x)
     # the next call multiplies by another number
-    assert apply_rule(find_rule(module), module, x, y) is None
+    assert isinstance(ask_rule(find_rule(module), module, x, y), Declined)
     assert module.seen == 1
 
 

@@ -263,7 +263,7 @@ LAZY = {
 
 def has_rule(name: str, kind: str = "layer") -> bool:
     entry = manager().find(kind, getattr(nn, name))
-    return entry is not None and entry.key is not nn.Module
+    return entry is not None and not entry.is_fallback
 
 
 def test_no_class_is_forgotten() -> None:

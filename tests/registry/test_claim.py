@@ -100,7 +100,7 @@ def test_one_class_may_be_a_layer_and_a_loss():
         ),
         (
             Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
-            "registers the loss torch.nn.MSELoss, but when=None and reference=3 are to be called",
+            "registers the loss torch.nn.MSELoss, but when=None and reference=3 must be callable",
         ),
     ],
     ids=["layer", "loss", "name", "quantity", "rule", "uses", "reference"],

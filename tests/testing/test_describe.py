@@ -173,10 +173,18 @@ def test_a_hook_of_another_and_a_frozen_layer():
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), layer)
     found = table(model, torch.randn(3, 2))
     assert found["0"] == ("linear", "nnj-linear", "nothing to be differentiated")
-    assert found["1"][::2] == (
+    # what the hook makes of its output is another matter: autograd's
+    assert found["1"] == ("linear", "nnj-linear", "")
+    layer.register_forward_pre_hook(lambda m, x: (x[0].sin(),))
+    assert table(nnj.extend(model), torch.randn(3, 2))["1"] == ("linear", "nnj-linear", "")
+    # a hook before ours hides what forward gave
+    layer.register_forward_hook(lambda m, x, y: 3 * y, prepend=True)
+    before = list(layer._forward_hooks)
+    assert table(model, torch.randn(3, 2))["1"][::2] == (
         "autograd",
         "declined: a hook, or the shapes of its input and output, hide what its rows are",
     )
+    assert list(layer._forward_hooks) == before
 
 
 def test_text():

@@ -1,0 +1,44 @@
+"""The two ways in which a graph without circles is gone through, without recursion: parents before
+children, and everything that can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+def topological(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> list[T]:
+    """All that the roots lead to, each node before its children (depth first, reversed
+    postorder).
+
+    `children` is asked once for each node, when the node is first met. Roots may be made lazily:
+    the next one is asked for when all that the former ones lead to has been met."""
+    order: list[T] = []
+    met: set[T] = set()
+    for root in roots:
+        stack = [(root, False)]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                order.append(node)
+            elif node not in met:
+                met.add(node)
+                stack.append((node, True))
+                for child in children(node):
+                    stack.append((child, False))
+    order.reverse()
+    return order
+
+
+def reachable(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> Iterator[T]:
+    """All that the roots lead to, each node once. Lazy: who has seen enough stops asking."""
+    met: set[T] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in met:
+            met.add(node)
+            yield node
+            stack += children(node)
