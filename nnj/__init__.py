@@ -7,10 +7,9 @@ from nnj.collecting.fit import fit
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
-from nnj.jacobians.factor import Factor
+from nnj.jacobians.factor import Factor, SquareSum
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
-from nnj.jacobians.sums import SquareSum
-from nnj.jacobians.views import PermutedJacobian
+from nnj.jacobians.views import View, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
@@ -51,13 +50,14 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "LinearMap",
     "LossHessian",
     "PatchMatmul",
-    "PermutedJacobian",
     "PluginManager",
     "Quantity",
     "ScaleShift",
     "SoftmaxHessian",
     "SquareSum",
     "TableRows",
+    "View",
+    "ViewJacobian",
     "__version__",
     "autodiff_hessian",
     "hessian_of_loss",
