@@ -77,8 +77,9 @@ class Factor:
         p, q = math.prod(first.shape), math.prod(self.shape)
         total = torch.zeros(p, q, dtype=first.dtype, device=first.device)
         for part in self._slices(self.n * (p + q)):
-            a = first.columns(part).dense().reshape(-1, p)
-            b = a if first is self else self.columns(part).dense().reshape(-1, q)
+            rows = (part.stop - part.start) * self.n
+            a = first.columns(part).dense().reshape(rows, p)
+            b = a if first is self else self.columns(part).dense().reshape(rows, q)
             total.addmm_(a.mT, b)
         return total
 

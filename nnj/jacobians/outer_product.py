@@ -18,10 +18,10 @@ SMALL = 1 << 12  # entries of B of one sample and column, below which samples ar
 
 
 def outer(v: Tensor, u: Tensor) -> Tensor:
-    """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for
-    each.
-    """
-    return (v[0] @ u.mT)[None] if len(v) == 1 else torch.stack([column @ u.mT for column in v])
+    """V U^T, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
+    if len(v) < 2:
+        return (v[0] @ u.mT)[None] if len(v) else v @ u.mT
+    return torch.stack([column @ u.mT for column in v])
 
 
 class Patches:

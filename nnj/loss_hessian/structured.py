@@ -66,12 +66,12 @@ class DiagonalHessian(LossHessian):
 
     def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:
         """sqrt(h_c) J_c."""
-        weight = self.diagonal().reshape(self.rows, -1).sqrt().to(rows.dtype).mT
+        weight = self.diagonal()[..., 0].sqrt().to(rows.dtype).mT
         for a in range(0, len(rows), size):
             yield rows[a : a + size, None] * weight[a : a + size, :, None]
 
     def gram_through(self, rows: Tensor) -> Tensor:
-        return _weighted_gram(rows.double(), self.diagonal().reshape(self.rows, -1).double())
+        return _weighted_gram(rows.double(), self.diagonal()[..., 0].double())
 
 
 class BlockHessian(LossHessian):
@@ -132,24 +132,22 @@ class SoftmaxHessian(LossHessian):
     """
 
     def __init__(self, z: Tensor, a: Tensor | float = 1.0, name: str = "the loss", axis: int = 1):
-        self.axis, z = axis, z.movedim(axis, 1) if axis > 1 else z
-        shape, z = z.shape, _wide(z)
+        shape, z = z.shape, _wide(z.movedim(axis, 1) if axis > 1 else z)
         z = z[None] if z.dim() == 1 else z
         n, classes, places = z.shape[0], z.shape[1], z.shape[2:]
         super().__init__([shape], z, classes, max(1, classes - 1), n)
+        self.axis, self.moved = axis, z.shape  # the output with its classes in axis 1
         self.closed_form = self.places == 1
-        a = (
-            torch.as_tensor(a, dtype=z.dtype, device=z.device)
-            .expand(n, *places)
-            .reshape(n, self.places, 1)
-        )
+        a = torch.as_tensor(a, dtype=z.dtype, device=z.device)
+        a = a.expand(n, *places).reshape(n, self.places, 1)
         _refuse_negative(a, largest_of(a), a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
     def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
-        (part,) = super().to_outputs(t)
-        return (part.movedim(2, self.axis + 1) if self.axis > 1 else part,)
+        if self.axis <= 1:
+            return super().to_outputs(t)
+        return (t.mT.reshape(len(t), *self.moved).movedim(2, self.axis + 1),)
 
     @staticmethod
     def axes(z: Tensor) -> list[int]:
