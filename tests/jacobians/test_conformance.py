@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from nnj.jacobians.outer_product import OuterProduct, Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.views import View, ViewFactor
 from nnj.propagation.last_layer import LastLayerFactor
+from tests.support.subclasses import subclasses
 
 pytestmark = pytest.mark.usefixtures("seeded")
 SIZES = [(5, 4), (1, 4), (5, 1), (0, 4), (5, 0)]  # K and N
@@ -137,6 +136,9 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
     "uses: rows apart": lambda k, n: merge_uses(
         [ViewFactor([(ROWS(*ends), outer(k, n, (2, 3)))]) for ends in ((2, 4), (0, 2))]
     ),
+    "uses: rows alike": lambda k, n: merge_uses(
+        [ViewFactor([(ROWS(1, 3), outer(k, n, (2, 3)))]) for _ in range(2)]
+    ),
     "uses: rows that overlap": lambda k, n: merge_uses(
         [
             ViewFactor([(ROWS(0, 3), outer(k, n, (3, 3)))]),
@@ -153,18 +155,8 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
 }
 
 
-def descendants(cls: type) -> Iterator[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from descendants(sub)
-
-
 def test_every_class_has_a_case() -> None:
-    for package in (nnj, importlib.import_module("nnj_plugins")):
-        for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if not found.name.endswith("__main__"):
-                importlib.import_module(found.name)
-    ours = {c for c in descendants(Factor) if c.__module__.split(".")[0] in ("nnj", "nnj_plugins")}
+    ours = subclasses(Factor)
     assert ours and ours <= {type(make(5, 4)) for make in CASES.values()}
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nnj
 from nnj.loss_hessian import base
+from tests.support.subclasses import subclasses
 
 pytestmark = pytest.mark.usefixtures("seeded")
 CLOSE: dict[str, Any] = dict(rtol=1e-10, atol=1e-11)
@@ -66,7 +67,20 @@ def stranger(s: Tensor, *shapes: tuple[int, ...], cls: type[Stranger] = Stranger
     return cls(s, *shapes), torch.einsum("jrdb,jrdc->rdbc", s, s)
 
 
+def pairs() -> Case:
+    """Of nn.MultiMarginLoss: (e_c - e_t)(e_c - e_t)^T for the classes c within the margin."""
+    z, t = normal(4, 6), torch.randint(6, (4,))
+    found = nnj.hessian_of_loss(nn.MultiMarginLoss(p=2), torch.tensor(3.0).double(), z, t)
+    h = torch.zeros(4, 6, 6, dtype=z.dtype)
+    for n, c in itertools.product(range(4), range(6)):
+        if c != t[n] and 1 - z[n, t[n]] + z[n, c] > 0:
+            e = torch.eye(6, dtype=z.dtype)[c] - torch.eye(6, dtype=z.dtype)[t[n]]
+            h[n] += 2 * 3.0 / 6 / 4 * torch.outer(e, e)
+    return found, h[:, None]
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    "pairs": pairs,
     "softmax": lambda: softmax(3 * normal(4, 6)),
     "softmax, weighted": lambda: softmax(normal(4, 6), torch.tensor([2.0, 0.0, 1.0, 0.5])),
     "softmax, places": lambda: softmax(normal(4, 6, 2, 3), torch.rand(4, 2, 3)),
@@ -87,14 +101,8 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def descendants(cls: type) -> Iterator[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from descendants(sub)
-
-
 def test_every_class_has_a_case() -> None:
-    ours = {c for c in descendants(nnj.LossHessian) if c.__module__.startswith("nnj")}
+    ours = subclasses(nnj.LossHessian)
     assert ours and ours <= {type(make()[0]) for make in CASES.values()}
 
 
