@@ -9,6 +9,8 @@ from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError, PluginError, UnsupportedLayer
 from nnj.jacobians.factor import Factor, SquareSum
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
+from nnj.jacobians.outer_product import OuterProduct, Patches
+from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.views import View, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.loss_hessian.autodiff import autodiff_hessian
@@ -49,9 +51,12 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "Jacobian",
     "LinearMap",
     "LossHessian",
+    "OuterProduct",
     "PatchMatmul",
+    "Patches",
     "PluginManager",
     "Quantity",
+    "RowSparse",
     "ScaleShift",
     "SoftmaxHessian",
     "SquareSum",

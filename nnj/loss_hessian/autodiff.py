@@ -121,13 +121,33 @@ def _diagonal(asked: _Asked, sign: int) -> LossHessian | None:
 
 
 def _cross_entropy(asked: _Asked, sign: int) -> LossHessian | None:
-    """H if it is that of cross entropy along an axis of the only output."""
-    another = asked.another()
-    softmax = _softmax(asked.outputs, asked.moderate, asked.z, another, asked.scale, asked.strict)
-    if softmax is None:
+    """H if it is a (diag(p) - p p^T), with p the softmax of the only output along an axis.
+
+    For cross entropy a, the weight of the targets, is the same for any output, so it is found where
+    no p vanishes, from H z there; another random vector verifies it at the output itself.
+    """
+    if len(asked.outputs) > 1 or asked.moderate is None or asked.outputs[0].dim() < 2:
         return None
-    a, axis = softmax
-    return SoftmaxHessian(asked.outputs[0], _part(a, sign).to(asked.own), asked.name, axis)
+    v, hv = asked.another()
+    output, there = asked.outputs[0].to(v), asked.moderate.leaves[0].detach()
+    hz = asked.moderate.product(asked.z[None])[0]
+    z, hz, v, hv = (t.reshape(output.shape) for t in (asked.z, hz, v, hv))
+    for axis in range(1, output.dim()):
+        u = _softmax_product(there, z, axis)
+        a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
+        if all(
+            _agree(found.flatten(1), expected.flatten(1), asked.scale, asked.strict)
+            for found, expected in ((a * u, hz), (a * _softmax_product(output, v, axis), hv))
+        ):
+            a = _part(a.squeeze(axis), sign).to(asked.own)
+            return SoftmaxHessian(asked.outputs[0], a, asked.name, axis)
+    return None
+
+
+def _softmax_product(t: Tensor, v: Tensor, axis: int) -> Tensor:
+    """(diag(p) - p p^T) v with p = softmax(t) along an axis."""
+    p = t.softmax(axis)
+    return p * (v - (p * v).sum(axis, keepdim=True))
 
 
 def _blocks(asked: _Asked, sign: int) -> LossHessian:
@@ -141,7 +161,7 @@ def _blocks(asked: _Asked, sign: int) -> LossHessian:
             f"row may have {LIMIT} entries, and all blocks {ENTRIES}. Take a smaller batch, or "
             f"{WRITE_A_RULE} that gives a structure"
         )
-    # one sign for each row: what rows have in common with others does not cancel in H z
+    # rows are asked together, each under a sign of its own: H z shows if they are coupled
     matrix = asked.hessian.blocks(asked.signs[:, :1])
     if not _agree((matrix @ asked.z[..., None])[..., 0], asked.hz, asked.scale, asked.loose):
         raise NNJError(
@@ -334,41 +354,6 @@ def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> flo
     except Exception:
         return 0.0
     return size if math.isfinite(size) else 0.0
-
-
-def _softmax(
-    outputs: Sequence[Tensor],
-    moderate: _Hessian | None,
-    z: Tensor,
-    check: tuple[Tensor, Tensor],
-    scale: float,
-    tolerance: float,
-) -> tuple[Tensor, int] | None:
-    """a and the axis, if Hessian-vector products are those of a (diag(p) - p p^T), p the softmax of
-    the output along an axis.
-
-    For cross entropy a, the weight of the targets, is the same for any output, so it is found where
-    no p vanishes, from H z there; `check` is another vector, and H times it."""
-    if len(outputs) > 1 or moderate is None or outputs[0].dim() < 2:
-        return None
-    output, there = outputs[0].to(z), moderate.leaves[0].detach()
-    hz, v, hv = (t.reshape(output.shape) for t in (moderate.product(z[None])[0], *check))
-
-    def unit(t: Tensor, v: Tensor, axis: int) -> Tensor:
-        """The product with v for a = 1."""
-        p = t.softmax(axis)
-        return p * (v - (p * v).sum(axis, keepdim=True))
-
-    for axis in range(1, output.dim()):
-        u = unit(there, z.reshape(output.shape), axis)
-        a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
-        pairs = ((a * u, hz), (a * unit(output, v, axis), hv))
-        if all(
-            _agree(found.flatten(1), expected.flatten(1), scale, tolerance)
-            for found, expected in pairs
-        ):
-            return a.squeeze(axis), axis
-    return None
 
 
 def _agree(found: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:

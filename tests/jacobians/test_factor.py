@@ -78,6 +78,13 @@ class FastWeight(Weight):
     kind = Fast
 
 
+class LastWeight(Weight):
+    """It says that its factor is an outer product of the columns with x."""
+
+    def outer_patches(self) -> nnj.Patches:
+        return nnj.Patches.of(self.like[:, None, :, None])
+
+
 class Layer(nn.Module):
     jacobian: type[Weight] = Weight
 
@@ -91,6 +98,10 @@ class Layer(nn.Module):
 
 class FastLayer(Layer):
     jacobian = FastWeight
+
+
+class LastLayer(Layer):
+    jacobian = LastWeight
 
 
 class Same(nnj.Jacobian):
@@ -163,6 +174,7 @@ def plugin() -> Iterator[None]:
     def layers(register: Any) -> None:
         register(Layer, rule, uses="x")
         register(FastLayer, rule, uses="x")
+        register(LastLayer, rule, uses="x")
 
     def losses(register: Any) -> None:
         register(Loss, loss_rule)
@@ -222,11 +234,14 @@ def test_a_stranger_is_exact(
 
 @pytest.mark.parametrize("loss", [Loss, FastLoss])
 def test_a_stranger_is_the_last_layer(loss: type[Loss]) -> None:
-    """Its map is the same for all rows; a parameter that gives no patches needs columns."""
+    """Its map is the same for all rows; where its parameter gives no patches, it needs columns."""
     FastQuadratic.asked = 0
     x = torch.randn(N, 3, dtype=torch.float64)
     exact(nn.Sequential(nn.Linear(3, D), nn.Tanh(), Layer(C)).double(), loss(), x)
     assert not FastQuadratic.asked
+    exact(nn.Sequential(nn.Linear(3, D), nn.Tanh(), LastLayer(C)).double(), loss(), x)
+    assert bool(FastQuadratic.asked) == (loss is FastLoss)
+    FastQuadratic.asked = 0
     frozen = nn.Sequential(nn.Linear(3, D), nn.Tanh(), Layer(C)).double()
     frozen[2].weight.requires_grad_(False)
     exact(frozen, loss(), x)
