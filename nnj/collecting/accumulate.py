@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.collecting.quantity import Quantity, asked
-from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection
+from nnj.loss_hessian.column_selection import ColumnSelection
 
 
 class Contribution:
@@ -27,7 +27,7 @@ class Contribution:
         mine = self.values.setdefault(name, {})
         mine[id(holder)] = mine[id(holder)] + value if id(holder) in mine else value
 
-    def selected(self, selection: ColumnSelection | AllColumns) -> None:
+    def selected(self, selection: ColumnSelection) -> None:
         """Write down what walks of the exact columns."""
         self.trace, self.dropped, self.columns = selection.trace, selection.dropped, selection.k
 

@@ -16,7 +16,7 @@ from nnj.errors import NNJError, PluginError
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
-from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection
+from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
 from nnj.recording.records import Edge, LossCall
 from nnj.registry.blame import at_work
 from nnj.registry.layer_rules import describes
@@ -147,7 +147,7 @@ class LossColumns:
             found[edge] = found[edge] + t if edge in found else t
         return found
 
-    def select(self, sample_index: SampleIndex, tol: float) -> ColumnSelection | AllColumns:
+    def select(self, sample_index: SampleIndex, tol: float) -> ColumnSelection:
         """The columns that walk.
 
         Args:
@@ -166,10 +166,10 @@ class LossColumns:
             else sample_index.rows(hessian.rows, hessian.device)
         )
         assert whose is not None
-        return ColumnSelection(hessian, whose, tol)
+        return PackedColumns(hessian, whose, tol)
 
     def chunks(
-        self, wants: dict[str, Any], selection: ColumnSelection | AllColumns | None, size: int
+        self, wants: dict[str, Any], selection: ColumnSelection | None, size: int
     ) -> Iterator[Chunk]:
         """All columns that are wanted, `size` at a time at most.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnj.graph.nodes import edge_shape, leaf_of, node_name, own_task, saved, signed
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.views import PermutedJacobian, RowsJacobian
+from nnj.jacobians.views import View, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift
 from nnj.recording.records import Edge
 
@@ -92,11 +92,11 @@ def _matrix_product(
     like = torch.empty(shape[0], 0, dtype=p.dtype, device=p.device)
     patches = lambda at: saved_x()[at, None, :, None].to(p.dtype)
     j: Jacobian = PatchMatmul(patches, (shape[1], width), shape[1:], like)
-    found = [
-        BareParameter(
-            first + 1, p, PermutedJacobian(j, j.inputs[::-1]) if transposed else _whole(j, rows, p)
-        )
-    ]
+    if transposed:
+        j = ViewJacobian(j, View.permuted(j.inputs[::-1], j.inputs))
+    else:
+        j = _whole(j, rows, p)
+    found = [BareParameter(first + 1, p, j)]
     end = _end(node.next_functions[0], wanted) if first else None
     if (
         end is not None
@@ -216,7 +216,10 @@ def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
 
 def _whole(j: Jacobian, rows: tuple[int, int] | None, p: Tensor) -> Jacobian:
     """The Jacobian in a parameter, of which some rows have the Jacobian j."""
-    return j if rows is None else RowsJacobian(j, rows[0], p.shape[0])
+    if rows is None:
+        return j
+    view = View.rows((p.shape[0], *j.inputs[1:]), rows[0], rows[0] + j.inputs[0])
+    return ViewJacobian(j, view)
 
 
 class _End(NamedTuple):

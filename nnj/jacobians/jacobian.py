@@ -2,8 +2,9 @@
 structures in an input.
 
 Shapes, said once. A tangent is shaped like what it is a tangent of, with one free axis K in front:
-(K, N, *inputs) forward, (K, N, *outputs) backward. A direction v of a parameter is (K, N, *p), or
-(K, 1, *p) when the batch shares it. Metrics are over flattened tangents: (N, d, d)."""
+v of (K, N, *inputs) forward, u of (K, N, *outputs) backward. A direction v of a parameter is
+(K, N, *p), or (K, 1, *p) when the batch shares it. A matrix J is over flattened entries:
+(N, out, in)."""
 
 from __future__ import annotations
 
@@ -14,20 +15,30 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.jacobians.outer_product import Patches
 from nnj.jacobians.sample_index import SampleIndex
 
 
 class Jacobian:
-    """A linear operator per row. A subclass defines `dense`, or both `jvp` and `vjp`; all else
-    follows.
+    """A linear operator J for each of N rows.
 
-    What follows may be overridden for speed, never for meaning.
+    A subclass must define `dense`, or both `jvp` and `vjp`. All else follows, and may be overridden
+    for speed, never for meaning.
 
     Args:
         inputs: the shape of one row's input (or of the parameter).
         outputs: the shape of one row's output.
         like: a tensor with the batch in axis 0, and the dtype and device of the tangents.
+
+    Attributes:
+        n: N.
+        same_for_rows: whether J is the same matrix for all rows, so that products with it need be
+            formed for one.
+        places: at how many places of a row's output a parameter acts (L).
     """
+
+    same_for_rows: bool = False
+    places: int = 1
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], like: Tensor):
         self.inputs, self.outputs, self.like = tuple(inputs), tuple(outputs), like
@@ -39,24 +50,19 @@ class Jacobian:
         if cls.dense is base.dense and (cls.jvp is base.jvp or cls.vjp is base.vjp):
             raise TypeError(f"{cls.__name__} must define dense, or both jvp and vjp")
 
-    # -- primitives: each from the other -----------------------------------------------------------
+    # -- must be defined: each follows from the other ----------------------------------------------
 
     def dense(self) -> Tensor:
         """The matrix, (N, out, in) over flattened outputs and inputs."""
         d = math.prod(self.outputs)
-        eye = torch.eye(d, dtype=self.like.dtype, device=self.like.device).reshape(
-            d, 1, *self.outputs
-        )
-        return self.vjp(eye.expand(d, self.n, *self.outputs)).reshape(d, self.n, -1).transpose(0, 1)
+        eye = torch.eye(d, dtype=self.like.dtype, device=self.like.device)
+        rows = eye.reshape(d, 1, *self.outputs).expand(d, self.n, *self.outputs)
+        return self.vjp(rows).reshape(d, self.n, -1).transpose(0, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (K, N, *inputs) -> (K, N, *outputs)."""
-        out = self.dense() @ v.flatten(2).permute(1, 2, 0)
-        return (
-            out.permute(2, 0, 1)
-            .unflatten(2, self.outputs or (1,))
-            .reshape(v.shape[0], self.n, *self.outputs)
-        )
+        out = self.dense() @ v.flatten(2).permute(1, 2, 0)  # (N, out, K)
+        return out.permute(2, 0, 1).reshape(v.shape[0], self.n, *self.outputs)
 
     def vjp(self, u: Tensor) -> Tensor:
         """u J: (K, N, *outputs) -> (K, N, *inputs), for each row on its own, also when the slot is
@@ -65,25 +71,7 @@ class Jacobian:
         out = u.reshape(*u.shape[:2], -1).transpose(0, 1) @ self.dense()
         return out.transpose(0, 1).reshape(*u.shape[:2], *self.inputs)
 
-    # -- products of matrices and metrics ----------------------------------------------------------
-
-    def jmp(self, m: Tensor) -> Tensor:
-        """J M: (N, in, c) -> (N, out, c)."""
-        columns = m.permute(2, 0, 1).reshape(m.shape[2], m.shape[0], *self.inputs)
-        return self.jvp(columns).reshape(m.shape[2], self.n, -1).permute(1, 2, 0)
-
-    def mjp(self, m: Tensor) -> Tensor:
-        """M J: (N, r, out) -> (N, r, in)."""
-        rows = m.transpose(0, 1).reshape(m.shape[1], m.shape[0], *self.outputs)
-        return self.vjp(rows).reshape(m.shape[1], self.n, -1).transpose(0, 1)
-
-    def jmjTp(self, m: Tensor) -> Tensor:
-        """J M J^T: (N, in, in) -> (N, out, out)."""
-        return self.jmp(self.jmp(m).mT).mT
-
-    def jTmjp(self, m: Tensor) -> Tensor:
-        """J^T M J: (N, out, out) -> (N, in, in). Right for M that is not symmetric, too."""
-        return self.mjp(self.mjp(m).mT).mT
+    # -- may be overridden: J with other entries ---------------------------------------------------
 
     def square(self) -> Jacobian:
         """The operator whose entries are those of J squared: diag(J^T diag(m) J) = (J o J)^T m."""
@@ -95,11 +83,11 @@ class Jacobian:
         """
         return Dense(self.dense() * other.dense(), self.inputs, self.outputs)
 
-    # -- what a quantity asks at a parameter -------------------------------------------------------
+    # -- may be overridden: what stands at a parameter ---------------------------------------------
 
     def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
-        """u J added up for each sample, as a `Factor` (K, n, *p): `owner` says whose the entries of
-        u are.
+        """u J added up for each of n samples, as a factor B of (K, n, *p); `sample_index` says of
+        which sample the entries of u are.
         """
         if not sample_index.by_column:
             factor = self.factor(u, sample_index)
@@ -120,6 +108,24 @@ class Jacobian:
     def summed_vjp(self, u: Tensor) -> Tensor:
         """u J added over all rows: (K, R, *outputs) -> (K, *inputs)."""
         return self.vjp(u).sum(1)
+
+    def outer_patches(self) -> Patches | None:
+        """U of (N, 1, I, 1) where one row's pullback is the outer product u U^T with the cotangent
+        u of (K, N, O) itself, as of a linear layer on vectors; None for all else.
+        """
+        return None
+
+    # -- may be overridden: what a pullback costs, by which the length of chunks is chosen ---------
+
+    @property
+    def column_entries(self) -> int:
+        """How many entries of B `pullback` forms for one column and sample."""
+        return math.prod(self.inputs)
+
+    @property
+    def patch_entries(self) -> int:
+        """How many entries are made anew for each chunk, however many columns it has."""
+        return 0
 
 
 class Dense(Jacobian):
@@ -168,15 +174,15 @@ class Diagonal(Jacobian):
         return Diagonal(lambda: self.d.square(), self.like)
 
     def times(self, other: Jacobian) -> Jacobian:
-        return (
-            Diagonal(lambda: self.d * other.d, self.like)
-            if isinstance(other, Diagonal)
-            else super().times(other)
-        )
+        if not isinstance(other, Diagonal):
+            return super().times(other)
+        return Diagonal(lambda: self.d * other.d, self.like)
 
 
 class Identity(Jacobian):
     """The same numbers in another shape."""
+
+    same_for_rows = True
 
     def jvp(self, v: Tensor) -> Tensor:
         return v.reshape(*v.shape[:2], *self.outputs)
@@ -216,20 +222,17 @@ class LinearMap(Jacobian):
     ):
         super().__init__(inputs, outputs, like)
         self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
+        self.same_for_rows = not per_row
 
     def jvp(self, v: Tensor) -> Tensor:
-        return (
-            self.forward(v)
-            if self.per_row
-            else self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
-        )
+        if self.per_row:
+            return self.forward(v)
+        return self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
     def vjp(self, u: Tensor) -> Tensor:
-        return (
-            self.adjoint(u)
-            if self.per_row
-            else self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
-        )
+        if self.per_row:
+            return self.adjoint(u)
+        return self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
 
     def square(self) -> Jacobian:
         return super().square() if self.squared is None else self.squared()

@@ -4,23 +4,24 @@ factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from nnj.jacobians.factor import CHUNK, Factor
+from nnj.jacobians.factor import CHUNK, Factor, SquareSum
 
-# entries of all kernels of one parameter: beyond, a turn that adds to them goes through main memory
+# entries of all kernels of one parameter: a chunk that adds to more goes through main memory
 KERNELS = 1 << 22
 SQUARED = 1 << 22  # entries of B that are formed and squared at a time
+SMALL = 1 << 12  # entries of B of one sample and column, below which samples are taken together
 
 
 def outer(v: Tensor, u: Tensor) -> Tensor:
-    """V U^T for each column, (K, N, G, O, I); by column, since a broadcast product would copy U for
-    each.
-    """
-    return (v[0] @ u.mT)[None] if len(v) == 1 else torch.stack([column @ u.mT for column in v])
+    """V U^T, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
+    if len(v) < 2:
+        return (v[0] @ u.mT)[None] if len(v) else v @ u.mT
+    return torch.stack([column @ u.mT for column in v])
 
 
 class Patches:
@@ -53,40 +54,35 @@ class Patches:
 
 
 class OuterProduct(Factor):
-    """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], with v of (K, N, G, O, L) and u of
-    (N, G, I, L).
+    """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], for each column, sample and group.
 
-    Linear, convolutions and biases are of this form. Two uses of one weight are more places.
+    Linear layers, convolutions and biases are of this form. Two uses of one weight are more places.
 
     Args:
-        u, v, shape: as above; `shape` is that of the parameter, (G * O, ...).
-        origin: the columns of which v is another view, so that what is asked of them by several
-            parameters is computed once.
+        u: U, (N, G, I, L), or the patches that make it.
+        v: V, (K, N, G, O, L).
+        shape: of the parameter, (G * O, ...).
+        origin: the columns of which v is another view, so that what several parameters ask of
+            them is computed once.
     """
+
+    v: Tensor
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
     ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
-        self.k, self.n = v.shape[0], v.shape[1]
+        self.k, self.n, self.form = v.shape[0], v.shape[1], tuple(v.shape[2:])  # (G, O, L)
         self.device, self.dtype = v.device, v.dtype
 
     @property
     def u(self) -> Tensor:
+        """U, (N, G, I, L)."""
         return self.patches()
 
     def dense(self) -> Tensor:
         return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
-
-    def write(self, out: Tensor, more: bool) -> None:
-        g, o, i = *self.v.shape[2:4], self.patches.inputs
-        if g != 1 or out.dtype != self.dtype or out.stride(1) != 1:
-            super().write(out, more)
-            return
-        # large, so formed where it is wanted
-        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT
-        target.baddbmm_(v, u) if more else torch.bmm(v, u, out=target)
 
     def columns(self, which: slice) -> Factor:
         whole = which == slice(0, self.k)
@@ -95,27 +91,56 @@ class OuterProduct(Factor):
     def to(self, dtype: torch.dtype) -> Factor:
         return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
 
+    def write(self, out: Tensor, more: bool) -> None:
+        (g, o, _), i = self.form, self.patches.inputs
+        if g != 1 or out.dtype != self.dtype or out.stride(1) != 1:
+            super().write(out, more)
+            return
+        # large, so formed where it is wanted
+        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT
+        target.baddbmm_(v, u) if more else torch.bmm(v, u, out=target)
+
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
-        g, o = self.v.shape[2:4]
+        g, o, _ = self.form
         if self.shape != (o, self.patches.inputs) or g != 1:
             return super().entries(sample, index)
         return torch.einsum("kml,mil->kmi", self.v[:, sample, 0, index], self.u[sample, 0])
 
+    def merge_key(self) -> Hashable:
+        return (OuterProduct, *self.form[:2], self.patches.inputs)
+
+    def merge(self, uses: Sequence[OuterProduct]) -> Factor:
+        join = lambda rows: torch.cat([use.patches(rows) for use in uses], -1)
+        patches = Patches(join, self.n, self.patches.inputs)
+        return OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
+
+    # -- squares -----------------------------------------------------------------------------------
+
+    def square_sum(self) -> Tensor:
+        return self.squares().value()
+
+    def squares(self, in_all: int | None = None) -> SquareSum:
+        if self.by_gram(in_all or self.k):
+            return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
+        return SquareSum(self.squares_by_column())
+
     def by_gram(self, in_all: int) -> bool:
         """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels
-        (in float64), and 32 L^2 to add them up in each turn; K L I without, where B also writes and
+        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in
+        float64), and 32 L^2 to add them up in each chunk; K L I without, where B also writes and
         reads K I squares (8: what a square costs beside a multiply-add). With one place they always
-        do."""
-        n, g, o, l = self.v.shape[1:]
-        i, turns = self.patches.inputs, max(1, in_all / self.k)
-        kernels = 2 * l * l * (in_all + i / 2 + 16 * (turns - 1))
-        return l == 1 or (kernels < in_all * i * (l + 8) and n * g * o * l * l <= KERNELS)
+        do.
+        """
+        (g, o, l), i = self.form, self.patches.inputs
+        chunks = max(1, in_all / max(1, self.k))
+        kernels = 2 * l * l * (in_all + i / 2 + 16 * (chunks - 1))
+        fits = self.n * g * o * l * l <= KERNELS
+        return l == 1 or (kernels < in_all * i * (l + 8) and fits)
 
     def kernels(self) -> Tensor:
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""
-        if self.v.shape[-1] == 1:
+        if self.form[2] == 1:
             return self._one_place()
         # entries of B are differences of kernels: single precision would leave noise, even below
         # zero
@@ -128,52 +153,71 @@ class OuterProduct(Factor):
         known = getattr(self.origin, "nnj_squares", None)
         if known is None:
             known = self.origin.nnj_squares = self.v.square().sum(0)  # type: ignore[attr-defined]
-        return known.reshape(*self.v.shape[1:], 1).clone()
+        return known.reshape(*self.v.shape[1:], 1).clone()  # kernels are added to in place
 
-    def square_sum(self) -> Tensor:
-        if self.by_gram(self.k):
-            return kernel_squares(self.kernels(), self.patches).to(self.dtype).reshape(self.shape)
-        return self.explicit_squares()
-
-    def explicit_squares(self) -> Tensor:
-        """The sum over columns of B^2, each B formed, (*shape). By sample, in products as large as
+    def squares_by_column(self) -> Tensor:
+        """The sum over columns of B^2, each B formed, (*shape): by sample, in products as large as
         caches like them.
         """
-        k, n, g, o, l = self.v.shape
-        i = self.patches.inputs
+        (g, o, l), i = self.form, self.patches.inputs
         total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
-        if g * o * i <= 1 << 12:
+        if g * o * i <= SMALL:
             for rows in self.patches.parts(g * (o + l) * i):
                 u = self.patches(rows).mT
                 for column in self.v[:, rows]:
                     total += (column @ u).square_().sum(0)
             return total.reshape(self.shape)
         step = max(1, SQUARED // (g * o * i))
-        for s in range(n):
+        for s in range(self.n):
             u = self.patches(slice(s, s + 1))[0].mT
-            for a in range(0, k, step):
+            for a in range(0, self.k, step):
                 for b in _each(self.v[a : a + step, s], u):
                     total.addcmul_(b, b)
         return total.reshape(self.shape)
 
+    # -- blocks ------------------------------------------------------------------------------------
+
     def gram(self, other: Factor) -> Tensor:
-        one = (
-            isinstance(other, OuterProduct)
-            and self.v.shape[4] == other.v.shape[4] == self.v.shape[2] == other.v.shape[2] == 1
-        )
-        if not one or self.k == 1:
-            return super().gram(other)
-        # One place: the block is sum_n (V^T V)_n (x) u_n u'_n^T, without B.
-        a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]  # type: ignore[attr-defined]
-        x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]  # type: ignore[attr-defined]
+        if isinstance(other, OuterProduct) and self.k > 1 and self._is_row and other._is_row:
+            return self._gram_of_rows(other)
+        return super().gram(other)
+
+    @property
+    def _is_row(self) -> bool:
+        """Whether a sample has one place and one group: then B is an outer product of vectors."""
+        return self.form[0] == self.form[2] == 1
+
+    def _gram_of_rows(self, other: OuterProduct) -> Tensor:
+        """The block is sum_n (V^T V')_n (x) u_n u'_n^T, without B."""
+        a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
+        x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]
         o, q, i, j = a.shape[2], b.shape[2], x.shape[1], y.shape[1]
         total = torch.zeros(o * q, i * j, dtype=self.dtype, device=self.device)
-        step = max(1, CHUNK // (o * q + i * j))
+        step = max(1, CHUNK // max(1, o * q + i * j))
         for s in range(0, self.n, step):
             left = a[:, s : s + step].permute(1, 2, 0) @ b[:, s : s + step].permute(1, 0, 2)
             right = x[s : s + step, :, None] * y[s : s + step, None, :]
             total.addmm_(left.flatten(1).mT, right.flatten(1))
         return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
+
+
+class KernelSum:
+    """Kernels V^T V of one factor, (N, G, O, L, L), which add up over chunks of columns and meet U
+    only once: diag(U (V^T V) U^T), where no entry of B is formed.
+    """
+
+    def __init__(
+        self, kernels: Tensor, patches: Patches, shape: tuple[int, ...], dtype: torch.dtype
+    ):
+        self.kernels, self.patches, self.shape, self.dtype = kernels, patches, shape, dtype
+
+    def add_(self, other: KernelSum) -> KernelSum:
+        self.kernels.add_(other.kernels)
+        return self
+
+    def value(self) -> Tensor:
+        """(*shape)."""
+        return kernel_squares(self.kernels, self.patches).to(self.dtype).reshape(self.shape)
 
 
 def _each(v: Tensor, u: Tensor) -> Iterable[Tensor]:

@@ -1,4 +1,4 @@
-"""Whose the entries of a tangent are."""
+"""Of which sample the entries of a tangent are."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ class SampleAxis(NamedTuple):
 class SampleIndex:
     """Which of `n` samples each entry of a tangent (K, R, *outputs) belongs to.
 
-    `of` is None when rows are sample-major, R / n for each sample; otherwise a long tensor that
-    broadcasts against (R, *outputs), -1 where an entry belongs to nobody. With `by_column`, axis 0
-    of the tangent is (K * n): every column is that of one sample, and all its entries are that
-    sample's. `along` says the same as `of` where that is so simple."""
+    Args:
+        n: how many samples there are.
+        of: None when rows are sample-major, R / n for each sample; otherwise a long tensor that
+            broadcasts against (R, *outputs), -1 where an entry belongs to nobody.
+        by_column: axis 0 of the tangent is (K * n): every column is that of one sample, and all its
+            entries are that sample's.
+        along: says the same as `of`, where it is so simple.
+    """
 
     def __init__(
         self,
@@ -41,14 +45,14 @@ class SampleIndex:
         """That of a tangent of (R, *outputs) = shape with the samples along one axis."""
         if along.axis == 0 and shape[0] == n * along.run:
             return cls(n)
-        of = (torch.arange(shape[along.axis], device=device) // along.run % n).reshape(
-            -1, *[1] * (len(shape) - along.axis - 1)
-        )
-        of = of.expand(shape[0], *[1] * (along.axis - 1), *of.shape) if along.axis else of
+        of = torch.arange(shape[along.axis], device=device) // along.run % n
+        of = of.reshape(-1, *[1] * (len(shape) - along.axis - 1))
+        if along.axis:  # all rows alike
+            of = of.expand(shape[0], *[1] * (along.axis - 1), *of.shape)
         return cls(n, of, along=along)
 
     def rows(self, count: int, device: torch.device) -> Tensor | None:
-        """The owner of each row (R,), or None where a row holds entries of several samples."""
+        """The sample of each row, (R,); None where a row holds entries of several samples."""
         if self.of is None:
             return torch.arange(count, device=device) // (count // self.n)
         flat = self.of.reshape(self.of.shape[0], -1)
@@ -57,12 +61,13 @@ class SampleIndex:
         return flat[:, 0].expand(count)
 
     def tidy(self) -> SampleIndex:
-        """The same with nobody's entries given to the owner of the others in their row, and plain
+        """The same with nobody's entries given to the sample of the others in their row, and plain
         where it is sample-major.
         """
         of = self.of
         if of is None or self.by_column:
             return self
+        # axes along which it does not change are of length one
         for axis in range(of.dim() - 1, 0, -1):
             one = of.amax(axis, keepdim=True)
             if bool(((of == one) | (of < 0)).all()):
@@ -95,16 +100,17 @@ class SampleIndex:
         """
         of = self.of
         if of is None:
-            of = self.rows(v.shape[1], v.device)
-            of = of.reshape(-1, *[1] * (v.dim() - 2))  # type: ignore[union-attr]
+            rows = self.rows(v.shape[1], v.device)
+            assert rows is not None
+            of = rows.reshape(-1, *[1] * (v.dim() - 2))
         sample = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (v.dim() - 1))
         return (v[:, None] * (of == sample)).flatten(0, 1)
 
 
-def is_cyclic(whose: Tensor, n: int) -> bool:
+def is_cyclic(sample: Tensor, n: int) -> bool:
     """Whether rows belong to samples 0, 1, ..., n - 1, 0, 1, ..., as those of a sequence-first
     model do.
     """
-    return len(whose) % n == 0 and torch.equal(
-        whose, torch.arange(len(whose), device=whose.device) % n
-    )
+    if len(sample) % n:
+        return False
+    return torch.equal(sample, torch.arange(len(sample), device=sample.device) % n)

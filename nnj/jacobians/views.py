@@ -1,204 +1,187 @@
-"""A parameter seen in another arrangement, or some rows of it: factors and Jacobians of a view."""
+"""A parameter seen as a view: some of its rows, or its entries in another order; the factor and the
+Jacobian at the parameter, given those at the view.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnj.jacobians.factor import Factor
+from nnj.jacobians.factor import Factor, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.jacobians.sums import merge_factors
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """Entries in another order: of `shape`, seen as `split`, whose axes are put in `order` and seen
-    as `inner`.
+class View:
+    """Rows `start` to `stop` of a parameter p of `shape`, with their entries in another order:
+    p[start:stop].reshape(split).permute(order).reshape(inner). Make it by `rows` or `permuted`.
     """
 
     shape: tuple[int, ...]
+    start: int
+    stop: int
     split: tuple[int, ...]
     order: tuple[int, ...]
     inner: tuple[int, ...]
 
-    def put(self, t: Tensor) -> Tensor:
-        """(..., *shape) -> (..., *inner)."""
-        lead = t.shape[: t.dim() - len(self.shape)]
-        return self._permuted(t.reshape(*lead, *self.split), len(lead), self.order).reshape(
-            *lead, *self.inner
-        )
+    @classmethod
+    def rows(cls, shape: Sequence[int], start: int, stop: int) -> View:
+        """Rows start to stop, as they are."""
+        inner = (stop - start, *shape[1:])
+        return cls(tuple(shape), start, stop, inner, tuple(range(len(inner))), inner)
 
-    def back(self, t: Tensor) -> Tensor:
-        """(..., *inner) -> (..., *shape)."""
-        lead = t.shape[: t.dim() - len(self.inner)]
-        t = t.reshape(*lead, *(self.split[axis] for axis in self.order))
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return self._permuted(t, len(lead), inverse).reshape(*lead, *self.shape)
-
-    @staticmethod
-    def _permuted(t: Tensor, lead: int, order: Sequence[int]) -> Tensor:
-        return t.permute(*range(lead), *(lead + axis for axis in order))
-
-
-class PermutedFactor(Factor):
-    """B of a parameter, given that of its entries in another arrangement."""
-
-    def __init__(self, factor: Factor, arrangement: Permutation):
-        self.factor, self.arrangement, self.shape = factor, arrangement, arrangement.shape
-        self.k, self.n, self.device, self.dtype = factor.k, factor.n, factor.device, factor.dtype
-
-    def dense(self) -> Tensor:
-        return self.arrangement.back(self.factor.dense())
-
-    def columns(self, which: slice) -> Factor:
-        return PermutedFactor(self.factor.columns(which), self.arrangement)
-
-    def to(self, dtype: torch.dtype) -> Factor:
-        return PermutedFactor(self.factor.to(dtype), self.arrangement)
-
-    def square_sum(self) -> Tensor:
-        return self.arrangement.back(self.factor.square_sum())
-
-    def gram(self, other: Factor) -> Tensor:
-        """Rows of the block are put in the order of the parameter; so are its columns if the other
-        is turned, too.
-        """
-        inner = other.factor if isinstance(other, PermutedFactor) else other
-        found = self.factor.gram(self.factor if other is self else inner)
-        found = self.arrangement.back(found.mT.reshape(-1, *self.factor.shape)).flatten(1).mT
-        if isinstance(other, PermutedFactor):
-            found = other.arrangement.back(found.reshape(-1, *inner.shape)).flatten(1)
-        return found
-
-
-class RowsFactor(Factor):
-    """B of a parameter of which some rows are reached: parts (start, B of the rows from there),
-    which do not overlap.
-    """
-
-    def __init__(self, parts: Sequence[tuple[int, Factor]], shape: Sequence[int]):
-        self.parts, self.shape = list(parts), tuple(shape)
-        first = self.parts[0][1]
-        self.k, self.n, self.device, self.dtype = first.k, first.n, first.device, first.dtype
-
-    def dense(self) -> Tensor:
-        out = torch.zeros(self.k, self.n, *self.shape, dtype=self.dtype, device=self.device)
-        for start, part in self.parts:
-            out[:, :, start : start + part.shape[0]] = part.dense()
-        return out
-
-    def columns(self, which: slice) -> Factor:
-        return RowsFactor([(start, part.columns(which)) for start, part in self.parts], self.shape)
-
-    def to(self, dtype: torch.dtype) -> Factor:
-        return RowsFactor([(start, part.to(dtype)) for start, part in self.parts], self.shape)
-
-    def square_sum(self) -> Tensor:
-        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for start, part in self.parts:
-            out[start : start + part.shape[0]] = part.square_sum()
-        return out
-
-    def gram(self, other: Factor) -> Tensor:
-        width = math.prod(self.shape[1:])
-        out = torch.zeros(
-            math.prod(self.shape), math.prod(other.shape), dtype=self.dtype, device=self.device
-        )
-        for start, part in self.parts:
-            a = slice(start * width, (start + part.shape[0]) * width)
-            if not isinstance(other, RowsFactor):
-                out[a] = part.gram(other)
-                continue
-            across = math.prod(other.shape[1:])
-            for begin, piece in other.parts:
-                out[a, begin * across : (begin + piece.shape[0]) * across] = part.gram(piece)
-        return out
-
-
-def merge_uses(parts: Sequence[Factor]) -> Factor:
-    """One factor for all uses of a parameter, in the arrangement that they share."""
-    turned = [part for part in parts if isinstance(part, PermutedFactor)]
-    if len(turned) == len(parts) and len({part.arrangement for part in turned}) == 1:
-        return PermutedFactor(
-            merge_factors([part.factor for part in turned]), turned[0].arrangement
-        )
-    rows = [part for part in parts if isinstance(part, RowsFactor)]
-    if len(rows) < len(parts):
-        return merge_factors(parts)
-    pieces: dict[tuple[int, int], list[Factor]] = {}
-    for part in rows:
-        for start, piece in part.parts:
-            pieces.setdefault((start, piece.shape[0]), []).append(piece)
-    ends = sorted((start, start + count) for start, count in pieces)
-    if any(a[1] > b[0] for a, b in itertools.pairwise(ends)):
-        return merge_factors(parts)
-    return RowsFactor(
-        [(start, merge_factors(found)) for (start, _), found in pieces.items()], rows[0].shape
-    )
-
-
-class PermutedJacobian(Jacobian):
-    """J in p, given `j`, that in p.reshape(split).permute(order).reshape(j.inputs): the transpose
-    of a matrix, say.
-
-    Args:
-        j: the operator in the entries as they are arranged.
-        inputs: the shape of p.
-        split: p's shape with axes taken apart, such as groups; by default that of p.
-        order: of the axes of `split`; by default two axes change places.
-    """
-
-    def __init__(
-        self,
-        j: Jacobian,
-        inputs: Sequence[int],
+    @classmethod
+    def permuted(
+        cls,
+        shape: Sequence[int],
+        inner: Sequence[int],
         split: Sequence[int] | None = None,
         order: Sequence[int] = (1, 0),
-    ):
-        super().__init__(inputs, j.outputs, j.like)
-        self.j, self.split, self.order = j, tuple(inputs if split is None else split), tuple(order)
-        self.arrangement = Permutation(self.inputs, self.split, self.order, j.inputs)
+    ) -> View:
+        """All entries in another order: by default the transpose of a matrix.
+
+        Args:
+            shape: of the parameter.
+            inner: of the view.
+            split: `shape` with axes taken apart, such as groups; by default as it is.
+            order: of the axes of `split`.
+        """
+        split = tuple(shape if split is None else split)
+        return cls(tuple(shape), 0, shape[0], split, tuple(order), tuple(inner))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all rows."""
+        return (self.start, self.stop) == (0, self.shape[0])
+
+    def put(self, t: Tensor) -> Tensor:
+        """The view of t: (..., *shape) -> (..., *inner)."""
+        lead = t.dim() - len(self.shape)
+        t = t.narrow(lead, self.start, self.stop - self.start)
+        t = t.reshape(*t.shape[:lead], *self.split)
+        t = t.permute(*range(lead), *(lead + axis for axis in self.order))
+        return t.reshape(*t.shape[:lead], *self.inner)
+
+    def back(self, t: Tensor) -> Tensor:
+        """The rows of which t is the view: (..., *inner) -> (..., stop - start, *shape[1:])."""
+        lead = t.dim() - len(self.inner)
+        t = t.reshape(*t.shape[:lead], *(self.split[axis] for axis in self.order))
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        t = t.permute(*range(lead), *(lead + axis for axis in inverse))
+        return t.reshape(*t.shape[:lead], self.stop - self.start, *self.shape[1:])
+
+    def padded(self, t: Tensor) -> Tensor:
+        """The same with all other rows zero: (..., *inner) -> (..., *shape)."""
+        rows = self.back(t)
+        if self.whole:
+            return rows
+        return F.pad(rows, [0, 0] * (len(self.shape) - 1) + [self.start, self.shape[0] - self.stop])
+
+
+class ViewFactor(Factor):
+    """B at a parameter, given B at views of it, of which no two have a row in common; zero in all
+    other rows.
+
+    Args:
+        parts: views of one parameter, each with the factor there, (K, N, *view.inner).
+    """
+
+    def __init__(self, parts: Sequence[tuple[View, Factor]]):
+        self.parts = list(parts)
+        view, first = self.parts[0]
+        self.k, self.n, self.shape = first.k, first.n, view.shape
+        self.device, self.dtype = first.device, first.dtype
+
+    def _joined(self, found: Iterable[Tensor], *lead: int) -> Tensor:
+        """(*lead, *shape), from (*lead, *view.inner) of each part."""
+        first = self.parts[0][0]
+        if len(self.parts) == 1 and first.whole:
+            (only,) = found
+            return first.back(only)
+        out = torch.zeros(*lead, *self.shape, dtype=self.dtype, device=self.device)
+        for (view, _), t in zip(self.parts, found, strict=True):
+            out.narrow(len(lead), view.start, view.stop - view.start).copy_(view.back(t))
+        return out
+
+    def dense(self) -> Tensor:
+        return self._joined((part.dense() for _, part in self.parts), self.k, self.n)
+
+    def columns(self, which: slice) -> Factor:
+        return ViewFactor([(view, part.columns(which)) for view, part in self.parts])
+
+    def to(self, dtype: torch.dtype) -> Factor:
+        return ViewFactor([(view, part.to(dtype)) for view, part in self.parts])
+
+    def square_sum(self) -> Tensor:
+        return self._joined(part.square_sum() for _, part in self.parts)
+
+    def gram(self, other: Factor) -> Tensor:
+        # the rows of the block are those of the parts, put in the order of the parameter
+        q = math.prod(other.shape)
+        found = (part.gram(other).mT.reshape(q, *part.shape) for _, part in self.parts)
+        return self._joined(found, q).flatten(1).mT
+
+    def gram_from(self, first: Factor) -> Tensor:
+        # the columns of the block are those of the parts, put in the order of the parameter
+        p = math.prod(first.shape)
+        found = (first.gram(part).reshape(p, *part.shape) for _, part in self.parts)
+        return self._joined(found, p).flatten(1)
+
+    def merge_key(self) -> Hashable:
+        return ViewFactor
+
+    def merge(self, uses: Sequence[ViewFactor]) -> Factor:
+        groups: dict[View, list[Factor]] = {}
+        for use in uses:
+            for view, part in use.parts:
+                groups.setdefault(view, []).append(part)
+        ends = sorted((view.start, view.stop) for view in groups)
+        if any(a[1] > b[0] for a, b in itertools.pairwise(ends)):
+            return SumFactor(uses)
+        return ViewFactor([(view, merge_uses(parts)) for view, parts in groups.items()])
+
+
+class ViewJacobian(Jacobian):
+    """J in a parameter, given `j`, that in a view of it: some rows, or the transpose of a matrix.
+
+    Args:
+        j: the operator in the entries as they are arranged, `j.inputs` is `view.inner`.
+        view: of the parameter.
+    """
+
+    def __init__(self, j: Jacobian, view: View):
+        super().__init__(view.shape, j.outputs, j.like)
+        self.j, self.view = j, view
+        self.same_for_rows, self.places = j.same_for_rows, j.places
+
+    @property
+    def column_entries(self) -> int:
+        return self.j.column_entries
+
+    @property
+    def patch_entries(self) -> int:
+        return self.j.patch_entries
 
     def jvp(self, v: Tensor) -> Tensor:
-        return self.j.jvp(self.arrangement.put(v))
+        return self.j.jvp(self.view.put(v))
 
     def vjp(self, u: Tensor) -> Tensor:
-        return self.arrangement.back(self.j.vjp(u))
+        return self.view.padded(self.j.vjp(u))
 
     def square(self) -> Jacobian:
-        return self._with(self.j.square())
+        return ViewJacobian(self.j.square(), self.view)
 
     def times(self, other: Jacobian) -> Jacobian:
-        same = isinstance(other, PermutedJacobian) and other.arrangement == self.arrangement
-        return self._with(self.j.times(other.j)) if same else super().times(other)  # type: ignore[attr-defined]
-
-    def _with(self, j: Jacobian) -> Jacobian:
-        return PermutedJacobian(j, self.inputs, self.split, self.order)
+        if not isinstance(other, ViewJacobian) or other.view != self.view:
+            return super().times(other)
+        return ViewJacobian(self.j.times(other.j), self.view)
 
     def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
-        return PermutedFactor(self.j.pullback(u, sample_index), self.arrangement)
-
-
-class RowsJacobian(Jacobian):
-    """The Jacobian in rows start to stop of a parameter as that in the whole of it."""
-
-    def __init__(self, j: Jacobian, start: int, count: int):
-        super().__init__((count, *j.inputs[1:]), j.outputs, j.like)
-        self.j, self.start, self.stop = j, start, start + j.inputs[0]
-
-    def jvp(self, v: Tensor) -> Tensor:
-        return self.j.jvp(v[:, :, self.start : self.stop])
-
-    def vjp(self, u: Tensor) -> Tensor:
-        after = self.inputs[0] - self.stop
-        return F.pad(self.j.vjp(u), [0, 0] * (len(self.inputs) - 1) + [self.start, after])
-
-    def pullback(self, u: Tensor, sample_index: SampleIndex) -> Factor:
-        return RowsFactor([(self.start, self.j.pullback(u, sample_index))], self.inputs)
+        return ViewFactor([(self.view, self.j.pullback(u, sample_index))])

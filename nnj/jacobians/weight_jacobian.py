@@ -1,5 +1,5 @@
-"""The structures of J in a parameter, which all rows share: a weight, a factor or a shift, rows of
-a table.
+"""The structures of J in a parameter that all rows share: y = W U, a matrix product with patches;
+y = w * m, scale and shift; y = W[index], rows of a table.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nnj.jacobians.factor import Factor, RowSparse
+from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.outer_product import OuterProduct, Patches, outer
+from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.sample_index import SampleIndex, is_cyclic
 
 
@@ -34,43 +35,61 @@ class _Fold:
         return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
 
 
-def _grouped(
+def _regrouped(
     patches: Patches, v: Tensor, fold: _Fold, sample_index: SampleIndex, shape: Sequence[int]
 ) -> OuterProduct | None:
-    """Rows (R) and places (L) regrouped as samples (n) and their places: U (R, G, I, L), v
-    (K, R, G, O, L).
+    """V U^T of samples, from that of rows: the rows (R) of a sample and their places (L) become
+    its places. None where a row, or a place of it, holds entries of several samples.
+
+    Args:
+        patches: U, (R, G, I, L).
+        v: V, (K, R, G, O, L).
+        fold: of the outputs into (G, O, L).
+        sample_index: of which sample the entries of the rows are.
+        shape: of the parameter.
     """
     if sample_index.of is None:
-        n, k = sample_index.n, patches.n // sample_index.n
-        rows = lambda s: slice(s.start * k, s.stop * k) if s.start is not None else s
-        of_sample = lambda s: patches(rows(s)).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
-        return OuterProduct(
-            Patches(of_sample, n, patches.inputs),
-            v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2),
-            shape,
-        )
-    u = patches()
-    of = fold(sample_index.of.expand(u.shape[0], *fold.outputs), 1)  # (R, G, O, L)
+        return _from_blocks(patches, v, sample_index.n, shape)
+    of = fold(sample_index.of.expand(patches.n, *fold.outputs), 1)  # (R, G, O, L)
     if not bool((of == of[:, :1, :1]).all()):
         return None
-    flat = of[:, 0, 0].reshape(-1)
-    if is_cyclic(flat, sample_index.n):  # then the samples are an axis
-        u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
-        return OuterProduct(
-            u.unflatten(0, (-1, sample_index.n)).movedim(0, -1),
-            v.unflatten(1, (-1, sample_index.n)).movedim(1, -1),
-            shape,
-        )
-    order = torch.argsort(flat, stable=True)
-    order = order[(flat < 0).sum() :]
-    sample = flat[order]
-    counts = torch.bincount(sample, minlength=sample_index.n)
-    slot = torch.arange(len(order), device=flat.device) - (counts.cumsum(0) - counts)[sample]
-    most = max(1, int(counts.max()) if len(order) else 1)
-    # (R*L, G, I), (K, R*L, G, O)
+    sample, u = of[:, 0, 0].reshape(-1), patches()
+    # rows and places as one axis: (R L, G, I) and (K, R L, G, O)
     u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
-    grouped_u = u.new_zeros(sample_index.n, most, *u.shape[1:]).index_put((sample, slot), u[order])
-    grouped_v = v.new_zeros(v.shape[0], sample_index.n, most, *v.shape[2:])
+    if is_cyclic(sample, sample_index.n):  # then the samples are an axis
+        u = u.unflatten(0, (-1, sample_index.n)).movedim(0, -1)
+        v = v.unflatten(1, (-1, sample_index.n)).movedim(1, -1)
+        return OuterProduct(u, v, shape)
+    return _from_any_order(u, v, sample, sample_index.n, shape)
+
+
+def _from_blocks(patches: Patches, v: Tensor, n: int, shape: Sequence[int]) -> OuterProduct:
+    """Where the rows are sample-major, R / n for each of n samples, U is still made in parts."""
+    k = patches.n // n
+
+    def of_samples(s: slice) -> Tensor:
+        rows = s if s.start is None else slice(s.start * k, s.stop * k)
+        return patches(rows).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
+
+    v = v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2)
+    return OuterProduct(Patches(of_samples, n, patches.inputs), v, shape)
+
+
+def _from_any_order(
+    u: Tensor, v: Tensor, sample: Tensor, n: int, shape: Sequence[int]
+) -> OuterProduct:
+    """From u of (M, G, I) and v of (K, M, G, O), where entry m is of `sample[m]` (negative:
+    nobody's): as many places as the longest sample has, and zeros where others have none.
+    """
+    order = torch.argsort(sample, stable=True)
+    order = order[(sample < 0).sum() :]
+    sample = sample[order]
+    counts = torch.bincount(sample, minlength=n)
+    # the number of an entry among those of its sample
+    slot = torch.arange(len(order), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+    most = max(1, int(counts.max()) if len(order) else 1)
+    grouped_u = u.new_zeros(n, most, *u.shape[1:]).index_put((sample, slot), u[order])
+    grouped_v = v.new_zeros(v.shape[0], n, most, *v.shape[2:])
     grouped_v[:, sample, slot] = v[:, order]
     return OuterProduct(grouped_u.movedim(1, -1), grouped_v.movedim(2, -1), shape)
 
@@ -140,7 +159,7 @@ class PatchMatmul(Jacobian):
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
             return OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
-        return _grouped(self.patches, v, self.fold, sample_index, self.inputs)
+        return _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
@@ -149,10 +168,22 @@ class PatchMatmul(Jacobian):
             -1, *self.inputs
         )
 
+    def outer_patches(self) -> Patches | None:
+        return self.patches if self.groups == 1 and len(self.outputs) == 1 else None
+
+    @property
+    def column_entries(self) -> int:
+        return 0  # V is a view of the columns
+
+    @property
+    def patch_entries(self) -> int:
+        g, _, i = self.matrix
+        return self.n * self.places * g * i if self.places > 1 else 0
+
 
 class ScaleShift(Jacobian):
-    """A factor that all places share: y = w * m + …, the affine parameters of a norm. Without m,
-    J = 1: a bias.
+    """A scale that all places share: y = w * m + …, the affine parameters of a norm. Without m a
+    shift, J = 1: a bias.
 
     Args:
         inputs: the shape of the parameter.
@@ -193,34 +224,46 @@ class ScaleShift(Jacobian):
         return self.times(self)
 
     def times(self, other: Jacobian) -> Jacobian:
-        m, n = self.m, getattr(other, "m", None)
-        if not isinstance(other, ScaleShift) or (m is None) != (n is None):
+        if not isinstance(other, ScaleShift):
             return super().times(other)
-        both = None if m is None or n is None else (lambda: m() * n())
+        m, n = self.m, other.m
+        if m is None and n is None:
+            return ScaleShift(self.inputs, self.outputs, self.like, last=self.fold.last)
+        if m is None or n is None:
+            return super().times(other)
+        both = lambda: m() * n()
         return ScaleShift(self.inputs, self.outputs, self.like, m=both, last=self.fold.last)
 
     def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
-        # A place of width one that holds 1; the sum over a sample's places can be taken at once.
+        # V U^T with one place of width one that holds 1: a sample's places are summed at once
         v = self._weighted(u)
-        if sample_index.of is None:
-            one = v.shape[-1] == 1
-            total: Tensor | None = sample_index.sum(v[..., 0] if one else v.sum(-1))
-        else:
-            of = self.fold(sample_index.of.expand(u.shape[1], *self.outputs), 1)  # (R, 1, D, L)
-            if not bool((of == of[:, :, :1]).all()):
-                return None
-            whose = SampleIndex(sample_index.n, of[:, 0, 0].reshape(-1))
-            total = whose.sum(v.movedim(-1, 2).flatten(1, 2))
+        total = self._summed_places(v, sample_index)
         if total is None:
             return None
-        origin = (
-            u
-            if sample_index.of is None and one and self.m is None and sample_index.n == self.n
-            else None
-        )
-        return OuterProduct(
-            total.new_ones(sample_index.n, 1, 1, 1), total[..., None], self.inputs, origin
-        )
+        plain = sample_index.of is None and sample_index.n == self.n
+        same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
+        ones = total.new_ones(sample_index.n, 1, 1, 1)
+        return OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+
+    def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
+        """v of (K, R, 1, D, L), summed over all places of each sample, (K, n, 1, D); None where a
+        place holds entries of several samples.
+        """
+        if sample_index.of is None:
+            return sample_index.sum(v[..., 0] if v.shape[-1] == 1 else v.sum(-1))
+        of = self.fold(sample_index.of.expand(v.shape[1], *self.outputs), 1)  # (R, 1, D, L)
+        if not bool((of == of[:, :, :1]).all()):
+            return None
+        of_places = SampleIndex(sample_index.n, of[:, 0, 0].reshape(-1))
+        return of_places.sum(v.movedim(-1, 2).flatten(1, 2))
+
+    def outer_patches(self) -> Patches | None:
+        plain = self.m is None and self.inputs == self.outputs and len(self.outputs) == 1
+        return Patches.of(self.like.new_ones(self.n, 1, 1, 1)) if plain else None
+
+    @property
+    def column_entries(self) -> int:
+        return 0  # the columns themselves, or their sums
 
 
 class TableRows(Jacobian):
@@ -237,50 +280,49 @@ class TableRows(Jacobian):
         self.index, self.keep = index, keep
 
     def jvp(self, v: Tensor) -> Tensor:
-        if v.shape[1] == 1:
+        if v.shape[1] == 1:  # a direction that all rows share
             out = v[:, 0][:, self.index]
         else:
-            out = v[
-                :,
-                torch.arange(self.n, device=v.device).reshape(-1, *[1] * (self.index.dim() - 1)),
-                self.index,
-            ]
+            row = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (self.index.dim() - 1))
+            out = v[:, row, self.index]
         return out if self.keep is None else out * self._mask(out)
 
     def _mask(self, t: Tensor) -> Tensor:
         assert self.keep is not None
         return self.keep.reshape(*self.keep.shape, *[1] * (t.dim() - 1 - self.keep.dim()))
 
-    def _pairs(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
-        """u (K, R, *outputs) as the rows of a table for each of owner.n samples."""
+    def _rows(self, u: Tensor, sample_index: SampleIndex) -> RowSparse | None:
+        """u (K, R, *outputs) as rows of the table for each of n samples; None where a row of the
+        table holds entries of several samples.
+        """
         u = u if self.keep is None else u * self._mask(u)
+        sample = self._samples(u, sample_index)
+        if sample is None:
+            return None
+        v, sample = u.flatten(1, self.index.dim()), sample.expand(self.index.shape).reshape(-1)
+        return RowSparse.build(v, sample, self.index.reshape(-1), sample_index.n, self.inputs)
+
+    def _samples(self, u: Tensor, sample_index: SampleIndex) -> Tensor | None:
+        """Of which sample each entry of `index` is, of a shape that broadcasts to it."""
         places = self.index.dim()
         if sample_index.of is None:
-            whose = sample_index.rows(u.shape[1], u.device).reshape(-1, *[1] * (places - 1))  # type: ignore[union-attr]
-        else:
-            whole = (
-                sample_index.of.expand(u.shape[1], *self.outputs).flatten(places)
-                if len(self.inputs) > 1
-                else sample_index.of.expand(u.shape[1], *self.outputs)[..., None]
-            )
-            if not bool((whole == whole[..., :1]).all()):
-                return None
-            whose = whole[..., 0]
-        sample = whose.expand(self.index.shape).reshape(-1)
-        return RowSparse.build(
-            u.flatten(1, places), sample, self.index.reshape(-1), sample_index.n, self.inputs
-        )
+            rows = sample_index.rows(u.shape[1], u.device)
+            assert rows is not None
+            return rows.reshape(-1, *[1] * (places - 1))
+        of = sample_index.of.expand(u.shape[1], *self.outputs)
+        whole = of.flatten(places) if len(self.inputs) > 1 else of[..., None]  # (R, *places, row)
+        return whole[..., 0] if bool((whole == whole[..., :1]).all()) else None
 
     def vjp(self, u: Tensor) -> Tensor:
-        found = self._pairs(u, SampleIndex(u.shape[1]))
+        found = self._rows(u, SampleIndex(u.shape[1]))
         assert found is not None
         return found.dense()
 
     def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
-        return self._pairs(u, sample_index)
+        return self._rows(u, sample_index)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
-        found = self._pairs(u, SampleIndex(1))
+        found = self._rows(u, SampleIndex(1))
         assert found is not None
         return found.dense()[:, 0]
 
@@ -294,3 +336,7 @@ class TableRows(Jacobian):
         for kept in (self.keep, other.keep):
             keep = keep if kept is None else keep & kept
         return TableRows(self.index, self.inputs, self.like, keep=keep)
+
+    @property
+    def column_entries(self) -> int:
+        return 0  # the columns themselves, and their sums where an index repeats

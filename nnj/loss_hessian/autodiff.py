@@ -26,15 +26,14 @@ from nnj.loss_hessian.base import (
 )
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian, largest_of
 
-LIMIT = 4096  # entries of a row, above which `twice` refuses to build its block
-ENTRIES = 2**29  # of all blocks together
+LIMIT = 4096  # entries of a row, above which no block is built
+ENTRIES = 2**29  # of all blocks together, above which none is built
 
 
 def autodiff_hessian(
     call: Callable[..., Tensor], outputs: Sequence[Tensor], name: str = "the loss", sign: int = 0
 ) -> LossHessian:
-    """The Hessian of any loss, differentiated twice by autograd; in float64 where the loss can be
-    had in it.
+    """The Hessian of any loss, differentiated twice by autograd, in float64 where the loss can be.
 
     It is diagonal where the loss works on each entry for itself; a (diag(p) - p p^T) where it is
     cross entropy along an axis of the output; else a block for each whole row over all outputs, by
@@ -59,43 +58,119 @@ def autodiff_hessian(
     n = rows_of(shapes)
     size = sum(per_row(shape, n) for shape in shapes)
     if n * size == 0:
-        return DiagonalHessian(
-            torch.zeros(n, size, dtype=own, device=outputs[0].device), shapes, name
-        )
-    generator = torch.Generator("cpu").manual_seed(0)  # its own, and the same on every device
-    z = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu")
-    hessian, hz = _differentiate(call, outputs, own, name, z)
-    if not bool(torch.isfinite(hz).all()):
-        raise NNJError(infinite(name))
-    moderate = _moderate(call, outputs, hessian)
-    _check_log_probabilities(outputs, hessian, moderate, z.to(hz), name)
-    z, scale = z.to(hz), max(largest_of(hz), _size(moderate, z))
-    strict, loose = (1e-9, 1e-6) if hz.dtype == torch.float64 else (2e-5, 2e-4)
-    signs = torch.randint(0, 2, (n, size), generator=generator, device="cpu").to(z) * 2 - 1
-    h = signs * hessian.product(signs[None])[0]
-    if _agree(h * z, hz, scale, strict):
-        return DiagonalHessian(_part(h, sign).to(own), shapes, name, scale)
-    other = torch.randn(n, size, generator=generator, dtype=torch.float64, device="cpu").to(z)
-    softmax = _softmax(
-        outputs, moderate, z, (other, hessian.product(other[None])[0]), scale, strict
-    )
-    if softmax is not None:
-        a, axis = softmax
-        return SoftmaxHessian(outputs[0], _part(a, sign).to(own), name, axis)
+        nothing = torch.zeros(n, size, dtype=own, device=outputs[0].device)
+        return DiagonalHessian(nothing, shapes, name)
+    asked = _Asked(call, outputs, own, name, (n, size))
+    found = _diagonal(asked, sign)
+    if found is None:
+        found = _cross_entropy(asked, sign)
+    return _blocks(asked, sign) if found is None else found
+
+
+class _Asked:
+    """A loss at its outputs, and what random vectors have said of its Hessian: z and H z, with the
+    size of the terms from which H z is summed.
+
+    Errors: `NNJError` where the Hessian is not finite, cannot be had, or is zero although that in
+    log probabilities is not.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        outputs: Sequence[Tensor],
+        own: torch.dtype,
+        name: str,
+        shape: tuple[int, int],
+    ):
+        self.outputs, self.own, self.name, self.shape = outputs, own, name, shape
+        # its own, and the same on every device
+        self.generator = torch.Generator("cpu").manual_seed(0)
+        z = self._normal()
+        self.hessian, self.hz = _differentiate(call, outputs, own, name, z)
+        if not bool(torch.isfinite(self.hz).all()):
+            raise NNJError(infinite(name))
+        self.z = z.to(self.hz)
+        self.moderate = _moderate(call, outputs, self.hessian)
+        _check_log_probabilities(outputs, self.hessian, self.moderate, self.z, name)
+        self.scale = max(largest_of(self.hz), _size(self.moderate, self.z))
+        double = self.hz.dtype == torch.float64
+        self.strict, self.loose = (1e-9, 1e-6) if double else (2e-5, 2e-4)
+        bits = torch.randint(0, 2, shape, generator=self.generator, device="cpu")
+        self.signs = bits.to(self.z) * 2 - 1
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [t.shape for t in self.outputs]
+
+    def _normal(self) -> Tensor:
+        return torch.randn(*self.shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def another(self) -> tuple[Tensor, Tensor]:
+        """Another random vector, and H times it."""
+        v = self._normal().to(self.z)
+        return v, self.hessian.product(v[None])[0]
+
+
+def _diagonal(asked: _Asked, sign: int) -> LossHessian | None:
+    """H if it is diagonal: with signs s, s * (H s) is its diagonal, which H z verifies."""
+    h = asked.signs * asked.hessian.product(asked.signs[None])[0]
+    if not _agree(h * asked.z, asked.hz, asked.scale, asked.strict):
+        return None
+    return DiagonalHessian(_part(h, sign).to(asked.own), asked.shapes, asked.name, asked.scale)
+
+
+def _cross_entropy(asked: _Asked, sign: int) -> LossHessian | None:
+    """H if it is a (diag(p) - p p^T), with p the softmax of the only output along an axis.
+
+    For cross entropy a, the weight of the targets, is the same for any output, so it is found where
+    no p vanishes, from H z there; another random vector verifies it at the output itself.
+    """
+    if len(asked.outputs) > 1 or asked.moderate is None or asked.outputs[0].dim() < 2:
+        return None
+    v, hv = asked.another()
+    output, there = asked.outputs[0].to(v), asked.moderate.leaves[0].detach()
+    hz = asked.moderate.product(asked.z[None])[0]
+    z, hz, v, hv = (t.reshape(output.shape) for t in (asked.z, hz, v, hv))
+    for axis in range(1, output.dim()):
+        u = _softmax_product(there, z, axis)
+        a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
+        if all(
+            _agree(found.flatten(1), expected.flatten(1), asked.scale, asked.strict)
+            for found, expected in ((a * u, hz), (a * _softmax_product(output, v, axis), hv))
+        ):
+            a = _part(a.squeeze(axis), sign).to(asked.own)
+            return SoftmaxHessian(asked.outputs[0], a, asked.name, axis)
+    return None
+
+
+def _softmax_product(t: Tensor, v: Tensor, axis: int) -> Tensor:
+    """(diag(p) - p p^T) v with p = softmax(t) along an axis."""
+    p = t.softmax(axis)
+    return p * (v - (p * v).sum(axis, keepdim=True))
+
+
+def _blocks(asked: _Asked, sign: int) -> LossHessian:
+    """H as a block for each row, by as many products as a row has entries. Errors: `NNJError` if
+    that is too many, or if rows influence one another.
+    """
+    n, size = asked.shape
     if size > LIMIT or n * size * size > ENTRIES:
         raise NNJError(
-            f"{name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a row "
-            f"may have {LIMIT} entries, and all blocks {ENTRIES}. Take a smaller batch, or "
+            f"{asked.name}: its Hessian has {n} blocks of {size} x {size}. Differentiated twice, a "
+            f"row may have {LIMIT} entries, and all blocks {ENTRIES}. Take a smaller batch, or "
             f"{WRITE_A_RULE} that gives a structure"
         )
-    matrix = hessian.blocks(signs[:, :1])
-    if not _agree((matrix @ z[..., None])[..., 0], hz, scale, loose):
+    # rows are asked together, each under a sign of its own: H z shows if they are coupled
+    matrix = asked.hessian.blocks(asked.signs[:, :1])
+    if not _agree((matrix @ asked.z[..., None])[..., 0], asked.hz, asked.scale, asked.loose):
         raise NNJError(
-            f"{name} couples rows of the batch: its Hessian has entries between outputs of "
+            f"{asked.name} couples rows of the batch: its Hessian has entries between outputs of "
             "different rows, so that no row has a curvature of its own. Use a loss that is a sum "
             "over rows"
         )
-    return BlockHessian(_part_of_blocks(matrix, sign)[:, None], shapes, name, scale, own)
+    matrix = _part_of_blocks(matrix, sign)[:, None]
+    return BlockHessian(matrix, asked.shapes, asked.name, asked.scale, asked.own)
 
 
 def _part(values: Tensor, sign: int) -> Tensor:
@@ -164,14 +239,9 @@ class _Hessian:
         sign.
         """
         n, size = self.gradient.shape
-        eye, chunk = (
-            torch.eye(size, dtype=signs.dtype, device=signs.device),
-            max(1, 2**22 // (n * size)),
-        )
-        parts = [
-            self.product(eye[a : a + chunk, None] * signs) * signs for a in range(0, size, chunk)
-        ]
-        return torch.cat(parts).movedim(0, -1)
+        eye = torch.eye(size, dtype=signs.dtype, device=signs.device)
+        parts = eye[:, None].split(max(1, 2**22 // (n * size)))
+        return torch.cat([self.product(part * signs) * signs for part in parts]).movedim(0, -1)
 
 
 class _Cast(TorchFunctionMode):
@@ -284,41 +354,6 @@ def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> flo
     except Exception:
         return 0.0
     return size if math.isfinite(size) else 0.0
-
-
-def _softmax(
-    outputs: Sequence[Tensor],
-    moderate: _Hessian | None,
-    z: Tensor,
-    check: tuple[Tensor, Tensor],
-    scale: float,
-    tolerance: float,
-) -> tuple[Tensor, int] | None:
-    """a and the axis, if Hessian-vector products are those of a (diag(p) - p p^T), p the softmax of
-    the output along an axis.
-
-    For cross entropy a, the weight of the targets, is the same for any output, so it is found where
-    no p vanishes, from H z there; `check` is another vector, and H times it."""
-    if len(outputs) > 1 or moderate is None or outputs[0].dim() < 2:
-        return None
-    output, there = outputs[0].to(z), moderate.leaves[0].detach()
-    hz, v, hv = (t.reshape(output.shape) for t in (moderate.product(z[None])[0], *check))
-
-    def unit(t: Tensor, v: Tensor, axis: int) -> Tensor:
-        """The product with v for a = 1."""
-        p = t.softmax(axis)
-        return p * (v - (p * v).sum(axis, keepdim=True))
-
-    for axis in range(1, output.dim()):
-        u = unit(there, z.reshape(output.shape), axis)
-        a = (hz * u).sum(axis, keepdim=True) / u.square().sum(axis, keepdim=True)
-        pairs = ((a * u, hz), (a * unit(output, v, axis), hv))
-        if all(
-            _agree(found.flatten(1), expected.flatten(1), scale, tolerance)
-            for found, expected in pairs
-        ):
-            return a.squeeze(axis), axis
-    return None
 
 
 def _agree(found: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:

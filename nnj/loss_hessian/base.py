@@ -21,9 +21,9 @@ class LossHessian:
     """Hessian of a loss in its outputs: for each row r of R and each place d of D a block of B x B,
     and zero between blocks.
 
-    Subclasses define `columns`; the rest follows, and may be overridden for speed. It is the
-    Hessian of exactly the scalar that is differentiated, so factors before the loss and its
-    reduction are in it.
+    A subclass must define `columns`. All else follows, and may be overridden for speed, never for
+    meaning. It is the Hessian of exactly the scalar that is differentiated, so factors before the
+    loss and its reduction are in it.
 
     Args:
         shapes: the shape of each output of the loss (usually one). An output's row is its axes
@@ -32,7 +32,15 @@ class LossHessian:
         like: a tensor of the dtype and on the device of the blocks.
         block, rank: B, and the number of columns of S, the same for every block and at least 1.
         rows: R, by default the length of axis 0 where all outputs share it, else 1.
+
+    Attributes:
+        places: D.
+        sizes: how many entries a row has of each output; together they are B D.
+        closed_form: whether `columns_through` and `gram_through` cost less than S does. A last
+            layer that is the same linear map for all rows is then taken together with the loss.
     """
+
+    closed_form: bool = False
 
     def __init__(
         self,
@@ -48,46 +56,13 @@ class LossHessian:
         self.block, self.rank, self.places = block, rank, sum(self.sizes) // max(block, 1)
         self.dtype, self.device = like.dtype, like.device
 
+    # -- must be defined ---------------------------------------------------------------------------
+
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of the factor S of every block, (stop - start, R, D, B)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define columns")
 
-    def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
-        """From (k, R, D, B) to a tensor (k, *shape) for each output of the loss."""
-        rows = t.mT.reshape(*t.shape[:2], self.block * self.places).split(self.sizes, -1)
-        return tuple(
-            part.reshape(t.shape[0], *shape) for part, shape in zip(rows, self.shapes, strict=True)
-        )
-
-    def signs(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Random signs, (count, rank, R, D), of the default generator of the device or another
-        one.
-        """
-        shape = (count, self.rank, self.rows, self.places)
-        device = self.device if generator is None else generator.device
-        return (
-            torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device).to(
-                self.device
-            )
-            * 2
-            - 1
-        )
-
-    def combine(self, c: Tensor) -> Tensor:
-        """sum_j c_j S_j with coefficients (k, rank, R, D) for the columns of each block:
-        (k, R, D, B).
-        """
-        parts = c.to(self.dtype).split(_CHUNK, 1)
-        return _sum(
-            torch.einsum("kjrd,jrdb->krdb", c, s)
-            for c, s in zip(parts, self._chunks(), strict=True)
-        )
-
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns with random signs, summed.
-        Not divided by count.
-        """
-        return self.combine(self.signs(count, generator))
+    # -- may be overridden: H and S, block by block ------------------------------------------------
 
     def diagonal(self) -> Tensor:
         """diag(H), (R, D, B)."""
@@ -110,6 +85,81 @@ class LossHessian:
             torch.einsum("jrdb,jkrd->krdb", s, torch.einsum("jrdb,krdb->jkrd", s, v))
             for s in self._chunks()
         )
+
+    # -- may be overridden: random combinations of columns -----------------------------------------
+
+    def signs(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Random signs, (count, rank, R, D), of the default generator of the device or another
+        one.
+        """
+        shape = (count, self.rank, self.rows, self.places)
+        device = self.device if generator is None else generator.device
+        bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device)
+        return bits.to(self.device) * 2 - 1
+
+    def combine(self, c: Tensor) -> Tensor:
+        """sum_j c_j S_j with coefficients (k, rank, R, D) for the columns of each block:
+        (k, R, D, B).
+        """
+        parts = c.to(self.dtype).split(_CHUNK, 1)
+        return _sum(
+            torch.einsum("kjrd,jrdb->krdb", c, s)
+            for c, s in zip(parts, self._chunks(), strict=True)
+        )
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns with random signs, summed.
+        Not divided by count.
+        """
+        return self.combine(self.signs(count, generator))
+
+    # -- may be overridden: S and H behind a linear map J that all rows share ----------------------
+
+    def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """Columns of S^T J, one for each column of each place: (k, R, d), with k at most `size`.
+
+        Args:
+            rows: J, (B D, d): its rows are the entries of a row of the outputs.
+            size: how many columns at a time.
+        """
+        return (s.to(rows.dtype) @ rows for s in self._flat_columns(size))
+
+    def gram_through(self, rows: Tensor) -> Tensor:
+        """J^T H J of each row, (R, d, d), from J (B * D, d): in float64."""
+        total = rows.new_zeros(self.rows, rows.shape[1], rows.shape[1], dtype=torch.float64)
+        for v in self.columns_through(rows.double(), _CHUNK):
+            total += v.permute(1, 2, 0) @ v.transpose(0, 1)
+        return total
+
+    def whole(self) -> Tensor:
+        """S with a column for each column of each place, over flat rows of the outputs:
+        (rank D, R, B D).
+        """
+        return torch.cat(list(self._flat_columns(self.rank)))
+
+    def _flat_columns(self, size: int) -> Iterator[Tensor]:
+        for d in range(self.places):
+            for a in range(0, self.rank, size):
+                s = self.columns(a, min(a + size, self.rank))
+                if self.places > 1:
+                    only = torch.zeros_like(s)
+                    only[:, :, d] = s[:, :, d]
+                    s = only
+                yield self.flat(s)
+
+    # -- layout ------------------------------------------------------------------------------------
+
+    def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
+        """From (k, R, D, B) to a tensor (k, *shape) for each output of the loss."""
+        rows = t.mT.reshape(*t.shape[:2], self.block * self.places).split(self.sizes, -1)
+        return tuple(
+            part.reshape(t.shape[0], *shape) for part, shape in zip(rows, self.shapes, strict=True)
+        )
+
+    def flat(self, t: Tensor) -> Tensor:
+        """From (k, R, D, B) to rows of the outputs, flattened one after the other: (k, R, B D)."""
+        parts = zip(self.to_outputs(t), self.sizes, strict=True)
+        return torch.cat([part.reshape(len(t), self.rows, size) for part, size in parts], -1)
 
     def _chunks(self) -> Iterator[Tensor]:
         for a in range(0, self.rank, _CHUNK):

@@ -1,8 +1,10 @@
-"""Which columns of the loss's factor walk, and in what order: column k of a sample is one column of
-one of its blocks.
+"""Which columns of the loss's factor S walk, and in what order: column k of a sample is one column
+of one of its blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,16 +12,44 @@ from torch import Tensor
 from nnj.loss_hessian.base import LossHessian
 
 
-class AllColumns:
-    """All columns of S as they are, where every sample has one block."""
+class ColumnSelection:
+    """Columns that walk, k of them. A subclass must define `columns`.
+
+    Attributes:
+        k: how many there are.
+        trace, dropped: of H over the batch, and what the columns that were left out have of it;
+            both 0 where none is left out.
+    """
 
     trace = dropped = 0.0
 
+    def __init__(self, hessian: LossHessian, k: int):
+        self.hessian, self.k = hessian, k
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns start to stop, (stop - start, R, D, B)."""
+        raise NotImplementedError(f"{type(self).__name__} must define columns")
+
+    def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """The columns behind a linear map J that all rows share, as
+        `LossHessian.columns_through`: (k, R, d) from J of (B * D, d).
+        """
+        for a in range(0, self.k, size):
+            s = self.hessian.flat(self.columns(a, min(a + size, self.k)))
+            yield s.to(rows.dtype) @ rows
+
+
+class AllColumns(ColumnSelection):
+    """All columns of S as they are, where every sample has one block."""
+
     def __init__(self, hessian: LossHessian):
-        self.k, self.columns = hessian.rank, hessian.columns
+        super().__init__(hessian, hessian.rank)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self.hessian.columns(start, stop)
 
 
-class ColumnSelection:
+class PackedColumns(ColumnSelection):
     """The columns of all blocks, packed for each sample on its own, and those that carry nothing
     left out.
 
@@ -29,68 +59,63 @@ class ColumnSelection:
     the end while all that is lost over the batch is at most `tol` of the trace of H.
 
     Args:
-        curvature: of the loss.
-        whose: (R,) the sample of each row of the loss; negative where a row is nobody's.
+        hessian: of the loss.
+        sample: (R,) the sample of each row of the loss; negative where a row is nobody's.
         tol: between 0 and 1.
-
-    Attributes:
-        k: the number of packed columns.
-        trace, dropped: of H over the batch, and what the columns that were left out have of it.
     """
 
-    def __init__(self, hessian: LossHessian, whose: Tensor, tol: float = 0.0):
-        self.hessian = hessian
-        n = max(0, int(whose.max())) + 1 if len(whose) else 0
-        self.sample = torch.where(whose < 0, n, whose)
-        self.slot = _number_within(self.sample)
-        table = (n + 1, int(self.slot.max()) + 1 if len(whose) else 1)
-        rank, places = hessian.rank, hessian.places
-        self.trace = self.dropped = 0.0
-        if tol == 0:
-            size = hessian.diagonal().sum(-1)  # (R, D)
-            alive = (
-                size.new_zeros(*table, places)
-                .index_put((self.sample, self.slot), (size > 0).to(size.dtype))
-                .flatten(1)
-            )
-            order = alive.argsort(dim=1, descending=True, stable=True)
-            blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
-            self.index = (
-                (order[:, :blocks, None] * rank + torch.arange(rank, device=order.device))
-                .flatten(1)
-                .mT
-            )
-            self.k = self.index.shape[0]
-            return
-        size = hessian.norms().movedim(0, -1).double()  # (R, D, rank)
-        size = (
-            size.new_zeros(*table, places, rank)
-            .index_put((self.sample, self.slot), size)
-            .flatten(1)
-        )
+    def __init__(self, hessian: LossHessian, sample: Tensor, tol: float = 0.0):
+        n = max(0, int(sample.max())) + 1 if len(sample) else 0
+        self.sample = torch.where(sample < 0, n, sample)  # rows of nobody are those of one more
+        self.slot = _number_within(self.sample)  # which row of its sample a row is
+        # a table (n + 1, slots): where a sample has fewer rows than others, slots are empty
+        self.table = (n + 1, int(self.slot.max()) + 1 if len(sample) else 1)
+        super().__init__(hessian, 0)
+        # (k, n + 1): of each packed column and sample, the number of one of the sample's columns,
+        # which are counted by slot, place and column of the block
+        self.index = self._largest(tol) if tol > 0 else self._nonzero()
+        self.k = self.index.shape[0]
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        """(R, ...) -> (n + 1, slots * ...), zero in empty slots."""
+        table = values.new_zeros(*self.table, *values.shape[1:])
+        return table.index_put((self.sample, self.slot), values).flatten(1)
+
+    def _nonzero(self) -> Tensor:
+        """The index of all columns of the blocks that are not zero."""
+        size, rank = self.hessian.diagonal().sum(-1), self.hessian.rank  # (R, D)
+        alive = self._by_sample((size > 0).to(size.dtype))
+        order = alive.argsort(dim=1, descending=True, stable=True)  # blocks, those not zero first
+        blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
+        columns = torch.arange(rank, device=order.device)
+        return (order[:, :blocks, None] * rank + columns).flatten(1).mT
+
+    def _largest(self, tol: float) -> Tensor:
+        """The index of the largest columns of each sample, so many that at most `tol` is lost."""
+        size = self._by_sample(self.hessian.norms().movedim(0, -1).double())  # of (R, D, rank)
         size, order = size.sort(dim=1, descending=True, stable=True)
         # what is lost without packed column k and those after it
         tail = size.sum(0).flip(0).cumsum(0).flip(0)
         self.trace = float(tail[0]) if len(tail) else 0.0
-        self.k = min(len(tail), max(1, int((tail > tol * self.trace).sum())))
-        self.dropped = float(tail[self.k]) if self.k < len(tail) else 0.0
-        self.index = order[:, : self.k].mT
+        k = min(len(tail), max(1, int((tail > tol * self.trace).sum())))
+        self.dropped = float(tail[k]) if k < len(tail) else 0.0
+        return order[:, :k].mT
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Packed columns start to stop, (k, R, D, B)."""
-        c = self.hessian
-        # (k, R): of the sample's column k, the place among all of its columns
-        mine = self.index[start:stop, self.sample]
-        j, block = mine % c.rank, mine // c.rank
-        k, row = (block // c.places == self.slot).nonzero(as_tuple=True)
-        place = block[k, row] % c.places
-        out = torch.zeros(mine.shape[0], c.rows, c.places, c.block, dtype=c.dtype, device=c.device)
-        out[k, row, place] = c.columns_at(row, place, j[k, row])
+        h = self.hessian
+        number = self.index[start:stop, self.sample]  # (k, R): among all columns of the sample
+        j, block = number % h.rank, number // h.rank
+        # a row takes part where the block is one of its own
+        k, row = (block // h.places == self.slot).nonzero(as_tuple=True)
+        place = block[k, row] % h.places
+        out = torch.zeros(len(number), h.rows, h.places, h.block, dtype=h.dtype, device=h.device)
+        out[k, row, place] = h.columns_at(row, place, j[k, row])
         return out
 
 
 def _number_within(group: Tensor) -> Tensor:
     """The number of each entry among those of its group, in order."""
     found, order = group.sort(stable=True)
-    place = torch.arange(len(group), device=group.device)
-    return torch.empty_like(place).index_put((order,), place - torch.searchsorted(found, found))
+    position = torch.arange(len(group), device=group.device)
+    number = position - torch.searchsorted(found, found)
+    return torch.empty_like(position).index_put((order,), number)

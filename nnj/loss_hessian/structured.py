@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nnj.errors import Indefinite, NNJError
+from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
 
 
@@ -27,6 +28,8 @@ class DiagonalHessian(LossHessian):
 
     Errors: `NNJError` if an entry is negative.
     """
+
+    closed_form = True
 
     def __init__(
         self,
@@ -57,6 +60,18 @@ class DiagonalHessian(LossHessian):
 
     def product(self, v: Tensor) -> Tensor:
         return (self.h * v).to(v.dtype)
+
+    def whole(self) -> Tensor:
+        return torch.diag_embed(self.columns(0, 1)[0, :, :, 0]).movedim(1, 0)
+
+    def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """sqrt(h_c) J_c."""
+        weight = self.diagonal()[..., 0].sqrt().to(rows.dtype).mT
+        for a in range(0, len(rows), size):
+            yield rows[a : a + size, None] * weight[a : a + size, :, None]
+
+    def gram_through(self, rows: Tensor) -> Tensor:
+        return _weighted_gram(rows.double(), self.diagonal()[..., 0].double())
 
 
 class BlockHessian(LossHessian):
@@ -117,23 +132,22 @@ class SoftmaxHessian(LossHessian):
     """
 
     def __init__(self, z: Tensor, a: Tensor | float = 1.0, name: str = "the loss", axis: int = 1):
-        self.axis, z = axis, z.movedim(axis, 1) if axis > 1 else z
-        shape, z = z.shape, _wide(z)
+        shape, z = z.shape, _wide(z.movedim(axis, 1) if axis > 1 else z)
         z = z[None] if z.dim() == 1 else z
         n, classes, places = z.shape[0], z.shape[1], z.shape[2:]
         super().__init__([shape], z, classes, max(1, classes - 1), n)
-        a = (
-            torch.as_tensor(a, dtype=z.dtype, device=z.device)
-            .expand(n, *places)
-            .reshape(n, self.places, 1)
-        )
+        self.axis, self.moved = axis, z.shape  # the output with its classes in axis 1
+        self.closed_form = self.places == 1
+        a = torch.as_tensor(a, dtype=z.dtype, device=z.device)
+        a = a.expand(n, *places).reshape(n, self.places, 1)
         _refuse_negative(a, largest_of(a), a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
     def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
-        (part,) = super().to_outputs(t)
-        return (part.movedim(2, self.axis + 1) if self.axis > 1 else part,)
+        if self.axis <= 1:
+            return super().to_outputs(t)
+        return (t.mT.reshape(len(t), *self.moved).movedim(2, self.axis + 1),)
 
     @staticmethod
     def axes(z: Tensor) -> list[int]:
@@ -207,6 +221,59 @@ class SoftmaxHessian(LossHessian):
         top = p.argmax(-1, keepdim=True).expand(*v.shape[:-1], 1)
         v = v - v.gather(-1, top)  # H 1 = 0, and so nothing large cancels where a class is sure
         return self.a * p * (v - (p * v).sum(-1, keepdim=True))
+
+    def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """sqrt(a p_c) (J_c - J_t - R / (1 + sqrt p_t)) for all classes c but the likeliest t, with
+        R = sum_c p_c (J_c - J_t).
+
+        With D_c = J_c - J_t the Hessian is a (sum_c p_c D_c D_c^T - R R^T). Columns D_c - k R in
+        the place of D_c make it so if k^2 (1 - p_t) - 2 k + 1 = 0, and this k is
+        1 / (1 + sqrt p_t). Where t is among the first C - 1 classes, the last class stands in its
+        place.
+        """
+        if self.places > 1:
+            yield from super().columns_through(rows, size)
+            return
+        p, last = self.p[:, 0].to(rows.dtype), self.block - 1
+        best, top = p.max(1, keepdim=True)
+        rest = p.scatter(1, top, 0.0)
+        away = rows[top[:, 0]]
+        mean = rest @ rows - rest.sum(1, keepdim=True) * away
+        shift = away + mean / (1 + best.sqrt())
+        weight = (self.a[:, 0] * self.p[:, 0]).sqrt().to(rows.dtype)
+        weight = weight.scatter(1, top, weight[:, last:]).mT
+        sample = torch.arange(len(p), device=p.device)
+        for a in range(0, self.rank, size):
+            b = min(a + size, self.rank)
+            v = rows[a:b, None] - shift
+            mine = ((top[:, 0] >= a) & (top[:, 0] < b)).nonzero()[:, 0]
+            v[top[mine, 0] - a, sample[mine]] = rows[last] - shift[mine]
+            yield v.mul_(weight[a:b, :, None])
+
+    def gram_through(self, rows: Tensor) -> Tensor:
+        """a (sum_c p_c D_c D_c^T - R R^T), with D_c = J_c - J_t for the likeliest class t and
+        R = sum_c p_c D_c: no term is larger than 1 - p_t.
+        """
+        if self.places > 1:
+            return super().gram_through(rows)
+        rows, p = rows.double(), self.p[:, 0].double()
+        top = p.argmax(1, keepdim=True)
+        rest = p.scatter(1, top, 0.0)
+        best, mean, mass = rows[top[:, 0]], rest @ rows, rest.sum(1, keepdim=True)
+        cross, r = mean[:, :, None] * best[:, None], mean - mass * best
+        whole = (
+            _weighted_gram(rows, rest)
+            - cross
+            - cross.mT
+            + mass[:, :, None] * best[:, :, None] * best[:, None]
+        )
+        return (whole - r[:, :, None] * r[:, None]) * self.a[:, 0, :, None].double()
+
+
+def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_c w_nc J_c J_c^T: rows J of (C, d) and weights w of (N, C) give (N, d, d)."""
+    step = max(1, CHUNK // max(1, rows.numel()))
+    return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from nnj.graph.matmul import product_backward
 from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import edge_dtype, edge_shape, own_task, signed, sum_to
 from nnj.graph.step import Step, describe
-from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.jacobians.views import merge_uses
 from nnj.propagation.cotangents import Cotangents
 from nnj.propagation.plan import Plan
 from nnj.propagation.probe import Probe

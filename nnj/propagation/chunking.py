@@ -6,15 +6,16 @@ import math
 
 from nnj.graph.nodes import edge_shape
 from nnj.graph.step import Step
-from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.propagation.allocator import keep_heap
 from nnj.propagation.backward import Sweep
 
-CACHE = 1 << 21  # entries of a tangent that the caches of a CPU still serve while a turn walks
+CACHE = 1 << 21  # entries of a tangent that the caches of a CPU still serve while a chunk walks
 
 
 def even(k: int, fits: int, likes: int) -> int:
-    """The length of turns of about `likes` columns, `fits` at most, that are all about as long."""
+    """The length of chunks of about `likes` of k columns, `fits` at most, that are all about as
+    long.
+    """
     return max(1, math.ceil(k / max(math.ceil(k / fits), round(k / likes), 1)))
 
 
@@ -22,8 +23,8 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     """How many columns may walk together: what `memory` holds; and on a CPU about what its caches
     like.
 
-    Of memory each takes the share of the largest unit, with what is formed on the way (3 times). A
-    turn should not be larger than CACHE, lest every step goes through main memory, but much larger
+    Of memory each takes the share of the largest step, with what is formed on the way (3 times). A
+    chunk should not be larger than CACHE, lest every step goes through main memory, but much larger
     than the patches that it makes anew."""
     steps = [_entries(sweep, step) for step in sweep.graph.steps]
     root = sweep.graph.roots[0][0]._input_metadata[0]
@@ -37,7 +38,7 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
 
 
 def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
-    """Of one column at a unit: the entries that are held, and those that came to it; and of its
+    """Of one column at a step: the entries that are held, and those that came to it; and of its
     patches, for all columns.
     """
     times = sweep.n if step in sweep.by_column else 1
@@ -45,12 +46,13 @@ def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
     for i, edge in enumerate(step.out):
         if edge is not None:
             held += math.prod(edge_shape(edge)) * (sweep.n if (step, i) in sweep.reduced else times)
-    dense = patches = 0
+    formed = patches = 0
     for slot, p in step.params:
         j = step.slots[slot]
-        if times > 1 or not isinstance(j, (PatchMatmul, ScaleShift, TableRows)):
-            dense += p.numel() * sweep.n
-        elif isinstance(j, PatchMatmul) and j.places > 1:
-            patches += j.n * j.places * math.prod(j.matrix[::2])
+        if times > 1:  # each column is that of one sample, and B is summed over rows
+            formed += p.numel() * sweep.n
+        else:
+            formed += j.column_entries * sweep.n
+            patches += j.patch_entries
     # a convolution works on copies in a layout of its own
-    return held * (2 if patches else 1) + dense, came, patches
+    return held * (2 if patches else 1) + formed, came, patches

@@ -1,81 +1,66 @@
 """The last layer needs no columns, and the first product needs no factor.
 
-With H = sum_c w_c (e_c - m)(e_c - m)^T for each sample, columns behind a linear last layer J are
-sqrt(w_c) (J_c - m J): its rows J_c serve all samples, and S, which is N x C x C, is never made. At
-the last layer's own parameters H itself is enough."""
+Behind a linear last layer J that all samples share, columns S^T J are made from its rows J_c as the
+loss's Hessian knows best: S, which is N x C x C, is never made. At the last layer's own parameters
+H itself is enough."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nnj.graph.nodes import edge_dtype
 from nnj.graph.step import Step
-from nnj.jacobians.factor import CHUNK, Factor
-from nnj.jacobians.jacobian import Identity, LinearMap
-from nnj.jacobians.outer_product import OuterProduct
-from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift
+from nnj.jacobians.factor import Factor
+from nnj.jacobians.outer_product import OuterProduct, Patches
 from nnj.loss_hessian.base import LossHessian
-from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection
-from nnj.loss_hessian.structured import DiagonalHessian, SoftmaxHessian
+from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sink, Sweep
 from nnj.recording.records import Edge
 
 
-class LastLayerFactor(Factor):
-    """B = S J at a parameter of the last layer: one place for each sample, u of (N, I), and the
-    curvature H in the place of S.
+class LastLayerFactor(OuterProduct):
+    """B = V U^T at a parameter of the last layer, with one place for each sample: V is all of S,
+    made only where columns are asked for; sum_k V^2 is diag(H).
+
+    Args:
+        hessian: of the loss in the layer's output.
+        patches: U, (N, 1, I, 1).
+        shape: of the parameter.
+        dtype: of B.
     """
 
-    def __init__(self, hessian: LossHessian, u: Tensor, shape: tuple[int, ...]):
-        self.hessian, self.u, self.shape = hessian, u, tuple(shape)
-        self.k, self.n, self.device, self.dtype = (
-            hessian.rank * hessian.places,
-            u.shape[0],
-            u.device,
-            u.dtype,
-        )
+    def __init__(
+        self, hessian: LossHessian, patches: Patches, shape: tuple[int, ...], dtype: torch.dtype
+    ):
+        self.hessian, self.patches, self.shape = hessian, patches, tuple(shape)
+        self.k, self.n = hessian.rank * hessian.places, hessian.rows
+        self.form = (1, hessian.block * hessian.places, 1)
+        self.device, self.dtype = hessian.device, dtype
 
-    def _places(self) -> OuterProduct:
-        """The same with columns: (K, N, 1, O, 1)."""
-        c = self.hessian
-        s = c.columns(0, c.rank)
-        if c.places > 1:  # a diagonal: each entry is a column to itself
-            s = torch.diag_embed(s[0, :, :, 0]).movedim(1, 0)
-        else:
-            s = s[:, :, 0]
-        return OuterProduct(
-            self.u[:, None, :, None], s[:, :, None, :, None].to(self.dtype), self.shape
-        )
-
-    def dense(self) -> Tensor:
-        return self._places().dense()
-
-    def columns(self, which: slice) -> Factor:
-        return self if which == slice(0, self.k) else self._places().columns(which)
+    @cached_property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self.hessian.whole()[:, :, None, :, None].to(self.dtype)
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return LastLayerFactor(self.hessian, self.u.to(dtype), self.shape)
+        return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
 
-    def square_sum(self) -> Tensor:
-        h = self.hessian.diagonal().reshape(self.n, -1).to(self.dtype)
-        return (h.mT @ self.u.square()).reshape(self.shape)
-
-    def gram(self, other: Factor) -> Tensor:
-        theirs = other._places() if isinstance(other, LastLayerFactor) else other
-        return self._places().gram(theirs)
+    def kernels(self) -> Tensor:
+        h = self.hessian.flat(self.hessian.diagonal()[None])[0]
+        return h[:, None, :, None, None].to(self.dtype)
 
 
 class LastLayerColumns:
-    """The units from the output of the loss to the first layer that is not the same linear map for
+    """The steps from the output of the loss to the first layer that is not the same linear map for
     all samples.
 
     Args:
         sweep: the plan.
-        curvature: of the loss.
+        hessian: of the loss.
         shared: ids of parameters that several modules own, whose blocks need columns.
         selection: the columns that walk, if not all do.
     """
@@ -85,23 +70,17 @@ class LastLayerColumns:
         sweep: Sweep,
         hessian: LossHessian,
         shared: set[int],
-        selection: ColumnSelection | AllColumns | None = None,
+        selection: ColumnSelection | None = None,
     ):
-        self.sweep, self.hessian, self.shared, self.selection = (
-            sweep,
-            hessian,
-            shared,
-            selection,
-        )
+        self.sweep, self.hessian, self.shared, self.selection = sweep, hessian, shared, selection
         self.steps: list[Step] = []
+        self.factors: list[tuple[Tensor, LastLayerFactor]] = []  # at the last layer's parameters
         self.edge: Edge = sweep.graph.roots[0]
-        self.rows: Tensor | None = None  # (C, 1, *shape): the rows of the Jacobian of these units
+        self.rows: Tensor | None = None  # J: (C, 1, *shape), the product of these steps
         self.short: int | None = None  # how many columns there are after `narrow`
-        self.stages: list[tuple[Edge, Tensor]] = []  # behind each unit its edge and the rows there
-        simple = isinstance(hessian, DiagonalHessian) or (
-            isinstance(hessian, SoftmaxHessian) and hessian.places == 1
-        )
-        if len(sweep.graph.roots) > 1 or not simple or hessian.rows != sweep.n or sweep.n == 1:
+        self.stages: list[tuple[Edge, Tensor]] = []  # behind each step its edge and the rows there
+        one = len(sweep.graph.roots) == len(hessian.shapes) == 1  # an output may be given twice
+        if not one or not hessian.closed_form or hessian.rows != sweep.n or sweep.n == 1:
             return
         if sweep.state[self.edge] is not sweep.plain:
             return
@@ -110,45 +89,46 @@ class LastLayerColumns:
                 break
 
     def _take(self, step: Step) -> bool:
-        """Go through one more unit, if it is a linear map that all samples share."""
+        """Go through one more step, if it is a linear map that all samples share."""
         out = step.out[0] if step.record is not None else None
         if out is None or step.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
             return False
         j = step.slots["input"]
-        if not isinstance(j, Identity) and not (isinstance(j, LinearMap) and not j.per_row):
+        if not j.same_for_rows or j.n != self.sweep.n:
             return False
-        if step.params and (
-            self.steps or not all(self._one_place(step, s, p) for s, p in step.params)
-        ):
+        if step.dtype is None or step.dtype in (torch.float16, torch.bfloat16):
             return False
-        if j.n != self.sweep.n or step.dtype in (torch.float16, torch.bfloat16):
+        factors = self._factors(step, step.dtype)
+        if factors is None:
             return False
         rows = self.rows
         if rows is None:
             size = self.hessian.block * self.hessian.places
-            rows = torch.eye(size, dtype=step.dtype, device=j.like.device).reshape(
-                size, 1, *j.outputs
-            )
+            eye = torch.eye(size, dtype=step.dtype, device=j.like.device)
+            rows = eye.reshape(size, 1, *j.outputs)
         self.rows = j.vjp(rows)
-        self.steps.append(step)
         self.edge = out
+        self.steps.append(step)
+        self.factors += factors
         self.stages.append((out, self.rows))
         return True
 
-    def _one_place(self, step: Step, slot: str, p: Tensor) -> bool:
-        j = step.slots[slot]
-        if (
-            not isinstance(j, (PatchMatmul, ScaleShift))
-            or self.sweep.uses[id(p)] > 1
-            or id(p) in self.shared
-            or len(j.outputs) != 1
-        ):
-            return False
-        return (
-            j.matrix[0] == 1
-            if isinstance(j, PatchMatmul)
-            else j.m is None and j.inputs == j.outputs
-        )
+    def _factors(
+        self, step: Step, dtype: torch.dtype
+    ) -> list[tuple[Tensor, LastLayerFactor]] | None:
+        """The factors at the parameters of a step; None where they need columns."""
+        if step.params and self.steps:
+            return None
+        found: list[tuple[Tensor, LastLayerFactor]] = []
+        for slot, p in step.params:
+            if self.sweep.uses[id(p)] > 1 or id(p) in self.shared:
+                return None
+            patches = step.slots[slot].outer_patches()
+            if patches is None:
+                return None
+            shape = tuple(p.shape)
+            found.append((p, LastLayerFactor(self.hessian, patches.to(dtype), shape, dtype)))
+        return found
 
     @property
     def useful(self) -> bool:
@@ -162,15 +142,8 @@ class LastLayerColumns:
 
     def parameters(self, sink: Sink) -> None:
         """Give the parameters of the last layer their factors."""
-        for step in self.steps:
-            for slot, p in step.params:
-                j = step.slots[slot]
-                u = (
-                    j.patches()[:, 0, :, 0]
-                    if isinstance(j, PatchMatmul)
-                    else j.like.new_ones(j.n, 1, dtype=step.dtype)
-                )
-                sink(p, LastLayerFactor(self.hessian, u, tuple(p.shape)))
+        for p, factor in self.factors:
+            sink(p, factor)
 
     def narrow(self, memory: int) -> None:
         """Go back to where columns are shortest, if they are worth recompressing there: `columns`
@@ -178,13 +151,10 @@ class LastLayerColumns:
         """
         lengths = [rows[0].numel() for _, rows in self.stages]
         at = lengths.index(min(lengths))
-        d, behind = lengths[at], self.sweep.graph.steps[at + 1 :]
-        n, fits = self.sweep.n, self.sweep.n * lengths[at] ** 2 * 8 * 3 <= memory
-        if (
-            fits
-            and self.selection is None
-            and worth_recompressing(self.k, n, self.hessian.block, d, walk_cost(behind))
-        ):
+        d, n, behind = lengths[at], self.sweep.n, self.sweep.graph.steps[at + 1 :]
+        if self.selection is not None or n * d**2 * 8 * 3 > memory:
+            return
+        if worth_recompressing(self.k, n, self.hessian.block, d, walk_cost(behind)):
             self.steps, (self.edge, self.rows) = self.steps[: at + 1], self.stages[at]
             self.short = d
 
@@ -194,98 +164,17 @@ class LastLayerColumns:
         return self.k if self.short is None else self.short
 
     def walked(self, size: int) -> Iterator[Tensor]:
-        """What walks on from `edge`, `size` columns at a time."""
+        """What walks on from `edge`, (k, N, *shape), with k at most `size`."""
+        assert self.rows is not None
+        flat, source = self.rows.reshape(len(self.rows), -1), self.selection or self.hessian
+        columns: Iterator[Tensor]
         if self.short is None:
-            yield from self.columns(size)
-            return
-        assert self.rows is not None
-        v = (
-            triangular(self.gram())
-            .to(edge_dtype(self.edge))
-            .reshape(self.short, self.sweep.n, *self.rows.shape[2:])
-        )
-        yield from v.split(size)
-
-    def gram(self) -> Tensor:
-        """sum over columns of v v^T, (N, d, d), in float64, from the rows of J, without a
-        column.
-        """
-        assert self.rows is not None
-        c, flat = self.hessian, self.rows.reshape(len(self.rows), -1).double()
-        if not isinstance(c, SoftmaxHessian):
-            return _weighted_gram(flat, c.diagonal().reshape(c.rows, -1).double())
-        # With D_c = J_c - J_t for the likeliest class t, H is a (sum_c p_c D_c D_c^T - R R^T) and
-        # R = sum_c p_c D_c: no term is larger than 1 - p_t.
-        p = c.p[:, 0].double()
-        top = p.argmax(1, keepdim=True)
-        rest = p.scatter(1, top, 0.0)
-        best, mean, mass = flat[top[:, 0]], rest @ flat, rest.sum(1, keepdim=True)
-        cross, r = mean[:, :, None] * best[:, None], mean - mass * best
-        whole = (
-            _weighted_gram(flat, rest)
-            - cross
-            - cross.mT
-            + mass[:, :, None] * best[:, :, None] * best[:, None]
-        )
-        return (whole - r[:, :, None] * r[:, None]) * c.a[:, 0, :, None].double()
-
-    def columns(self, size: int) -> Iterator[Tensor]:
-        """All columns on `edge`, (k, N, *shape), `size` at a time at most."""
-        assert self.rows is not None
-        rows, dtype = self.rows, edge_dtype(self.edge)
-        flat = rows.reshape(len(rows), -1)
-        c = self.hessian
-        if self.selection:
-            make = self._selected(flat, self.selection)
+            columns = source.columns_through(flat, size)
         else:
-            make = self._softmax(flat, c) if isinstance(c, SoftmaxHessian) else self._diagonal(flat)
-        for a in range(0, self.k, size):
-            v = make(a, min(a + size, self.k))
-            yield v.reshape(-1, self.sweep.n, *rows.shape[2:]).to(dtype)
-
-    @staticmethod
-    def _selected(
-        flat: Tensor, selection: ColumnSelection | AllColumns
-    ) -> Callable[[int, int], Tensor]:
-        """S J, of the columns of S that walk."""
-        return lambda a, b: selection.columns(a, b).mT.flatten(2).to(flat.dtype) @ flat
-
-    def _diagonal(self, flat: Tensor) -> Callable[[int, int], Tensor]:
-        """sqrt(h_c) J_c."""
-        weight = self.hessian.diagonal().reshape(self.hessian.rows, -1).sqrt().to(flat.dtype).mT
-        return lambda a, b: flat[a:b, None] * weight[a:b, :, None]
-
-    def _softmax(self, flat: Tensor, c: SoftmaxHessian) -> Callable[[int, int], Tensor]:
-        """sqrt(a p_c) (J_c - J_t - R / (1 + sqrt p_t)) for all classes c but the likeliest t, with
-        R = sum_c p_c (J_c - J_t).
-
-        With D_c = J_c - J_t the Hessian is a (sum_c p_c D_c D_c^T - R R^T). Columns D_c - k R in
-        the place of D_c make it so if k^2 (1 - p_t) - 2 k + 1 = 0, and this k is
-        1 / (1 + sqrt p_t). Where t is among the first C - 1 classes, the last class stands in its
-        place."""
-        p, last = c.p[:, 0].to(flat.dtype), c.block - 1
-        best, top = p.max(1, keepdim=True)
-        rest = p.scatter(1, top, 0.0)
-        away = flat[top[:, 0]]
-        mean = rest @ flat - rest.sum(1, keepdim=True) * away
-        shift = away + mean / (1 + best.sqrt())
-        weight = (c.a[:, 0] * c.p[:, 0]).sqrt().to(flat.dtype)
-        weight = weight.scatter(1, top, weight[:, last:]).mT
-        sample = torch.arange(len(p), device=p.device)
-
-        def make(a: int, b: int) -> Tensor:
-            v = flat[a:b, None] - shift
-            mine = ((top[:, 0] >= a) & (top[:, 0] < b)).nonzero()[:, 0]
-            v[top[mine, 0] - a, sample[mine]] = flat[last] - shift[mine]
-            return v.mul_(weight[a:b, :, None])
-
-        return make
-
-
-def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
-    """sum_c w_nc J_c J_c^T: rows (C, d) and weights (N, C) give (N, d, d)."""
-    step = max(1, CHUNK // rows.numel())
-    return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
+            columns = iter(triangular(self.hessian.gram_through(flat)).split(size))
+        for v in columns:
+            whole = v.reshape(-1, self.sweep.n, *self.rows.shape[2:])
+            yield whole.to(edge_dtype(self.edge))
 
 
 def triangular(gram: Tensor) -> Tensor:
@@ -316,7 +205,7 @@ def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:
 
 
 def walk_cost(steps: list[Step]) -> float:
-    """Multiply-adds of one column through some units, by their parameters and places.
+    """Multiply-adds of one column through some steps, by their parameters and places.
 
     A layer with one place for each sample squares columns before it multiplies them by its input:
     they cost it their length."""
@@ -324,7 +213,7 @@ def walk_cost(steps: list[Step]) -> float:
     for step in steps:
         for slot, p in step.params:
             j = step.slots[slot]
-            places = j.places if isinstance(j, PatchMatmul) else 1
+            places = j.places
             back = p.numel() * places if step.out[0] is not None else 0
             total += j.n * (
                 back + (2.0 * p.numel() * places if places > 1 else math.prod(j.outputs))

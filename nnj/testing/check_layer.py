@@ -114,10 +114,22 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
     same(f"{who}: dense", j.dense(), dense)
     for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
         a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
-        same(f"{who}: {name}jmp", op.jmp(a[..., :2]), matrix @ a[..., :2])
-        same(f"{who}: {name}mjp", op.mjp(b[:, :2]), b[:, :2] @ matrix)
-        same(f"{who}: {name}jmjTp", op.jmjTp(a), matrix @ a @ matrix.mT)
-        same(f"{who}: {name}jTmjp", op.jTmjp(b), matrix.mT @ b @ matrix)
+        same(f"{who}: {name}jmp", _jmp(op, a[..., :2]), matrix @ a[..., :2])
+        same(f"{who}: {name}mjp", _mjp(op, b[:, :2]), b[:, :2] @ matrix)
+        same(f"{who}: {name}jmjTp", _jmp(op, _jmp(op, a).mT).mT, matrix @ a @ matrix.mT)
+        same(f"{who}: {name}jTmjp", _mjp(op, _mjp(op, b).mT).mT, matrix.mT @ b @ matrix)
+
+
+def _jmp(j: Jacobian, m: Tensor) -> Tensor:
+    """J M by columns of M: (N, in, c) -> (N, out, c)."""
+    columns = m.permute(2, 0, 1).reshape(m.shape[2], m.shape[0], *j.inputs)
+    return j.jvp(columns).reshape(m.shape[2], j.n, -1).permute(1, 2, 0)
+
+
+def _mjp(j: Jacobian, m: Tensor) -> Tensor:
+    """M J by rows of M: (N, r, out) -> (N, r, in)."""
+    rows = m.transpose(0, 1).reshape(m.shape[1], m.shape[0], *j.outputs)
+    return j.vjp(rows).reshape(m.shape[1], j.n, -1).transpose(0, 1)
 
 
 def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:

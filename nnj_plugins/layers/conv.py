@@ -175,7 +175,8 @@ def conv_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> dict[str, nn
     affine = nnj.PatchMatmul(
         lambda rows: patches_transposed(m, x[rows], y), inner, outputs, x, groups=groups, last=False
     )
-    weight = nnj.PermutedJacobian(affine, w.shape, split, (0, 2, 1, *range(3, len(split))))
+    view = nnj.View.permuted(w.shape, inner, split, (0, 2, 1, *range(3, len(split))))
+    weight = nnj.ViewJacobian(affine, view)
     slots: dict[str, nnj.Jacobian] = {"input": through_transposed(m, w, x, y), "weight": weight}
     if m.bias is not None:
         slots["bias"] = nnj.ScaleShift(m.bias.shape, outputs, x, last=False)

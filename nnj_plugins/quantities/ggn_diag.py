@@ -18,7 +18,7 @@ class GGNDiag(nnj.Quantity):
     degree = 1
 
     def parameter(self, factor: nnj.Factor, in_all: int) -> nnj.SquareSum:
-        return nnj.SquareSum(factor, in_all)
+        return factor.squares(in_all)
 
     def finish(self, value: nnj.SquareSum) -> Tensor:
         return value.value()

@@ -16,14 +16,13 @@ from nnj.graph.builder import Graph
 from nnj.graph.lstm import ROWS
 from nnj.graph.nodes import edge_shape
 from nnj.jacobians.factor import DenseFactor
-from nnj.jacobians.outer_product import OuterProduct, Patches
-from nnj.jacobians.views import Permutation, PermutedFactor, RowsFactor, merge_uses
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.views import ViewFactor
 from nnj.propagation.plan_search import plan
 from nnj.recording.records import edge_of
 from nnj.testing import check_model
 
 N, T, D = 4, 3, 4
-ACROSS = Permutation((4, 3), (4, 3), (1, 0), (3, 4))
 
 
 class Around(nn.Module):
@@ -69,8 +68,8 @@ def attention(**options: Any) -> nn.Module:
 
 MODELS = {
     "self-attention": (lambda: Around(attention(), attended), {OuterProduct}),
-    "cross-attention": (lambda: Around(attention(), half), {OuterProduct, RowsFactor}),
-    "kdim": (lambda: Around(attention(kdim=D, vdim=D), half), {OuterProduct, RowsFactor}),
+    "cross-attention": (lambda: Around(attention(), half), {OuterProduct, ViewFactor}),
+    "kdim": (lambda: Around(attention(kdim=D, vdim=D), half), {OuterProduct, ViewFactor}),
     "encoder": (
         lambda: Around(nn.TransformerEncoderLayer(D, 2, 3, 0.0, batch_first=True), alone),
         {OuterProduct},
@@ -81,7 +80,7 @@ MODELS = {
     ),
     "transposed": (
         lambda: Around(nn.Linear(D, D), lambda m, x: x @ m.weight + m.bias),
-        {OuterProduct, PermutedFactor},
+        {OuterProduct, ViewFactor},
     ),
     "convolution": (
         lambda: Around(nn.Conv1d(T, T, 3), lambda m, x: F.conv1d(x, m.weight, m.bias, padding=1)),
@@ -302,65 +301,3 @@ def test_weights_of_a_graph_that_is_gone():
         nnj.collect("ggn_diag"),
     ):
         loss(y, torch.randint(3, (N,))).backward()
-
-
-# -- factors in another arrangement ----------------------------------------------------------------
-
-
-def places(*shape: int) -> OuterProduct:
-    u = torch.randn(N, 1, shape[1], 2, dtype=torch.float64)
-    return OuterProduct(
-        Patches(lambda rows: u[rows], N, shape[1]),
-        torch.randn(5, N, 1, shape[0], 2, dtype=torch.float64),
-        shape,
-    )
-
-
-def arranged() -> dict[str, Any]:
-    torch.manual_seed(0)
-    return {
-        "turned": PermutedFactor(places(3, 4), ACROSS),
-        "rows": RowsFactor([(1, places(2, 3))], (4, 3)),
-        "rows-in-parts": RowsFactor([(2, places(2, 3)), (0, places(1, 3))], (4, 3)),
-        "explicit": DenseFactor(torch.randn(5, N, 4, 3, dtype=torch.float64)),
-        "both-turned": merge_uses(
-            [PermutedFactor(places(3, 4), ACROSS), PermutedFactor(places(3, 4), ACROSS)]
-        ),
-        "rows-apart": merge_uses(
-            [RowsFactor([(0, places(2, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]
-        ),
-        "rows-alike": merge_uses(
-            [RowsFactor([(1, places(2, 3))], (4, 3)), RowsFactor([(1, places(2, 3))], (4, 3))]
-        ),
-        "rows-that-overlap": merge_uses(
-            [RowsFactor([(0, places(3, 3))], (4, 3)), RowsFactor([(2, places(2, 3))], (4, 3))]
-        ),
-        "mixed": merge_uses(
-            [
-                PermutedFactor(places(3, 4), ACROSS),
-                RowsFactor([(2, places(2, 3))], (4, 3)),
-                places(4, 3),
-            ]
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", arranged())
-def test_arranged_factors(name):
-    factors = arranged()
-    torch.testing.assert_close(
-        factors[name].to(torch.float32).dense(), factors[name].dense().float()
-    )
-    f = factors[name]
-    b = f.dense()
-    assert b.shape == (5, N, *f.shape) and b.dtype == torch.float64
-    torch.testing.assert_close(f.square_sum(), b.square().sum((0, 1)))
-    torch.testing.assert_close(f.columns(slice(1, 3)).dense(), b[1:3])
-    out = torch.zeros(N, b[0, 0].numel(), dtype=b.dtype)
-    f.columns(slice(0, 1)).write(out, True)
-    torch.testing.assert_close(out, b[0].flatten(1))
-    for other in factors.values():
-        expected = b.reshape(5 * N, -1).T @ other.dense().reshape(5 * N, -1)
-        torch.testing.assert_close(f.gram(other), expected)
-        if f.shape == other.shape:
-            torch.testing.assert_close(f.inner(other), (b * other.dense()).sum((0, 1)))
