@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 import nnj
 
@@ -26,6 +27,7 @@ class GGNBlock(nnj.Quantity):
     def __init__(self, block_limit: int = 10_000):
         self.limit = block_limit
 
+    @override
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
         size = sum(p.numel() for p in params)
         if size > self.limit:
@@ -37,6 +39,7 @@ class GGNBlock(nnj.Quantity):
                 "modules=[...], or raise block_limit"
             )
 
+    @override
     def module(self, factors: list[nnj.Factor | None], params: list[nn.Parameter]) -> Tensor:
         sizes = [p.numel() for p in params]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]

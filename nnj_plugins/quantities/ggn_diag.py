@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from typing_extensions import override
 
 import nnj
 
@@ -19,9 +20,11 @@ class GGNDiag(nnj.Quantity):
 
     degree = 1
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> nnj.SquareSum:
-        return nnj.SquareSum(factor, in_all)
+    @override
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> nnj.SquareSum:
+        return nnj.SquareSum(factor, total_columns)
 
+    @override
     def finish(self, value: nnj.SquareSum) -> Tensor:
         return value.value()
 

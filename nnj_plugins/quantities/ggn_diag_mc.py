@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 import nnj
 
@@ -33,7 +34,8 @@ class GGNDiagMC(nnj.Quantity):
             )
         self.draws, self.generator = samples, generator
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
+    @override
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         return factor.square_sum() / self.draws
 
 
