@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
+from nnj.collecting.request import Request
 from tests.collecting.test_cases import QUANTITIES, collected, extended
 from tests.support.cases import MLP, Case, vectors
 from tests.support.oracle import build, data_of
@@ -40,6 +41,20 @@ from tests.whole.test_refusals import intact
 def test_what_collect_does_not_know(names, options, words):
     with pytest.raises(nnj.NNJError, match=words):
         nnj.collect(*names, **options)
+
+
+def test_a_source_of_columns_that_there_is_not():
+    class Odd(nnj.Quantity):
+        source = "hessian"
+
+        def parameter(self, factor, total_columns):
+            return factor.square_sum()
+
+    with pytest.raises(
+        nnj.PluginError,
+        match=r"^the quantity 'odd' has source='hessian', expected 'exact', 'signs' or 'gradient'$",
+    ):
+        Request({"odd": Odd()})
 
 
 def test_nothing_collected_is_said_at_the_end_of_the_with():
