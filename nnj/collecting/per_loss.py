@@ -47,7 +47,7 @@ def contribute(
     columns = LossColumns(call, scale) if columns is None else columns
     roots = extended_roots()
     targets = [Target(request, roots) for request in requests]
-    wanted: set[Tensor] = {p for target in targets for p in target.params}
+    wanted: set[Tensor] = set().union(*(target.params for target in targets))
     check_arguments(call, node, {id(p) for p in wanted})
     if call.edges:
         paths = {m: name for root in roots for name, m in root.named_modules()}
