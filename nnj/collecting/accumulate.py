@@ -1,90 +1,247 @@
-"""Values of one collection from one loss, or from all losses of one backward pass, and how they add
-up.
+"""How values add up: over the losses of a backward pass, over passes, and so over the batches of a
+data set.
+
+    sums over samples          are added;
+    rows, one for each sample  are put one behind the other, with zeros for samples whose loss did
+                               not reach the parameter.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj.collecting.quantity import Quantity, asked
-from nnj.loss_hessian.column_selection import ColumnSelection
+
+Holder: TypeAlias = "nn.Module | Tensor"
+
+
+class ExactColumns(NamedTuple):
+    """The exact columns of losses: how many a loss had at most, the trace of the Hessians in the
+    outputs, and what was left out of it.
+    """
+
+    k: int = 0
+    trace: float = 0.0
+    dropped: float = 0.0
+
+    def plus(self, other: ExactColumns) -> ExactColumns:
+        """Those of these losses and of others."""
+        return ExactColumns(
+            max(self.k, other.k), self.trace + other.trace, self.dropped + other.dropped
+        )
+
+    @property
+    def deficit(self) -> float:
+        """What was left out, as a part of the trace."""
+        return self.dropped / self.trace if self.trace else 0.0
 
 
 class Contribution:
-    """Values of one collection from one loss, or from all losses of one backward pass."""
+    """What one loss adds in one backward pass.
 
-    def __init__(self, calls: frozenset[int], n: int):
-        self.calls, self.n = calls, n  # the forward calls that made the samples, and their number
-        self.values: dict[str, dict[int, Any]] = {}
-        self.known: dict[int, Any] = {}  # every parameter and module that may hold a result
-        self.trace = self.dropped = 0.0  # of the Hessians in the outputs, under a tolerance
-        self.columns = 0  # how many exact ones
+    Args:
+        calls: the forward calls of models that made the samples.
+        n: how many samples there are.
 
-    def add(self, name: str, holder: Any, value: Any) -> None:
-        mine = self.values.setdefault(name, {})
-        mine[id(holder)] = mine[id(holder)] + value if id(holder) in mine else value
+    Attributes:
+        holders: every parameter and module that may hold a result, reached or not.
+        exact: its exact columns.
+    """
 
-    def selected(self, selection: ColumnSelection) -> None:
-        """Write down what walks of the exact columns."""
-        self.trace, self.dropped, self.columns = selection.trace, selection.dropped, selection.k
+    def __init__(self, calls: frozenset[int] = frozenset(), n: int = 0):
+        self.calls, self.n = calls, n
+        self.holders: dict[Holder, None] = {}
+        self.exact = ExactColumns()
+        self._values: dict[str, dict[Holder, Any]] = {}
 
-    def finish(self, quantities: dict[str, Quantity]) -> None:
-        """Turn sums of contributions into results."""
-        for name, quantity in quantities.items():
-            mine = self.values.get(name, {})
-            for key in mine:
-                mine[key] = asked(name, quantity.finish, mine[key])
+    def add(self, name: str, holder: Holder, value: Any) -> None:
+        """The share of one chunk of columns."""
+        mine = self._values.setdefault(name, {})
+        mine[holder] = mine[holder] + value if holder in mine else value
 
-    def value(self, name: str, holder: Any) -> Tensor | None:
-        return self.values.get(name, {}).get(id(holder))
+    def finish(self, quantities: Mapping[str, Quantity]) -> None:
+        """Make results of the sums over chunks."""
+        for name, values in self._values.items():
+            finish = quantities[name].finish
+            for holder, value in values.items():
+                values[holder] = asked(name, finish, value)
 
-    def holders(self, modules: bool) -> list[Any]:
-        return [h for h in self.known.values() if isinstance(h, nn.Module) == modules]
+    def values(self, name: str) -> Mapping[Holder, Any]:
+        """The results of a quantity, where the loss reached something."""
+        return self._values.get(name, {})
 
-    @staticmethod
-    def merge(parts: list[Contribution], per_sample: set[str]) -> Contribution:
-        """The sum over the losses of one pass; per-sample values of different forward calls are put
-        one behind the other.
-        """
-        groups: list[Contribution] = []
-        for part in sorted(parts, key=lambda c: max(c.calls, default=0)):
-            same = next(
-                (
-                    g
-                    for g in groups
-                    if g.n == part.n and (g.calls & part.calls or g.calls == part.calls)
-                ),
-                None,
-            )
-            if same is None:
-                groups.append(part)
-                continue
-            same.calls |= part.calls
-            same.known |= part.known
-            for name, values in part.values.items():
-                for key, value in values.items():
-                    same.add(name, part.known[key], value)
-        whole = Contribution(
-            frozenset().union(*[g.calls for g in groups]), sum(g.n for g in groups)
-        )
+    def of_same_samples(self, other: Contribution) -> bool:
+        """Whether another loss is one of the same samples."""
+        return self.n == other.n and (bool(self.calls & other.calls) or self.calls == other.calls)
+
+    def absorb(self, other: Contribution, factor: int = 1) -> None:
+        """Add `factor` times another contribution of the same samples."""
+        self.calls |= other.calls
+        self.holders |= other.holders
+        self.exact = self.exact.plus(other.exact)
+        for name, values in other._values.items():
+            for holder, value in values.items():
+                self.add(name, holder, value if factor == 1 else factor * value)
+
+
+class _Sum:
+    """The sum of the values that reached one holder."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    def add(self, found: list[tuple[int, Tensor]]) -> None:
+        """Take in one pass: (the number of the first sample, value) for each group of samples."""
+        value = functools.reduce(operator.add, [value for _, value in found])
+        self._value = value if self._value is None else self._value + value
+
+    def value(self, samples: int) -> Tensor | None:
+        """The sum; None if nothing reached the holder."""
+        return self._value
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of what one sample may add."""
+        return None if self._value is None else self._value.shape
+
+
+class _Rows:
+    """The rows of all samples at one holder; they are joined only when somebody asks for them."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._length = 0
+
+    def add(self, found: list[tuple[int, Tensor]]) -> None:
+        """Take in one pass: (the number of the first sample, rows) for each group of samples."""
+        for start, rows in found:
+            if rows.untyped_storage().nbytes() != rows.nbytes:
+                rows = rows.clone(memory_format=torch.contiguous_format)  # a view of all columns
+            self._fill(start, rows)
+            self._parts.append(rows)
+            self._length += len(rows)
+
+    def value(self, samples: int) -> Tensor | None:
+        """(samples, ...); None if nothing reached the holder."""
+        if not self._parts:
+            return None
+        self._fill(samples, self._parts[0])
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of the row of one sample."""
+        return self._parts[0].shape[1:] if self._parts else None
+
+    def _fill(self, length: int, like: Tensor) -> None:
+        """Zeros for the samples before number `length` that did not reach the holder."""
+        if length > self._length:
+            self._parts.append(like.new_zeros(length - self._length, *like.shape[1:]))
+            self._length = length
+
+
+class Accumulator:
+    """The values of some quantities over all losses, passes and batches so far.
+
+    Attributes:
+        samples, passes: how many there were.
+        exact: the exact columns of all losses.
+    """
+
+    def __init__(self, quantities: Mapping[str, Quantity]):
+        self.samples = self.passes = 0
+        self.exact = ExactColumns()
+        self._quantities = quantities
+        # by quantity and holder, which is held weakly: what is collected goes with its parameter
+        self._totals: dict[str, MutableMapping[Holder, _Sum | _Rows]] = {
+            name: WeakIdKeyDictionary() for name in quantities
+        }
+
+    def add_pass(self, contributions: list[Contribution]) -> None:
+        """Take in what the losses of one backward pass have added."""
+        groups = _by_samples(contributions)
+        starts = [self.samples]
         for group in groups:
-            whole.known |= group.known
-        whole.trace, whole.dropped = sum(p.trace for p in parts), sum(p.dropped for p in parts)
-        whole.columns = max((p.columns for p in parts), default=0)
-        for name in {name for g in groups for name in g.values}:
-            for key in {key for g in groups for key in g.values.get(name, {})}:
-                found = [(g, g.values.get(name, {}).get(key)) for g in groups]
-                if name in per_sample:
-                    like = next(v for _, v in found if v is not None)
-                    value = torch.cat(
-                        [like.new_zeros(g.n, *like.shape[1:]) if v is None else v for g, v in found]
-                    )
-                    whole.add(name, whole.known[key], value)
-                    continue
-                for _, v in found:
-                    if v is not None:
-                        whole.add(name, whole.known[key], v)
-        return whole
+            starts.append(starts[-1] + group.n)
+            self.exact = self.exact.plus(group.exact)
+        for name in self._quantities:
+            self._expect(name, groups)
+            found: dict[Holder, list[tuple[int, Tensor]]] = {}
+            for start, group in zip(starts, groups, strict=False):
+                for holder, value in group.values(name).items():
+                    found.setdefault(holder, []).append((start, value))
+            for holder, values in found.items():
+                self._totals[name][holder].add(values)
+        self.samples, self.passes = starts[-1], self.passes + 1
+
+    def _expect(self, name: str, groups: list[Contribution]) -> None:
+        """Know all that may hold a result of the quantity, reached or not."""
+        quantity, totals = self._quantities[name], self._totals[name]
+        for group in groups:
+            for holder in group.holders:
+                if isinstance(holder, nn.Module) == quantity.of_modules and holder not in totals:
+                    totals[holder] = _Rows() if quantity.per_sample else _Sum()
+
+    def values(self, name: str) -> Iterator[tuple[Holder, Tensor | None]]:
+        """Each parameter or module that may hold the quantity, with its value so far."""
+        for holder, total in list(self._totals[name].items()):
+            yield holder, self._value(holder, total)
+
+    def value(self, name: str, holder: Holder, factor: float = 1.0) -> Tensor | None:
+        """`factor` times the value of a parameter or module so far, of its dtype, with the rows of
+        all samples if there is one for each; None if nothing reached it.
+        """
+        total = self._totals[name].get(holder)
+        return None if total is None else self._value(holder, total, factor)
+
+    def value_or_zeros(self, name: str, p: Tensor, factor: float = 1.0) -> Tensor | None:
+        """The value of a parameter; if nothing reached it zeros, where the quantity is known to
+        have the shapes of parameters.
+        """
+        value = self.value(name, p, factor)
+        if value is not None or not self._is_like_parameters(name):
+            return value
+        rows = (self.samples,) if self._quantities[name].per_sample else ()
+        return p.detach().new_zeros(*rows, *p.shape)
+
+    def _value(self, holder: Holder, total: _Sum | _Rows, factor: float = 1.0) -> Tensor | None:
+        value = total.value(self.samples)
+        if value is None:
+            return None
+        value = value if factor == 1 else value * factor
+        return value.to(_dtype_of(holder) or value.dtype)
+
+    def _is_like_parameters(self, name: str) -> bool:
+        return not self._quantities[name].of_modules and all(
+            total.shape in (None, holder.shape)
+            for holder, total in self._totals[name].items()
+            if isinstance(holder, Tensor)
+        )
+
+
+def _by_samples(contributions: Iterable[Contribution]) -> list[Contribution]:
+    """Those of the same samples added up, in the order of the forward calls that made them."""
+    groups: list[Contribution] = []
+    for part in sorted(contributions, key=lambda c: max(c.calls, default=0)):
+        group = next((g for g in groups if g.of_same_samples(part)), None)
+        if group is None:
+            groups.append(part)
+        else:
+            group.absorb(part)
+    return groups
+
+
+def _dtype_of(holder: Holder) -> torch.dtype | None:
+    """Of a parameter, or of the first of a module's own; None if it has none."""
+    if isinstance(holder, Tensor):
+        return holder.dtype
+    return next((p.dtype for p in holder.parameters(recurse=False)), None)

@@ -1,66 +1,130 @@
-"""nnj.collect: what is open, what each backward pass adds to it, and where results stand."""
+"""nnj.collect: quantities of the backward passes inside a `with`, as attributes of parameters and
+modules.
+"""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self, override
 
-from nnj.collecting.accumulate import Contribution
-from nnj.collecting.quantity import Quantity
-from nnj.collecting.signed import check_signed, contribute_signed
-from nnj.errors import NNJError, PluginError
-from nnj.graph.linearity import check_linear
-from nnj.recording.loss_hook import listeners
-from nnj.recording.records import LossCall
-from nnj.registry.manager import manager
+from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.passes import Collection
+from nnj.collecting.request import Request
 
-_open: dict[int, list[collect]] = {}  # for each thread, outermost first
-# for each thread and graph task
-_staged: dict[int, dict[int, list[dict[int, Contribution] | Exception]]] = {}
-_published: dict[tuple[int, str], WeakIdKeyDictionary] = {}  # by thread
+# by thread and quantity: the parameters and modules that have its attribute
+_published: dict[tuple[int, str], WeakIdKeyDictionary] = {}
 
 
-class collect:  # noqa: N801
+class collect(Collection):  # noqa: N801
     """Collect quantities during the backward passes inside the `with`.
+
+    >>> with nnj.collect("ggn_diag", "ggn_block"):
+    ...     for x, y in loader:
+    ...         loss_func(model(x), y).backward()
 
     Args:
         quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of
             installed plugins.
-        modules: collect at the parameters of these modules alone; the sweep walks no further back
-            than it must.
-        memory: bytes that columns may take while they walk; more of them are walked in turns. Under
-            glibc the process keeps as many freed bytes for the next turn
-            (`nnj.propagation.allocator` says how to have it otherwise).
+        modules: collect at the parameters of these modules alone; columns go no further back than
+            they must.
+        memory: bytes that the columns may take; if there are more of them, they go through the
+            model in several chunks. On a CPU under glibc the process keeps as many freed bytes for
+            the next chunk (1 GiB at most), which saves up to a fifth of the time. NNJ_MALLOPT=0 in
+            the environment switches that off, and what MALLOC_TRIM_THRESHOLD_,
+            MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES say there holds.
         tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of
             the trace of the Hessians in the outputs. ggn_diag and ggn_block are then lower bounds
-            (their difference from the exact ones is positive semi-definite), at the cost of
-            `columns` walks. A model that is sure of most of its answers needs few.
+            (their difference from the exact ones is positive semi-definite), for the price of
+            `columns` columns. A model that is sure of most of its answers needs few.
         signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-,
-            walked one after the other. Only for quantities of the exact Hessian, such as ggn_diag
-            and ggn_block, which may then be negative.
-        options: keyword arguments of the quantities, such as samples=, generator=, block_limit=.
+            propagated one after the other. Only for quantities of the exact Hessian, such as
+            ggn_diag and ggn_block, which may then be negative.
+        options: keyword arguments of the quantities, such as samples= and generator= of
+            ggn_diag_mc, block_limit= of ggn_block.
 
     Attributes:
-        deficit, trace: what was left out under `tol`, as a part of that trace, over all backward
-            passes so far; the trace.
-        columns: how many exact columns walked in the pass that had most of them.
+        samples, passes: how many samples and backward passes there were so far.
+        columns: how many exact columns the loss that had most of them sent back.
+        trace: under `tol`, that of the Hessians in the outputs, over all backward passes so far.
+        deficit: what was left out under `tol`, as a part of that trace.
 
-    Results are attributes under the quantity's name: on each parameter that requires grad (of its
-    shape; None if no backward pass reached it), or on modules. They belong to exactly the scalar on
-    which `.backward()` was called. Passes add up, as .grad does; per-sample quantities are
-    concatenated. They stay after the `with`; entering anew removes them.
+    Results
+        They are attributes under the quantity's name: on each parameter that requires grad, of its
+        shape, or on modules; None where no backward pass reached it, as in `.grad`. Passes add up,
+        as `.grad` does; rows of per-sample quantities come one behind the other, in the order of
+        the forward calls. They stay after the `with`; entering anew, in the same thread, removes
+        them. `p.grad` is what it would be without nnj. `torch.autograd.grad` collects, too.
 
-    Errors: `NNJError` for an unknown quantity or option; for anything that cannot be exact (after
-    the backward pass, whose gradients are intact); on exit, if no extended loss took part in any
-    backward pass."""
+    Scaling
+        Every quantity is that of exactly the scalar on which `.backward()` was called: the
+        reduction of the loss, class weights, `0.5 * loss`, `loss / accumulation_steps` and the sum
+        of several losses all count.
+
+        - `CrossEntropyLoss()`: of the mean over the batch; summed over batches it is a sum of
+          means.
+        - `CrossEntropyLoss(reduction="sum")`: of the negative log likelihood. A Laplace posterior
+          needs this one: its precision is ggn_diag plus the precision of the prior.
+        - `0.5 * MSELoss(reduction="sum")`: of the negative log likelihood of a Gaussian with
+          variance 1.
+        - Terms that no extended loss made, such as weight decay, have no part in it.
+
+    What is refused
+        By `NNJError`, which says what to do; `p.grad` is intact then.
+
+        - What makes the samples of a batch influence one another: BatchNorm in training mode
+          (use `model.eval()`), contrastive losses.
+        - Losses that are not convex in the output (cosine, triplet, a Gaussian with a learned
+          variance) and negative factors, both without `signed=True`; outputs that are not finite.
+        - `NLLLoss` and `KLDivLoss` on what is no log probability. They are taken together with the
+          log_softmax before them: their curvature is that of cross entropy.
+        - `BCELoss` where a probability is rounded to 0 or 1 and its target is not: give the logits
+          to `BCEWithLogitsLoss`.
+        - A loss that enters the scalar nonlinearly (`loss.exp()`, `ce ** 2`), or reaches the model
+          otherwise than through its arguments: make one function of the outputs of the whole.
+        - A loss that a model computes itself (transformers, given `labels=`): take its logits, and
+          a loss of your own.
+        - Complex parameters, except for batch_grad: hold their real and imaginary parts in real
+          ones. Complex tensors between real parameters and a real output are exact.
+        - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
+        - Models under `torch.compile` or `torch.jit` (extend and use the model that was given to
+          it), and `torch.utils.checkpoint` with `use_reentrant=True`.
+        - A ggn_block beyond `block_limit`.
+
+    What a sample is
+        A row in axis 0 of the model's input; for sequence-first models say
+        `nnj.extend(model, batch_axis=1)`. A loss over k N rows (`logits.view(-1, V)`) has k rows
+        for each sample. Inside the model samples are followed from axis to axis; where the names
+        of autograd's nodes do not tell whose an entry is, a probe finds out (2 log2 N columns,
+        twice). Where a model rearranges its input before its first layer, and the loss has another
+        number of rows than there are samples, nobody can tell whose the rows are: sums over
+        samples are exact all the same, and batch_grad is refused.
+
+    What it costs
+        - One column for each degree of freedom of the loss (C - 1 for cross entropy with C
+          classes), or for each feature of the last layer if there are fewer. With many classes use
+          `tol=1e-3`, ggn_diag_mc or `modules=[...]`.
+        - Layers with a rule are fastest. Other layers of torch.nn, subclasses that override
+          `forward`, parametrizations, pruning and hooks go through autograd, which is as exact.
+          Parameters without a layer (attention's projections, recurrent cells, adapters, fx and
+          exported models) are as fast as layers where they enter a matrix product, a convolution
+          on one or two axes, or a sum along the last axis.
+        - A layer's rule keeps the layer's input or output alive as long as autograd's graph, also
+          under `torch.utils.checkpoint`, which then saves less memory.
+
+    How exact it is
+        As the forward pass, in its dtype; dropout in training is exact for the masks of the call.
+        In autocast, and in half precision, sums are taken in float32 and results have the dtype of
+        the parameter. Norms and softmaxes that cast to float32 whatever they are given are as
+        precise as float32.
+
+    Errors: `NNJError` for an unknown quantity or option; for what is refused, after the backward
+    pass; on exit, if no extended loss took part in any backward pass."""
 
     def __init__(
         self,
@@ -71,208 +135,65 @@ class collect:  # noqa: N801
         signed: bool = False,
         **options: Any,
     ):
-        if not quantities:
-            raise NNJError(
-                "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
+        super().__init__(
+            Request.by_name(
+                quantities, modules=modules, memory=memory, tol=tol, signed=signed, **options
             )
-        self.quantities = _make(quantities, options)
-        self.modules = None if modules is None else _checked_modules(modules)
-        self.memory, self.signed, self.tol = (
-            memory,
-            signed,
-            _checked_tolerance(tol, self.quantities),
         )
-        if signed:
-            check_signed(self.quantities, self.tol)
-        self.results: dict[str, WeakIdKeyDictionary] = {}
-        self.samples = 0
-        self.passes = 0
-        self.refused = False
-        self.columns = 0
-        self.trace = self._dropped = 0.0
+
+    @property
+    def samples(self) -> int:
+        return self.accumulator.samples
+
+    @property
+    def passes(self) -> int:
+        return self.accumulator.passes
+
+    @property
+    def columns(self) -> int:
+        return self.accumulator.exact.k
+
+    @property
+    def trace(self) -> float:
+        return self.accumulator.exact.trace
 
     @property
     def deficit(self) -> float:
-        return self._dropped / self.trace if self.trace else 0.0
+        return self.accumulator.exact.deficit
 
-    def __enter__(self) -> collect:
-        self.results = {name: WeakIdKeyDictionary() for name in self.quantities}
-        self.samples, self.passes, self.refused, self.columns = 0, 0, False, 0
-        self.trace = self._dropped = 0.0
-        for name in self.quantities:
-            for holder in list(_published.get((threading.get_ident(), name), {})):
-                vars(holder).pop(name, None)
-            _published[threading.get_ident(), name] = WeakIdKeyDictionary()
-        _open.setdefault(threading.get_ident(), []).append(self)
-        # hooks then run in this thread, on any device
-        self._threads = torch.autograd.set_multithreading_enabled(False)
-        self._threads.__enter__()
-        return self
+    @override
+    def __enter__(self) -> Self:
+        self.accumulator = Accumulator(self.request.quantities)
+        for name in self.request.quantities:
+            _withdraw(name)
+        return super().__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        thread = threading.get_ident()
-        self._threads.__exit__(None, None, None)
-        _open[thread].remove(self)
-        if not _open[thread]:
-            del _open[thread]
-            _staged.pop(thread, None)
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
         if kind is None:
-            if self.passes == 0 and not self.refused:
-                names = ", ".join(self.quantities)
-                raise NNJError(
-                    f"nothing was collected for {names}: no extended loss took part in a backward "
-                    "pass inside the `with`. Extend the loss, too (loss_func = "
-                    "nnj.extend(loss_func)), and call backward inside"
-                )
-            self.publish()
+            self._publish()
 
-    # -- results -----------------------------------------------------------------------------------
+    @override
+    def pass_ended(self) -> None:
+        self._publish()
 
-    def commit(self, contributions: list[Contribution]) -> None:
-        """Take in what one backward pass has contributed."""
-        self.passes += 1
-        merged = Contribution.merge(
-            contributions, {name for name, q in self.quantities.items() if q.per_sample}
-        )
-        self.trace, self._dropped = self.trace + merged.trace, self._dropped + merged.dropped
-        self.columns = max(self.columns, merged.columns)
-        for name, quantity in self.quantities.items():
-            known = self.results[name]
-            if quantity.per_sample:
-                self._concatenate(name, known, merged)
-                continue
-            for holder in merged.holders(quantity.of_modules):
-                value = merged.value(name, holder)
-                there = known.get(holder)
-                known[holder] = (
-                    there if value is None else value if there is None else there + value
-                )
-        self.samples += merged.n
-        self.publish()
-
-    def _concatenate(self, name: str, known: WeakIdKeyDictionary, merged: Contribution) -> None:
-        before, count = self.samples, merged.n
-        reached = {id(h): h for h in [*known, *merged.holders(False)]}
-        for holder in reached.values():
-            there, value = known.get(holder), merged.value(name, holder)
-            if there is None and value is None:
-                known[holder] = None
-                continue
-            shape, like = holder.shape, there if there is not None else value
-            assert like is not None
-            there = like.new_zeros(before, *shape) if there is None else there
-            value = like.new_zeros(count, *shape) if value is None else value
-            known[holder] = torch.cat([there, value])
-
-    def publish(self) -> None:
+    def _publish(self) -> None:
         """Set the attributes."""
-        for name, known in self.results.items():
-            for holder, value in known.items():
-                dtype = (
-                    next((p.dtype for p in holder.parameters(recurse=False)), None)
-                    if isinstance(holder, nn.Module)
-                    else holder.dtype
-                )
-                vars(holder)[name] = value if value is None or dtype is None else value.to(dtype)
-                _published.setdefault((threading.get_ident(), name), WeakIdKeyDictionary())[
-                    holder
-                ] = True
+        thread = threading.get_ident()
+        for name in self.request.quantities:
+            holders = _published.setdefault((thread, name), WeakIdKeyDictionary())
+            for holder, value in self.accumulator.values(name):
+                vars(holder)[name] = value
+                holders[holder] = True
 
 
-def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    found: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
-    for module in found:
-        if not isinstance(module, nn.Module):
-            raise NNJError(f"modules= takes torch.nn.Modules, not {type(module).__name__}")
-    return found
-
-
-def _checked_tolerance(tol: float, quantities: dict[str, Quantity]) -> float:
-    if not 0 <= tol < 1:
-        raise NNJError(f"tol={tol!r}: what may be lost of the trace is a number from 0 to below 1")
-    if tol and all(q.source != "exact" for q in quantities.values()):
-        raise NNJError(f"tol= leaves out exact columns, which {', '.join(quantities)} do not use")
-    return float(tol)
-
-
-@functools.cache
-def _options(rule: Callable[..., Any]) -> list[str]:
-    """The keyword arguments of a quantity."""
-    return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
-
-
-def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
-    """Quantities by name, each with the options that it declares."""
-    made: dict[str, Quantity] = {}
-    declared: dict[str, str] = {}
-    for name in names:
-        entry = manager().quantity(name) if isinstance(name, str) else None
-        if entry is None:
-            known = sorted(e.key for e in manager().entries("quantity"))
-            raise NNJError(
-                f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}"
-            )
-        accepted = _options(entry.rule)
-        declared.update({option: name for option in accepted})
-        made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
-        if not isinstance(made[name], Quantity):
-            raise PluginError(
-                f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity "
-                f"{name!r}, expected a nnj.Quantity"
-            )
-    for option in options:
-        if option not in declared:
-            known = sorted({*declared, "modules", "memory", "tol", "signed"})
-            raise NNJError(
-                f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: "
-                f"{', '.join(known)}"
-            )
-    return made
-
-
-def _close(word: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _arrived(call: LossCall, scale: Tensor) -> None:
-    """A loss's gradient has arrived: walk now, while every saved tensor is there, and hand over
-    when the pass is done.
-    """
-    collections = _open.get(call.thread)
-    if not collections:
-        return
-    task = torch._C._current_graph_task_id()
-    staged = _staged.setdefault(call.thread, {})
-    if task not in staged:
-        staged[task] = []
-        finish = _finisher(call.thread, task, list(collections))
-        torch.autograd.Variable._execution_engine.queue_callback(finish)
-    try:
-        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
-            node = torch._C._current_autograd_node()
-            check_linear(call, node)
-            staged[task].append(contribute_signed(call, scale, node, collections))
-    except NNJError as error:
-        staged[task].append(error)
-    except Exception as error:
-        wrapped = NNJError(f"the sweep failed with {type(error).__name__}: {error}")
-        wrapped.__cause__ = error
-        staged[task].append(wrapped)
-
-
-def _finisher(thread: int, task: int, collections: list[collect]) -> Callable[[], None]:
-    def finish() -> None:
-        parts = _staged.get(thread, {}).pop(task, [])
-        errors = [part for part in parts if isinstance(part, Exception)]
-        if errors:
-            for c in collections:
-                c.refused = True
-            raise errors[0]
-        for c in collections:
-            c.commit([part[id(c)] for part in parts if isinstance(part, dict)])
-
-    return finish
-
-
-listeners.append(_arrived)
+def _withdraw(name: str) -> None:
+    """Remove the attributes that earlier collections of this thread have set."""
+    for holder in list(_published.pop((threading.get_ident(), name), ())):
+        vars(holder).pop(name, None)

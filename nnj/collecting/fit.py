@@ -5,7 +5,6 @@ of it as one batch.
 from __future__ import annotations
 
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
-from nnj.collecting.collect import _open, collect
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
+from nnj.collecting.passes import Collection, is_collecting
+from nnj.collecting.request import Request
 from nnj.errors import NNJError
 from nnj.recording.extend import batch_axis_of, check_hookable, temporarily_extended
 
@@ -39,33 +39,41 @@ def fit(
     """Quantities of a data set, exactly those of one backward pass over all of it as one batch, in
     eval mode.
 
+    >>> fit = nnj.fit(model, torch.nn.CrossEntropyLoss(), loader, "ggn_diag")
+    >>> fit["ggn_diag"]["0.weight"], fit.vector("ggn_diag")
+
     Args:
         model: any model, extended or not. Afterwards it is as it was: `p.grad`, the mode of each
-            part, its hooks, also after an error or an interrupt; only what an earlier `collect`
-            left under the names of the quantities is gone.
-        loss_func: one of torch's losses, whose own reduction is of no account; or any other module
-            or function of (output, target), and then `reduction` says what it makes of the samples
-            of a batch.
+            part, its hooks and attributes, also after an error or an interrupt.
+        loss_func: one of torch's losses, whose own reduction is ignored; or any other module or
+            function of (output, target), and then `reduction` says what it makes of the samples of
+            a batch.
         loader: batches (x, ..., y): loss_func(model(x, ...), y). Or dicts:
             loss_func(model(**others), batch["labels"]). Tensors are moved to the device of the
-            model's first parameter.
+            model's first parameter. Backward passes that the loader itself runs are not collected.
         quantities: names, as `nnj.collect` takes them.
         scale: "sum": of the loss summed over the data set, as by reduction="sum". "mean": of its
-            mean, as by reduction="mean":
-            divided by what the mean of the whole data set divides by (the number of its rows or
-            entries, or the sum of the weights of their classes). Of other losses than torch's: by
-            the number of samples.
+            mean, as by reduction="mean": divided by what the mean of the whole data set divides by
+            (the number of its rows or entries, or the sum of the weights of their classes). Of
+            other losses than torch's: by the number of samples.
         reduction: "sum" or "mean" over the samples of a batch, for a loss that is none of torch's.
+            Where it can be, this is checked on the halves of each batch.
         forward: `forward(model, batch)` gives the output, where the rule above does not.
         target: the key of the target in a batch that is a dict, or `target(batch)`.
         progress: show a bar, if tqdm is installed.
         modules, options: as in `nnj.collect`, such as tol=.
 
-    Parameters that no sample reached have zeros; those that do not require grad are left out.
-    Per-sample quantities are concatenated in the order of the loader.
+    Returns:
+        A `nnj.Fit`. Parameters that no sample reached have zeros; those that do not require grad
+        are left out. Rows of per-sample quantities are in the order of the loader, and all of them
+        are kept in memory.
+
+    What is refused, what a sample is and what it costs: see `nnj.collect`. A data set of negative
+    log likelihoods, for a Laplace posterior, wants scale="sum".
 
     Errors: `NNJError` for an empty loader, a batch that the rule does not read, a loss whose
-    reduction nobody knows, and whatever `nnj.collect` refuses."""
+    reduction nobody knows, a mean over a weight of zero, a call inside an open `nnj.collect`, and
+    whatever `nnj.collect` refuses."""
     if scale not in ("sum", "mean"):
         raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -73,174 +81,130 @@ def fit(
             f"loader is a data set of single samples ({type(loader).__name__}), expected batches. "
             "Give torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
-    if _open.get(threading.get_ident()):
+    if is_collecting():
         raise NNJError(
             "nnj.fit inside an nnj.collect would add its passes to that one. Call it outside of "
             "the `with`"
         )
     check_hookable(model)
-    sums = _Sums(model, collect(*quantities, modules=modules, **options), scale)
+    run = _Run(model, Request.by_name(quantities, modules=modules, **options), scale)
     device, axis = next(model.parameters()).device, batch_axis_of(model)
     with (
         temporarily_extended(model),
         in_eval_mode(model),
         reduced(loss_func, reduction, device, axis) as loss,
+        torch.inference_mode(False),
+        torch.enable_grad(),
     ):
-        with torch.inference_mode(False), torch.enable_grad():
-            for given in _bar(loader, progress):
-                batch = _moved(given, device)
-                inputs, wanted = _read(batch, forward, target)
-                n = _length(inputs, axis)
-                if n > 0:
-                    output = (
-                        forward(model, batch)
-                        if forward
-                        else model(**inputs)
-                        if isinstance(inputs, dict)
-                        else model(*inputs)
-                    )
-                    sums.add(loss, output, wanted, n)
-    if sums.samples == 0:
-        raise NNJError(
-            "the loader gave no samples, and a data set has at least one. (An iterator can be read "
-            "only once)"
-        )
-    return sums.result(loss.name)
+        for given in _bar(loader, progress):
+            batch = _moved(given, device)
+            inputs, wanted = _read(batch, forward, target)
+            n = _length(inputs, axis)
+            if n > 0:
+                output = forward(model, batch) if forward else _call(model, inputs)
+                run.add(loss, output, wanted, n)
+    return run.result(loss.name)
 
 
-class _Sums:
-    """What has been collected in the batches so far: sums, and lists of what has one row for each
-    sample.
+class _Run:
+    """One collection over all batches, and what the mean over them divides by.
+
+    It is open during the backward passes of the batches alone, so what the loader does is not in
+    it.
     """
 
-    def __init__(self, model: nn.Module, collected: collect, scale: str):
-        self.model, self.collected, self.scale = model, collected, scale
-        tops = [model] if collected.modules is None else collected.modules
-        inside = {id(p) for top in tops for p in top.parameters() if p.requires_grad}
-        self.params = {name: p for name, p in model.named_parameters() if id(p) in inside}
+    def __init__(self, model: nn.Module, request: Request, scale: str):
+        self.model, self.request, self.scale = model, request, scale
+        self.collection = Collection(request)
+        tops = [model] if request.modules is None else request.modules
+        inside = {p for top in tops for p in top.parameters() if p.requires_grad}
+        self.params = {name: p for name, p in model.named_parameters() if p in inside}
         if not self.params:
             raise NNJError(
                 "no parameter of the model (or of modules=) requires grad: there is nothing to "
                 "collect at"
             )
-        for name, quantity in collected.quantities.items():
+        for name, quantity in request.quantities.items():
             if scale == "mean" and quantity.degree is None:
                 raise NNJError(
                     f"{name}: {type(quantity).__name__} does not say how it grows with the loss "
                     "(its attribute degree), so that nnj.fit cannot divide it. Use scale='sum'"
                 )
-        self.samples, self.total = 0, 0.0
-        self.trace = self.dropped = 0.0  # under tol=
-        self.values: dict[str, dict[int, Any]] = {name: {} for name in collected.quantities}
-        self.counts: list[int] = []  # samples in each batch
+        self.total = 0.0
 
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
-        """One batch: a backward pass that leaves no gradients."""
+        """One batch of n samples: a backward pass that leaves no gradients."""
         total = loss.total(output, target, n) if self.scale == "mean" else 0.0
         weight = loss.weight(output, target, n)
-        value = loss.module(output, target)
-        if not isinstance(value, Tensor) or value.dim() > 0 or not value.requires_grad:
-            what = type(value).__name__
-            if isinstance(value, Tensor):
-                what = (
-                    f"a tensor of shape {tuple(value.shape)}"
-                    if value.dim() > 0
-                    else "a scalar that does not"
-                )
-            raise NNJError(
-                f"{loss.name} gave {what}, expected a scalar that depends on the parameters of the "
-                "model"
-            )
-        c = self.collected
-        try:
-            with c:
-                torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
-            for name, known in c.results.items():
-                self._take(name, {id(holder): v for holder, v in known.items() if v is not None})
-        finally:
-            for name, known in c.results.items():
-                for holder in known:
-                    vars(holder).pop(name, None)
+        value = _scalar(loss.module(output, target), loss.name)
+        before = self.collection.accumulator.samples
+        with self.collection:
+            torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
+        rows = self.collection.accumulator.samples - before
         if (
             isinstance(loss, GivenLoss)
-            and c.samples != n
+            and rows != n
             and (loss.reduction == "mean" or self.scale == "mean")
         ):
             raise NNJError(
-                f"a batch has {n} samples by its first tensor and {c.samples} by the rows of the "
-                f"loss, so that a mean over samples is not known. Write {loss.name} as a sum, with "
+                f"a batch has {n} samples by its first tensor and {rows} by the rows of the loss, "
+                f"so that a mean over samples is not known. Write {loss.name} as a sum, with "
                 "reduction='sum' and scale='sum'"
             )
-        self.samples += c.samples
-        self.trace, self.dropped = self.trace + c.trace, self.dropped + c.deficit * c.trace
         self.total += total
-        self.counts.append(c.samples)
-
-    def _take(self, name: str, found: dict[int, Tensor]) -> None:
-        mine = self.values[name]
-        for key, value in found.items():
-            if self.collected.quantities[name].per_sample:
-                rows = mine.setdefault(key, [])
-                # None: a batch that did not reach it
-                rows += [None] * (len(self.counts) - len(rows)) + [value]
-            else:
-                mine[key] = mine[key] + value if key in mine else value
 
     def result(self, loss: str) -> Fit:
-        """Errors: `NNJError` for a mean over a weight of zero."""
+        """All batches together. Errors: `NNJError` for no samples, a mean over a weight of zero."""
+        accumulator, quantities = self.collection.accumulator, self.request.quantities
+        if accumulator.samples == 0:
+            raise NNJError(
+                "the loader gave no samples, and a data set has at least one. (An iterator can be "
+                "read only once)"
+            )
         if self.scale == "mean" and not self.total > 0:
             raise NNJError(
                 f"the mean of {loss} over this data set divides by {self.total:g}: all targets are "
                 "ignored, or of weight zero"
             )
-        values: dict[str, dict[str, Tensor]] = {}
-        quantities = self.collected.quantities
-        for name, quantity in quantities.items():
-            factor = self.total ** -(quantity.degree or 0) if self.scale == "mean" else 1.0
-            rows = quantity.per_sample
-            found = {key: self._joined(v) if rows else v for key, v in self.values[name].items()}
-            holders: Any = (
-                self.model.named_modules() if quantity.of_modules else self.params.items()
-            )
-            values[name] = {}
-            for path, holder in holders:
-                value = found.get(id(holder))
-                if value is None and not quantity.of_modules and self._fills(found, rows):
-                    value = holder.detach().new_zeros(
-                        *((self.samples,) if rows else ()), *holder.shape
-                    )
-                if value is not None:
-                    values[name][path] = (value * factor if self.scale == "mean" else value).to(
-                        _dtype(holder, value)
-                    )
         return Fit(
-            values,
-            samples=self.samples,
+            {name: self._values(name) for name in quantities},
+            samples=accumulator.samples,
             scale=self.scale,
             total=self.total if self.scale == "mean" else 1.0,
             loss=loss,
-            per_sample=tuple(n for n, q in quantities.items() if q.per_sample),
-            of_modules=tuple(n for n, q in quantities.items() if q.of_modules),
-            deficit=self.dropped / self.trace if self.trace else 0.0,
+            per_sample=tuple(self.request.per_sample),
+            of_modules=tuple(name for name, q in quantities.items() if q.of_modules),
+            deficit=accumulator.exact.deficit,
         )
 
-    def _joined(self, rows: list[Tensor | None]) -> Tensor:
-        like = next(t for t in rows if t is not None)
-        rows = rows + [None] * (len(self.counts) - len(rows))
-        return torch.cat(
-            [
-                like.new_zeros(n, *like.shape[1:]) if t is None else t
-                for t, n in zip(rows, self.counts, strict=True)
-            ]
+    def _values(self, name: str) -> dict[str, Tensor]:
+        """A quantity by the names of parameters or modules, in their order."""
+        accumulator, quantity = self.collection.accumulator, self.request.quantities[name]
+        factor = self.total ** -(quantity.degree or 0) if self.scale == "mean" else 1.0
+        found = (
+            {path: accumulator.value(name, m, factor) for path, m in self.model.named_modules()}
+            if quantity.of_modules
+            else {
+                path: accumulator.value_or_zeros(name, p, factor) for path, p in self.params.items()
+            }
         )
+        return {path: value for path, value in found.items() if value is not None}
 
-    def _fills(self, found: dict[int, Tensor], rows: bool) -> bool:
-        """Whether the quantity has the shapes of parameters, so that its zero is known."""
-        return all(
-            tuple(found[id(p)].shape[rows:]) == tuple(p.shape)
-            for p in self.params.values()
-            if id(p) in found
+
+def _scalar(value: Any, loss: str) -> Tensor:
+    """The value of a loss. Errors: `NNJError` for what is no scalar that has a gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad:
+        return value
+    what = type(value).__name__
+    if isinstance(value, Tensor):
+        what = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if value.dim() > 0
+            else "a scalar that does not"
         )
+    raise NNJError(
+        f"{loss} gave {what}, expected a scalar that depends on the parameters of the model"
+    )
 
 
 @contextmanager
@@ -253,12 +217,6 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-def _dtype(holder: Any, value: Tensor) -> torch.dtype:
-    """As `collect` gives it: the dtype of the parameter, or of the first of a module."""
-    p = next(holder.parameters(recurse=False), None) if isinstance(holder, nn.Module) else holder
-    return value.dtype if p is None else p.dtype
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -300,6 +258,10 @@ def _read(batch: Any, forward: Any, target: str | Callable[[Any], Any] | None) -
             "output and target=lambda batch: target"
         )
     return batch[:-1], batch[-1]
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def _length(inputs: Any, axis: int) -> int:

@@ -1,54 +1,79 @@
-"""The columns that a loss sends back: its exact factor, random combinations of it, and its
+"""The columns that a loss sends back: of S with H = S S^T, random combinations of them, and its
 gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nnj.errors import NNJError, PluginError
+from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
+from nnj.errors import NNJError
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
 from nnj.recording.records import Edge, LossCall
-from nnj.registry.blame import at_work
-from nnj.registry.layer_rules import describes
-from nnj.registry.loss_rules import FunctionLoss
-from nnj.registry.manager import manager
+from nnj.registry.loss_rules import ask_loss_rule
+
+
+class Part(NamedTuple):
+    """The columns of a chunk that come from one source, and how many of it there are in all
+    chunks.
+    """
+
+    columns: slice
+    total: int
 
 
 @dataclass(eq=False)
 class Chunk:
-    """Some columns on the root edges, and which of them are whose: {"exact": slice, "signs": …,
-    "gradient": …}.
-    """
+    """Some columns on the root edges, and which of them come from where."""
 
     roots: dict[Edge, Tensor]
     k: int
-    parts: dict[str, slice]
+    parts: dict[ColumnSource, Part]
+
+
+class _Columns(NamedTuple):
+    """Columns of one source: (k, *shape) for each output of the loss."""
+
+    source: ColumnSource
+    outputs: Sequence[Tensor]
+    total: int
+
+    @property
+    def k(self) -> int:
+        return self.outputs[0].shape[0]
 
 
 class LossColumns:
-    """What one loss contributes to the scalar: its curvature, and the columns in chunks.
+    """What one loss contributes to the scalar: H of `(loss * scale).sum()` in the outputs, and its
+    columns in chunks.
 
     Args:
         call: the call of the loss.
         scale: the gradient that arrived at its value, which multiplies everything.
+        sign: 1 or -1: in the place of H, its part with the eigenvalues of this sign, of their
+            absolute values; then the scale may be negative. None: H itself.
 
     Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
     is not convex in its output."""
 
-    def __init__(self, call: LossCall, scale: Tensor):
-        self.call, self.scale = call, scale.detach()
+    def __init__(self, call: LossCall, scale: Tensor, sign: int | None = None):
+        self.call, self.scale, self.sign = call, scale.detach(), sign
         self.name = call.name
-        if any(t._version != version for t, version in call.versions):
+        self.outputs = [call.leaves[i] for i in call.outputs]
+        self._check_call()
+        check_outputs(self.name, self.outputs)
+
+    def _check_call(self) -> None:
+        if any(t._version != version for t, version in self.call.versions):
             raise NNJError(
                 f"{self.name}: an argument of the loss was changed in place after the call. Clone "
                 "it first"
@@ -58,70 +83,44 @@ class LossColumns:
                 f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
                 "it has overflowed"
             )
-        if bool((self.scale < 0).any()):
+        if self.sign is None and bool((self.scale < 0).any()):
             raise NNJError(
                 f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
                 "is not positive semi-definite. Collect with signed=True, or without that term, or "
                 "call backward on it alone"
             )
-        self.outputs = [call.leaves[i] for i in call.outputs]
-        check_outputs(self.name, self.outputs)
+
+    # -- the Hessian and the gradient in the outputs -----------------------------------------------
+
+    @cached_property
+    def hessian(self) -> LossHessian:
+        """H in the outputs. Errors: `NNJError` if it is not positive semi-definite."""
+        if self.sign is not None:
+            return autodiff_hessian(self._value, tuple(self.outputs), self.name, self.sign)
+        return self._by_rule or autodiff_hessian(self._value, tuple(self.outputs), self.name)
 
     @cached_property
     def rows(self) -> int:
         """How many rows the outputs have; a rule knows best
         (an output of (C,) is one row for cross entropy).
         """
-        return (
-            rows_of([t.shape for t in self.outputs])
-            if self._by_rule is None
-            else self._by_rule.rows
-        )
-
-    @cached_property
-    def hessian(self) -> LossHessian:
-        """The Hessian in the outputs. Errors: `NNJError` if it is not positive semi-definite."""
-        return self._by_rule or autodiff_hessian(self._value, tuple(self.outputs), self.name)
+        known = self._by_rule if self.sign is None else self.hessian
+        return rows_of([t.shape for t in self.outputs]) if known is None else known.rows
 
     @cached_property
     def _by_rule(self) -> LossHessian | None:
-        module = self.call.module
-        entry = manager().find("loss", type(module))
         args, kwargs = self.call.arguments(self.outputs)
-        if entry is None or entry.is_fallback or not describes(entry, module):
-            return None
-        if (
-            len(self.outputs) > 1
-            or not args
-            or args[0] is not self.outputs[0]
-            or (kwargs and entry.key is not FunctionLoss)
-        ):
-            return None
-        who = f"plugin '{entry.source.plugin}' (loss '{self.name}')"
-        try:
-            found = entry.rule(module, self.scale, *args, **kwargs)
-        except NotImplementedError:
-            return None
-        except NNJError:  # a refusal, not a fault
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{who}: the rule failed with {type(error).__name__}: {error}"
-                f"{at_work(entry.source)}"
-            ) from error
-        if not isinstance(found, LossHessian):
-            raise PluginError(
-                f"{who}: the rule returned {type(found).__name__}, expected a nnj.LossHessian"
-                f"{at_work(entry.source)}"
-            )
-        return found
+        return ask_loss_rule(self.call.module, self.scale, self.outputs, args, kwargs)
 
     def _value(self, *outputs: Tensor) -> Tensor:
         args, kwargs = self.call.arguments(list(outputs))
         return (self.call.module.forward(*args, **kwargs) * self.scale).sum()
 
     def gradient(self) -> list[Tensor]:
-        """The gradient of the scalar in each output."""
+        """The gradient of the scalar in each output.
+
+        Errors: `NNJError` for a loss that gives another value when it is called again.
+        """
         with torch.enable_grad():
             outputs = [t.detach().requires_grad_() for t in self.outputs]
             value = self._value(*outputs)
@@ -140,71 +139,78 @@ class LossColumns:
 
     # -- the layout of columns ---------------------------------------------------------------------
 
-    def roots(self, parts: tuple[Tensor, ...] | list[Tensor]) -> dict[Edge, Tensor]:
-        """Columns on the root edges; an output given twice to the loss has its columns added."""
-        found: dict[Edge, Tensor] = {}
-        for edge, t in zip(self.call.edges, parts, strict=True):
-            found[edge] = found[edge] + t if edge in found else t
-        return found
-
     def select(self, sample_index: SampleIndex, tol: float) -> ColumnSelection:
-        """The columns that walk.
+        """The exact columns to propagate.
 
         Args:
-            owner: whose the rows are.
+            sample_index: the sample of each row.
             tol: what may be lost, of the trace of H.
         """
         hessian = self.hessian
-        one = (
+        one_row = (
             hessian.rows == sample_index.n and sample_index.of is None
         ) or sample_index.n == hessian.rows == 1
-        if one and (hessian.rows == 0 or (hessian.places == 1 and tol == 0)):
+        if one_row and (hessian.rows == 0 or (hessian.places == 1 and tol == 0)):
             return AllColumns(hessian)
-        whose = (
+        sample = (
             torch.arange(sample_index.n, device=hessian.device)
-            if one
+            if one_row
             else sample_index.rows(hessian.rows, hessian.device)
         )
-        assert whose is not None
-        return PackedColumns(hessian, whose, tol)
+        assert sample is not None
+        return PackedColumns(hessian, sample, tol)
 
     def chunks(
-        self, wants: dict[str, Any], selection: ColumnSelection | None, size: int
+        self,
+        sources: Sequence[ColumnSource],
+        selection: ColumnSelection | None,
+        size: int,
     ) -> Iterator[Chunk]:
-        """All columns that are wanted, `size` at a time at most.
+        """All columns that are wanted, about `size` at a time.
 
         Rows of one sample, and places of one row, are factorised on their own, so each has columns
-        to itself.
+        to itself. The few columns that are not exact travel with the first exact ones.
 
         Args:
-            wants: the quantities by the source of their columns; "exact" and "gradient" are shared.
+            sources: where columns are to come from.
             selection: which exact columns, if any.
-            size: how many columns may walk together.
+            size: how many columns may travel together.
         """
-        extra: list[tuple[str, list[Tensor]]] = []
-        if "gradient" in wants:
-            extra.append(("gradient", [g[None] for g in self.gradient()]))
-        for name, quantity in wants.items():
-            if quantity.source == "signs":
-                signs = self.hessian.sample(quantity.draws, quantity.generator)
-                extra.append((name, list(self.hessian.to_outputs(signs))))
-        for a in range(0, selection.k if selection and "exact" in wants else 0, size):
-            assert selection is not None
-            exact = selection.columns(a, min(a + size, selection.k))
-            yield self._join([("exact", list(self.hessian.to_outputs(exact))), *extra])
-            extra = []
-        for name, parts in extra:
-            for a in range(0, parts[0].shape[0], size):
-                yield self._join([(name, [t[a : a + size] for t in parts])])
+        others = self._gradient_and_draws(sources)
+        if selection is not None and EXACT in sources:
+            for start in range(0, selection.k, size):
+                columns = selection.columns(start, min(start + size, selection.k))
+                exact = _Columns(EXACT, self.hessian.to_outputs(columns), selection.k)
+                yield self._chunk([exact, *others])
+                others = []
+        for source, outputs, total in others:
+            for start in range(0, total, size):
+                yield self._chunk(
+                    [_Columns(source, [t[start : start + size] for t in outputs], total)]
+                )
 
-    def _join(self, groups: list[tuple[str, list[Tensor]]]) -> Chunk:
-        parts, start = {}, 0
-        for name, tensors in groups:
-            k = tensors[0].shape[0]
-            parts[name] = slice(start, start + k)
-            start += k
-        joined = [
-            torch.cat([t.to(g[0].dtype) for t in g])
-            for g in zip(*[tensors for _, tensors in groups], strict=True)
-        ]
-        return Chunk(self.roots(joined), start, parts)
+    def _gradient_and_draws(self, sources: Sequence[ColumnSource]) -> list[_Columns]:
+        found = []
+        if GRADIENT in sources:
+            found.append(_Columns(GRADIENT, [g[None] for g in self.gradient()], 1))
+        for source in sources:
+            if source.drawn_for is not None:
+                draws = source.drawn_for.draws
+                columns = self.hessian.sample(draws, source.drawn_for.generator)
+                found.append(_Columns(source, self.hessian.to_outputs(columns), draws))
+        return found
+
+    def _chunk(self, groups: list[_Columns]) -> Chunk:
+        """Columns of several sources side by side; an output that the loss is given twice has its
+        columns added.
+        """
+        parts, k = {}, 0
+        for group in groups:
+            parts[group.source] = Part(slice(k, k + group.k), group.total)
+            k += group.k
+        roots: dict[Edge, Tensor] = {}
+        for i, edge in enumerate(self.call.edges):
+            dtype = groups[0].outputs[i].dtype
+            columns = torch.cat([group.outputs[i].to(dtype) for group in groups])
+            roots[edge] = roots[edge] + columns if edge in roots else columns
+        return Chunk(roots, k, parts)

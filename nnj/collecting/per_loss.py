@@ -1,32 +1,84 @@
-"""What one loss adds in one backward pass: the sweep is planned, columns walk in chunks, quantities
-take their share.
+"""What one loss adds in one backward pass: its graph, whose the rows are, its columns in chunks
+through the graph, and each request's share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnj.collecting.accumulate import Contribution
-from nnj.collecting.loss_columns import LossColumns
-from nnj.collecting.quantity import Quantity, asked
-from nnj.errors import NNJError, complex_parameter
+from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.loss_columns import LossColumns, Part
+from nnj.collecting.request import EXACT, Request
+from nnj.collecting.targets import ChunkSink, Target, owned_by_several
+from nnj.errors import NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.linearity import check_arguments
-from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.propagation.backward import Sink, Sweep
+from nnj.loss_hessian.column_selection import ColumnSelection
+from nnj.propagation.backward import Sweep
 from nnj.propagation.chunking import columns_at_once, even
 from nnj.propagation.last_layer import LastLayerColumns
 from nnj.propagation.plan_search import plan
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
 
-if TYPE_CHECKING:
-    from nnj.collecting.collect import collect
+
+def contribute(
+    call: LossCall,
+    scale: Tensor,
+    node: Any,
+    requests: Sequence[Request],
+    columns: LossColumns | None = None,
+) -> dict[Request, Contribution]:
+    """What one loss adds to each request; columns are propagated once for all of them.
+
+    Args:
+        call: the call of the loss.
+        scale: the gradient that arrived at its value.
+        node: autograd's node of the loss.
+        columns: in the place of those of the loss itself.
+
+    Errors: `NNJError` wherever a number would not be exact.
+    """
+    columns = LossColumns(call, scale) if columns is None else columns
+    roots = extended_roots()
+    targets = [Target(request, roots) for request in requests]
+    wanted: set[Tensor] = set().union(*(target.params for target in targets))
+    check_arguments(call, node, wanted)
+    if call.edges:
+        paths = {m: name for root in roots for name, m in root.named_modules()}
+        graph = _graph(call, wanted, paths)
+        reached = _reached(graph)
+        for target in targets:
+            target.reach(reached, paths)
+        sweep, sample_index = _planned(graph, columns, requests, scale.device)
+        _open(targets, graph, reached, roots, sample_index.n)
+        if sweep is not None:
+            _propagate(columns, sweep, sample_index, targets)
+    return {target.request: target.found for target in targets}
+
+
+# -- the graph, and whose the rows are -------------------------------------------------------------
+
+
+def _graph(call: LossCall, wanted: set[Tensor], paths: dict[nn.Module, str]) -> Graph:
+    """Autograd's graph from the outputs of the loss to the wanted parameters that this backward
+    pass reaches.
+    """
+    executed: dict[Tensor, bool] = {}
+
+    def is_wanted(p: Tensor) -> bool:
+        if p not in wanted:
+            return False
+        if p not in executed:
+            executed[p] = _executed(p)
+        return executed[p]
+
+    return Graph(list(dict.fromkeys(call.edges)), is_wanted, paths)
 
 
 def _executed(p: Tensor) -> bool:
@@ -38,245 +90,117 @@ def _executed(p: Tensor) -> bool:
         return True  # captured by torch.autograd.grad
 
 
-def contribute(
-    call: LossCall,
-    scale: Tensor,
-    node: Any,
-    collections: list[collect],
-    columns: LossColumns | None = None,
-) -> dict[int, Contribution]:
-    """Walk once for all open collections; `node` is the loss's own. Errors: `NNJError` wherever a
-    number would not be exact.
+def _reached(graph: Graph) -> set[Tensor]:
+    """The parameters to which columns may come."""
+    reached: set[Tensor] = {p for step in graph.steps for _, p in step.params}
+    return reached | {step.leaf for step in graph.steps if step.leaf is not None}
+
+
+def _planned(
+    graph: Graph, columns: LossColumns, requests: Sequence[Request], device: torch.device
+) -> tuple[Sweep | None, SampleIndex]:
+    """The plan of the graph, None if it has no steps, and the sample of each row of the loss.
+
+    Errors: `NNJError` for rows of samples where it is not known which sample is which.
     """
-    columns = LossColumns(call, scale) if columns is None else columns
-    roots = extended_roots()
-    paths = {m: name for root in roots for name, m in root.named_modules()}
-    targets = [Target(c, roots) for c in collections]
-    check_arguments(call, node, {p for target in targets for p in target.params.values()})
-    if not call.edges:
-        return {id(t.collection): Contribution(frozenset(), 0) for t in targets}
-    executed: dict[int, bool] = {}
-
-    def wanted(p: Tensor) -> bool:
-        if not any(id(p) in t.params for t in targets):
-            return False
-        if id(p) not in executed:
-            executed[id(p)] = _executed(p)
-        return executed[id(p)]
-
-    graph = Graph(list(dict.fromkeys(call.edges)), wanted, paths)
-    reached = {id(p) for u in graph.steps for _, p in u.params} | {
-        id(u.leaf) for u in graph.steps if u.leaf is not None
-    }
-    calls = frozenset(mark.order for mark in graph.marks)
-    for target in targets:
-        target.check(reached, paths)
-    sweep, sample_index, known = (
-        plan(graph, columns.rows, scale.device)
-        if graph.steps
-        else (None, SampleIndex(columns.rows), True)
-    )
-    each = [
-        name for c in collections for name, quantity in c.quantities.items() if quantity.per_sample
-    ]
-    if each and not known:
+    if not graph.steps:
+        return None, SampleIndex(columns.rows)
+    sweep, sample_index, known = plan(graph, columns.rows, device)
+    per_sample = [name for request in requests for name in request.per_sample]
+    if per_sample and not known:
         raise NNJError(
-            f"{each[0]}: nnj cannot tell which rows of the loss belong to which sample, since the "
-            "model rearranges its input before its first layer. Hand the input to that layer as it "
-            "is given, or give the loss one row for each sample; sums over samples, such as "
-            "ggn_diag, do not need to know"
+            f"{per_sample[0]}: nnj cannot tell which rows of the loss belong to which sample, "
+            "since the model rearranges its input before its first layer. Hand the input to that "
+            "layer as it is given, or give the loss one row for each sample; sums over samples, "
+            "such as ggn_diag, do not need to know"
         )
-    found = {id(t.collection): Contribution(calls, sample_index.n) for t in targets}
+    return sweep, sample_index
+
+
+def _open(
+    targets: Sequence[Target],
+    graph: Graph,
+    reached: set[Tensor],
+    roots: Sequence[nn.Module],
+    n: int,
+) -> None:
+    """Begin the contributions: the samples, and all parameters and modules of the models that took
+    part.
+
+    Errors: `NNJError` if no model did.
+    """
+    calls = frozenset(mark.order for mark in graph.marks)
+    called = {mark.module for mark in graph.marks}
+    tops = [r for r in roots if r in called or any(p in reached for p in r.parameters())]
     for target in targets:
-        _holders(target, found[id(target.collection)], roots, graph, reached)
-    if not graph.marks and not any(c.known for c in found.values()):
+        target.found.calls, target.found.n = calls, n
+        target.hold(tops)
+    if not graph.marks and not any(target.found.holders for target in targets):
         raise NNJError(
             "the loss reaches no parameter of an extended model. Extend the model, too: model = "
             "nnj.extend(model)"
         )
-    if sweep is None:
-        return found
-    wants: dict[str, Any] = {}
-    for target in targets:
-        for name, quantity in target.collection.quantities.items():
-            wants[target.source(name, quantity)] = quantity
 
-    def sink(parts: dict[str, slice]) -> Sink:
-        def take(p: Tensor, factor: Factor) -> None:
-            for target in targets:
-                target.take(found[id(target.collection)], p, factor, parts, reached)
 
-        return take
+# -- the columns -----------------------------------------------------------------------------------
 
-    def flush(parts: dict[str, slice]) -> None:
-        for target in targets:
-            target.flush(found[id(target.collection)], parts)
 
-    selection = None
-    fits, likes = columns_at_once(sweep, min(c.memory for c in collections))
-    if "exact" in wants:
-        tol = min(
-            t.collection.tol
-            for t in targets
-            if any(q.source == "exact" for q in t.collection.quantities.values())
-        )
+def _propagate(
+    columns: LossColumns, sweep: Sweep, sample_index: SampleIndex, targets: Sequence[Target]
+) -> None:
+    """Let all columns that are wanted through the graph, in chunks."""
+    requests = [target.request for target in targets]
+    sources = list(dict.fromkeys(s for request in requests for s in request.sources.values()))
+    memory = min(request.memory for request in requests)
+    at_most, about = columns_at_once(sweep, memory)
+    selection, size = None, about
+    if EXACT in sources:
+        tol = min(r.tol for r in requests if EXACT in r.sources.values())
         selection = columns.select(sample_index, tol)
-        shared = _of_several({id(m): m for t in targets for m in t.modules})
-        head = LastLayerColumns(sweep, columns.hessian, shared, selection if tol else None)
-        if head.useful:
-            head.narrow(min(c.memory for c in collections))
+        exact = ExactColumns(selection.k, selection.trace, selection.dropped)
         for target in targets:
-            target.in_all["exact"] = head.walks if head.useful else selection.k
-            found[id(target.collection)].selected(selection)
-        if head.useful:
-            del wants["exact"]
-            _walk_behind(head, sweep, even(head.walks, fits, likes), sink, flush)
-    size = even(selection.k, fits, likes) if selection and "exact" in wants else likes
-    for chunk in columns.chunks(wants, selection, size):
-        sweep.run(chunk.roots, chunk.k, sink(chunk.parts))
-        flush(chunk.parts)
+            target.found.exact = exact
+        last = _last_layer(columns, sweep, targets, selection if tol else None, memory)
+        if last is None:
+            size = even(selection.k, at_most, about)
+        else:
+            sources.remove(EXACT)
+            _propagate_behind(last, sweep, targets, even(last.walks, at_most, about))
+    for chunk in columns.chunks(sources, selection, size):
+        sink = ChunkSink(targets, chunk.parts)
+        sweep.run(chunk.roots, chunk.k, sink.take)
+        sink.end()
     for target in targets:
-        found[id(target.collection)].finish(target.points)
-    return found
+        target.found.finish(target.request.quantities)
 
 
-def _of_several(modules: dict[int, nn.Module]) -> set[int]:
-    """The parameters that several modules own."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for m in modules.values():
-        own = {id(p) for p in m._parameters.values()}
-        twice |= own & seen
-        seen |= own
-    return twice
-
-
-def _walk_behind(
-    head: LastLayerColumns,
+def _last_layer(
+    columns: LossColumns,
     sweep: Sweep,
-    size: int,
-    sink: Callable[[dict[str, slice]], Sink],
-    flush: Callable[[dict[str, slice]], None],
+    targets: Sequence[Target],
+    selection: ColumnSelection | None,
+    memory: int,
+) -> LastLayerColumns | None:
+    """The exact columns behind the last layers, where these are one linear map for all samples."""
+    several = {id(p) for p in owned_by_several(targets)}
+    last = LastLayerColumns(sweep, columns.hessian, several, selection)
+    if not last.useful:
+        return None
+    last.narrow(memory)
+    return last
+
+
+def _propagate_behind(
+    last: LastLayerColumns, sweep: Sweep, targets: Sequence[Target], size: int
 ) -> None:
-    """Exact columns, where the last layers are linear maps that all samples share."""
-    head.parameters(lambda p, factor: sink({"exact": slice(0, factor.k)})(p, factor))
-    steps = sweep.graph.steps[len(head.steps) :]
-    if not steps:
-        return
-    for v in head.walked(size):
-        parts = {"exact": slice(0, v.shape[0])}
-        sweep.run({head.edge: v}, v.shape[0], sink(parts), steps)
-        flush(parts)
+    """Exact columns from behind the last layers on, whose own parameters need none."""
 
+    def take_whole(p: Tensor, factor: Any) -> None:
+        ChunkSink(targets, {EXACT: Part(slice(0, factor.k), last.walks)}).take(p, factor)
 
-def _holders(
-    target: Target, into: Contribution, roots: list[nn.Module], graph: Graph, reached: set[int]
-) -> None:
-    """All that may hold a result: what belongs to a model that took part, reached or not."""
-    called = {id(mark.module) for mark in graph.marks}
-    if target.collection.modules is None:
-        tops = [
-            r for r in roots if id(r) in called or any(id(p) in reached for p in r.parameters())
-        ]
-    else:
-        tops = target.collection.modules
-    for top in tops:
-        for m in top.modules():
-            own = target.own[id(m)]
-            if own:
-                into.known[id(m)] = m
-            for p in own:
-                into.known[id(p)] = p
-
-
-def _own_params(m: nn.Module) -> list[nn.Parameter]:
-    """Each once, in order; torch's own iterators take much longer."""
-    return list(
-        {id(p): p for p in m._parameters.values() if p is not None and p.requires_grad}.values()
-    )
-
-
-class Target:
-    """One open collection as a sweep sees it: its parameters, its modules, its quantities."""
-
-    def __init__(self, collection: collect, roots: list[nn.Module]):
-        self.collection = collection
-        tops = roots if collection.modules is None else collection.modules
-        self.modules = list({id(m): m for top in tops for m in top.modules()}.values())
-        self.own = {id(m): _own_params(m) for m in self.modules}
-        self.params = {id(p): p for own in self.own.values() for p in own}
-        self.blocks = {n: q for n, q in collection.quantities.items() if q.of_modules}
-        self.points = {n: q for n, q in collection.quantities.items() if not q.of_modules}
-        self.pending: dict[int, dict[int, Factor]] = {}
-        self.in_all: dict[str, int] = {}  # how many columns of each source there will be
-
-    def check(self, reached: set[int], paths: dict[nn.Module, str]) -> None:
-        """Errors: `NNJError` for what cannot be collected at the parameters that a sweep will
-        reach.
-        """
-        squared = [
-            name
-            for name, quantity in self.collection.quantities.items()
-            if quantity.source != "gradient"
-        ]
-        if squared and any(p.is_complex() and key in reached for key, p in self.params.items()):
-            where = next(
-                m
-                for m in self.modules
-                if any(p.is_complex() and id(p) in reached for p in self.own[id(m)])
-            )
-            raise complex_parameter(
-                f"{squared[0]}: a parameter of '{paths.get(where, '') or type(where).__name__}'"
-            )
-        for quantity in self.blocks.values():
-            for m in self.modules:
-                if any(id(p) in reached for p in self.own[id(m)]):
-                    quantity.check(m, self.own[id(m)], paths.get(m, ""))
-
-    def take(
-        self,
-        into: Contribution,
-        p: Tensor,
-        factor: Factor,
-        parts: dict[str, slice],
-        reached: set[int],
-    ) -> None:
-        """The factor of one parameter has arrived, with the columns of all sources in it."""
-        if id(p) not in self.params:
-            return
-        for name, quantity in self.points.items():
-            which = parts.get(self.source(name, quantity))
-            if which is not None:
-                in_all = self.in_all.get(self.source(name, quantity), factor.k)
-                into.add(name, p, asked(name, quantity.parameter, factor.columns(which), in_all))
-        if not self.blocks:
-            return
-        for m in self.modules:
-            own = self.own[id(m)]
-            if any(q is p for q in own):
-                there = self.pending.setdefault(id(m), {})
-                there[id(p)] = factor
-                if len(there) == len({id(q) for q in own} & reached):
-                    self._module(into, m, self.pending.pop(id(m)), parts)
-
-    def flush(self, into: Contribution, parts: dict[str, slice]) -> None:
-        """After a walk: modules to some of whose parameters nothing was sent."""
-        for m in self.modules:
-            if id(m) in self.pending:
-                self._module(into, m, self.pending.pop(id(m)), parts)
-
-    def _module(
-        self, into: Contribution, m: nn.Module, factors: dict[int, Factor], parts: dict[str, slice]
-    ) -> None:
-        own = self.own[id(m)]
-        for name, quantity in self.blocks.items():
-            which = parts.get(self.source(name, quantity))
-            if which is not None:
-                cut = {key: f.columns(which) for key, f in factors.items()}
-                into.add(name, m, asked(name, quantity.module, [cut.get(id(p)) for p in own], own))
-
-    def source(self, name: str, quantity: Quantity) -> str:
-        """Draws are a quantity's own; exact columns and the gradient are shared."""
-        return (
-            f"signs {id(self.collection)} {name}" if quantity.source == "signs" else quantity.source
-        )
+    last.parameters(take_whole)
+    steps = sweep.graph.steps[len(last.steps) :]
+    for v in last.walked(size) if steps else ():
+        sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), last.walks)})
+        sweep.run({last.edge: v}, len(v), sink.take, steps)
+        sink.end()

@@ -1,4 +1,4 @@
-"""What a quantity is: which columns it wants, and what it asks of their factors at a parameter or a
+"""A quantity is a contraction of the factors B = S^T J at a parameter, or at the parameters of a
 module.
 """
 
@@ -15,24 +15,30 @@ from nnj.registry.manager import manager
 
 
 class Quantity:
-    """One thing to collect. A subclass names its columns and defines `parameter` or `module`.
+    """One thing to collect.
 
-    Options are the keyword arguments of `__init__`; `nnj.collect` passes on those that it is given.
+    Must define one of `parameter` (results are attributes of parameters) and `module` (of modules).
+    May override `finish` and `check`, and the attributes below. Options are the keyword arguments
+    of `__init__`; `nnj.collect` passes on those that it is given.
 
     Attributes:
-        source: where its columns come from: "exact" (the factor of the loss's Hessian), "signs"
-            (`draws` random combinations of it, each an unbiased factor) or "gradient"
+        source: where its columns come from: "exact" (the factor S of the loss's Hessian), "signs"
+            (`draws` random combinations of its columns, each an unbiased factor) or "gradient"
             (one column, the gradient of the loss).
+        draws: how many combinations, for "signs".
+        generator: the `torch.Generator` of these draws, on the device of the output; None is
+            torch's own.
         degree: a loss that is c times as large has a result that is c**degree times as large;
             `nnj.fit` divides by it for a mean, and refuses a mean where it is None.
-        per_sample: results have the samples in axis 0; those of several backward passes are
-            concatenated, not added.
+        per_sample: results have the samples in axis 0. Those of further samples are put behind
+            them, not added, and are zero for samples that did not reach the parameter.
     """
 
     source: ClassVar[str] = "exact"
     per_sample: ClassVar[bool] = False
     degree: ClassVar[int | None] = None
     draws: int = 1
+    generator: Any = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -41,32 +47,53 @@ class Quantity:
 
     @property
     def of_modules(self) -> bool:
-        """Whether results stand on modules."""
+        """Whether results are attributes of modules."""
         return type(self).module is not Quantity.module
 
-    def parameter(self, factor: Factor, in_all: int) -> Any:
-        """The contribution of some columns at one parameter, of `in_all` that will come.
-        Contributions add up (+).
+    # -- must define one ---------------------------------------------------------------------------
+
+    def parameter(self, factor: Factor, total_columns: int) -> Any:
+        """The contribution of one chunk of columns at one parameter.
+
+        Args:
+            factor: B at the parameter, for the columns of this chunk.
+            total_columns: how many columns all chunks of this loss have together, by which a way to
+                contract them may be chosen.
+
+        Returns:
+            Something that adds up over chunks with +, of which `finish` makes the result.
         """
         raise NotImplementedError(f"{type(self).__name__} must define parameter")
 
-    def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Tensor:
-        """The contribution of some columns at a module's own parameters
-        (factor None: not reached).
+    def module(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Any:
+        """The contribution of one chunk of columns at a module's own parameters.
+
+        Args:
+            factors: B at each parameter; None where the loss does not reach it, at one at least it
+                is not None.
+            params: the module's own parameters that require grad.
+
+        Returns:
+            Something that adds up over chunks with +, of which `finish` makes the result.
         """
         raise NotImplementedError(f"{type(self).__name__} must define module")
 
+    # -- may override ------------------------------------------------------------------------------
+
     def finish(self, value: Any) -> Tensor:
-        """The result of one backward pass, from the sum of the contributions."""
+        """The result of one loss in one backward pass, from the sum over its chunks."""
         return value
 
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
-        """Called before any column walks. Errors: `NNJError` for what cannot be collected there."""
+        """Called before any column is propagated, by quantities of modules alone.
+
+        Errors: `NNJError` for what cannot be collected there.
+        """
 
 
 def asked(name: str, ask: Callable[..., Any], *about: Any) -> Any:
-    """What a quantity says. Errors: `NNJError` naming it with its plugin, in which the fault mostly
-    is.
+    """What a quantity answers. Errors: `NNJError` naming the quantity and its plugin, if it raises
+    anything else.
     """
     try:
         return ask(*about)

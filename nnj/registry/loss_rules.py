@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from nnj.errors import NNJError, PluginError
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
+from nnj.registry.blame import at_work
 from nnj.registry.layer_rules import describes
 from nnj.registry.manager import manager
 
@@ -74,17 +76,55 @@ def is_loss(module: nn.Module) -> bool:
     return entry is not None and not entry.is_fallback
 
 
-def hessian_of_loss(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -> LossHessian:
-    """What the rule for `loss` says, and what `nnj.autodiff_hessian` says where there is none that
-    describes it or it declines.
-    """
+def ask_loss_rule(
+    loss: nn.Module,
+    scale: Tensor,
+    outputs: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> LossHessian | None:
+    """The Hessian of `(loss(*args, **kwargs) * scale).sum()` by the rule for the loss; None where
+    no rule is for this class, describes this module and this call, or takes the options.
+
+    A rule is asked about one output, the first argument; only that of functions takes keywords.
+
+    Args:
+        outputs: those of `args` and `kwargs` in which the Hessian is taken.
+
+    Errors: `PluginError` naming the plugin, if its rule fails or returns something else; `NNJError`
+    if the rule refuses."""
     entry = manager().find("loss", type(loss))
-    if entry is not None and describes(entry, loss):
-        try:
-            return entry.rule(loss, scale, output, *args)
-        except NotImplementedError:
-            pass
-    return autodiff_hessian(
+    if entry is None or entry.is_fallback or not describes(entry, loss):
+        return None
+    first = len(outputs) == 1 and len(args) > 0 and args[0] is outputs[0]
+    if not first or (kwargs and entry.key is not FunctionLoss):
+        return None
+    who = f"plugin '{entry.source.plugin}' (loss '{name_of(loss)}')"
+    try:
+        found = entry.rule(loss, scale, *args, **kwargs)
+    except NotImplementedError:
+        return None
+    except NNJError:  # a refusal, not a fault
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{who}: the rule failed with {type(error).__name__}: {error}{at_work(entry.source)}"
+        ) from error
+    if not isinstance(found, LossHessian):
+        raise PluginError(
+            f"{who}: the rule returned {type(found).__name__}, expected a nnj.LossHessian"
+            f"{at_work(entry.source)}"
+        )
+    return found
+
+
+def hessian_of_loss(loss: nn.Module, scale: Tensor, output: Tensor, *args: Any) -> LossHessian:
+    """The Hessian of `(loss(output, *args) * scale).sum()` in the output: by the rule for the loss,
+    or, where there is none or it declines, by `nnj.autodiff_hessian`.
+
+    Errors: those of the rule; `PluginError` if it fails; `NNJError` for a loss that is not convex.
+    """
+    return ask_loss_rule(loss, scale, [output], (output, *args), {}) or autodiff_hessian(
         lambda y: (loss.forward(y, *args) * scale).sum(), (output,), name_of(loss)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 import nnj
 
@@ -19,7 +20,8 @@ class BatchGrad(nnj.Quantity):
     degree = 1
     per_sample = True
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
+    @override
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         return factor.dense()[0]
 
 

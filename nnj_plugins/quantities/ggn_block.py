@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 import nnj
 
@@ -24,6 +25,7 @@ class GGNBlock(nnj.Quantity):
     def __init__(self, block_limit: int = 10_000):
         self.limit = block_limit
 
+    @override
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
         size = sum(p.numel() for p in params)
         if size > self.limit:
@@ -35,6 +37,7 @@ class GGNBlock(nnj.Quantity):
                 "modules=[...], or raise block_limit"
             )
 
+    @override
     def module(self, factors: list[nnj.Factor | None], params: list[nn.Parameter]) -> Tensor:
         sizes = [p.numel() for p in params]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 import nnj
 
@@ -17,9 +18,11 @@ class GGNDiag(nnj.Quantity):
 
     degree = 1
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> nnj.SquareSum:
-        return factor.squares(in_all)
+    @override
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> nnj.SquareSum:
+        return factor.squares(total_columns)
 
+    @override
     def finish(self, value: nnj.SquareSum) -> Tensor:
         return value.value()
 

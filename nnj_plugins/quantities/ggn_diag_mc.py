@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 import nnj
 
@@ -31,7 +32,8 @@ class GGNDiagMC(nnj.Quantity):
             )
         self.draws, self.generator = samples, generator
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
+    @override
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         return factor.square_sum() / self.draws
 
 

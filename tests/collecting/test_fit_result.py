@@ -120,7 +120,7 @@ class Odd(nnj.Quantity):
 
     source = "gradient"
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         return factor.dense().square().sum((0, 1))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 import nnj
 from nnj.collecting import per_loss
 from nnj.propagation import allocator
-from nnj.propagation.allocator import SET_BY_USERS, keep_heap
+from nnj.propagation.allocator import SET_BY_USERS, SWITCH, keep_heap
 from nnj.propagation.chunking import columns_at_once, even
 
 
@@ -76,7 +78,7 @@ def library(monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", lambda name: made)
         monkeypatch.setattr(allocator, "_kept", 0)
         monkeypatch.setattr(sys, "platform", "linux")
-        for name in SET_BY_USERS:
+        for name in (SWITCH, *SET_BY_USERS):
             monkeypatch.delenv(name, raising=False)
         return made
 
@@ -98,6 +100,37 @@ def test_what_users_say_of_their_memory_holds(library, monkeypatch, name):
     monkeypatch.setenv(name, "131072")
     keep_heap(2**28)
     assert made.told == []
+
+
+@pytest.mark.parametrize("value, told", [("0", []), ("1", [(-3, 2**28), (-1, 2**28)])])
+def test_the_switch(library, monkeypatch, value, told):
+    made = library("mallopt")
+    monkeypatch.setenv("NNJ_MALLOPT", value)
+    keep_heap(2**28)
+    assert made.told == told
+
+
+def test_the_program_that_imports_nnj_keeps_its_allocator():
+    """Only columns that are propagated make a setting, and none where it is switched off."""
+    code = (
+        "import ctypes, torch; told = []; "
+        "ctypes.CDLL = lambda name: type('C', (), {'mallopt': lambda self, *a: told.append(a)})(); "
+        "import nnj; from nnj.propagation.allocator import keep_heap; "
+        "model = nnj.extend(torch.nn.Linear(2, 2)); loss = nnj.extend(torch.nn.MSELoss()); "
+        "before = list(told); collected = nnj.collect('ggn_diag'); collected.__enter__(); "
+        "loss(model(torch.ones(1, 2)), torch.ones(1, 2)).backward(); print(before, told)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in SET_BY_USERS}
+    for value, expected in (("0", "[] []"), ("1", "[] [(-3, 268435456), (-1, 268435456)]")):
+        environment[SWITCH] = value
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        assert done.stdout.strip() == (expected if sys.platform == "linux" else "[] []")
 
 
 def test_a_c_library_without_mallopt(library, monkeypatch):

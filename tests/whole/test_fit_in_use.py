@@ -110,6 +110,48 @@ def test_a_collect_afterwards_knows_no_model_of_a_fit():
             nnj.extend(nn.CrossEntropyLoss())(model(X), CLASSES).backward()
 
 
+def test_what_an_earlier_collect_has_left_stays():
+    model, loss = nnj.extend(mlp().eval()), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag", "ggn_block"):
+        loss(model(X), CLASSES).backward()
+    before = [model[0].weight.ggn_diag, model[0].ggn_block]
+    nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "ggn_diag", "ggn_block", scale="mean")
+    assert model[0].weight.ggn_diag is before[0] and model[0].ggn_block is before[1]
+
+
+def test_a_loader_that_trains_is_not_collected():
+    """Its backward passes are of the very loss and model, and it may collect by itself."""
+    model, loss = nnj.extend(mlp().eval()), nnj.extend(lambda z, y: F.cross_entropy(z, y))
+
+    def trains() -> Any:
+        for x, y in LOADER:
+            loss(model(x), y).backward()
+            with nnj.collect("batch_grad"):
+                loss(model(x), y).backward()
+            assert len(model[0].weight.batch_grad) == len(x)
+            yield x, y
+
+    options = dict(reduction="mean", scale="mean")
+    fit = nnj.fit(model, loss, trains(), "ggn_diag", "batch_grad", **options)
+    agree(fit["ggn_diag"], expected("mean"))
+    assert fit.samples == N and len(fit["batch_grad"]["0.weight"]) == N
+    assert model[0].weight.grad.any()
+
+
+def test_one_accumulator_serves_all_batches(monkeypatch):
+    """Rows are joined once, at the end, whatever the number of batches."""
+    joined: list[int] = []
+    cat = torch.cat
+
+    def noting(parts: Any, *rest: Any, **options: Any) -> Tensor:
+        joined.append(len(parts))
+        return cat(parts, *rest, **options)
+
+    monkeypatch.setattr(torch, "cat", noting)
+    nnj.fit(mlp(), nn.CrossEntropyLoss(), batches(X, CLASSES, 1), "batch_grad")
+    assert joined.count(N) == 4
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_grad(context):
     model = mlp()

@@ -13,7 +13,7 @@ class FisherDiag(nnj.Quantity):
     source = "gradient"  # one column: the gradient of the loss in the output
     degree = 2  # a loss that is twice as large has one that is four times as large
 
-    def parameter(self, factor: nnj.Factor, in_all: int) -> Tensor:
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         # never the (N, *p.shape) gradients themselves, where a layer's structure helps
         return factor.square_sum()
 

@@ -1,0 +1,162 @@
+"""What is open in each thread, and the backward passes that are running: a loss whose gradient
+arrives adds to all that is open, once its pass has ended.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from nnj.collecting.accumulate import Accumulator, Contribution
+from nnj.collecting.request import Request
+from nnj.collecting.signed import contribute_signed
+from nnj.errors import NNJError
+from nnj.graph.linearity import check_linear
+from nnj.recording.loss_hook import listeners
+from nnj.recording.records import LossCall
+
+
+class Collection:
+    """Takes in, while it is open, what the backward passes of its thread add.
+
+    It may be opened again and goes on from where it was. May override `pass_ended`.
+
+    Attributes:
+        request: what is asked for.
+        accumulator: what has been collected so far.
+    """
+
+    def __init__(self, request: Request):
+        self.request, self.accumulator = request, Accumulator(request.quantities)
+        self._refused = False
+        self._passes_before = 0
+
+    def __enter__(self) -> Self:
+        self._refused, self._passes_before = False, self.accumulator.passes
+        _of_this_thread().open.append(self)
+        # hooks then run in this thread, on any device
+        self._multithreading = torch.autograd.set_multithreading_enabled(False)
+        self._multithreading.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._multithreading.__exit__(None, None, None)
+        _of_this_thread().close(self)
+        if kind is None and self.accumulator.passes == self._passes_before and not self._refused:
+            raise NNJError(
+                f"nothing was collected for {', '.join(self.request.quantities)}: no extended loss "
+                "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
+                "nnj.extend(loss_func)), and call backward inside"
+            )
+
+    def add_pass(self, contributions: list[Contribution]) -> None:
+        """Take in what one backward pass has added."""
+        self.accumulator.add_pass(contributions)
+        self.pass_ended()
+
+    def refuse_pass(self) -> None:
+        """A backward pass has been refused: its error is on its way to the user."""
+        self._refused = True
+
+    def pass_ended(self) -> None:
+        """Called when a pass has been taken in."""
+
+
+class _Pass:
+    """A backward pass that is running: what its losses have added so far to the collections that
+    were open when it began, or why one of them could not.
+    """
+
+    def __init__(self, collections: Sequence[Collection]):
+        self.collections = list(collections)
+        self.found: list[dict[Request, Contribution]] = []
+        self.error: NNJError | None = None
+
+    def add(self, call: LossCall, scale: Tensor) -> None:
+        """Propagate the columns of one loss now, while every saved tensor is there. An error waits
+        for the end of the pass, so that gradients are what they would be.
+        """
+        if self.error is not None:
+            return
+        requests = [collection.request for collection in self.collections]
+        try:
+            with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+                node = torch._C._current_autograd_node()
+                check_linear(call, node)
+                self.found.append(contribute_signed(call, scale, node, requests))
+        except NNJError as error:
+            self.error = error
+        except Exception as error:
+            self.error = NNJError(f"the sweep failed with {type(error).__name__}: {error}")
+            self.error.__cause__ = error
+
+    def end(self) -> None:
+        """Hand over to the collections. Errors: that of the first loss that had one."""
+        for collection in self.collections:
+            if self.error is not None:
+                collection.refuse_pass()
+            else:
+                collection.add_pass([found[collection.request] for found in self.found])
+        if self.error is not None:
+            raise self.error
+
+
+class _Thread:
+    """What is open in one thread, outermost first, and its passes by the number of autograd's
+    task.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[Collection] = []
+        self.passes: dict[int, _Pass] = {}
+
+    def arrived(self, call: LossCall, scale: Tensor) -> None:
+        """The gradient of a loss has arrived."""
+        task = torch._C._current_graph_task_id()
+        if task not in self.passes:
+            self.passes[task] = _Pass(self.open)
+            end = functools.partial(self._end, task)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+        self.passes[task].add(call, scale)
+
+    def _end(self, task: int) -> None:
+        ended = self.passes.pop(task, None)
+        if ended is not None:
+            ended.end()
+
+    def close(self, collection: Collection) -> None:
+        self.open.remove(collection)
+        if not self.open:
+            self.passes.clear()  # of backward passes that raised
+
+
+_threads: dict[int, _Thread] = {}
+
+
+def _of_this_thread() -> _Thread:
+    return _threads.setdefault(threading.get_ident(), _Thread())
+
+
+def is_collecting() -> bool:
+    """Whether a collection is open in this thread."""
+    return bool(_of_this_thread().open)
+
+
+def _arrived(call: LossCall, scale: Tensor) -> None:
+    thread = _threads.get(call.thread)  # hooks know in which thread the loss was called
+    if thread is not None and thread.open:
+        thread.arrived(call, scale)
+
+
+listeners.append(_arrived)

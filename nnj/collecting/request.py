@@ -1,0 +1,173 @@
+"""What is asked for in one collect: the quantities with their options, at which modules, within
+what memory and error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from typing_extensions import Self
+
+from nnj.collecting.quantity import Quantity
+from nnj.errors import NNJError, PluginError
+from nnj.registry.manager import manager
+
+
+@dataclass(eq=False, frozen=True)
+class ColumnSource:
+    """Where columns come from. Exact ones and the gradient are shared by all quantities that want
+    them; draws are a quantity's own.
+    """
+
+    kind: str
+    drawn_for: Quantity | None = None
+
+
+EXACT, GRADIENT = ColumnSource("exact"), ColumnSource("gradient")
+
+
+def _source_of(name: str, quantity: Quantity) -> ColumnSource:
+    if quantity.source == "signs":
+        return ColumnSource("signs", quantity)
+    for shared in (EXACT, GRADIENT):
+        if quantity.source == shared.kind:
+            return shared
+    raise PluginError(
+        f"the quantity {name!r} has source={quantity.source!r}, expected 'exact', 'signs' or "
+        "'gradient'"
+    )
+
+
+class Request:
+    """What one `collect` asks for. Requests are told apart by identity.
+
+    Args:
+        quantities: by name.
+        modules, memory, tol, signed: as in `nnj.collect`.
+
+    Attributes:
+        sources: of each quantity, where its columns come from.
+
+    Errors: `NNJError` for a tolerance, or signed=True, of which a quantity has no use.
+    """
+
+    def __init__(
+        self,
+        quantities: Mapping[str, Quantity],
+        modules: Iterable[nn.Module] | None = None,
+        memory: int = 2**28,
+        tol: float = 0.0,
+        signed: bool = False,
+    ):
+        self.quantities = dict(quantities)
+        self.sources = {name: _source_of(name, q) for name, q in self.quantities.items()}
+        self.modules = None if modules is None else _checked_modules(modules)
+        self.memory, self.tol, self.signed = memory, float(tol), signed
+        self._check_tolerance(tol)
+        if signed:
+            self._check_signed()
+
+    @classmethod
+    def by_name(
+        cls,
+        names: tuple[str, ...],
+        *,
+        modules: Iterable[nn.Module] | None = None,
+        memory: int = 2**28,
+        tol: float = 0.0,
+        signed: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The request for installed quantities, each with those of the options that it declares.
+
+        Errors: `NNJError` for an unknown quantity or option, and those of the class.
+        """
+        if not names:
+            raise NNJError(
+                "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
+            )
+        return cls(_make(names, options), modules, memory, tol, signed)
+
+    @property
+    def per_sample(self) -> list[str]:
+        """The quantities that have a row for each sample."""
+        return [name for name, quantity in self.quantities.items() if quantity.per_sample]
+
+    def _check_tolerance(self, tol: float) -> None:
+        if not 0 <= tol < 1:
+            raise NNJError(
+                f"tol={tol!r}: what may be lost of the trace is a number from 0 to below 1"
+            )
+        if tol and EXACT not in self.sources.values():
+            raise NNJError(
+                f"tol= leaves out exact columns, which {', '.join(self.quantities)} do not use"
+            )
+
+    def _check_signed(self) -> None:
+        """Errors: `NNJError` for a quantity that is not linear in the Hessian, or a tolerance."""
+        for name, quantity in self.quantities.items():
+            if self.sources[name] is not EXACT or quantity.per_sample:
+                raise NNJError(
+                    f"{name} cannot be collected with signed=True, which is for sums over the "
+                    "exact Hessian of the loss, such as ggn_diag and ggn_block. Collect it in a "
+                    "`with` of its own"
+                )
+        if self.tol:
+            raise NNJError(
+                "tol= gives a lower bound, but under signed=True the difference of two, which is "
+                "none. Leave one out"
+            )
+
+
+def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    found: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+    for module in found:
+        if not isinstance(module, nn.Module):
+            raise NNJError(f"modules= takes torch.nn.Modules, not {type(module).__name__}")
+    return found
+
+
+@functools.cache
+def _options(rule: Callable[..., Any]) -> list[str]:
+    """The keyword arguments of a quantity."""
+    return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
+
+
+def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
+    """Quantities by name, each with the options that it declares."""
+    made: dict[str, Quantity] = {}
+    declared: set[str] = set()
+    for name in names:
+        entry = manager().quantity(name) if isinstance(name, str) else None
+        if entry is None:
+            known = sorted(e.key for e in manager().entries("quantity"))
+            raise NNJError(
+                f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}"
+            )
+        accepted = _options(entry.rule)
+        declared.update(accepted)
+        made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
+        if not isinstance(made[name], Quantity):
+            raise PluginError(
+                f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity "
+                f"{name!r}, expected a nnj.Quantity"
+            )
+    for option in options:
+        if option not in declared:
+            known = sorted({*declared, "modules", "memory", "tol", "signed"})
+            raise NNJError(
+                f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: "
+                f"{', '.join(known)}"
+            )
+    return made
+
+
+def _close(word: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,149 @@
+"""Who wants what of one loss: each request with its parameters and modules, and what the columns of
+a chunk become there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from nnj.collecting.accumulate import Contribution
+from nnj.collecting.loss_columns import Part
+from nnj.collecting.quantity import asked
+from nnj.collecting.request import GRADIENT, ColumnSource, Request
+from nnj.errors import complex_parameter
+from nnj.jacobians.factor import Factor
+
+Parts = Mapping[ColumnSource, Part]
+
+
+class Target:
+    """One request at one loss.
+
+    Args:
+        roots: the extended models, at which it collects if it names no modules.
+
+    Attributes:
+        modules, own, params: where it collects: modules, the own parameters of each, and all of
+            them (a dict as an ordered set).
+        found: what it has collected.
+    """
+
+    def __init__(self, request: Request, roots: Sequence[nn.Module]):
+        self.request, self.found = request, Contribution()
+        tops = roots if request.modules is None else request.modules
+        self.modules = list(dict.fromkeys(m for top in tops for m in top.modules()))
+        self.own = {m: own_params(m) for m in self.modules}
+        self.params = dict.fromkeys(p for own in self.own.values() for p in own)
+        asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
+        self._points = [wanted for wanted in asked_for if not wanted[1].of_modules]
+        self._blocks = [wanted for wanted in asked_for if wanted[1].of_modules]
+        # of modules, the parameters that the loss reaches, and the factors that have arrived there
+        self._expected: dict[nn.Module, int] = {}
+        self._waiting: dict[nn.Module, dict[Tensor, Factor]] = {}
+        self._owners: dict[Tensor, list[nn.Module]] = {}
+
+    def reach(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
+        """Take in which parameters columns will reach.
+
+        Errors: `NNJError` for what cannot be collected there.
+        """
+        self._refuse_complex(reached, paths)
+        for m in self.modules if self._blocks else ():
+            count = sum(p in reached for p in self.own[m])
+            if count:
+                self._expected[m] = count
+                for _, quantity, _ in self._blocks:
+                    quantity.check(m, self.own[m], paths.get(m, ""))
+                for p in self.own[m]:
+                    self._owners.setdefault(p, []).append(m)
+
+    def _refuse_complex(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
+        sources = self.request.sources.items()
+        squared = [name for name, source in sources if source is not GRADIENT]
+        found = {p for p in self.params if p.is_complex() and p in reached} if squared else set()
+        if found:
+            m = next(m for m in self.modules if not found.isdisjoint(self.own[m]))
+            raise complex_parameter(
+                f"{squared[0]}: a parameter of '{paths.get(m, '') or type(m).__name__}'"
+            )
+
+    def hold(self, tops: Sequence[nn.Module]) -> None:
+        """Note all that may hold a result: what is in models that took part, reached or not."""
+        holders = self.found.holders
+        for top in tops if self.request.modules is None else self.request.modules:
+            for m in top.modules():
+                own = self.own[m]
+                if own:
+                    holders[m] = None
+                for p in own:
+                    holders[p] = None
+
+    # -- the columns of one chunk ------------------------------------------------------------------
+
+    def take(self, p: Tensor, factor: Factor, parts: Parts) -> None:
+        """Collect at one parameter, to which the columns of a chunk have come."""
+        if p not in self.params:
+            return
+        for name, quantity, source in self._points:
+            part = parts.get(source)
+            if part is not None:
+                mine = factor.columns(part.columns)
+                self.found.add(name, p, asked(name, quantity.parameter, mine, part.total))
+        for m in self._owners.get(p, ()):
+            factors = self._waiting.setdefault(m, {})
+            factors[p] = factor
+            if len(factors) == self._expected[m]:
+                self._take_module(m, self._waiting.pop(m), parts)
+
+    def end_chunk(self, parts: Parts) -> None:
+        """Collect at modules to some of whose parameters this chunk had no columns to send."""
+        for m in list(self._waiting):
+            self._take_module(m, self._waiting.pop(m), parts)
+
+    def _take_module(self, m: nn.Module, factors: dict[Tensor, Factor], parts: Parts) -> None:
+        own = self.own[m]
+        for name, quantity, source in self._blocks:
+            part = parts.get(source)
+            if part is not None:
+                mine = {p: factor.columns(part.columns) for p, factor in factors.items()}
+                value = asked(name, quantity.module, [mine.get(p) for p in own], own)
+                self.found.add(name, m, value)
+
+
+class ChunkSink:
+    """Takes the factors of one chunk of columns to all targets."""
+
+    __slots__ = ("parts", "targets")
+
+    def __init__(self, targets: Sequence[Target], parts: Parts):
+        self.targets, self.parts = targets, parts
+
+    def take(self, p: Tensor, factor: Factor) -> None:
+        """The factor of one parameter has arrived, with the columns of all sources in it."""
+        for target in self.targets:
+            target.take(p, factor, self.parts)
+
+    def end(self) -> None:
+        """No factor of the chunk is to come any more."""
+        for target in self.targets:
+            target.end_chunk(self.parts)
+
+
+def own_params(m: nn.Module) -> list[nn.Parameter]:
+    """Each once, in order; torch's own iterators take much longer."""
+    return list(
+        dict.fromkeys(p for p in m._parameters.values() if p is not None and p.requires_grad)
+    )
+
+
+def owned_by_several(targets: Sequence[Target]) -> set[Tensor]:
+    """The parameters that several modules own."""
+    seen: set[Tensor] = set()
+    several: set[Tensor] = set()
+    for m in dict.fromkeys(m for target in targets for m in target.modules):
+        own = {p for p in m._parameters.values() if p is not None}
+        several |= own & seen
+        seen |= own
+    return several
