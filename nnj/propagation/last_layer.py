@@ -103,7 +103,7 @@ class LastLayerColumns:
         )
         if len(sweep.graph.roots) > 1 or not simple or hessian.rows != sweep.n or sweep.n == 1:
             return
-        if sweep.state[self.edge] is not sweep.plain:
+        if sweep.state[self.edge] is not sweep.in_order:
             return
         for step in sweep.graph.steps:
             if not self._take(step):
@@ -112,7 +112,9 @@ class LastLayerColumns:
     def _take(self, step: Step) -> bool:
         """Go through one more unit, if it is a linear map that all samples share."""
         out = step.out[0] if step.record is not None else None
-        if out is None or step.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
+        if out is None or step.into != [self.edge]:
+            return False
+        if self.sweep.state[out] is not self.sweep.in_order:
             return False
         j = step.slots["input"]
         if not isinstance(j, Identity) and not (isinstance(j, LinearMap) and not j.per_row):
@@ -139,7 +141,7 @@ class LastLayerColumns:
         j = step.slots[slot]
         if (
             not isinstance(j, (PatchMatmul, ScaleShift))
-            or self.sweep.uses[id(p)] > 1
+            or self.sweep.uses[p] > 1
             or id(p) in self.shared
             or len(j.outputs) != 1
         ):
