@@ -42,10 +42,10 @@ def push_forward(at: Linearization[DiagonalSweep], m: Checked, to_diag: bool) ->
         return zero if to_diag else zero.diag_embed()
     push = _Push(at, at.sweep, m)
     with checkpoints_refused():
-        found = push.run(at.by_leaf(diagonal_of(m, at, at.size)[None]), 1).get(at.root)
+        diagonal = push.run(at.by_leaf(diagonal_of(m, at, at.size)[None]), 1).get(at.root)
         if not to_diag:
             return own_task(push.last)
-    return zero if found is None else found.reshape(at.n, -1)
+    return zero if diagonal is None else diagonal.reshape(at.n, -1)
 
 
 class _Push(Forward):
@@ -98,8 +98,8 @@ class _Push(Forward):
         if at_input:
             total = total + self._from_input(edge, step.slots["input"].vjp(left))
         else:
-            found = super()._record(step, tangents, {}, k)
-            total = total + found[edge] if edge in found else total
+            below = super()._record(step, tangents, {}, k)
+            total = total + below[edge] if edge in below else total
         if step.params:
             j = self.rows(step, left)
             total = total + ((j @ self.block(step)) * j).sum(-1).reshape(total.shape)
@@ -111,15 +111,15 @@ class _Push(Forward):
         if not self.full or not at_input:
             return super()._node(step, tangents, k)
         # what else comes to this node does so as a diagonal
-        found = super()._node(step, {e: t for e, t in tangents.items() if e != self.input}, k)
+        outputs = super()._node(step, {e: t for e, t in tangents.items() if e != self.input}, k)
         for edge in step.into:
             one_row_each(self.sweep, step, edge, REMEDY)
             sent = through(step, edge[1], _unit_columns(edge))
             shape = (self.n, *self.at.inputs)
             parts = [sum_to(t, shape, 1) for t in (sent[i] for i in at_input) if t is not None]
             exact = self._from_input(edge, torch.stack(parts).sum(0))
-            found[edge] = found[edge] + exact if edge in found else exact
-        return found
+            outputs[edge] = outputs[edge] + exact if edge in outputs else exact
+        return outputs
 
     def _from_input(self, edge: Edge, rows: Tensor) -> Tensor:
         """diag(J M J^T) for rows (k, N, *inputs) of J, as a tangent on the edge."""

@@ -47,12 +47,12 @@ class DiagonalSweep(Sweep):
 
     @override
     def operator(self, step: Step, slot: str) -> Jacobian:
-        found = self._squared.get((step, slot))
-        if found is None:
+        squared = self._squared.get((step, slot))
+        if squared is None:
             j, other = step.slots[slot], self.partner(step).slots[slot]
-            found = j.square() if j is other else j.times(other)
-            self._squared[step, slot] = found
-        return found
+            squared = j.square() if j is other else j.times(other)
+            self._squared[step, slot] = squared
+        return squared
 
     @override
     def backward(self, step: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:

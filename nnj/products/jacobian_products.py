@@ -5,19 +5,7 @@ J = dy/dx (wrt="input") or dy/dw (wrt="weight") of each sample, over flattened a
 are the numbers of entries of one sample's input and output, and P counts the parameters that
 require grad, in the order of `parameters()`. A metric is (N, d, d), symmetric or not, or with
 `from_diag` its diagonal (N, d); without the sample axis it serves all samples; None is the
-identity.
-
-Common to all of them:
-
-- The module may be extended or not; it is called once at x (N, ...), in the mode in which it is,
-  and left as it was. It must give one real tensor (N, ...), of which row n is that of sample n.
-- Nothing is averaged or summed over samples, and no result has a graph of its own.
-- `NNJError` where samples influence one another (BatchNorm in training: use `model.eval()`), for
-  integers as input with wrt="input", for complex parameters, for a reentrant checkpoint or a model
-  under `torch.compile`, and for arguments of another shape, dtype or device than they should have;
-  `TypeError` for what is no module. `PluginError` names the plugin whose rule is at fault.
-- What no rule describes goes through autograd, which is as exact and slower. Dropout in training is
-  that of this one call."""
+identity."""
 
 from __future__ import annotations
 
@@ -50,10 +38,25 @@ ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as
 def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
     """J: (N, out, in), or (N, out, P) with wrt="weight", dense.
 
-    All `out` rows go through the model together, so memory is that of the result and of `out`
-    times the largest activation.
+    The `out` cotangents go through the model together, so memory is that of the result and of
+    `out` times the largest activation.
 
-    Errors: `NNJError`, `TypeError` as this module says.
+    Args:
+        module: a layer or a whole model, extended or not. It is called once, in the mode in which
+            it is (dropout in training is that of this one call), and left as it was. It must give
+            one real tensor (N, ...), of which row n is that of sample n.
+        x: (N, ...), one tensor; of floating point with wrt="input".
+        wrt: "input", or "weight" for the parameters that require grad.
+
+    Common to all products: nothing is summed or averaged over samples, and results have no graph
+    of their own. What no rule describes (a class that overrides the `forward` of a layer, hooks,
+    parametrizations, parameters without a layer) goes through autograd, which is as exact and
+    mostly slower. Under autocast results are as precise as the forward pass.
+
+    Errors: `NNJError` where samples influence one another (BatchNorm in training: use
+    `model.eval()`), for complex parameters, a reentrant checkpoint, a model under `torch.compile`,
+    and arguments of another shape, dtype or device than they should have; `PluginError` with the
+    name of the plugin whose rule is broken; `TypeError` for what is no module.
     """
     return linearize(module, x, slot_of(wrt)).dense()
 
@@ -64,7 +67,7 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
     Args:
         vector: (N, in) or of x's shape; with wrt="weight" (N, P), or one (P,) for all samples.
 
-    Errors: `NNJError` for shapes that do not fit, and as this module says.
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
     at = linearize(module, x, slot_of(wrt))
     shapes = (
@@ -83,7 +86,7 @@ def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
     Args:
         vector: (N, out) or of the output's shape.
 
-    Errors: `NNJError` for shapes that do not fit, and as this module says.
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
     at = linearize(module, x, slot_of(wrt))
     u = given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
@@ -97,7 +100,7 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
         matrix: (N, in, K) or (N, P, K), or without the sample axis one for all; None is the
             identity, which gives J.
 
-    Errors: `NNJError` for shapes that do not fit, and as this module says.
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
     at = linearize(module, x, slot_of(wrt))
     if matrix is None:
@@ -115,7 +118,7 @@ def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
         matrix: (N, K, out), or without the sample axis one for all; None is the identity, which
             gives J.
 
-    Errors: `NNJError` for shapes that do not fit, and as this module says.
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
     at = linearize(module, x, slot_of(wrt))
     if matrix is None:
@@ -138,9 +141,10 @@ def jTmjp(
 ) -> Any:
     """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
 
-    With respect to the parameters: the list of the blocks (N, P_l, P_l) of the modules that own
-    parameters, in the order of `modules()`, a shared parameter in the first of its modules; a bare
-    tensor for a single one; (N, P, P) with `joint`.
+    Of each sample by itself: a GGN is the sum over axis 0. With respect to the parameters: the list
+    of the blocks (N, P_l, P_l) of the modules that own parameters, in the order of `modules()`, a
+    shared parameter in the first of its modules; a bare tensor for a single one; (N, P, P) with
+    `joint`. J stands in memory as a whole, but with to_diag or diag_backprop.
 
     Args:
         matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; without the sample
@@ -158,7 +162,7 @@ def jTmjp(
     Errors: `NNJError` for shapes that do not fit; for `joint` with wrt="input", to_diag or
     diag_backprop. With diag_backprop for an operation of whose Jacobian nnj does not know the
     squares, at a checkpoint, and, without to_diag, where a layer has not one row for each sample or
-    where no layer with a rule owns a parameter; else as this module says."""
+    where no layer with a rule owns a parameter; else as `jacobian`."""
     slot = slot_of(wrt)
     if joint:
         _check_joint(slot, to_diag, diag_backprop)
@@ -198,7 +202,7 @@ def jmjTp(
             without what lies between layers, and leaves the last exactly.
 
     Errors: `NNJError` for shapes that do not fit, and for blocks with wrt="input" or from_diag;
-    with diag_backprop as in `jTmjp`; else as this module says.
+    with diag_backprop as in `jTmjp`; else as `jacobian`.
     """
     slot = slot_of(wrt)
     if diag_backprop:
@@ -238,7 +242,7 @@ def jTmjp_pair(
             gives.
 
     Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or
-    where the model does other operations at x1 than at x2; else as this module says."""
+    where the model does other operations at x1 than at x2; else as `jacobian`."""
     if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
         raise NNJError("matrices is (M11, M12, M22) or None")
     slot, given_ones = slot_of(wrt), (None, None, None) if matrices is None else matrices

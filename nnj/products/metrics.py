@@ -134,10 +134,10 @@ def diagonal_of(m: Checked, at: Linearization[Any], d: int) -> Tensor:
         return at.y.new_ones(at.n, d)
     if isinstance(m, Tensor):
         return m if m.dim() == 2 else m.diagonal(dim1=1, dim2=2)
-    found = at.y.new_zeros(at.n, d)
+    diagonal = at.y.new_zeros(at.n, d)
     for index, block in m:
-        found[:, index] = block.diagonal(dim1=1, dim2=2)
-    return found
+        diagonal[:, index] = block.diagonal(dim1=1, dim2=2)
+    return diagonal
 
 
 def dense_on_outputs(m: Tensor | None, at: Linearization[Any]) -> Tensor:
@@ -155,13 +155,13 @@ def part_of(m: Checked, at: Linearization[Any], index: list[int]) -> Tensor:
             return diagonal_of(m, at, at.size)[:, index].diag_embed()
         assert m is not None
         return m[:, torch.tensor(index)[:, None], index]
-    found = at.y.new_zeros(at.n, len(index), len(index))
+    part = at.y.new_zeros(at.n, len(index), len(index))
     for positions, block in m:
         place = {position: i for i, position in enumerate(positions)}
         here = [(i, place[position]) for i, position in enumerate(index) if position in place]
         mine, theirs = (torch.tensor(side, dtype=torch.long) for side in _unzipped(here))
-        found[:, mine[:, None], mine] = block[:, theirs[:, None], theirs]
-    return found
+        part[:, mine[:, None], mine] = block[:, theirs[:, None], theirs]
+    return part
 
 
 def _unzipped(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

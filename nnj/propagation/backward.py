@@ -61,7 +61,7 @@ class Sweep(Plan):
         of which the names of nodes say nothing.
         """
         probe, values = Probe(self.n), Cotangents()
-        found: dict[Edge, SampleIndex] = {}
+        probed: dict[Edge, SampleIndex] = {}
         for edge, sample_index in roots.items():
             like = torch.empty((), dtype=edge_dtype(edge), device=device_of(edge))
             values[edge] = probe.columns(sample_index, edge_shape(edge), like)
@@ -70,14 +70,14 @@ class Sweep(Plan):
                 for edge in step.into:
                     if self.state[edge] is None and edge in values:
                         who = describe(step, self.graph.paths)
-                        found[edge] = probe.sample_index(values[edge], who)
+                        probed[edge] = probe.sample_index(values[edge], who)
             arrived = {e: values.take(e) for e in step.into if e in values}
             if arrived and step.leaf is None and step not in self.by_column:
                 self._probe_step(step, arrived, values)
-        for edge, sample_index in found.items():
+        for edge, sample_index in probed.items():
             tidy = sample_index.tidy()
             self.state[edge] = self.in_order if tidy.of is None else tidy
-        self._unchecked = found
+        self._unchecked = probed
 
     def _reads_samples(self, step: Step) -> bool:
         """Whether what arrives at a step is told apart by sample: for its parameters, for columns
@@ -283,14 +283,15 @@ class Sweep(Plan):
         ways = {route.way for route in routes if route is not None}
         if not ways:
             return
-        given = arrived
+        given, in_all = arrived, k
         if "split" in ways:
             k = k if len(ways) > 1 else 0
             given = {
                 e: torch.cat([v[:k], self.sample_index(e, step, v).to_columns(v)])
                 for e, v in arrived.items()
             }
-        answers = self.backward(step, _arguments(step, given), _count(given))
+            in_all = _count(given)
+        answers = self.backward(step, _arguments(step, given), in_all)
         for i, (edge, route, back) in enumerate(zip(step.out, routes, answers, strict=False)):
             if edge is None or route is None or back is None:
                 continue

@@ -43,14 +43,14 @@ class Forward:
         tangents: dict[Edge, Tensor] = {}
         for step in reversed(self.sweep.graph.steps):
             if step.leaf is not None:
-                found = self._leaf(step, step.leaf, seeds, k)
+                outputs = self._leaf(step, step.leaf, seeds, k)
             elif step.record is not None:
-                found = self._record(step, tangents, seeds, k)
+                outputs = self._record(step, tangents, seeds, k)
             else:
-                found = self._node(step, tangents, k)
+                outputs = self._node(step, tangents, k)
                 if step.params:
-                    self._bare(step, seeds, k, found)
-            for edge, t in found.items():
+                    self._bare(step, seeds, k, outputs)
+            for edge, t in outputs.items():
                 tangents[edge] = self._arrived(edge, step, t)
         return {edge: tangents[edge] for edge in self.sweep.graph.roots if edge in tangents}
 
@@ -110,14 +110,14 @@ class Forward:
         return {edge: functools.reduce(torch.add, parts).to(edge_dtype(edge))}
 
     def _bare(
-        self, step: Step, seeds: dict[Tensor, Tensor], k: int, found: dict[Edge, Tensor]
+        self, step: Step, seeds: dict[Tensor, Tensor], k: int, outputs: dict[Edge, Tensor]
     ) -> None:
         """Add what the bare parameters of a product move."""
         (edge,) = step.into
         for slot, p in step.params:
             if p in seeds:
                 t = self._parameter(step, slot, seeds[p].to(step.dtype), k)
-                _add(found, edge, t.to(edge_dtype(edge)))
+                _add(outputs, edge, t.to(edge_dtype(edge)))
 
     def _parameter(self, step: Step, slot: str, v: Tensor, k: int) -> Tensor:
         """J v for a direction (K, N or 1, *p) of each sample: rows take that of their sample."""
@@ -184,10 +184,10 @@ class Forward:
             others = [i for i, back, _ in pairs if not back.requires_grad]
             # what autograd does not see (numpy, say) need not be nothing
             opaque = bool(others) and self._sends(step, others)
-            found = None if opaque else _differentiated(cotangents, differentiable)
-        if found is None:
+            by_number = None if opaque else _differentiated(cotangents, differentiable)
+        if by_number is None:
             return self._entry_by_entry(step, below, rows)
-        return {(step.node, nr): t for nr, t in found.items()}
+        return {(step.node, nr): t for nr, t in by_number.items()}
 
     def _answers(
         self, step: Step, cotangents: list[Tensor | None], below: dict[int, Tensor], rows: int
@@ -236,8 +236,8 @@ class Forward:
         return total
 
 
-def _add(found: dict[Edge, Tensor], edge: Edge, t: Tensor) -> None:
-    found[edge] = found[edge] + t if edge in found else t
+def _add(tangents: dict[Edge, Tensor], edge: Edge, t: Tensor) -> None:
+    tangents[edge] = tangents[edge] + t if edge in tangents else t
 
 
 def _zero_cotangents(step: Step, rows: int) -> list[Tensor | None]:
@@ -262,7 +262,7 @@ def _differentiated(
     if not pairs:
         return {}
     try:
-        found = torch.autograd.grad(
+        tangents = torch.autograd.grad(
             [back for back, _ in pairs],
             [t for t in cotangents if t is not None],
             [t for _, t in pairs],
@@ -270,7 +270,7 @@ def _differentiated(
         )
     except RuntimeError:  # once_differentiable
         return None
-    return {nr: t for nr, t in zip(numbers, found, strict=True) if t is not None}
+    return {nr: t for nr, t in zip(numbers, tangents, strict=True) if t is not None}
 
 
 def _as_operand(t: Tensor, back: Tensor) -> Tensor:

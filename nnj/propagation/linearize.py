@@ -35,13 +35,13 @@ def parameters_by_module(module: nn.Module) -> list[list[nn.Parameter]]:
     `modules()`; shared ones once.
     """
     seen: set[nn.Parameter] = set()
-    found = []
+    owned = []
     for part in module.modules():
         own = [p for p in part.parameters(recurse=False) if p.requires_grad and p not in seen]
         seen.update(own)
         if own:
-            found.append(own)
-    return found
+            owned.append(own)
+    return owned
 
 
 def linearize(module: nn.Module, x: Tensor, wrt: Slot) -> Linearization:
@@ -122,14 +122,14 @@ class Linearization(Generic[S]):
         """u J: (K, N, *outputs) -> (K, N, in or P)."""
         if not u.shape[0]:
             return u.new_zeros(0, self.n, self.size)
-        found: dict[Tensor, Tensor] = {}
+        dense: dict[Tensor, Tensor] = {}
         if self.sweep is not None and self.root is not None:
-            take = lambda p, factor: found.__setitem__(p, factor.dense())
+            take = lambda p, factor: dense.__setitem__(p, factor.dense())
             self.sweep.run({self.root: u}, u.shape[0], take)
         lead, parts = u.shape[:2], []
         for leaf, size in zip(self.leaves, self.leaf_sizes, strict=True):
-            if leaf in found:
-                parts.append(found[leaf].reshape(*lead, -1).to(leaf.dtype))
+            if leaf in dense:
+                parts.append(dense[leaf].reshape(*lead, -1).to(leaf.dtype))
             else:
                 parts.append(torch.zeros(*lead, size, dtype=leaf.dtype, device=leaf.device))
         return torch.cat(parts, -1) if parts else u.new_zeros(*lead, 0)

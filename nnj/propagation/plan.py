@@ -98,6 +98,7 @@ class Plan:
         self.graph, self.n, self.assume = graph, n, assume
         # one object each, so that "the same way" is "the same object"
         self.in_order, self.column_each = SampleIndex(n), SampleIndex(n, by_column=True)
+        self._each_alone = Route(self.column_each, "together")
         self._by_axis: dict[tuple[SampleAxis, tuple[int, ...], torch.device], SampleIndex] = {}
         self.state: dict[Edge, SampleIndex | None] = {}
         self.routes: dict[Step, list[Route | None]] = {}
@@ -141,13 +142,15 @@ class Plan:
             self.state[edge] = sample_index
             return
         there = self.state[edge]
-        if _by_column(there) != _by_column(sample_index):
-            # an operand that has samples in one use and none in the other
-            if self._batch_behind(edge):
-                raise Coupled.at(describe(self.graph.step_at(edge), self.graph.paths))
-            self.state[edge] = self.column_each
-        elif there is not sample_index:
+        if there is sample_index:
+            return
+        if _by_column(there) == _by_column(sample_index):
             self.state[edge] = None
+            return
+        # an operand that has samples in one use and none in the other
+        if self._batch_behind(edge):
+            raise Coupled.at(describe(self.graph.step_at(edge), self.graph.paths))
+        self.state[edge] = self.column_each
 
     def _batch_behind(self, edge: Edge) -> bool:
         """Whether steps with samples in their rows lie behind an edge, and not bare parameters
@@ -165,7 +168,8 @@ class Plan:
         Errors: `NNJError` where it is not known whose they are.
         """
         edge, route = step.out[i], self.routes[step][i]
-        if edge is None or route is None or not _by_column(self.state[edge]):
+        there = None if edge is None else self.state[edge]
+        if route is None or there is None or not there.by_column:
             return None
         if route.index is None:
             raise NNJError(
@@ -177,21 +181,20 @@ class Plan:
     # -- steps -------------------------------------------------------------------------------------
 
     def _plan(self, step: Step) -> None:
-        by_column = any(_by_column(self.state[e]) for e in step.into) or (
-            step.leaf is not None and step.leaf is not self.graph.batched
-        )
+        by_column = step.leaf is not None and step.leaf is not self.graph.batched
+        for edge in step.into:
+            there = self.state[edge]
+            by_column = by_column or (there is not None and there.by_column)
         if by_column:
             self.by_column.add(step)
             if self._on_the_batch(step):
                 raise Coupled.at(describe(step, self.graph.paths))
         routes: list[Route | None] = []
-        for i, edge in enumerate(step.out):
+        for i, below in enumerate(step.out):
             route = None
-            if edge is not None:
-                route = (
-                    Route(self.column_each, "together") if by_column else self._route(step, i, edge)
-                )
-                self._arrive(edge, route.index)
+            if below is not None:
+                route = self._each_alone if by_column else self._route(step, i, below)
+                self._arrive(below, route.index)
             routes.append(route)
         self.routes[step] = routes
 
@@ -214,15 +217,15 @@ class Plan:
         axes = [self._axis(e) for e in step.into]
         if step.record is not None:
             return Route(self._behind_record(step, edge, axes[0]), "together")
-        known = None not in axes
+        axes_known = None not in axes
         if self._broadcast(step, edge, axes[0]) and (
-            known or not self.assume.probed or not self._batch_behind(edge)
+            axes_known or not self.assume.probed or not self._batch_behind(edge)
         ):
             return Route(self.column_each, "summed")
         sample_index = self._carried(step, i, edge, axes)
         if sample_index is not None:
             return Route(sample_index, "together")
-        if self._batch_behind(edge) and not (self.assume.cut and known):
+        if self._batch_behind(edge) and not (self.assume.cut and axes_known):
             return Route(None, "together")
         return Route(self.column_each, "split")
 
@@ -248,13 +251,13 @@ class Plan:
         """Whose the entries of an operand are, if the names of nodes tell it, and the same from
         each output.
         """
-        found = {
+        carried_to = {
             None
             if axis is None
             else carried(step.node, i, edge_shape(e), edge_shape(edge), self.n, axis)
             for e, axis in zip(step.into, axes, strict=True)
         }
-        (axis, *others) = found
+        (axis, *others) = carried_to
         return None if others or axis is None else self._along(edge, axis)
 
 

@@ -69,9 +69,9 @@ def assumptions(graph: Graph) -> list[Assumptions]:
     """What a sweep may take for granted, the cheapest first; the rows that bare parameters meet may
     not be those of samples.
     """
-    found = [Assumptions(), Assumptions(probed=True), Assumptions(cut=True)]
+    ways = [Assumptions(), Assumptions(probed=True), Assumptions(cut=True)]
     bare = any(step.bare for step in graph.steps)
-    return [Assumptions(bare=True), *found] if bare else found
+    return [Assumptions(bare=True), *ways] if bare else ways
 
 
 # -- readings --------------------------------------------------------------------------------------
@@ -180,14 +180,14 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
     """What is known of layers on what the user gave to the model: as it was given, or rows of it in
     another order.
     """
-    found = []
+    evidence = []
     for step in graph.steps:
         record = step.record
         if record is not None and record.edge is None and step.params:
             seen = _at_first_layer(record, mark, n)
             if seen is not None:
-                found.append(_Evidence(step, *seen))
-    return found
+                evidence.append(_Evidence(step, *seen))
+    return evidence
 
 
 def _at_first_layer(record: Record, mark: CallMark, n: int) -> tuple[int, Tensor] | None:
