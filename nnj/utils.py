@@ -35,14 +35,17 @@ def convert_to_nnj(model: M) -> M:
     return _convert(model, {})
 
 
-def _convert(module: M, done: dict[int, Any]) -> M:
-    if id(module) in done:
-        return done[id(module)]
+def _convert(module: M, done: dict[nn.Module, Any]) -> M:
+    """A copy of a module that holds what it holds, of the class with the mixin; a part that stands
+    in several places is copied once.
+    """
+    if module in done:
+        return done[module]
     if isinstance(module, torch.jit.ScriptModule):
         return module
     cls: Any = type(module) if isinstance(module, AbstractJacobian) else _class(type(module))
     new = cls.__new__(cls)
-    done[id(module)] = new
+    done[module] = new
     for name, value in module.__dict__.items():
         table = name in _OWN and isinstance(value, (dict, set))
         new.__dict__[name] = value.copy() if table else value
@@ -52,8 +55,8 @@ def _convert(module: M, done: dict[int, Any]) -> M:
 
 
 def _class(cls: type) -> type:
-    """The class with the mixin behind it: what the class has is kept, what it lacks is added. One
-    for each class.
+    """The class with the mixin behind it: what the class has is kept, what it lacks is added.
+    There is one for each class.
     """
     if cls not in _classes:
         body = {

@@ -82,7 +82,7 @@ def rate(size: int = 2048, repeats: int = 7) -> float:
 
 def profiled(run: Any) -> Profile:
     """One run, each operation charged to the layer at which the sweep stands."""
-    profile, step = Profile(), Sweep._walk_step
+    profile, step = Profile(), Sweep.cross
 
     def named(self: Sweep, unit: Any, *args: Any, **kwargs: Any) -> None:
         before = profile.layer
@@ -97,12 +97,12 @@ def profiled(run: Any) -> Profile:
         step(self, unit, *args, **kwargs)
         profile.layer = before
 
-    Sweep._walk_step = named  # type: ignore[method-assign]
+    Sweep.cross = named  # type: ignore[method-assign]
     try:
         with profile:
             run()
     finally:
-        Sweep._walk_step = step  # type: ignore[method-assign]
+        Sweep.cross = step  # type: ignore[method-assign]
     return profile
 
 

@@ -182,8 +182,7 @@ def _last_layer(
     memory: int,
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
-    several = {id(p) for p in owned_by_several(targets)}
-    last = LastLayerColumns(sweep, columns.hessian, several, selection)
+    last = LastLayerColumns(sweep, columns.hessian, owned_by_several(targets), selection)
     if not last.useful:
         return None
     last.narrow(memory)

@@ -94,7 +94,7 @@ class Jacobian:
             if factor is not None:
                 return factor
             # an entry of each row for another sample: one column for each sample, always exact
-            u = sample_index.split(u)
+            u = sample_index.to_columns(u)
         b = self.summed_vjp(u)
         return DenseFactor(b.reshape(-1, sample_index.n, *b.shape[1:]))
 

@@ -94,10 +94,12 @@ class SampleIndex:
         out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
         return out.index_add_(1, rows[alive], t[:, alive])
 
-    def split(self, v: Tensor) -> Tensor:
+    def to_columns(self, v: Tensor) -> Tensor:
         """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other
-        samples' entries zero.
+        samples' entries zero. Nothing is left to do where columns stand so already.
         """
+        if self.by_column:
+            return v
         of = self.of
         if of is None:
             rows = self.rows(v.shape[1], v.device)
@@ -105,6 +107,21 @@ class SampleIndex:
             of = rows.reshape(-1, *[1] * (v.dim() - 2))
         sample = torch.arange(self.n, device=v.device).reshape(-1, *[1] * (v.dim() - 1))
         return (v[:, None] * (of == sample)).flatten(0, 1)
+
+    def from_columns(self, t: Tensor) -> Tensor:
+        """The transpose of `to_columns`, (K * n, R, *outputs) -> (K, R, *outputs): each entry from
+        the column of the sample that it belongs to.
+        """
+        if self.by_column or self.n == 1:
+            return t
+        t = t.unflatten(0, (-1, self.n))
+        if self.of is None:
+            r = t.shape[2]
+            rows = torch.arange(r, device=t.device)
+            return t[:, rows // (r // self.n), rows]
+        of = self.of.expand(t.shape[2:])
+        sample = torch.arange(self.n, device=t.device).reshape(-1, *[1] * of.dim())
+        return (t * (of == sample)).sum(1)
 
 
 def is_cyclic(sample: Tensor, n: int) -> bool:

@@ -1,91 +1,132 @@
 """jacobian, jvp, vjp, jmp, mjp, jmjTp, jTmjp of any module: a layer or a whole model, exact, per
 sample.
 
-With J = dy/dx or dy/dw of each sample, over flattened axes; P counts the parameters that require
-grad, in the order of `parameters()`. A metric is (N, d, d), symmetric or not, or its diagonal
-(N, d); without the sample axis it serves all samples; None is the identity."""
+J = dy/dx (wrt="input") or dy/dw (wrt="weight") of each sample, over flattened axes: `in` and `out`
+are the numbers of entries of one sample's input and output, and P counts the parameters that
+require grad, in the order of `parameters()`. A metric is (N, d, d), symmetric or not, or with
+`from_diag` its diagonal (N, d); without the sample axis it serves all samples; None is the
+identity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
-from nnj.products.diagonal_backward import DiagonalSweep, backward
-from nnj.products.diagonal_forward import forward
+from nnj.products.diagonal_backward import pull_back
+from nnj.products.diagonal_forward import push_forward
+from nnj.products.diagonal_steps import linearize_diagonal
 from nnj.products.metrics import (
     Metric,
-    _apply,
-    _block_metric,
-    _blocks,
-    _given,
-    _metric,
-    _rows,
-    _take,
+    given,
+    metric_on_inputs,
+    metric_on_outputs,
+    positions_by_module,
     slot_of,
+    take,
+    times,
+    times_transposed,
 )
-from nnj.propagation.backward import Sweep
-from nnj.propagation.linearize import Linearization
+from nnj.propagation.linearize import Linearization, Slot, linearize
 
 ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
 
 
 def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
-    """J: (N, out, in), or (N, out, P) with wrt="weight"."""
-    return Linearization(module, x, slot_of(wrt)).dense()
+    """J: (N, out, in), or (N, out, P) with wrt="weight", dense.
+
+    The `out` cotangents go through the model together, so memory is that of the result and of
+    `out` times the largest activation.
+
+    Args:
+        module: a layer or a whole model, extended or not. It is called once, in the mode in which
+            it is (dropout in training is that of this one call), and left as it was. It must give
+            one real tensor (N, ...), of which row n is that of sample n.
+        x: (N, ...), one tensor; of floating point with wrt="input".
+        wrt: "input", or "weight" for the parameters that require grad.
+
+    Common to all products: nothing is summed or averaged over samples, and results have no graph
+    of their own. What no rule describes (a class that overrides the `forward` of a layer, hooks,
+    parametrizations, parameters without a layer) goes through autograd, which is as exact and
+    mostly slower. Under autocast results are as precise as the forward pass.
+
+    Errors: `NNJError` where samples influence one another (BatchNorm in training: use
+    `model.eval()`), for complex parameters, a reentrant checkpoint, a model under `torch.compile`,
+    and arguments of another shape, dtype or device than they should have; `PluginError` with the
+    name of the plugin whose rule is broken; `TypeError` for what is no module.
+    """
+    return linearize(module, x, slot_of(wrt)).dense()
 
 
 def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
-    """J v: (N, out), for a vector (N, in) or of x's shape; or (N, P), or one (P,) for all
-    samples.
+    """J v: (N, out), one tangent forward.
+
+    Args:
+        vector: (N, in) or of x's shape; with wrt="weight" (N, P), or one (P,) for all samples.
+
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = Linearization(module, x, slot_of(wrt))
+    at = linearize(module, x, slot_of(wrt))
     shapes = (
         [(at.n, *at.inputs), (at.n, at.size)]
         if at.wrt == "input"
         else [(at.n, at.size), (at.size,)]
     )
-    v = _given("vector", vector, at, shapes)
+    v = given("vector", vector, at, shapes)
     v = v.reshape(1, at.n, -1) if v.dim() > 1 else v[None, None]
     return at.jvp(v).reshape(at.n, at.out)
 
 
 def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
-    """v J: (N, in) or (N, P), for a vector (N, out) or of the output's shape."""
-    at = Linearization(module, x, slot_of(wrt))
-    u = _given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
+    """v^T J: (N, in) or (N, P), of each sample: unlike a gradient it is not summed over them.
+
+    Args:
+        vector: (N, out) or of the output's shape.
+
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
+    """
+    at = linearize(module, x, slot_of(wrt))
+    u = given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
     return at.vjp(u.reshape(1, at.n, *at.outputs))[0]
 
 
 def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
-    """J M: (N, out, K), for M of (N, in, K) or (N, P, K), or without the sample axis."""
-    at = Linearization(module, x, slot_of(wrt))
+    """J M: (N, out, K), K tangents forward together.
+
+    Args:
+        matrix: (N, in, K) or (N, P, K), or without the sample axis one for all; None is the
+            identity, which gives J.
+
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
+    """
+    at = linearize(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
-    m = _given("matrix", matrix, at, [(at.n, at.size, k), (at.size, k)])
+    m = given("matrix", matrix, at, [(at.n, at.size, k), (at.size, k)])
     m = m.expand(at.n, -1, -1) if m.dim() == 2 else m
     return at.jvp(m.permute(2, 0, 1)).reshape(k, at.n, at.out).permute(1, 2, 0)
 
 
 def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
-    """M J: (N, K, in) or (N, K, P), for M of (N, K, out), or without the sample axis."""
-    at = Linearization(module, x, slot_of(wrt))
+    """M J: (N, K, in) or (N, K, P), K cotangents backward together.
+
+    Args:
+        matrix: (N, K, out), or without the sample axis one for all; None is the identity, which
+            gives J.
+
+    Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
+    """
+    at = linearize(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-2] if isinstance(matrix, Tensor) and matrix.dim() > 1 else 0
-    m = _given("matrix", matrix, at, [(at.n, k, at.out), (k, at.out)])
+    m = given("matrix", matrix, at, [(at.n, k, at.out), (k, at.out)])
     m = m.expand(at.n, -1, -1) if m.dim() == 2 else m
     return at.vjp(m.transpose(0, 1).reshape(k, at.n, *at.outputs)).transpose(0, 1)
-
-
-def _columns(at: Linearization) -> list[Tensor]:
-    """The unit cotangents in groups so small that J of a group may stand in memory."""
-    step = max(1, ENTRIES // max(1, at.n * at.size))
-    return list(at.basis().split(step))
 
 
 def jTmjp(
@@ -100,52 +141,40 @@ def jTmjp(
 ) -> Any:
     """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
 
-    With respect to the parameters: the list of the blocks (N, P_l, P_l) of the modules that own
-    parameters, in the order of `modules()`; a bare tensor for a single one; (N, P, P) with `joint`.
+    Of each sample by itself: a GGN is the sum over axis 0. With respect to the parameters: the list
+    of the blocks (N, P_l, P_l) of the modules that own parameters, in the order of `modules()`, a
+    shared parameter in the first of its modules; a bare tensor for a single one; (N, P, P) with
+    `joint`. J stands in memory as a whole, but with to_diag or diag_backprop.
 
     Args:
-        matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; None is the identity.
-        to_diag: the diagonal alone, (N, in) or (N, P); exact, and no full matrix is made.
+        matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; without the sample
+            axis one for all; None is the identity.
+        to_diag: the diagonal alone, (N, in) or (N, P); exact, no full matrix is made, and J stands
+            in memory a few rows at a time.
         diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so
-            that one backward pass does. It neglects how the inputs of a layer vary together, and
-            where a tensor is used twice, how its uses do: (J2 J1)o2 is not J2o2 J1o2. The metric
-            enters the last layer exactly; blocks of parameters, and the matrix on the input, are
-            exact within the layer.
+            that one backward pass does, whatever the number of outputs. It neglects how the inputs
+            of a layer vary together, and where a tensor is used twice, how its uses do: of the
+            chain (J2 J1)o2 it takes J2o2 J1o2. Exact are the last layer, which the metric enters
+            whole; within each layer the blocks of its parameters, and the matrix on the input
+            within the first.
+        joint: one matrix on all parameters in place of the blocks.
 
-    Errors: `NNJError` for shapes that do not fit; for diag_backprop at an operation through which
-    no diagonal can pass."""
-    at = Linearization(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
-    if joint and (to_diag or at.wrt == "input"):
-        raise NNJError(
-            "joint asks for the full matrix on all parameters, so it is for wrt='weight' without "
-            "to_diag"
-        )
-    m = _metric(matrix, at, at.out, from_diag)
+    Errors: `NNJError` for shapes that do not fit; for `joint` with wrt="input", to_diag or
+    diag_backprop. With diag_backprop for an operation of whose Jacobian nnj does not know the
+    squares, at a checkpoint, and, without to_diag, where a layer has not one row for each sample or
+    where no layer with a rule owns a parameter; else as `jacobian`."""
+    slot = slot_of(wrt)
+    if joint:
+        _check_joint(slot, to_diag, diag_backprop)
     if diag_backprop:
-        if joint:
-            raise NNJError(
-                "diag_backprop keeps only the diagonal between layers, so there is no full matrix "
-                "on all parameters. Leave out joint, or diag_backprop"
-            )
-        return backward(at, m, to_diag)
+        point = linearize_diagonal(module, x, slot)
+        return pull_back(point, metric_on_outputs(matrix, point, from_diag), to_diag)
+    at = linearize(module, x, slot)
+    m = metric_on_outputs(matrix, at, from_diag)
     if to_diag:
-        total = at.y.new_zeros(at.n, at.size)
-        for u in _columns(at):
-            left = at.vjp(u)
-            if m is None or m.dim() == 2:
-                weights = (
-                    1.0 if m is None else (u.reshape(*u.shape[:2], -1) * m).sum(-1, keepdim=True)
-                )
-                total += (left.square() * weights).sum(0)
-            else:
-                total += (left * at.vjp(_rows(at, m, u))).sum(0)
-        return total
+        return _diagonal_pulled_back(at, m)
     j = at.dense()
-    mj = j if m is None else m[..., None] * j if m.dim() == 2 else m @ j
-    if at.wrt == "input":
-        return j.mT @ mj
-    found = [_take(j, index).mT @ _take(mj, index) for index in _blocks(at, joint)]
-    return found[0] if len(found) == 1 else found
+    return _pulled_back(at, j, m, j, joint)
 
 
 def jmjTp(
@@ -159,32 +188,36 @@ def jmjTp(
 ) -> Tensor:
     """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
 
+    A posterior variance on the parameters gives the linearised predictive variance of the outputs,
+    without sampling: `jmjTp(model, x, variance, "weight", from_diag=True)`.
+
     Args:
         matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of
-            modules as `jTmjp` gives them; (N, in) or (N, P) with from_diag; None is the identity.
-            All of it is used.
-        to_diag: the diagonal alone, (N, out), without the full matrix.
+            modules as `jTmjp` gives them; (N, in) or (N, P) with from_diag; without the sample axis
+            one for all; None is the identity. All of it is used.
+        to_diag: the diagonal alone, (N, out), without the full matrix; exact, and J stands in
+            memory a few rows at a time.
         diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the
             metric is kept. It enters the first layer and each layer's own parameters exactly,
             without what lies between layers, and leaves the last exactly.
 
-    A posterior variance on the parameters gives the linearised predictive variance of the outputs,
-    without sampling.
-
-    Errors: `NNJError` for shapes that do not fit.
+    Errors: `NNJError` for shapes that do not fit, and for blocks with wrt="input" or from_diag;
+    with diag_backprop as in `jTmjp`; else as `jacobian`.
     """
-    at = Linearization(module, x, slot_of(wrt), DiagonalSweep if diag_backprop else Sweep)
-    blocks = _block_metric(matrix, at, from_diag)
+    slot = slot_of(wrt)
     if diag_backprop:
-        return forward(at, blocks, to_diag)
+        point = linearize_diagonal(module, x, slot)
+        return push_forward(point, metric_on_inputs(matrix, point, from_diag), to_diag)
+    at = linearize(module, x, slot)
+    m = metric_on_inputs(matrix, at, from_diag)
     if to_diag:
         parts = []
-        for u in _columns(at):
+        for u in _unit_cotangents(at):
             j = at.vjp(u).transpose(0, 1)
-            parts.append((_apply(j, blocks) * j).sum(-1))
+            parts.append((times_transposed(j, m) * j).sum(-1))
         return torch.cat(parts, 1)
     j = at.dense()
-    return _apply(j, blocks) @ j.mT
+    return times_transposed(j, m) @ j.mT
 
 
 def jTmjp_pair(
@@ -200,43 +233,90 @@ def jTmjp_pair(
     """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of
     outputs, pulled back.
 
+    The module is called once at each of them; both J stand in memory, but with diag_backprop.
+
     Args:
+        x2: as many samples as x1, of the same size.
         matrices: (M11, M12, M22), each as in `jTmjp`; None is the identity for each of them.
         from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp`
             gives.
 
     Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or
-    where the model does other operations at x1 than at x2."""
+    where the model does other operations at x1 than at x2; else as `jacobian`."""
     if matrices is not None and (not isinstance(matrices, (list, tuple)) or len(matrices) != 3):
         raise NNJError("matrices is (M11, M12, M22) or None")
-    walk = DiagonalSweep if diag_backprop else Sweep
-    one, two = (
-        Linearization(module, x1, slot_of(wrt), walk),
-        Linearization(module, x2, slot_of(wrt), walk),
-    )
+    slot, given_ones = slot_of(wrt), (None, None, None) if matrices is None else matrices
+    if diag_backprop:
+        p1, p2 = linearize_diagonal(module, x1, slot), linearize_diagonal(module, x2, slot)
+        _check_pairs(p1, p2)
+        m11, m12, m22 = (metric_on_outputs(m, p1, from_diag) for m in given_ones)
+        return (
+            pull_back(p1, m11, to_diag),
+            pull_back(p1, m12, to_diag, p2),
+            pull_back(p2, m22, to_diag),
+        )
+    one, two = linearize(module, x1, slot), linearize(module, x2, slot)
+    _check_pairs(one, two)
+    m11, m12, m22 = (metric_on_outputs(m, one, from_diag) for m in given_ones)
+    j1, j2 = one.dense(), two.dense()
+
+    def sandwich(left: Tensor, m: Tensor | None, right: Tensor) -> Any:
+        if to_diag:
+            return (left * times(m, right)).sum(1)
+        return _pulled_back(one, left, m, right)
+
+    return sandwich(j1, m11, j1), sandwich(j1, m12, j2), sandwich(j2, m22, j2)
+
+
+def _check_joint(slot: Slot, to_diag: bool, diag_backprop: bool) -> None:
+    if to_diag or slot == "input":
+        raise NNJError(
+            "joint asks for the full matrix on all parameters, so it is for wrt='weight' without "
+            "to_diag"
+        )
+    if diag_backprop:
+        raise NNJError(
+            "diag_backprop keeps only the diagonal between layers, so there is no full matrix "
+            "on all parameters. Leave out joint, or diag_backprop"
+        )
+
+
+def _check_pairs(one: Linearization[Any], two: Linearization[Any]) -> None:
     if one.n != two.n or one.size != two.size or one.out != two.out:
         raise NNJError(
             f"x1 and x2 are pairs of samples; found {one.n} and {two.n} samples of {one.size} and "
             f"{two.size} numbers"
         )
-    metrics = [_metric(m, one, one.out, from_diag) for m in matrices or (None,) * 3]
-    if diag_backprop:
-        return (
-            backward(one, metrics[0], to_diag),
-            backward(one, metrics[1], to_diag, two),
-            backward(two, metrics[2], to_diag),
-        )
-    js = [(one, one), (one, two), (two, two)]
-    dense = {id(one): one.dense(), id(two): two.dense()}
-    results: list[Any] = []
-    for (a, b), metric in zip(js, metrics, strict=True):
-        j, k = dense[id(a)], dense[id(b)]
-        mk = k if metric is None else metric[..., None] * k if metric.dim() == 2 else metric @ k
-        if to_diag:
-            results.append((j * mk).sum(1))
-        elif one.wrt == "input":
-            results.append(j.mT @ mk)
+
+
+def _unit_cotangents(at: Linearization) -> Iterator[Tensor]:
+    """In groups so small that J of a group may stand in memory."""
+    yield from at.basis().split(max(1, ENTRIES // max(1, at.n * at.size)))
+
+
+def _pulled_back(
+    at: Linearization, left: Tensor, m: Tensor | None, right: Tensor, joint: bool = False
+) -> Any:
+    """J^T M J' for dense J and J', (N, out, in or P): a matrix, or one for each block of
+    parameters.
+    """
+    m_right = times(m, right)
+    if at.wrt == "input" or joint:
+        return left.mT @ m_right
+    blocks = [take(left, index).mT @ take(m_right, index) for index in positions_by_module(at)]
+    return blocks[0] if len(blocks) == 1 else blocks
+
+
+def _diagonal_pulled_back(at: Linearization, m: Tensor | None) -> Tensor:
+    """The diagonal of J^T M J, (N, in or P)."""
+    total = at.y.new_zeros(at.n, at.size)
+    for u in _unit_cotangents(at):
+        left, flat = at.vjp(u), u.reshape(*u.shape[:2], -1)
+        if m is None:
+            total += left.square().sum(0)
+        elif m.dim() == 2:
+            total += (left.square() * (flat * m).sum(-1, keepdim=True)).sum(0)
         else:
-            found = [_take(j, i).mT @ _take(mk, i) for i in _blocks(one, joint=False)]
-            results.append(found[0] if len(found) == 1 else found)
-    return results[0], results[1], results[2]
+            u_m = (flat.transpose(0, 1) @ m).transpose(0, 1)
+            total += (left * at.vjp(u_m.reshape(u.shape))).sum(0)
+    return total

@@ -21,14 +21,15 @@ class AbstractJacobian:
     underscore.
 
     Two uses. `nnj.utils.convert_to_nnj` mixes it into the classes of a model. And a layer of your
-    own, `class MyLayer( nnj.AbstractJacobian, nn.Module)`, that defines `forward` and
+    own, `class MyLayer(nnj.AbstractJacobian, nn.Module)`, that defines `forward` and
     `_jacobian(self, x, val=None, wrt="input")` - (N, out, in) over flattened axes, and (N, out, P)
     for wrt="weight" with parameters in the order of `parameters()` - has them all, and takes part
     in `nnj.collect`.
 
     In each method `val` (or `value`) is the output at x, of which only the batch is looked at;
-    arguments and results are those of the function of the same name, but products in the weights of
-    a module without parameters that require grad are None."""
+    arguments, results and errors are those of the function of the same name, but products in the
+    weights of a module without parameters that require grad are None. `wrt="weights"` is another
+    spelling of "weight"."""
 
     @property
     def _n_params(self) -> int:
@@ -37,8 +38,8 @@ class AbstractJacobian:
 
     def get_weight(self) -> Tensor | None:
         """The parameters that require grad as one vector (P,), a copy; None if there are none."""
-        found = parameters(_module(self))
-        return torch.cat([p.detach().flatten() for p in found]) if found else None
+        params = parameters(_module(self))
+        return torch.cat([p.detach().flatten() for p in params]) if params else None
 
     def set_weight(self, w: Tensor | None) -> None:
         """Write a vector (P,) into the parameters, in place: also into those of the model that this
@@ -46,13 +47,13 @@ class AbstractJacobian:
 
         Errors: `NNJError` if its shape is not (P,).
         """
-        found = parameters(_module(self))
+        params = parameters(_module(self))
         shape = None if w is None else tuple(w.shape)
-        if shape != ((self._n_params,) if found else None):
-            raise NNJError(f"w has shape {shape}, expected {(self._n_params,) if found else None}")
+        if shape != ((self._n_params,) if params else None):
+            raise NNJError(f"w has shape {shape}, expected {(self._n_params,) if params else None}")
         with torch.no_grad():
             for p, part in zip(
-                found, w.split([p.numel() for p in found]) if w is not None else (), strict=True
+                params, w.split([p.numel() for p in params]) if w is not None else (), strict=True
             ):
                 p.copy_(part.reshape(p.shape))
 
@@ -66,6 +67,7 @@ class AbstractJacobian:
     ) -> Any:
         return self._product(jacobian, x, val, value, wrt)
 
+    # not an alias: a layer of your own defines `_jacobian`
     def jacobian(
         self,
         x: Tensor,

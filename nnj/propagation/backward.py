@@ -1,5 +1,5 @@
-"""The sweep: columns of the loss's curvature walk backwards over autograd's graph, and become
-factors at the parameters.
+"""The sweep: columns of the loss's Hessian go backwards over autograd's graph, and become factors
+at the parameters.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.cotangents import Cotangents
-from nnj.propagation.plan import Plan
+from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
-from nnj.propagation.sample_axes import split
-from nnj.recording.records import Edge
+from nnj.recording.records import Edge, Record
 from nnj.registry.blame import blame
 from nnj.registry.layer_rules import checked
 
@@ -30,8 +29,10 @@ Sink = Callable[[Tensor, Factor], None]
 
 
 class Sweep(Plan):
-    """Walks over a graph as its plan says, of which a probe finds out what the names of nodes do
-    not tell.
+    """Goes over a graph as its plan says; a probe finds out what the names of nodes do not tell.
+
+    Attributes:
+        uses: at how many steps each parameter has a factor.
     """
 
     def __init__(
@@ -39,60 +40,72 @@ class Sweep(Plan):
         graph: Graph,
         n: int,
         sample_indices: dict[Edge, SampleIndex],
-        probed: bool = False,
-        cut: bool = False,
-        bare: bool = False,
+        assume: Assumptions = NOTHING,
     ):
-        super().__init__(graph, n, sample_indices, probed, cut, bare)
-        # what the probe said, with entries that are nobody's
-        self.found: dict[Edge, SampleIndex] = {}
-        self.checked: set[Edge] = set()
-        self.uses: dict[int, int] = {}
+        super().__init__(graph, n, sample_indices, assume)
+        # what the probe said of edges at which nothing has arrived yet
+        self._unchecked: dict[Edge, SampleIndex] = {}
+        self.uses: dict[Tensor, int] = {}
         for step in graph.steps:
             for _, p in step.params:
-                self.uses[id(p)] = self.uses.get(id(p), 0) + 1
+                self.uses[p] = self.uses.get(p, 0) + 1
             if step.leaf is not None:
-                self.uses[id(step.leaf)] = self.uses.get(id(step.leaf), 0) + 1
+                self.uses[step.leaf] = self.uses.get(step.leaf, 0) + 1
         if None in self.state.values():
             own_task(lambda: self._find_sample_indices(sample_indices))
 
+    # -- probing -----------------------------------------------------------------------------------
+
     def _find_sample_indices(self, roots: dict[Edge, SampleIndex]) -> None:
-        """Run the probe and write down the owners of all edges that are not known by the names of
-        nodes alone.
+        """Let the probe's columns go through the graph, and read whose the entries are on the edges
+        of which the names of nodes say nothing.
         """
-        found: dict[Edge, SampleIndex] = {}
-        values = Cotangents()
-        probe, k = Probe(self.n), 0
+        probe, values = Probe(self.n), Cotangents()
+        probed: dict[Edge, SampleIndex] = {}
         for edge, sample_index in roots.items():
-            like = torch.empty((), dtype=edge_dtype(edge), device=self._device(edge))
+            like = torch.empty((), dtype=edge_dtype(edge), device=device_of(edge))
             values[edge] = probe.columns(sample_index, edge_shape(edge), like)
-            k = len(values[edge])
         for step in self.graph.steps:
-            if step in self.by_column:
-                self._settle(step, values, found, probe)
-                continue
-            if (
-                step.params
-                or step.leaf is not None
-                or any((step, i) in self.reduced | self.split for i in range(len(step.out)))
-            ):
-                self._settle(step, values, found, probe)
-            self._walk_step(step, values, k, None, probing=True)
-        for edge, sample_index in found.items():
-            self.found[edge], tidy = sample_index, sample_index.tidy()
-            self.state[edge] = self.plain if tidy.of is None else tidy
+            if self._reads_samples(step):
+                for edge in step.into:
+                    if self.state[edge] is None and edge in values:
+                        who = describe(step, self.graph.paths)
+                        probed[edge] = probe.sample_index(values[edge], who)
+            arrived = {e: values.take(e) for e in step.into if e in values}
+            if arrived and step.leaf is None and step not in self.by_column:
+                self._probe_step(step, arrived, values)
+        for edge, sample_index in probed.items():
+            tidy = sample_index.tidy()
+            self.state[edge] = self.in_order if tidy.of is None else tidy
+        self._unchecked = probed
 
-    def _settle(
-        self, step: Step, values: Cotangents, found: dict[Edge, SampleIndex], probe: Probe
-    ) -> None:
-        for edge in step.into:
-            if self.state[edge] is None and edge in values:
-                found[edge] = probe.sample_index(values[edge], describe(step, self.graph.paths))
-        for edge in step.into:
-            if step in self.by_column:
-                values.pop(edge, None)
+    def _reads_samples(self, step: Step) -> bool:
+        """Whether what arrives at a step is told apart by sample: for its parameters, for columns
+        that are split there, or to be summed.
+        """
+        return (
+            bool(step.params)
+            or step.leaf is not None
+            or step in self.by_column
+            or any(route is not None and route.way != "together" for route in self.routes[step])
+        )
 
-    # -- what a unit is: overridden where something else than J walks ------------------------------
+    def _probe_step(self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> None:
+        """J itself, whatever goes through the graph afterwards, and to operands with samples
+        alone.
+        """
+        if step.record is not None:
+            self._record(step, arrived, values, None)
+            return
+        together = [route is not None and route.way == "together" for route in self.routes[step]]
+        if not any(together) or self._select(step, arrived, values):
+            return
+        answers = Sweep.backward(self, step, _arguments(step, arrived), _count(arrived))
+        for i, (edge, back) in enumerate(zip(step.out, answers, strict=False)):
+            if edge is not None and back is not None and together[i]:
+                self._send(step, i, sum_to(back, edge_shape(edge), 1), values)
+
+    # -- what a step is: overridden where something else than J goes through the graph ------------
 
     def operator(self, step: Step, slot: str) -> Jacobian:
         """The operator of a record in one slot."""
@@ -104,36 +117,36 @@ class Sweep(Plan):
             return product_backward(step.node, args[0])
         return call_node(step.node, args, k)
 
-    # -- walking -----------------------------------------------------------------------------------
+    # -- going through the graph -------------------------------------------------------------------
 
     def run(
         self, roots: dict[Edge, Tensor], k: int, sink: Sink, steps: list[Step] | None = None
     ) -> dict[Edge, Tensor]:
-        """Let k columns walk from the roots; `sink` is given each parameter with the factor of all
-        its uses.
+        """Let k columns go back from the roots; `sink` is given each parameter with the factor of
+        all its uses.
 
         Args:
             roots: for each root edge its columns, (K, *shape).
             k: K.
             sink: called once for each parameter that was reached.
-            units: walk through these alone.
+            steps: go through these alone.
 
         Returns:
-            What stands on edges whose units were not walked.
+            What stands on edges to whose steps nothing went on.
         """
         values = Cotangents({edge: v.to(edge_dtype(edge)) for edge, v in roots.items()})
-        pending: dict[int, tuple[Tensor, list[Factor]]] = {}
+        pending: dict[Tensor, list[Factor]] = {}
 
         def use(p: Tensor, factor: Factor) -> None:
-            parts = pending.setdefault(id(p), (p, []))[1]
+            parts = pending.setdefault(p, [])
             parts.append(factor)
-            if len(parts) == self.uses[id(p)]:
-                sink(p, merge_uses(pending.pop(id(p))[1]))
+            if len(parts) == self.uses[p]:
+                sink(p, merge_uses(pending.pop(p)))
 
         def walk() -> None:
             for step in self.graph.steps if steps is None else steps:
-                self._walk_step(step, values, k, use)
-            for p, parts in pending.values():  # to some of its uses nothing was sent
+                self.cross(step, values, k, use)
+            for p, parts in pending.items():  # to some of its uses nothing was sent
                 sink(p, merge_uses(parts))
 
         own_task(walk)
@@ -149,90 +162,82 @@ class Sweep(Plan):
             for step in self.graph.steps:
                 if step in steps and step.into[0] in values:
                     seen.append((step, values[step.into[0]]))
-                self._walk_step(step, values, k, None)
+                self.cross(step, values, k, None)
 
         own_task(walk)
         return seen
 
-    def _walk_step(
-        self, step: Step, values: Cotangents, k: int, use: Sink | None, probing: bool = False
-    ) -> None:
+    def cross(self, step: Step, values: Cotangents, k: int, use: Sink | None) -> None:
+        """Let what has arrived at a step go through it; `use` is given factors at its
+        parameters.
+        """
         arrived = {e: values.take(e) for e in step.into if e in values}
         if not arrived:
             return
-        if step in self.by_column and not probing:
-            arrived = {e: split(v, self._sample_index(e, step, v)) for e, v in arrived.items()}
+        if step in self.by_column:
+            arrived = {e: self.sample_index(e, step, v).to_columns(v) for e, v in arrived.items()}
         if step.leaf is not None:
-            self._leaf(step, arrived, k, use)
+            if use is not None:
+                self._leaf(step, step.leaf, arrived, k, use)
         elif step.record is not None:
             self._record(step, arrived, values, use)
         else:
             if step.bare and use is not None:
-                ((edge, v),) = arrived.items()
-                if step.saved_input is not None:
-                    step.saved_input.take()
-                self._params(step, edge, v.to(step.dtype), use)
-            if step.name == "Select" and self._select(step, arrived, values):
-                return
-            if any(e is not None for e in step.out):
-                self._node(step, arrived, values, probing)
+                self._bare(step, arrived, use)
+            if not self._select(step, arrived, values):
+                self._node(step, arrived, values)
 
-    def _params(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
-        """Columns at a unit's own parameters."""
-        for slot, p in step.params:
-            factor = self.operator(step, slot).pullback(v, self._sample_index(edge, step, v))
-            if step.record is not None and factor.shape != tuple(p.shape):
-                who = blame(
-                    step.record.entry,
-                    step.record.module,
-                    self.graph.paths.get(step.record.module, ""),
-                )
-                checked(f"vjp of {slot!r}", torch.empty(factor.shape), tuple(p.shape), who)
-            use(p, _wide(factor))
-
-    def _sample_index(self, edge: Edge, step: Step, v: Tensor | None = None) -> SampleIndex:
-        sample_index = self.state[edge]
-        told = self.found.get(edge, sample_index)
-        lost = False
-        if v is not None and told is not None and told.of is not None and edge not in self.checked:
-            # once: what is zero in all columns of a turn is so in the next one, masks are the same
-            self.checked.add(edge)
-            lost = _beyond_rounding(v, told.of < 0)
-        if sample_index is None or lost:
+    def sample_index(self, edge: Edge, step: Step, v: Tensor | None = None) -> SampleIndex:
+        """Whose the entries on an edge of a step are. Errors: `NNJError` if that was not found out,
+        or if v, which arrived there, has more in it than the probe saw.
+        """
+        sample_index, more = self.state[edge], False
+        if v is not None and edge in self._unchecked:
+            # zero entries are the same in every chunk, so to check once is enough
+            of = self._unchecked.pop(edge).of
+            more = of is not None and _beyond_rounding(v, of < 0)
+        if sample_index is None or more:
             raise NNJError(
                 f"nnj could not find out whose the rows at {describe(step, self.graph.paths)} are"
             )
         return sample_index
 
-    def _leaf(self, step: Step, arrived: dict[Edge, Tensor], k: int, use: Sink | None) -> None:
-        (v,) = arrived.values()
-        if use is not None and step.leaf is not None:
-            if step.leaf is self.graph.batched:
-                self._input(step, v, use)
-                return
-            use(step.leaf, _wide(DenseFactor(v.reshape(k, self.n, *step.leaf.shape))))
+    # -- leaves ------------------------------------------------------------------------------------
 
-    def _input(self, step: Step, v: Tensor, use: Sink) -> None:
+    def _leaf(
+        self, step: Step, leaf: Tensor, arrived: dict[Edge, Tensor], k: int, use: Sink
+    ) -> None:
+        (v,) = arrived.values()
+        if leaf is self.graph.batched:
+            use(leaf, DenseFactor(self._own_rows(step, v)))
+        else:
+            use(leaf, _wide(DenseFactor(v.reshape(k, self.n, *leaf.shape))))
+
+    def _own_rows(self, step: Step, v: Tensor) -> Tensor:
         """Columns at the model's input, where each sample's row is its own."""
         if step not in self.by_column:
             self.check_order(step, v.device)
         elif self.n > 1:
+            # of the column of sample i row i
             v = v.unflatten(0, (-1, self.n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
-        assert step.leaf is not None
-        use(step.leaf, DenseFactor(v))
+        return v
 
     def check_order(self, step: Step, device: torch.device) -> None:
         """Errors: `NNJError` unless row n of the model's input is that of sample n, as it is in the
         output.
         """
-        of, own = self._sample_index(step.into[0], step).of, torch.arange(self.n, device=device)
-        own = own if of is None else own.reshape(-1, *[1] * (of.dim() - 1))
+        of = self.sample_index(step.into[0], step).of
+        if of is None:
+            return
+        own = torch.arange(self.n, device=device).reshape(-1, *[1] * (of.dim() - 1))
         # an entry may be nobody's, behind a mask
-        if of is not None and not bool(((of == own) | (of < 0)).all()):
+        if not bool(((of == own) | (of < 0)).all()):
             raise Coupled(
                 "the rows of the output do not belong to the same rows of the input: output n must "
                 "be that of sample n, in axis 0"
             )
+
+    # -- layers ------------------------------------------------------------------------------------
 
     def _record(
         self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents, use: Sink | None
@@ -240,63 +245,92 @@ class Sweep(Plan):
         ((edge, v),) = arrived.items()
         record = step.record
         assert record is not None
-        who = blame(record.entry, record.module, self.graph.paths.get(record.module, ""))
         v = v.to(step.dtype)
         if use is not None:
-            self._params(step, edge, v, use)
-        out = step.out[0]
-        if out is not None:
-            back = checked(
-                "vjp of 'input'",
-                self.operator(step, "input").vjp(v),
-                (v.shape[0], *record.x.shape),
-                who,
-            )
-            self._send(step, 0, back, values)
+            self._parameters(step, edge, v, use)
+        if step.out[0] is not None:
+            back = self.operator(step, "input").vjp(v)
+            shape = (v.shape[0], *record.x.shape)
+            self._send(step, 0, checked("vjp of 'input'", back, shape, self._who(record)), values)
 
-    def _node(
-        self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents, probing: bool
-    ) -> None:
-        k = next(iter(arrived.values())).shape[0]
-        apart = {i for i in range(len(step.out)) if (step, i) in self.split}
-        plain = k if any(e is not None and i not in apart for i, e in enumerate(step.out)) else 0
-        args: list[Tensor | None] = [None] * len(step.node._input_metadata)
-        for edge, v in arrived.items():
-            shares = [split(v, self._sample_index(edge, step, v))] if apart and not probing else []
-            args[edge[1]] = torch.cat([v[:plain], *shares]) if shares else v
-        if probing and not plain:
+    def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
+        """Columns at a step's own parameters."""
+        for slot, p in step.params:
+            factor = self.operator(step, slot).pullback(v, self.sample_index(edge, step, v))
+            shape = tuple(p.shape)
+            if step.record is not None and factor.shape != shape:
+                who = self._who(step.record)
+                checked(f"vjp of {slot!r}", torch.empty(factor.shape), shape, who)
+            use(p, _wide(factor))
+
+    def _who(self, record: Record) -> str:
+        return blame(record.entry, record.module, self.graph.paths.get(record.module, ""))
+
+    # -- raw nodes ---------------------------------------------------------------------------------
+
+    def _bare(self, step: Step, arrived: dict[Edge, Tensor], use: Sink) -> None:
+        """Columns at the bare parameters of a product."""
+        ((edge, v),) = arrived.items()
+        if step.saved_input is not None:
+            step.saved_input.take()
+        self._parameters(step, edge, v.to(step.dtype), use)
+
+    def _node(self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> None:
+        """A raw node is called once for all its operands: with the columns as they stand, and
+        behind these, where an operand needs them so, with those that are split.
+        """
+        routes, k = self.routes[step], _count(arrived)
+        ways = {route.way for route in routes if route is not None}
+        if not ways:
             return
-        rows = next(t.shape[0] for t in args if t is not None)
-        for i, (out, back) in enumerate(
-            zip(step.out, self.backward(step, args, rows), strict=False)
-        ):
-            if out is None or back is None:
+        given, in_all = arrived, k
+        if "split" in ways:
+            k = k if len(ways) > 1 else 0
+            given = {
+                e: torch.cat([v[:k], self.sample_index(e, step, v).to_columns(v)])
+                for e, v in arrived.items()
+            }
+            in_all = _count(given)
+        answers = self.backward(step, _arguments(step, given), in_all)
+        for i, (edge, route, back) in enumerate(zip(step.out, routes, answers, strict=False)):
+            if edge is None or route is None or back is None:
                 continue
-            if i in apart:
-                if not probing:
-                    self._send(step, i, sum_to(back[plain:], edge_shape(out), 1), values)
-            elif (step, i) in self.reduced:
-                if not probing:
-                    ((source, v),) = arrived.items()
-                    share = self._reduce(
-                        v if step.name == "Expand" else back[:plain], source, out, step
-                    )
-                    self._send(step, i, share, values)
+            if route.way == "summed":
+                share = self._summed(step, edge, arrived, back[:k])
             else:
-                self._send(step, i, sum_to(back[:plain], edge_shape(out), 1), values)
+                share = sum_to(back[k:] if route.way == "split" else back[:k], edge_shape(edge), 1)
+            self._send(step, i, share, values)
+
+    def _summed(self, step: Step, edge: Edge, arrived: dict[Edge, Tensor], back: Tensor) -> Tensor:
+        """At an operand that is broadcast along the samples each sample's share of the node's
+        answer, (K * n, *shape).
+        """
+        ((source, v),) = arrived.items()
+        answer = v if step.name == "Expand" else back  # Expand has summed already
+        if tuple(answer.shape[1:]) != edge_shape(source):
+            raise NNJError(
+                f"autograd's {step.name} gave {tuple(answer.shape[1:])}, expected "
+                f"{edge_shape(source)}"
+            )
+        sample_index = self.sample_index(source, step, answer)
+        if sample_index.of is None and not sample_index.by_column:
+            # rows in order need no zeros at those of others
+            parts = answer.unflatten(1, (self.n, answer.shape[1] // self.n)).flatten(0, 1)
+        else:
+            parts = sample_index.to_columns(answer)
+        shape = edge_shape(edge)
+        return sum_to(parts, shape, 1).reshape(answer.shape[0] * self.n, *shape)
 
     def _select(self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> bool:
-        """One index of an axis: it goes to its place, where else as many tensors of zeros would be
-        added as there are indices.
+        """Whether a step is one index of an axis: that is added where it belongs, as else as many
+        tensors of zeros would be added as there are indices.
         """
-        (edge,) = step.out
-        leaving = self.leaving[step, 0] if edge is not None else None
-        if (
-            edge is None
-            or leaving is None
-            or self.state[edge] is not leaving
-            or {(step, 0)} & (self.split | self.reduced)
-        ):
+        if step.name != "Select":
+            return False
+        (edge,), (route,) = step.out, self.routes[step]
+        if edge is None or route is None or route.way != "together":
+            return False
+        if route.index is None or self.state[edge] is not route.index:
             return False
         (v,), shape = arrived.values(), edge_shape(edge)
         axis, index = step.node._saved_dim, step.node._saved_index
@@ -305,43 +339,27 @@ class Sweep(Plan):
         )
         return True
 
-    def _reduce(self, unreduced: Tensor, source: Edge, edge: Edge, step: Step) -> Tensor:
-        """An operand without the batch: each sample's share of what arrived, summed to the
-        operand's shape.
-        """
-        if tuple(unreduced.shape[1:]) != edge_shape(source):
-            raise NNJError(
-                f"autograd's {step.name} gave {tuple(unreduced.shape[1:])}, expected "
-                f"{edge_shape(source)}"
-            )
-        sample_index = self._sample_index(source, step, unreduced)
-        k = unreduced.shape[0]
-        if sample_index.of is None and not sample_index.by_column:
-            r = unreduced.shape[1]
-            parts = unreduced.unflatten(1, (self.n, r // self.n)).flatten(0, 1)
-        else:
-            parts = split(unreduced, sample_index)
-        shape = edge_shape(edge)
-        return sum_to(parts, shape, 1).reshape(k * self.n, *shape)
-
     def _send(self, step: Step, i: int, v: Tensor, values: Cotangents) -> None:
+        """Columns for operand i go to its edge, in the dtype and the way in which they stand
+        there.
+        """
         edge = step.out[i]
         assert edge is not None
-        v = v.to(edge_dtype(edge))
-        state, leaving = self.state[edge], self.leaving[step, i]
-        if (
-            state is not None
-            and state.by_column
-            and not (leaving is not None and leaving.by_column)
-        ):
-            # Explicit columns arrive there too, and only bare parameters follow.
-            if leaving is None:
-                raise NNJError(
-                    "nnj could not find out whose the rows behind "
-                    f"{describe(step, self.graph.paths)} are"
-                )
-            v = split(v, leaving)
-        values.add(edge, v)
+        v, sample_index = v.to(edge_dtype(edge)), self.split_at(step, i)
+        values.add(edge, v if sample_index is None else sample_index.to_columns(v))
+
+
+def _count(arrived: dict[Edge, Tensor]) -> int:
+    """How many columns have arrived."""
+    return next(iter(arrived.values())).shape[0]
+
+
+def _arguments(step: Step, arrived: dict[Edge, Tensor]) -> list[Tensor | None]:
+    """Columns as a node takes them: by the number of its output."""
+    args: list[Tensor | None] = [None] * len(step.node._input_metadata)
+    for edge, v in arrived.items():
+        args[edge[1]] = v
+    return args
 
 
 def _beyond_rounding(v: Tensor, nobody: Tensor) -> bool:

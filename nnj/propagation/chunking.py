@@ -43,9 +43,9 @@ def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
     """
     times = sweep.n if step in sweep.by_column else 1
     came = held = sum(math.prod(edge_shape(e)) for e in step.into) * times
-    for i, edge in enumerate(step.out):
-        if edge is not None:
-            held += math.prod(edge_shape(edge)) * (sweep.n if (step, i) in sweep.reduced else times)
+    for edge, route in zip(step.out, sweep.routes[step], strict=True):
+        if edge is not None and route is not None:
+            held += math.prod(edge_shape(edge)) * (sweep.n if route.way == "summed" else times)
     formed = patches = 0
     for slot, p in step.params:
         j = step.slots[slot]

@@ -61,7 +61,7 @@ class LastLayerColumns:
     Args:
         sweep: the plan.
         hessian: of the loss.
-        shared: ids of parameters that several modules own, whose blocks need columns.
+        shared: parameters that several modules own, whose blocks need columns.
         selection: the columns that walk, if not all do.
     """
 
@@ -69,7 +69,7 @@ class LastLayerColumns:
         self,
         sweep: Sweep,
         hessian: LossHessian,
-        shared: set[int],
+        shared: set[Tensor],
         selection: ColumnSelection | None = None,
     ):
         self.sweep, self.hessian, self.shared, self.selection = sweep, hessian, shared, selection
@@ -82,7 +82,7 @@ class LastLayerColumns:
         one = len(sweep.graph.roots) == len(hessian.shapes) == 1  # an output may be given twice
         if not one or not hessian.closed_form or hessian.rows != sweep.n or sweep.n == 1:
             return
-        if sweep.state[self.edge] is not sweep.plain:
+        if sweep.state[self.edge] is not sweep.in_order:
             return
         for step in sweep.graph.steps:
             if not self._take(step):
@@ -91,7 +91,9 @@ class LastLayerColumns:
     def _take(self, step: Step) -> bool:
         """Go through one more step, if it is a linear map that all samples share."""
         out = step.out[0] if step.record is not None else None
-        if out is None or step.into != [self.edge] or self.sweep.state[out] is not self.sweep.plain:
+        if out is None or step.into != [self.edge]:
+            return False
+        if self.sweep.state[out] is not self.sweep.in_order:
             return False
         j = step.slots["input"]
         if not j.same_for_rows or j.n != self.sweep.n:
@@ -121,7 +123,7 @@ class LastLayerColumns:
             return None
         found: list[tuple[Tensor, LastLayerFactor]] = []
         for slot, p in step.params:
-            if self.sweep.uses[id(p)] > 1 or id(p) in self.shared:
+            if self.sweep.uses[p] > 1 or p in self.shared:
                 return None
             patches = step.slots[slot].outer_patches()
             if patches is None:

@@ -1,18 +1,36 @@
-"""The plan of a sweep: whose the entries are on each edge, and what each unit does with columns;
-decided before any walks.
+"""The plan of a sweep: how columns stand on each edge and how they cross each step, decided before
+any column moves.
 
-Three ways in which columns can stand on an edge: plain (K, R, ...) with the samples in order along
-axis 0; owned, in any other order, which names of nodes tell, or a probe finds out; explicit
-(K * n, ...), one column for each sample, where an operand has no batch at all (a bare parameter).
-The first two cost the same."""
+Every entry on an edge belongs to one sample, and what is of two samples may never be added up
+before a quantity has squared it. So what matters on each edge is whose its entries are. There are
+three ways in which K columns can stand there:
+
+in order    (K, R, ...): axis 0 of the tensor holds the n samples one after the other, R / n rows
+            each. So it is in most models, on most edges.
+by index    (K, R, ...): in any other arrangement, sequence-first for instance. A `SampleIndex` says
+            whose each entry is; the names of autograd's nodes tell it (`sample_axes`), or else the
+            numbers do (`Probe`).
+by column   (K * n, ...): the tensor has no samples at all, as a bare parameter has none. Then each
+            column is that of one sample.
+
+The first two cost the same. The third costs n times as much, so it begins as late as it can, where
+nothing but bare parameters lies behind. A step sends columns to an operand in one of three ways:
+
+together    as they stand: what the node gives for an entry of one sample is of that sample alone.
+summed      the operand is broadcast along the samples (a bias that is added), and the node's answer
+            not yet summed to its shape: it is summed for each sample apart, and stands by column.
+split       the node itself would add up the samples (x^T v of a matrix product): each column goes
+            in once for each sample, zero at the entries of all others, and stands by column."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
-from nnj.errors import Coupled
+from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.nodes import edge_shape
 from nnj.graph.step import Step, describe
@@ -21,18 +39,51 @@ from nnj.propagation.sample_axes import broadcast_operand, carried
 from nnj.recording.records import Edge, place_of
 
 
-class Plan:
-    """For each edge whose entries are whose, for each unit what it does with them.
+@dataclass(eq=False, slots=True)
+class Route:
+    """How columns go from a step to one of its operands.
 
-    Args:
-        graph: the units.
-        n: the number of samples.
-        owners: for each root edge, whose its entries are.
+    Attributes:
+        index: how they stand when they leave the step; None if only a probe can say.
+        way: how the step is asked for them.
+    """
+
+    index: SampleIndex | None
+    way: Literal["together", "summed", "split"]
+
+
+class Assumptions(NamedTuple):
+    """What a plan takes for granted where the names of nodes leave it open.
+
+    Attributes:
+        probed: where it is not known which axis holds the samples, an operand that is broadcast
+            along the first one may have samples all the same: let the probe say.
         cut: an operand beside the batch (the second of a product) has no samples, though layers lie
             behind it.
-        probed: where it is not known which axis holds the samples, a broadcast operand need not be
-            without samples: ask.
         bare: products with bare parameters have the samples in their rows, as layers have.
+    """
+
+    probed: bool = False
+    cut: bool = False
+    bare: bool = False
+
+
+NOTHING = Assumptions()
+
+
+class Plan:
+    """For each edge how columns stand there, for each step how they cross it.
+
+    Args:
+        graph: the steps.
+        n: the number of samples.
+        sample_indices: for each root edge, whose its entries are.
+        assume: what is taken for granted.
+
+    Attributes:
+        state: how columns stand on each edge; None where the probe has to find it.
+        routes: for each step a route to each operand, None to those that nobody needs.
+        by_column: the steps to which columns come by column.
 
     Errors: `NNJError` if samples influence one another.
     """
@@ -42,85 +93,110 @@ class Plan:
         graph: Graph,
         n: int,
         sample_indices: dict[Edge, SampleIndex],
-        probed: bool = False,
-        cut: bool = False,
-        bare: bool = False,
+        assume: Assumptions = NOTHING,
     ):
-        self.graph, self.n, self.probed, self.cut, self.bare = graph, n, probed, cut, bare
-        self.plain, self.apart = SampleIndex(n), SampleIndex(n, by_column=True)
-        self.state: dict[Edge, SampleIndex | None] = {}  # None: to be found by the probe
-        # owners are the same if they are one
+        self.graph, self.n, self.assume = graph, n, assume
+        # one object each, so that "the same way" is "the same object"
+        self.in_order, self.column_each = SampleIndex(n), SampleIndex(n, by_column=True)
+        self._each_alone = Route(self.column_each, "together")
         self._by_axis: dict[tuple[SampleAxis, tuple[int, ...], torch.device], SampleIndex] = {}
-        self.leaving: dict[tuple[Step, int], SampleIndex | None] = {}
-        # operands without the batch: their share is summed for each sample
-        self.reduced: set[tuple[Step, int]] = set()
-        # bare parameters follow: walked with one column for each sample from here
-        self.split: set[tuple[Step, int]] = set()
-        self.by_column: set[Step] = set()  # units that are given one column for each sample
+        self.state: dict[Edge, SampleIndex | None] = {}
+        self.routes: dict[Step, list[Route | None]] = {}
+        self.by_column: set[Step] = set()
         for edge, sample_index in sample_indices.items():
-            self._arrive(edge, self.apart if n == 1 else self._root(edge, sample_index))
+            self._arrive(edge, self.column_each if n == 1 else self._at_root(edge, sample_index))
         for step in graph.steps:
             self._plan(step)
 
-    def _root(self, edge: Edge, sample_index: SampleIndex) -> SampleIndex:
+    def _at_root(self, edge: Edge, sample_index: SampleIndex) -> SampleIndex:
         of = sample_index.of
         if of is None:
-            return self.plain
+            return self.in_order
         simple = of.numel() == len(of) and is_cyclic(of.flatten(), self.n)
         return self._along(edge, SampleAxis(0, 1)) if simple else sample_index
 
+    # -- edges -------------------------------------------------------------------------------------
+
     def _along(self, edge: Edge, along: SampleAxis) -> SampleIndex:
-        """The owner of an edge with the samples along one axis."""
+        """That of an edge with the samples along one axis."""
         shape = edge_shape(edge)
         if along.axis == 0 and shape[0] == self.n * along.run:
-            return self.plain
-        key = along, shape, self._device(edge)
+            return self.in_order
+        key = along, shape, device_of(edge)
         if key not in self._by_axis:
             self._by_axis[key] = SampleIndex.by_axis(self.n, shape, along, key[2])
         return self._by_axis[key]
 
-    def _axis(self, edge: Edge, sample_index: SampleIndex | None) -> SampleAxis | None:
+    def _axis(self, edge: Edge) -> SampleAxis | None:
         """Along which axis of an edge the samples are; None if that is not known, or not all there
         is to say.
         """
-        return (
-            SampleAxis(0, edge_shape(edge)[0] // self.n)
-            if sample_index is self.plain
-            else None
-            if sample_index is None
-            else sample_index.along
-        )
+        sample_index = self.state[edge]
+        if sample_index is self.in_order:
+            return SampleAxis(0, edge_shape(edge)[0] // self.n)
+        return None if sample_index is None else sample_index.along
 
     def _arrive(self, edge: Edge, sample_index: SampleIndex | None) -> None:
+        """Note how columns come to an edge, to which others may come, too."""
         if edge not in self.state:
             self.state[edge] = sample_index
             return
         there = self.state[edge]
-        if (there is not None and there.by_column) != (
-            sample_index is not None and sample_index.by_column
-        ):
-            step = self.graph.step_at(edge)
-            if self._batch_behind(edge):
-                raise Coupled.at(describe(step, self.graph.paths))
-            self.state[edge] = self.apart
-        elif there is not sample_index:
+        if there is sample_index:
+            return
+        if _by_column(there) == _by_column(sample_index):
             self.state[edge] = None
+            return
+        # an operand that has samples in one use and none in the other
+        if self._batch_behind(edge):
+            raise Coupled.at(describe(self.graph.step_at(edge), self.graph.paths))
+        self.state[edge] = self.column_each
+
+    def _batch_behind(self, edge: Edge) -> bool:
+        """Whether steps with samples in their rows lie behind an edge, and not bare parameters
+        alone.
+        """
+        step = self.graph.step_at(edge)
+        return (
+            step.batch or step.batch_above or (self.assume.bare and (step.bare or step.bare_above))
+        )
+
+    def split_at(self, step: Step, i: int) -> SampleIndex | None:
+        """By which sample index the columns for operand i are split as they reach its edge, as
+        others come there by column; None if none do, or these as well.
+
+        Errors: `NNJError` where it is not known whose they are.
+        """
+        edge, route = step.out[i], self.routes[step][i]
+        there = None if edge is None else self.state[edge]
+        if route is None or there is None or not there.by_column:
+            return None
+        if route.index is None:
+            raise NNJError(
+                "nnj could not find out whose the rows behind "
+                f"{describe(step, self.graph.paths)} are"
+            )
+        return None if route.index.by_column else route.index
+
+    # -- steps -------------------------------------------------------------------------------------
 
     def _plan(self, step: Step) -> None:
-        states = [self.state[e] for e in step.into]
-        if any(s is not None and s.by_column for s in states) or (
-            step.leaf is not None and step.leaf is not self.graph.batched
-        ):
+        by_column = step.leaf is not None and step.leaf is not self.graph.batched
+        for edge in step.into:
+            there = self.state[edge]
+            by_column = by_column or (there is not None and there.by_column)
+        if by_column:
             self.by_column.add(step)
-        whole = step in self.by_column
-        if whole and self._on_the_batch(step):
-            raise Coupled.at(describe(step, self.graph.paths))
-        for i, edge in enumerate(step.out):
-            if edge is None:
-                continue
-            leaving = self.apart if whole else self._leaving(step, i, edge, states)
-            self.leaving[step, i] = leaving
-            self._arrive(edge, leaving)
+            if self._on_the_batch(step):
+                raise Coupled.at(describe(step, self.graph.paths))
+        routes: list[Route | None] = []
+        for i, below in enumerate(step.out):
+            route = None
+            if below is not None:
+                route = self._each_alone if by_column else self._route(step, i, below)
+                self._arrive(below, route.index)
+            routes.append(route)
+        self.routes[step] = routes
 
     def _on_the_batch(self, step: Step) -> bool:
         """Whether a record stands on what was given to the model, or a view of it."""
@@ -136,59 +212,59 @@ class Plan:
             for t, axis in given
         )
 
-    def _batch_behind(self, edge: Edge) -> bool:
-        """Whether units with samples in their rows lie behind an edge, and not bare parameters
-        alone.
-        """
-        step = self.graph.step_at(edge)
-        return step.batch or step.batch_above or (self.bare and (step.bare or step.bare_above))
+    def _route(self, step: Step, i: int, edge: Edge) -> Route:
+        """To an operand of a step whose columns do not come by column."""
+        axes = [self._axis(e) for e in step.into]
+        if step.record is not None:
+            return Route(self._behind_record(step, edge, axes[0]), "together")
+        axes_known = None not in axes
+        if self._broadcast(step, edge, axes[0]) and (
+            axes_known or not self.assume.probed or not self._batch_behind(edge)
+        ):
+            return Route(self.column_each, "summed")
+        sample_index = self._carried(step, i, edge, axes)
+        if sample_index is not None:
+            return Route(sample_index, "together")
+        if self._batch_behind(edge) and not (self.assume.cut and axes_known):
+            return Route(None, "together")
+        return Route(self.column_each, "split")
 
-    def _reducible(self, step: Step, edge: Edge, along: SampleAxis | None) -> bool:
-        axis = 0 if along is None else along.axis
+    def _broadcast(self, step: Step, edge: Edge, axis: SampleAxis | None) -> bool:
+        """Whether an operand is broadcast along the samples; where they are not known, along the
+        first axis.
+        """
         return len(step.into) == 1 and broadcast_operand(
-            step.node, edge_shape(step.into[0]), edge_shape(edge), axis
+            step.node, edge_shape(step.into[0]), edge_shape(edge), 0 if axis is None else axis.axis
         )
 
-    def _carried(
-        self, step: Step, i: int, edge: Edge, alongs: list[SampleAxis | None]
-    ) -> SampleIndex | None:
-        """Whose the entries of an operand are, if the names of nodes tell that."""
-        found = set()
-        for e, along in zip(step.into, alongs, strict=True):
-            found.add(
-                None
-                if along is None
-                else carried(step.node, i, edge_shape(e), edge_shape(edge), self.n, along)
-            )
-        (along, *others) = found
-        return None if others or along is None else self._along(edge, along)
-
-    def _leaving(
-        self, step: Step, i: int, edge: Edge, states: list[SampleIndex | None]
-    ) -> SampleIndex | None:
-        """Whose the entries are that leave a unit on one edge; None if only a probe can say."""
-        alongs = [
-            self._axis(e, sample_index) for e, sample_index in zip(step.into, states, strict=True)
-        ]
-        along, known = alongs[0], None not in alongs
-        if step.record is not None:
-            rows = edge_shape(edge)[0]
-            if along is None or along.axis > 0 or rows != edge_shape(step.into[0])[0]:
-                return None
-            return self._along(edge, along)
-        if self._reducible(step, edge, along) and (
-            known or not self.probed or not self._batch_behind(edge)
-        ):
-            self.reduced.add((step, i))
-            return self.apart
-        sample_index = self._carried(step, i, edge, alongs)
-        if sample_index is not None:
-            return sample_index
-        if self._batch_behind(edge) and not (self.cut and known):
+    def _behind_record(self, step: Step, edge: Edge, axis: SampleAxis | None) -> SampleIndex | None:
+        """A layer with a rule takes rows apart: what is along axis 0 of its output is so in its
+        input.
+        """
+        if axis is None or axis.axis > 0 or edge_shape(edge)[0] != edge_shape(step.into[0])[0]:
             return None
-        self.split.add((step, i))
-        return self.apart
+        return self._along(edge, axis)
 
-    @staticmethod
-    def _device(edge: Edge) -> torch.device:
-        return edge[0]._input_metadata[edge[1]].device
+    def _carried(
+        self, step: Step, i: int, edge: Edge, axes: list[SampleAxis | None]
+    ) -> SampleIndex | None:
+        """Whose the entries of an operand are, if the names of nodes tell it, and the same from
+        each output.
+        """
+        carried_to = {
+            None
+            if axis is None
+            else carried(step.node, i, edge_shape(e), edge_shape(edge), self.n, axis)
+            for e, axis in zip(step.into, axes, strict=True)
+        }
+        (axis, *others) = carried_to
+        return None if others or axis is None else self._along(edge, axis)
+
+
+def _by_column(sample_index: SampleIndex | None) -> bool:
+    return sample_index is not None and sample_index.by_column
+
+
+def device_of(edge: Edge) -> torch.device:
+    """The device of the tensor on an edge."""
+    return edge[0]._input_metadata[edge[1]].device

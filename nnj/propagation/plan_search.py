@@ -19,118 +19,90 @@ from nnj.graph.nodes import edge_dtype, edge_shape
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
-from nnj.recording.records import CallMark, Edge, place_of
+from nnj.propagation.plan import Assumptions, device_of
+from nnj.recording.records import CallMark, Edge, Record, place_of
+
+SEED = 0x6E6E6A  # of generators of our own
 
 
-def plan(graph: Graph, rows: int, device: torch.device) -> tuple[Sweep, SampleIndex, bool]:
-    """The sweep, the owners of the loss's rows, and whether samples are known to be those that were
+class Planned(NamedTuple):
+    """A sweep, whose the rows of the loss are, and whether samples are known to be those that were
     given to the model.
+    """
 
-    Where they are not known (what the model did to its input before its first layer leaves no
-    trace), any grouping of rows in which samples are independent gives the same GGN, but not the
-    same gradient for each sample.
+    sweep: Sweep
+    sample_index: SampleIndex
+    known: bool
+
+
+def plan(graph: Graph, rows: int, device: torch.device) -> Planned:
+    """The sweep of the first reading in which samples are independent.
+
+    What the model did to its input before its first layer leaves no trace. Where that hides which
+    sample is which, any grouping of rows in which samples are independent gives the same GGN, but
+    not the same gradient for each sample.
 
     Errors: `NNJError` if samples influence one another in every reading.
     """
     mark = max(graph.marks, key=lambda m: m.order, default=None)
+    given = None if mark is None else _samples(mark, rows)
     refusal: NNJError | None = None
     out_of_order: list[SampleIndex] = []
-    for n, sample_index, options in _attempts(graph, rows, mark, device):
-        given = None if mark is None else _samples(mark, rows)
-        if any(sample_index is other for other in out_of_order):
+    for reading in _readings(graph, rows, mark, device):
+        n, sample_index, assume = reading
+        if sample_index in out_of_order:
             continue
         try:
-            sweep = Sweep(graph, n, _on_roots(graph, sample_index), **options)
+            sweep = Sweep(graph, n, _on_roots(graph, sample_index), assume)
             in_order = mark is None or given is None or _check_apart(sweep, mark, given)
         except Coupled as error:
             refusal = refusal or error
             continue
-        if mark is None or given is None or rows == given:
-            return sweep, sample_index, True
-        if n == rows or in_order:
-            evidence = _evidence(graph, mark, given)
-            known = (
-                all(bool((e.sample_indices >= 0).all()) for e in evidence)
-                if evidence
-                else _alone(graph, rows, mark, n, sample_index)
-            )
-            return sweep, sample_index, known
+        if in_order or n == rows:
+            return Planned(sweep, sample_index, _known(graph, rows, mark, given, reading))
         out_of_order.append(sample_index)
     assert refusal is not None
     raise refusal
 
 
-def plans(graph: Graph) -> list[dict[str, bool]]:
+def assumptions(graph: Graph) -> list[Assumptions]:
     """What a sweep may take for granted, the cheapest first; the rows that bare parameters meet may
     not be those of samples.
     """
-    found = [
-        {"probed": probed, "cut": cut, "bare": False}
-        for probed, cut in ((False, False), (True, False), (False, True))
-    ]
-    return [{**found[0], "bare": True}, *found] if any(step.bare for step in graph.steps) else found
+    ways = [Assumptions(), Assumptions(probed=True), Assumptions(cut=True)]
+    bare = any(step.bare for step in graph.steps)
+    return [Assumptions(bare=True), *ways] if bare else ways
 
 
-def _alone(graph: Graph, rows: int, mark: CallMark, n: int, sample_index: SampleIndex) -> bool:
-    """Whether samples influence one another in the other order of rows, so that this one needs no
-    evidence of first layers.
-
-    The layers before the first wanted parameter (frozen ones) leave no trace; behind them, rows
-    that mix are of one sample."""
-    if n == rows or rows % n:
-        return False
-    other = (
-        SampleIndex(n)
-        if sample_index.of is not None
-        else SampleIndex(n, torch.arange(rows, device=mark.inputs[0].device) % n)
-    )
-    for options in plans(graph):
-        if options["cut"]:
-            continue
-        try:
-            Sweep(graph, n, _on_roots(graph, other), **options)
-        except Coupled:
-            continue
-        return False
-    return True
+# -- readings --------------------------------------------------------------------------------------
 
 
-def _on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
-    sample_indices = {}
-    for edge in graph.roots:
-        dims = len(edge_shape(edge))
-        sample_indices[edge] = (
-            sample_index
-            if sample_index.of is None
-            else SampleIndex(sample_index.n, sample_index.of.reshape(-1, *[1] * (dims - 1)))
-        )
-    return sample_indices
+class _Reading(NamedTuple):
+    n: int  # the number of samples
+    sample_index: SampleIndex  # of the rows of the loss
+    assume: Assumptions
 
 
-def _attempts(
+def _readings(
     graph: Graph, rows: int, mark: CallMark | None, device: torch.device
-) -> Iterator[tuple[int, SampleIndex, dict[str, bool]]]:
-    """(n, owners of the rows, a plan) of sweeps that may do; operands without samples (`cut`) only
-    where all else fails.
+) -> Iterator[_Reading]:
+    """All that may do. That a second operand has no samples (`cut`) is assumed only where all else
+    fails.
     """
-    n, ways = None if mark is None else _samples(mark, rows), plans(graph)
+    n, ways = None if mark is None else _samples(mark, rows), assumptions(graph)
     if mark is not None and n and rows != n:
         if rows % n == 0:
-            order = [SampleIndex(n), SampleIndex(n, torch.arange(rows, device=device) % n)]
-            order = order if mark.batch_axis == 0 else order[::-1]
+            orders = [SampleIndex(n), _cyclic(n, rows, device)]
+            orders = orders if mark.batch_axis == 0 else orders[::-1]
             for cut in (False, True):
-                yield from (
-                    (n, sample_index, way)
-                    for sample_index in order
-                    for way in ways
-                    if way["cut"] == cut
-                )
+                for order in orders:
+                    yield from (_Reading(n, order, way) for way in ways if way.cut == cut)
         touched = _touched(graph, rows, mark, n)
         if touched is not None:
-            yield from (
-                (n, sample_index, way) for sample_index in [SampleIndex(n, touched)] for way in ways
-            )
-    yield from ((rows, sample_index, way) for sample_index in [SampleIndex(rows)] for way in ways)
+            order = SampleIndex(n, touched)
+            yield from (_Reading(n, order, way) for way in ways)
+    each = SampleIndex(rows)
+    yield from (_Reading(rows, each, way) for way in ways)
 
 
 def _samples(mark: CallMark, rows: int) -> int | None:
@@ -141,79 +113,135 @@ def _samples(mark: CallMark, rows: int) -> int | None:
     return fit[0] if len(fit) == 1 else None
 
 
+def _cyclic(n: int, rows: int, device: torch.device) -> SampleIndex:
+    """Every n-th row is of the same sample."""
+    return SampleIndex(n, torch.arange(rows, device=device) % n)
+
+
+def _on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
+    """The sample index of rows as that of the entries of each root."""
+    n, of = sample_index.n, sample_index.of
+    if of is None:
+        return dict.fromkeys(graph.roots, sample_index)
+    return {
+        edge: SampleIndex(n, of.reshape(-1, *[1] * (len(edge_shape(edge)) - 1)))
+        for edge in graph.roots
+    }
+
+
+def _known(
+    graph: Graph, rows: int, mark: CallMark | None, given: int | None, reading: _Reading
+) -> bool:
+    """Whether the samples of a reading are those that were given to the model."""
+    if mark is None or given is None or rows == given:
+        return True
+    evidence = _evidence(graph, mark, given)
+    if evidence:
+        return all(bool((e.samples >= 0).all()) for e in evidence)
+    return _alone(graph, rows, mark, reading)
+
+
+def _alone(graph: Graph, rows: int, mark: CallMark, reading: _Reading) -> bool:
+    """Whether samples influence one another in the other order of rows, so that this one needs no
+    evidence of first layers.
+
+    The layers before the first wanted parameter (frozen ones) leave no trace; behind them, rows
+    that mix are of one sample."""
+    n = reading.n
+    if n == rows or rows % n:
+        return False
+    in_order = reading.sample_index.of is None
+    other = _cyclic(n, rows, mark.inputs[0].device) if in_order else SampleIndex(n)
+    for assume in assumptions(graph):
+        if assume.cut:
+            continue
+        try:
+            Sweep(graph, n, _on_roots(graph, other), assume)
+        except Coupled:
+            continue
+        return False
+    return True
+
+
+# -- evidence of first layers ----------------------------------------------------------------------
+
+
 class _Evidence(NamedTuple):
-    """Whose the rows of a first layer are: `owners` along one axis of its input and output, -1
+    """Whose the rows of a first layer are: `samples` along one axis of its input and output, -1
     where it cannot be told.
     """
 
     step: Step
     axis: int
-    sample_indices: Tensor
+    samples: Tensor
 
 
 def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
     """What is known of layers on what the user gave to the model: as it was given, or rows of it in
     another order.
     """
-    found = []
+    evidence = []
     for step in graph.steps:
         record = step.record
-        if record is None or record.edge is not None or not step.params:
-            continue
-        axis, shape = mark.batch_axis, record.x.shape  # axis is 0 or 1
-        if record.x.place in [place_of(t) for t in mark.inputs]:
-            if (
-                len(shape) > axis
-                and shape[axis] == n
-                and record.y.shape[: axis + 1] == shape[: axis + 1]
-            ):
-                found.append(_Evidence(step, axis, torch.arange(n)))
-        elif axis < 2 and any(
-            t.dim() > 1 and record.x.place == place_of(t.transpose(0, 1)) for t in mark.inputs
-        ):
-            if shape[1 - axis] == n and record.y.shape[:2] == shape[:2]:
-                found.append(_Evidence(step, 1 - axis, torch.arange(n)))
-        elif record.x.value is not None and record.x.value.device.type != "meta":
-            sample_indices = _rows_of_inputs(record.x.value, mark, n)
-            if sample_indices is not None:
-                found.append(_Evidence(step, 0, sample_indices))
-    return found
+        if record is not None and record.edge is None and step.params:
+            seen = _at_first_layer(record, mark, n)
+            if seen is not None:
+                evidence.append(_Evidence(step, *seen))
+    return evidence
+
+
+def _at_first_layer(record: Record, mark: CallMark, n: int) -> tuple[int, Tensor] | None:
+    """An axis of a first layer's input and output, and whose the rows along it are."""
+    axis, x, y = mark.batch_axis, record.x, record.y
+    if x.place in [place_of(t) for t in mark.inputs]:
+        same = len(x.shape) > axis and x.shape[axis] == n
+        same = same and y.shape[: axis + 1] == x.shape[: axis + 1]
+        return (axis, torch.arange(n)) if same else None
+    if axis < 2 and any(
+        t.dim() > 1 and x.place == place_of(t.transpose(0, 1)) for t in mark.inputs
+    ):
+        same = x.shape[1 - axis] == n and y.shape[:2] == x.shape[:2]
+        return (1 - axis, torch.arange(n)) if same else None
+    if x.value is None or x.value.device.type == "meta":
+        return None
+    samples = _rows_of_inputs(x.value, mark, n)
+    return None if samples is None else (0, samples)
 
 
 def _rows_of_inputs(x: Tensor, mark: CallMark, n: int) -> Tensor | None:
     """The sample of each row of x, if every row is found among the rows of the model's inputs; None
     if some are not.
     """
-    rows, size = x.reshape(len(x), -1), x[0].numel()
-    pool, sample_indices = [], []
-    for t in mark.inputs:
-        if (
-            t.dim() > mark.batch_axis
-            and t.shape[mark.batch_axis] == n
-            and t.dtype == x.dtype
-            and t.numel() % (n * size) == 0
-        ):
-            pool.append(t.movedim(mark.batch_axis, 0).reshape(-1, size))
-            sample_indices.append(torch.arange(n).repeat_interleave(len(pool[-1]) // n))
+    size, axis = x[0].numel(), mark.batch_axis
+    pool = [
+        t.movedim(axis, 0).reshape(-1, size)
+        for t in mark.inputs
+        if t.dim() > axis
+        and t.shape[axis] == n
+        and t.dtype == x.dtype
+        and t.numel() % (n * size) == 0
+    ]
     if not pool or (not x.is_floating_point() and x.numel() != sum(t.numel() for t in pool)):
         # numbers that merely count, such as positions, are found among tokens by chance
         return None
-    mix = torch.rand(
-        size, generator=torch.Generator().manual_seed(0x6E6E6A), dtype=torch.float64
-    ).to(x.device)
-    known, order = (torch.cat(pool).to(torch.float64) * mix).sum(1).sort()
-    mine, sample_index = (
-        (rows.to(torch.float64) * mix).sum(1),
-        torch.cat(sample_indices)[order.cpu()],
-    )
-    slack = 1e-12 * (1 + known.abs())
-    first = torch.searchsorted(known - slack, mine, right=True).clamp(max=len(known)) - 1
-    low = torch.searchsorted(known + slack, mine).cpu()
-    high = first.cpu()
-    if bool((low > high).any()):
+    samples = [torch.arange(n).repeat_interleave(len(t) // n) for t in pool]
+    return _found_among(x.reshape(len(x), -1), torch.cat(pool), torch.cat(samples))
+
+
+def _found_among(rows: Tensor, pool: Tensor, samples: Tensor) -> Tensor | None:
+    """The sample of the row of the pool that each row is equal to, -1 where several samples have
+    that row; None if a row is not among them. Rows are compared by one random combination.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    mix = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+    keys, order = (pool.to(torch.float64) * mix).sum(1).sort()
+    samples = samples[order.cpu()]
+    mine, slack = (rows.to(torch.float64) * mix).sum(1), 1e-12 * (1 + keys.abs())
+    last = (torch.searchsorted(keys - slack, mine, right=True).clamp(max=len(keys)) - 1).cpu()
+    first = torch.searchsorted(keys + slack, mine).cpu()
+    if bool((first > last).any()):
         return None
-    # equal rows of several samples tell nothing
-    return torch.where(sample_index[low] == sample_index[high], sample_index[low], -1)
+    return torch.where(samples[first] == samples[last], samples[first], -1)
 
 
 def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
@@ -222,53 +250,60 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
 
     Errors: `Coupled` if what was given at one place reaches the loss in two samples.
     """
-    in_order, to = True, torch.full((n,), -1)
-    for step, axis, sample_indices in _evidence(sweep.graph, mark, n) if sweep.n > 1 else []:
+    if sweep.n == 1:
+        return True
+    in_order, reached = True, torch.full((n,), -1)  # the sample that each place reaches
+    for step, axis, samples in _evidence(sweep.graph, mark, n):
         state, shape = sweep.state[step.into[0]], edge_shape(step.into[0])
         if state is None:
             return False
         if state.by_column:
             raise Coupled.at(describe(step, sweep.graph.paths))
-        of = torch.arange(shape[0]) // (shape[0] // sweep.n) if state.of is None else state.of.cpu()
-        of = of.reshape(*of.shape, *[1] * (len(shape) - of.dim()))
-        of = (
-            of.expand(*(shape[i] if i == axis else s for i, s in enumerate(of.shape)))
-            .movedim(axis, 0)
-            .flatten(1)
-        )
-        told = (of >= 0) & (sample_indices[:, None] >= 0)
-        given, whose = sample_indices[:, None].expand(of.shape)[told], of[told]
-        unknown = to[given] < 0
-        to[given[unknown]] = whose[unknown]
-        if bool((to[given] != whose).any()):
+        of = _along_axis(state, shape, axis)
+        both_told = (of >= 0) & (samples[:, None] >= 0)
+        place, sample = samples[:, None].expand(of.shape)[both_told], of[both_told]
+        first_seen = reached[place] < 0
+        reached[place[first_seen]] = sample[first_seen]
+        if bool((reached[place] != sample).any()):
             raise Coupled.at(describe(step, sweep.graph.paths))
-        in_order = in_order and bool((given == whose).all())
+        in_order = in_order and bool((place == sample).all())
     return in_order
+
+
+def _along_axis(state: SampleIndex, shape: tuple[int, ...], axis: int) -> Tensor:
+    """Whose the entries on an edge of `shape` are, (shape[axis], all else that it depends on)."""
+    if state.of is None:
+        of = torch.arange(shape[0]) // (shape[0] // state.n)
+    else:
+        of = state.of.cpu()
+    of = of.reshape(*of.shape, *[1] * (len(shape) - of.dim()))
+    sizes = [shape[i] if i == axis else s for i, s in enumerate(of.shape)]
+    return of.expand(sizes).movedim(axis, 0).flatten(1)
 
 
 def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row of the loss touches at the first layers, or None if a row
     touches none or several.
     """
-    evidence = {e.step: e for e in _evidence(graph, mark, n) if bool((e.sample_indices >= 0).all())}
+    evidence = {e.step: e for e in _evidence(graph, mark, n) if bool((e.samples >= 0).all())}
     if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[:1] != (rows,):
         return None
     (root,) = graph.roots
-    shape, dtype = edge_shape(root), edge_dtype(root)
-    device = root[0]._input_metadata[root[1]].device
+    shape, dtype, device = edge_shape(root), edge_dtype(root), device_of(root)
     sweep = Sweep(graph, 1, {root: SampleIndex(1)})
-    generator = torch.Generator().manual_seed(0x6E6E6A)
+    generator = torch.Generator().manual_seed(SEED)
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)
-    found = torch.zeros(rows, n, dtype=torch.long, device=device)
+    touched = torch.zeros(rows, n, dtype=torch.long, device=device)
     stride = 64
     for start in range(0, rows, stride):
         number = torch.arange(start, min(start + stride, rows), device=device)
         columns = cotangent.new_zeros(len(number), *shape)
         columns[number - start, number] = cotangent[number]
         for step, v in sweep.watch({root: columns}, len(number), list(evidence)):
-            there = (v != 0).movedim(evidence[step].axis + 1, 1).flatten(2).any(2).long()
-            found[number] += torch.zeros_like(found[number]).index_add_(
-                1, evidence[step].sample_indices.to(device), there
+            _, axis, samples = evidence[step]
+            nonzero = (v != 0).movedim(axis + 1, 1).flatten(2).any(2).long()
+            touched[number] += torch.zeros_like(touched[number]).index_add_(
+                1, samples.to(device), nonzero
             )
-    touched = found > 0
-    return touched.int().argmax(1) if bool((touched.sum(1) == 1).all()) else None
+    one_each = bool(((touched > 0).sum(1) == 1).all())
+    return (touched > 0).int().argmax(1) if one_each else None

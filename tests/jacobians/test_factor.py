@@ -15,7 +15,7 @@ import nnj
 from nnj.jacobians.factor import SquareSum, merge_uses
 from nnj.registry.manager import use
 from tests.support.distributions import Plugin
-from tests.support.truth import Truth
+from tests.support.oracle import dense
 
 pytestmark = pytest.mark.usefixtures("seeded")
 N, D, C = 5, 4, 6
@@ -201,16 +201,16 @@ class Twice(nn.Module):
 
 def exact(model: nn.Module, loss: Loss, x: Tensor, **options: Any) -> None:
     """ggn_diag, ggn_block and batch_grad are those of dense Jacobians and Hessians."""
-    truth = Truth(model, lambda run: [run(x)], lambda outputs: 3 * loss(*outputs))
+    sample = torch.arange(N).repeat_interleave(C)
+    truth = dense(model, lambda run: [run(x)], lambda outputs: 3 * loss(*outputs), sample)
     close: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
     nnj.extend(model)
     with nnj.collect("ggn_diag", "ggn_block", "batch_grad", **options):
         (3 * nnj.extend(loss)(model(x))).backward()
-    sample = torch.arange(N).repeat_interleave(C)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in params.items():
         torch.testing.assert_close(p.ggn_diag, truth.diag(name), **close)
-        torch.testing.assert_close(p.batch_grad, truth.sample_grads(name, sample, N), **close)
+        torch.testing.assert_close(p.batch_grad, truth.batch_grad(name), **close)
     for path, m in model.named_modules():
         own = [f"{path}.{name}" for name in m._parameters if f"{path}.{name}" in params]
         if own:

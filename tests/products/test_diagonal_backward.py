@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import nnj
+from tests.support.cases import CASES
+from tests.support.oracle import build, data_of
 from tests.support.products import (
     MODELS,
     N,
@@ -399,3 +401,57 @@ def test_pairs_on_other_ways_are_refused():
     model, x = Fork(), r(N, 2).abs()
     with pytest.raises(nnj.NNJError, match="the model does other operations at x1 than at x2"):
         nnj.jTmjp_pair(model, x, -x, None, "input", to_diag=True, diag_backprop=True)
+
+
+class Sine(nn.Module):
+    """An operation without a layer stands at the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(x.sin())
+
+
+def test_pairs_behind_an_operation_on_the_input():
+    model, x1, x2, m = Sine().double(), r(N, 3), r(N, 3), r(N, 2, 2)
+    w = model.head.weight.detach()
+    middle = (w.T @ m @ w).diagonal(dim1=1, dim2=2)
+    found = nnj.jTmjp_pair(model, x1, x2, (m, m, m), diag_backprop=True)
+    for (a, b), matrix in zip(((x1, x1), (x1, x2), (x2, x2)), found, strict=True):
+        same(matrix, (a.cos() * middle * b.cos()).diag_embed())
+
+
+class Probabilities(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return torch.softmax(self.head(x), -1)
+
+
+@on_slots
+@pytest.mark.parametrize("to_diag", (True, False))
+def test_one_sample_is_what_it_is_among_others(wrt, to_diag):
+    """A full metric goes exactly through operations behind the last layer, and comes so from
+    them.
+    """
+    model, x, m = Probabilities().double(), r(N, 3), r(N, 4, 4)
+    flags = {"wrt": wrt, "to_diag": to_diag, "diag_backprop": True}
+    same(nnj.jTmjp(model, x[:1], m[:1], **flags), nnj.jTmjp(model, x, m, **flags)[:1])
+    same(nnj.jmjTp(model, x[:1], **flags), nnj.jmjTp(model, x, **flags)[:1])
+
+
+def test_refused_where_a_layer_stands_for_each_sample_by_itself():
+    case = CASES["loop-over-slices"]
+    with pytest.raises(nnj.NNJError, match="only where a layer has one row for each sample"):
+        nnj.jTmjp(build(case), data_of(case)[0], None, "weight", diag_backprop=True)
+
+
+@pytest.mark.parametrize("product", (nnj.jTmjp, nnj.jmjTp))
+def test_refused_at_a_checkpoint(product):
+    case = CASES["mha-checkpointed"]
+    with pytest.raises(nnj.NNJError, match="cannot go on at torch.utils.checkpoint"):
+        product(build(case), data_of(case)[0], None, "input", to_diag=True, diag_backprop=True)
