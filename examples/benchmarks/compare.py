@@ -3,7 +3,8 @@ in a table and a figure.
 
     python examples/benchmarks/compare.py --out results
 
-writes results/table.md, figure.png and results.json. harness.py says how it is measured, and how to
+writes results/table.md, figure.png and results.json, and with --page the README.md of this folder.
+harness.py says how it is measured, and how to
 get the other tools."""
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
 from networks import ROWS
+from page import publish
 from tools import NAMES
 
 
@@ -137,6 +139,8 @@ def main() -> None:
     (out / "table.md").write_text(table(results) + "\n")
     if args.figure:
         figure(results, out / "figure.png")
+    if args.page:
+        publish("compare", table(results), out / "figure.png" if args.figure else None)
     print("\n" + table(results))
 
 

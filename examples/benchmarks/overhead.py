@@ -2,7 +2,8 @@
 extended, in turns.
 
     python examples/benchmarks/overhead.py
-"""
+
+With --page the table goes into the README.md of this folder, too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from harness import where
 from networks import ROWS, mlp
+from page import option, publish
 from torch import Tensor, nn
 
 import nnj
@@ -66,16 +69,20 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    option(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("| network | plain [ms] | extended [ms] | ratio |", "|---" * 4 + "|", sep="\n")
+    lines = ["| network | plain [ms] | extended [ms] | ratio |", "|---" * 4 + "|"]
+    print(*lines, sep="\n")
     for number in args.cases:
         name, (make, count) = list(CASES.items())[number]
         plain, extended = measure(make, count, args.repeats)
-        print(
-            f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |",
-            flush=True,
+        lines.append(
+            f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |"
         )
+        print(lines[-1], flush=True)
+    if args.page:
+        publish("overhead", "\n".join([*lines, "", f"{where(args.threads)}."]))
 
 
 if __name__ == "__main__":
