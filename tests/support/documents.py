@@ -30,8 +30,8 @@ def anchors(text: str) -> set[str]:
 
 
 def links(text: str) -> list[str]:
-    """The targets of links and pictures."""
-    return re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    """The targets of links and pictures; what looks like one in `code` is none."""
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(text)))
 
 
 def guides() -> list[Path]:
