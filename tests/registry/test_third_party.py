@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from tests.support.distributions import ROOT
+from tests.support.documents import fenced
 from tests.support.installing import install
 
 USE = """
@@ -94,3 +95,11 @@ def test_its_own_tests_pass(python):
 
 def test_it_is_used_and_exact(python):
     python("-c", USE)
+
+
+def test_its_guide_is_right(python):
+    guide = (ROOT / "examples" / "third_party" / "README.md").read_text()
+    (snippet,) = fenced(guide, "python")
+    python("-c", snippet)
+    (entry,) = fenced(guide, "toml")
+    assert entry.strip() in (ROOT / "examples" / "third_party" / "pyproject.toml").read_text()
