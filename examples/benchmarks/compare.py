@@ -79,12 +79,12 @@ def figure(results: dict[str, Any], path: Path) -> None:
     ):
         for i, tool in enumerate(tools):
             xs, ys, bad = [], [], []
-            for place, row in enumerate(rows.values()):
+            for line, row in enumerate(rows.values()):
                 r = row[tool]
                 x = median(r) if key == "time" else max(r["bytes"] / 2**20, 0.5)
                 if not math.isnan(median(r) + x):
                     xs.append(x)
-                    ys.append(place + 0.3 * (i / max(len(tools) - 1, 1) - 0.5))
+                    ys.append(line + 0.3 * (i / max(len(tools) - 1, 1) - 0.5))
                     bad.append(not r["error"] <= WRONG)
             color = "black" if tool == "nnj" else f"C{i}"
             axis.scatter(

@@ -1,5 +1,5 @@
 """What nnj.extend costs while nothing is collected: a forward and a backward pass, plain and
-extended, in turns.
+extended, one after the other.
 
     python examples/benchmarks/overhead.py
 
@@ -49,15 +49,15 @@ def passes(model: nn.Module, loss_func: nn.Module, x: Tensor, y: Tensor, count: 
 def measure(
     make: Callable[[], tuple[nn.Module, Tensor, Tensor]], count: int, repeats: int
 ) -> tuple[float, float]:
-    """Seconds of both passes, plain and extended: medians of turns."""
+    """Seconds of both passes, plain and extended: medians."""
     plain, x, y = make()
     extended = nnj.extend(make()[0])
     losses = nn.CrossEntropyLoss(), nnj.extend(nn.CrossEntropyLoss())
-    turns = [
+    rounds = [
         [passes(m, f, x, y, count) for m, f in zip((plain, extended), losses, strict=True)]
         for _ in range(repeats + 1)
     ]
-    return statistics.median(t[0] for t in turns[1:]), statistics.median(t[1] for t in turns[1:])
+    return statistics.median(t[0] for t in rounds[1:]), statistics.median(t[1] for t in rounds[1:])
 
 
 def main() -> None:

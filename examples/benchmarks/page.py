@@ -63,7 +63,7 @@ The floor is the time of the multiply-adds alone, at the rate of a large matrix 
     ),
     "overhead": (
         "An extended model in which nothing is collected",
-        "A forward and a backward pass, plain and extended, in turn.",
+        "A forward and a backward pass, plain and extended, one after the other.",
         "",
     ),
 }
