@@ -3,7 +3,7 @@ handwritten digits.
 
 The digits come with scikit-learn. They are not shuffled: labels repeat after 130, as if writer
 followed writer, so the network learns from about three people and is tested on others, on digits
-turned by 90 degrees, and on noisy ones. It says how sure it is as a plain network, and as the mean
+rotated by 90 degrees, and on noisy ones. It says how sure it is as a plain network, and as the mean
 over a Gaussian posterior of its weights,
 
     p(weights | data) = N(theta, 1 / (ggn_diag + prior precision)),
@@ -160,8 +160,8 @@ def reliability(p, y):
     accuracy.
     """
     confidence, guess = p.max(1)
-    right, place = (guess == y).float(), (confidence * BINS).long().clamp(max=BINS - 1)
-    bins = [place == b for b in range(BINS) if (place == b).any()]
+    right, index = (guess == y).float(), (confidence * BINS).long().clamp(max=BINS - 1)
+    bins = [index == b for b in range(BINS) if (index == b).any()]
     return torch.tensor([[b.sum(), confidence[b].mean(), right[b].mean()] for b in bins]).T
 
 
@@ -243,7 +243,7 @@ def picture(path, images, y, clean, rotated, log_evidence, held_out, chosen):
             entropy(rotated[name]),
             histtype="step",
             lw=1.6,
-            label=f"{title}, turned by 90°",
+            label=f"{title}, rotated by 90°",
             **options,
         )
     histogram.set(

@@ -1,4 +1,4 @@
-"""The seven products of nnj on a small network, each beside the same from the dense Jacobian; and
+"""The eight products of nnj on a small network, each beside the same from the dense Jacobian; and
 the variance of predictions.
 
     python examples/jacobians.py
@@ -37,8 +37,8 @@ def show(call: str, formula: str, found: Tensor, expected: Tensor) -> float:
 
 
 def tutorial(model: nn.Module, x: Tensor) -> float:
-    """The seven products. Nothing has to be extended for them; models may be residual, recurrent or
-    attend.
+    """The eight products. Nothing has to be extended for them; models may be residual or recurrent,
+    or have attention.
     """
     j, w = dense(model, x)
     n, out, p = w.shape
@@ -135,8 +135,8 @@ def tutorial(model: nn.Module, x: Tensor) -> float:
         "backward pass, whatever the"
     )
     print(
-        "number of outputs. That is an approximation, save in the last layer. The largest relative "
-        "errors:"
+        "number of outputs. That is an approximation, except in the last layer. The largest "
+        "relative errors:"
     )
     exact = nnj.jTmjp(model, x, None, "weight", to_diag=True)
     cut = nnj.jTmjp(model, x, None, "weight", to_diag=True, diag_backprop=True)

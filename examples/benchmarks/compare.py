@@ -3,7 +3,8 @@ in a table and a figure.
 
     python examples/benchmarks/compare.py --out results
 
-writes results/table.md, figure.png and results.json. harness.py says how it is measured, and how to
+writes results/table.md, figure.png and results.json, and with --page the README.md of this folder.
+harness.py says how it is measured, and how to
 get the other tools."""
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
 from networks import ROWS
+from page import publish
 from tools import NAMES
 
 
@@ -77,12 +79,12 @@ def figure(results: dict[str, Any], path: Path) -> None:
     ):
         for i, tool in enumerate(tools):
             xs, ys, bad = [], [], []
-            for place, row in enumerate(rows.values()):
+            for line, row in enumerate(rows.values()):
                 r = row[tool]
                 x = median(r) if key == "time" else max(r["bytes"] / 2**20, 0.5)
                 if not math.isnan(median(r) + x):
                     xs.append(x)
-                    ys.append(place + 0.3 * (i / max(len(tools) - 1, 1) - 0.5))
+                    ys.append(line + 0.3 * (i / max(len(tools) - 1, 1) - 0.5))
                     bad.append(not r["error"] <= WRONG)
             color = "black" if tool == "nnj" else f"C{i}"
             axis.scatter(
@@ -137,6 +139,8 @@ def main() -> None:
     (out / "table.md").write_text(table(results) + "\n")
     if args.figure:
         figure(results, out / "figure.png")
+    if args.page:
+        publish("compare", table(results), out / "figure.png" if args.figure else None)
     print("\n" + table(results))
 
 

@@ -3,6 +3,8 @@ multiply-adds.
 
     python examples/benchmarks/floor.py --rows 2c2d mlp-tanh
 
+With --page its summary goes into the README.md of this folder, too.
+
 The floor is the time that the matrix products and convolutions which nnj asks for would take at the
 rate of one large matrix product of this machine, the fastest of several before and after (float32;
 nothing is subtracted for the plain forward and backward pass, which are in both). Above it stand
@@ -18,7 +20,9 @@ import time
 from typing import Any
 
 import torch
+from harness import where
 from networks import ROWS
+from page import option, publish
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -168,6 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    option(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, speeds = [], []
@@ -177,14 +182,13 @@ def main() -> None:
         speeds.append(speed)
         print(layers, flush=True)
     low, high = (f"{s / 1e9:.0f}" for s in (min(speeds), max(speeds)))
-    print(
-        f"\nA matrix product of this machine: {low} to {high} billion multiply-adds in a second.\n"
-    )
-    print(
-        "| network | time [ms] | floor | time / floor | products | entries | copies | Python and "
-        "rest |"
-    )
-    print("|---" * 8 + "|", *rows, sep="\n")
+    speed = f"A matrix product of this machine: {low} to {high} billion multiply-adds in a second."
+    columns = ("network", "time [ms]", "floor", "time / floor", "products", "entries", "copies")
+    head = f"| {' | '.join(columns)} | Python and rest |"
+    table = "\n".join([head, "|---" * 8 + "|", *rows])
+    if args.page:
+        publish("floor", f"{table}\n\n{where(args.threads)}. {speed}")
+    print(f"\n{speed}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from page import option
 from tools import NAMES, PACKAGES
 from worker import OUT
 
@@ -271,8 +272,8 @@ def version(package: str) -> str:
         return f"{package} missing"
 
 
-def machine(args: argparse.Namespace) -> str:
-    """What the figures were measured on, and when."""
+def where(threads: int, device: str = "cpu") -> str:
+    """When and on what something is measured."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -283,14 +284,20 @@ def machine(args: argparse.Namespace) -> str:
             if s.startswith("model name")
         ]
         processor = models[0] if models else processor
-    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
-    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{processor}, {threads}"
+    on = f"{processor}, {threads} thread{'s' * (threads > 1)}"
+    return (
+        f"{datetime.date.today()}, {torch.cuda.get_device_name() if device != 'cpu' else on}, "
+        f"float32, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def machine(args: argparse.Namespace) -> str:
+    """When, on what and with which versions the figures of a table of tools were measured."""
     versions = [version(p) for tool in args.tools for p in PACKAGES[tool]]
     return (
-        f"{datetime.date.today()}, {where}, float32, torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {', '.join(versions)}; median of {args.repeats} interleaved "
-        "runs (fastest–slowest), peak memory beyond a plain gradient, largest error relative to "
-        "the largest entry of a parameter"
+        f"{where(args.threads, args.device)}; {', '.join(versions)}; median of {args.repeats} "
+        "interleaved runs (fastest–slowest), peak memory beyond a plain gradient, largest error "
+        "relative to the largest entry of a parameter"
     )
 
 
@@ -316,4 +323,5 @@ def parser(text: str | None, tools: list[str], out: str) -> argparse.ArgumentPar
     found.add_argument(
         "--no-figure", dest="figure", action="store_false", help="for those without matplotlib"
     )
+    option(found)
     return found

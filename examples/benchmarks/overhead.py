@@ -1,8 +1,9 @@
 """What nnj.extend costs while nothing is collected: a forward and a backward pass, plain and
-extended, in turns.
+extended, one after the other.
 
     python examples/benchmarks/overhead.py
-"""
+
+With --page the table goes into the README.md of this folder, too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from harness import where
 from networks import ROWS, mlp
+from page import option, publish
 from torch import Tensor, nn
 
 import nnj
@@ -46,15 +49,15 @@ def passes(model: nn.Module, loss_func: nn.Module, x: Tensor, y: Tensor, count: 
 def measure(
     make: Callable[[], tuple[nn.Module, Tensor, Tensor]], count: int, repeats: int
 ) -> tuple[float, float]:
-    """Seconds of both passes, plain and extended: medians of turns."""
+    """Seconds of both passes, plain and extended: medians."""
     plain, x, y = make()
     extended = nnj.extend(make()[0])
     losses = nn.CrossEntropyLoss(), nnj.extend(nn.CrossEntropyLoss())
-    turns = [
+    rounds = [
         [passes(m, f, x, y, count) for m, f in zip((plain, extended), losses, strict=True)]
         for _ in range(repeats + 1)
     ]
-    return statistics.median(t[0] for t in turns[1:]), statistics.median(t[1] for t in turns[1:])
+    return statistics.median(t[0] for t in rounds[1:]), statistics.median(t[1] for t in rounds[1:])
 
 
 def main() -> None:
@@ -66,16 +69,20 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    option(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("| network | plain [ms] | extended [ms] | ratio |", "|---" * 4 + "|", sep="\n")
+    lines = ["| network | plain [ms] | extended [ms] | ratio |", "|---" * 4 + "|"]
+    print(*lines, sep="\n")
     for number in args.cases:
         name, (make, count) = list(CASES.items())[number]
         plain, extended = measure(make, count, args.repeats)
-        print(
-            f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |",
-            flush=True,
+        lines.append(
+            f"| {name} | {1e3 * plain:.3g} | {1e3 * extended:.3g} | {extended / plain:.3f} |"
         )
+        print(lines[-1], flush=True)
+    if args.page:
+        publish("overhead", "\n".join([*lines, "", f"{where(args.threads)}."]))
 
 
 if __name__ == "__main__":

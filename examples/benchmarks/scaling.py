@@ -3,7 +3,8 @@ one of them at a time.
 
     python examples/benchmarks/scaling.py --out scaling
 
-writes scaling/table.md, figure.png and results.json. harness.py says how it is measured, and how to
+writes scaling/table.md, figure.png and results.json, and with --page the README.md of this folder.
+harness.py says how it is measured, and how to
 get the other tools. The exponent a in time ∝ C^a (and so on) is fitted to the three largest sizes;
 it is below its limit while fixed costs matter."""
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
+from page import publish
 from tools import NAMES
 
 BASE = {"N": 32, "C": 16, "width": 128, "depth": 4}
@@ -150,6 +152,8 @@ def main() -> None:
     (out / "table.md").write_text(table(results) + "\n")
     if args.figure:
         figure(results, out / "figure.png")
+    if args.page:
+        publish("scaling", table(results), out / "figure.png" if args.figure else None)
     print("\n" + table(results))
 
 

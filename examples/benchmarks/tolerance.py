@@ -3,9 +3,10 @@ tol, beside Monte Carlo.
 
     python examples/benchmarks/tolerance.py --out tolerance
 
-writes tolerance/table.md and figure.png. A tolerance leaves out columns of the loss's Hessian that
-carry little, so the result is a lower bound, and `collect` reports what is missing. Monte Carlo is
-given as many columns as the tolerance has kept."""
+writes tolerance/table.md and figure.png, and with --page the README.md of this folder. A tolerance
+leaves out columns of the loss's Hessian that carry little, so the result is a lower bound, and
+`collect` reports what is missing. Monte Carlo is given as many columns as the tolerance has
+kept."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import where
+from page import option, publish
 from torch import Tensor, nn
 
 import nnj
@@ -196,6 +199,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    option(parser)
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -211,6 +215,9 @@ def main() -> None:
     )
     (out / "table.md").write_text(text + "\n")
     figure(exact, rows, title, out / "figure.png")
+    if args.page:
+        measured = where(torch.get_num_threads())
+        publish("tolerance", f"{text}\n\n{measured}.", out / "figure.png")
     print(text)
 
 

@@ -73,6 +73,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     import compare
     import harness
+    import page
     import scaling
 
     args = argparse.Namespace(
@@ -84,7 +85,9 @@ def bench(monkeypatch, tmp_path):
         memory=16.0,
         out=str(tmp_path),
     )
-    return argparse.Namespace(harness=harness, compare=compare, scaling=scaling, args=args)
+    return argparse.Namespace(
+        harness=harness, compare=compare, page=page, scaling=scaling, args=args
+    )
 
 
 def measure(bench, *tools: str, row: str = "tiny", **options):
@@ -203,6 +206,26 @@ def test_table_of_the_comparison(bench):
         {"machine": "here", "tools": tools, "rows": {"tiny": row}}
     ).splitlines()
     assert lines[-1] == "here. **Disturbed:** other programs used up to 1.0 cores meanwhile."
+
+
+def test_the_page_is_that_of_the_results(bench):
+    """If this fails: python examples/benchmarks/page.py."""
+    assert (FOLDER / "README.md").read_text() == bench.page.page()
+    for name, (heading, _, caption) in bench.page.PARTS.items():
+        assert f"## {heading}\n" in bench.page.page(), f"results/{name}.md is missing"
+        assert not caption or f"(results/{name}.png)" in bench.page.page()
+
+
+def test_one_part_of_the_page_is_renewed_without_the_others(bench, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "drawn.png").write_bytes(b"\x89PNG")
+    bench.page.publish("floor", "| a floor |", folder=tmp_path)
+    bench.page.publish("compare", "| first |", tmp_path / "drawn.png", tmp_path)
+    bench.page.publish("compare", "| second |\n", folder=tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| second |" in text and "| first |" not in text and "| a floor |" in text
+    assert text.count("\n## ") == 2 and text.index("| second |") < text.index("| a floor |")
+    assert text.count("![") == 1 and (tmp_path / "results" / "compare.png").exists()
 
 
 def test_scaling_on_the_smallest_sizes(bench, tmp_path):

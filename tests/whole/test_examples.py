@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.documents import ROOT, fenced
+
 ROW = re.compile(
     r"^(plain network|(?:tempered|Laplace), [a-z -]+?)" + r"\s+(\d+\.\d+)" * 5 + "$", re.MULTILINE
 )
@@ -59,21 +60,39 @@ def test_digits(tmp_path):
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of the README in one language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    return fenced((ROOT / "README.md").read_text(), language)
+
+
+def table_of(text: str) -> list[list[str]]:
+    """The lines of nnj's own plugins: others may be installed beside it."""
+    return [line.split() for line in text.splitlines() if re.search(r" nnj \d", line)]
+
+
+def test_the_table_of_the_plugins_is_what_the_command_prints(tmp_path):
+    """If this fails: run the command that is given in nnj_plugins/README.md, which is run here on a
+    copy.
+    """
+    page = (ROOT / "nnj_plugins" / "README.md").read_text()
+    (shown,) = fenced(page, "text")
+    assert "torch.nn.Linear" in shown
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    environment = {**os.environ, "PYTHONPATH": path, "PATH": os.pathsep.join(folders)}
+    (tmp_path / "nnj_plugins").mkdir()
+    (tmp_path / "nnj_plugins" / "README.md").write_text(page)
+    (command,) = fenced(page, "sh")
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+    made = (tmp_path / "nnj_plugins" / "README.md").read_text()
+    (printed,) = fenced(made, "text")
+    assert table_of(shown) == table_of(printed)
+    assert made[: made.index(printed)] == page[: page.index(shown)]
 
 
 def test_the_readme_shows_what_is_there():
-    """If this fails: paste the output of `python -m nnj`, or the file, into the README."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nnj"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    ours = re.compile(r" nnj \d")
-    shown = next(block for block in blocks("text") if "torch.nn.Linear" in block)
-    assert [line.split() for line in shown.splitlines() if ours.search(line)] == [
-        line.split() for line in done.stdout.splitlines() if ours.search(line)
-    ]
+    """If this fails: paste the file into the README."""
     assert (ROOT / "examples" / "third_party" / "nnj_siren" / "layers.py").read_text() in blocks(
         "python"
     )

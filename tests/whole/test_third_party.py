@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from tests.support.distributions import ROOT, install
+from tests.support.documents import fenced
 
 USE = """
 import nnj, nnj_siren, torch
@@ -93,3 +94,11 @@ def test_its_own_tests_pass(python):
 
 def test_it_is_used_and_exact(python):
     python("-c", USE)
+
+
+def test_its_guide_is_right(python):
+    guide = (ROOT / "examples" / "third_party" / "README.md").read_text()
+    (snippet,) = fenced(guide, "python")
+    python("-c", snippet)
+    (entry,) = fenced(guide, "toml")
+    assert entry.strip() in (ROOT / "examples" / "third_party" / "pyproject.toml").read_text()

@@ -1,6 +1,4 @@
-"""The layer as one begins with it: its Jacobian, entry by entry. Compare layers.py, where it is
-fast.
-"""
+"""Where to begin with a layer: its Jacobian, entry by entry. layers.py has the same layer, fast."""
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from nnj_siren.layers import Sine
 
 
 class FirstSine(Sine):
-    """`Sine`, whose Jacobian stands in memory: (N, outputs, inputs) numbers."""
+    """`Sine` with a dense Jacobian: (N, outputs, inputs) numbers in memory."""
 
 
 def first_sine(m: FirstSine, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:

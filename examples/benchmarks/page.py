@@ -1,0 +1,103 @@
+"""README.md of this folder: what each benchmark measures, and the results that it has left in
+results/.
+
+    python examples/benchmarks/page.py
+
+puts the page together again. A benchmark that is run with --page first leaves its part there
+(results/NAME.md, and NAME.png where it draws), so that one part is renewed without running the
+others."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+HEAD = """\
+# Benchmarks
+
+What nnj's exact results cost, beside every other tool that has them. This page is written by the
+benchmarks: `python examples/benchmarks/NAME.py --page` measures one part anew and writes it into
+`results/`, and `python examples/benchmarks/page.py` puts the page together from what is there.
+
+```sh
+pip install -e '.[benchmarks]' && python examples/benchmarks/compare.py --out results
+```
+
+Without `--page` a benchmark leaves its table, figure and raw numbers in the folder that `--out`
+names. `--device cuda` measures `compare.py` and `scaling.py` on a GPU (no such table was made yet).
+`products.py` sets `nnj.vjp`, `nnj.jvp` and a diagonal by `diag_backprop=True` beside torch's own
+products and one gradient, and prints a table of its own.
+"""
+# name -> heading, what is measured, and what the picture shows
+PARTS = {
+    "compare": (
+        "The exact GGN diagonal by every tool",
+        """\
+Each tool runs in a process of its own with its own idiom, on the same weights and data; its result
+is compared with a reference in float64 before anything is timed. A cell is the median time
+(fastest–slowest), the peak memory beyond that of a plain gradient, and the largest error. Wrong,
+refused, missing, out of memory and too slow are said. torch.func is what a user writes, `jacrev`
+under `vmap`; "by sample" is our own best writing of it, one sample at a time.""",
+        "Time and memory of each tool on each network",
+    ),
+    "scaling": (
+        "How cost grows with classes, samples, width and depth",
+        "`scaling.py` measures an MLP, one of its sizes at a time.",
+        "Time and memory against C, N, width and depth",
+    ),
+    "tolerance": (
+        "What a tolerance saves",
+        """\
+A trained network is sure of most of its answers, and `tol=` makes use of that. The result is a
+lower bound with a deficit that is known; Monte Carlo with as many columns is far less exact.""",
+        "Time and true error against tol",
+    ),
+    "floor": (
+        "What stands between nnj and the floor",
+        """\
+The floor is the time of the multiply-adds alone, at the rate of a large matrix product.
+`floor.py` also says it layer by layer. Milliseconds.""",
+        "",
+    ),
+    "overhead": (
+        "An extended model in which nothing is collected",
+        "A forward and a backward pass, plain and extended, one after the other.",
+        "",
+    ),
+}
+
+
+def page(results: Path = FOLDER / "results") -> str:
+    """The page, with the parts that have a result."""
+    parts = [HEAD]
+    for name, (heading, about, caption) in PARTS.items():
+        found = results / f"{name}.md"
+        if found.exists():
+            parts += [f"## {heading}", f"{about}", found.read_text().strip()]
+            if caption and (results / f"{name}.png").exists():
+                parts.append(f"![{caption}](results/{name}.png)")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def publish(name: str, text: str, figure: Path | None = None, folder: Path = FOLDER) -> None:
+    """Leave the result of one benchmark in results/, and write the page anew."""
+    results = folder / "results"
+    (results / f"{name}.md").write_text(text.strip() + "\n")
+    if figure is not None:
+        shutil.copyfile(figure, results / f"{name}.png")
+    (folder / "README.md").write_text(page(results))
+
+
+def option(parser: argparse.ArgumentParser) -> None:
+    """--page, for a benchmark."""
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="write the result into results/ and README.md of this folder, too",
+    )
+
+
+if __name__ == "__main__":
+    (FOLDER / "README.md").write_text(page())
