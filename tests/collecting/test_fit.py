@@ -1,23 +1,27 @@
-"""nnj.fit: in batches of any size what one backward pass over the whole data set gives, under every
-reduction.
-"""
+"""nnj.fit in batches of any size: what one pass over the data set gives; its bar, its refusals."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import nnj
+from nnj.registry.manager import manager, use
 from tests.support.fitting import (
     BITS,
     CLASSES,
     HOLES,
     IMAGE,
+    LOADER,
     PLACES,
     REAL,
     SHARES,
@@ -28,6 +32,7 @@ from tests.support.fitting import (
     agree,
     batches,
     dense,
+    expected,
     mlp,
 )
 
@@ -105,93 +110,12 @@ def test_one_batch_or_many(name, scale, size):
         )
 
 
-@pytest.mark.parametrize("size", [1, 3, N])
-def test_the_mean_of_kl_over_the_batch(size):
-    model, loss = mlp(nn.LogSoftmax(1)), nn.KLDivLoss(reduction="batchmean")
-    agree(
-        nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"],
-        nnj.fit(model, loss, [(X, SHARES)], "batch_grad", scale="mean")["batch_grad"],
-    )
-    _, _, gradient = dense(model, loss, X, SHARES)
-    found = nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"]
-    agree({path: t.sum(0) for path, t in found.items()}, gradient)
-
-
 def test_batch_grad_is_in_the_order_of_the_loader():
     model = mlp().eval()
     fit = nnj.fit(model, nn.CrossEntropyLoss(), batches(X, CLASSES, 3), "batch_grad")
     for i in range(N):
         _, _, gradient = dense(model, nn.CrossEntropyLoss(), X[i : i + 1], CLASSES[i : i + 1])
         agree({path: t[i] for path, t in fit["batch_grad"].items()}, gradient)
-
-
-@pytest.mark.parametrize("own", ["sum", "mean"])
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("size", [1, 2, N])
-def test_a_function_as_loss(own, scale, size):
-    def made(reduction: str) -> Any:
-        return lambda z, y: getattr((z - y).pow(2).sum(1) + z.logsumexp(1), reduction)()
-
-    diag, _, _ = dense(mlp(), made(scale), X, REAL)
-    fit = nnj.fit(mlp(), made(own), batches(X, REAL, size), "ggn_diag", reduction=own, scale=scale)
-    agree(fit["ggn_diag"], diag)
-
-
-class Focal(nn.Module):
-    """A stranger's loss with a reduction that nnj cannot know."""
-
-    reduction = "mean"
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z, y)
-
-
-class Mine(nn.CrossEntropyLoss):
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        return 3 * F.cross_entropy(z, y, reduction=self.reduction)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [F.cross_entropy, Focal(), Mine(), nnj.extend(lambda z, y: F.cross_entropy(z, y))],
-    ids=["function", "module", "subclass", "extended function"],
-)
-def test_no_guess_at_a_reduction(loss):
-    with pytest.raises(
-        nnj.NNJError,
-        match=r"^nnj does not guess how .+ puts the samples of a batch together\. Say reduction="
-        r"'sum' or reduction='mean', over the samples of the batch$",
-    ):
-        nnj.fit(mlp(), loss, batches(X, CLASSES, 3), "ggn_diag")
-    factor = 3 if isinstance(loss, Mine) else 1
-    diag, _, _ = dense(mlp(), nn.CrossEntropyLoss(), X, CLASSES)
-    hooks = dict(loss._forward_hooks) if isinstance(loss, nn.Module) else None
-    agree(
-        nnj.fit(mlp(), loss, batches(X, CLASSES, 3), "ggn_diag", reduction="mean", scale="mean")[
-            "ggn_diag"
-        ],
-        {name: factor * t for name, t in diag.items()},
-    )
-    assert hooks is None or dict(loss._forward_hooks) == hooks
-
-
-@pytest.mark.parametrize(
-    "loss, said, y",
-    [
-        (F.cross_entropy, "sum", CLASSES),
-        (functools.partial(F.cross_entropy, reduction="sum"), "mean", CLASSES),
-        (functools.partial(F.cross_entropy, weight=W), "mean", CLASSES),
-        (lambda z, y: F.cross_entropy(z, y), "mean", HOLES),
-    ],
-    ids=["a mean", "a sum", "weights", "ignored"],
-)
-def test_a_wrong_reduction_is_seen(loss, said, y):
-    with pytest.raises(
-        nnj.NNJError,
-        match=rf"is not the {said} over the samples of a batch, as reduction='{said}' says: "
-        r"the halves of a batch of 7 make \S+, the whole \S+\. Write it as a sum ",
-    ):
-        nnj.fit(mlp(), loss, [(X, y)], "ggn_diag", reduction=said)
 
 
 def test_draws_are_those_of_collect():
@@ -215,19 +139,212 @@ def test_draws_are_those_of_collect():
     )
 
 
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_no_gradient_of_batches_that_are_ignored(scale):
-    """The mean of a batch of ignored targets is nan; that of the data set is not."""
-    y = CLASSES.clone().index_fill(0, torch.arange(3), -100)
-    diag, _, _ = dense(mlp(), nn.CrossEntropyLoss(reduction=scale), X, y)
-    agree(
-        nnj.fit(mlp(), nn.CrossEntropyLoss(), batches(X, y, 3), "ggn_diag", scale=scale)[
-            "ggn_diag"
-        ],
-        diag,
+# -- the bar ---------------------------------------------------------------------------------------
+
+
+def test_a_bar(monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setitem(
+        sys.modules, "tqdm", types.SimpleNamespace(tqdm=lambda it, **kw: (seen.append(kw), it)[1])
     )
+    nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag")
+    assert seen == []
+    nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag", progress=True)
+    assert seen == [{"desc": "nnj.fit", "unit": "batch"}]
+
+
+def test_no_bar_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.warns(
+        UserWarning,
+        match=r"^progress=True shows a bar by tqdm, which is not installed: pip install tqdm$",
+    ):
+        fit = nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag", progress=True)
+    agree(fit["ggn_diag"], expected())
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+class Odd(nnj.Quantity):
+    """A quantity that does not say how it grows with the loss."""
+
+    source = "gradient"
+
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
+        return factor.dense().square().sum((0, 1))
+
+
+@pytest.fixture
+def odd():
+    former = manager()
+    mine = copy.copy(former)
+
+    class Plugin:
+        @nnj.hookimpl
+        def nnj_register_quantities(self, register):
+            register("odd", Odd)
+
+    former.load()
+    mine.register(Plugin(), "odd")
+    use(mine)
+    yield
+    use(former)
+
+
+def test_a_quantity_that_cannot_be_divided(odd):
+    fit = nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "odd", "batch_grad")
+    agree(fit["odd"], {name: t.square().sum(0) for name, t in fit["batch_grad"].items()})
     with pytest.raises(
         nnj.NNJError,
-        match="over this data set divides by 0: all targets are ignored, or of weight zero$",
+        match=r"^odd: Odd does not say how it grows with the loss \(its attribute degree\), so "
+        r"that "
+        r"nnj\.fit cannot divide it\. Use scale='sum'$",
     ):
-        nnj.fit(mlp(), nn.CrossEntropyLoss(), [(X[:3], y[:3])], "ggn_diag", scale="mean")
+        nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "odd", scale="mean")
+    Odd.degree = 2
+    try:
+        mean = nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "odd", scale="mean")
+    finally:
+        Odd.degree = None
+    agree(mean["odd"], {name: t / N**2 for name, t in fit["odd"].items()})
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "empty": (
+        dict(loader=[]),
+        r"^the loader gave no samples, and a data set has at least one\. \(An iterator can be "
+        r"read only ",
+    ),
+    "scale": (dict(scale="average"), r"^scale='average', expected 'sum' or 'mean'$"),
+    "reduction": (
+        dict(reduction="none", loss_func=F.cross_entropy),
+        r"^reduction='none', expected 'sum' or 'mean'$",
+    ),
+    "known": (
+        dict(reduction="sum"),
+        r"^reduction='sum' is for losses that nnj does not know; CrossEntropyLoss is known, and "
+        r"scale= says whether the data set is summed or averaged\. Leave it out$",
+    ),
+    "no loss": (
+        dict(loss_func="mse"),
+        r"^loss_func is 'mse', expected a loss module or a function of \(output, target\)$",
+    ),
+    "a class": (
+        dict(loss_func=nn.MSELoss),
+        r"^loss_func is <class '.*MSELoss'>, expected a loss module",
+    ),
+    "data set": (
+        dict(loader=TensorDataset(X, CLASSES)),
+        r"^loader is a data set of single samples \(TensorDataset\), expected ",
+    ),
+    "bare": (
+        dict(loader=[X]),
+        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, ",
+    ),
+    "one": (dict(loader=[(X,)]), r"^a batch is tuple of 1, expected \(x, \.\.\., y\) or a dict"),
+    "keys": (
+        dict(loader=[{"x": X, "y": CLASSES}]),
+        r"^a batch has the keys 'x', 'y', and not 'labels' for the target\. Say ",
+    ),
+    "key of a tuple": (
+        dict(target="y"),
+        r"^target='y' is a key, but a batch is tuple\. Give a function of the batch$",
+    ),
+    "target alone": (
+        dict(target=lambda b: b[1]),
+        r"^target= is a function, so nnj does not know what of a ",
+    ),
+    "no tensor": (
+        dict(loader=[("x", CLASSES)]),
+        r"^a batch has no tensor with a batch axis for the model",
+    ),
+    "unknown": (
+        dict(quantities=["ggn_dig"]),
+        r"^unknown quantity 'ggn_dig'; did you mean 'ggn_diag'\?",
+    ),
+    "no quantity": (dict(quantities=[]), r"^nnj\.collect needs the name of a quantity"),
+    "frozen": (
+        dict(model=mlp().requires_grad_(False)),
+        r"^no parameter of the model \(or of modules=\) requires grad",
+    ),
+    "other modules": (
+        dict(modules=[nn.Linear(2, 2)]),
+        r"^no parameter of the model \(or of modules=\) requires grad",
+    ),
+    "not a scalar": (
+        dict(
+            loss_func=lambda z, y: F.cross_entropy(z, y, reduction="none"),
+            reduction="sum",
+            loader=batches(X, CLASSES, 1),
+        ),
+        (
+            r"^<lambda> gave a tensor of shape \(1,\), expected a scalar that depends on the "
+            r"parameters of the model$"
+        ),
+    ),
+    "detached": (
+        dict(loss_func=lambda z, y: F.cross_entropy(z.detach(), y), reduction="mean"),
+        (
+            r"^<lambda> gave a scalar that does not, expected a scalar that depends on the "
+            r"parameters of the model$"
+        ),
+    ),
+    "scripted": (
+        dict(model=torch.jit.script(mlp())),
+        r"^a scripted module has no calls of layers to hook",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name):
+    given, message = REFUSALS[name]
+    given = {
+        "model": mlp(),
+        "loss_func": nn.CrossEntropyLoss(),
+        "loader": LOADER,
+        "quantities": ["ggn_diag"],
+        **given,
+    }
+    with pytest.raises(nnj.NNJError, match=message):
+        nnj.fit(
+            given.pop("model"),
+            given.pop("loss_func"),
+            given.pop("loader"),
+            *given.pop("quantities"),
+            **given,
+        )
+
+
+def test_inside_a_collect():
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^nnj\.fit inside an nnj\.collect would add its passes to that one\. Call it ",
+    ):
+        with nnj.collect("ggn_diag"):
+            nnj.fit(mlp(), nn.CrossEntropyLoss(), LOADER, "ggn_diag")
+
+
+def test_samples_that_the_rows_of_the_loss_deny():
+    model, loss = mlp(), lambda z, y: F.mse_loss(z, y)
+    with pytest.raises(
+        nnj.NNJError,
+        match=r"^a batch has 4 samples by its first tensor and 7 by the rows of the loss, so ",
+    ):
+        nnj.fit(
+            model,
+            loss,
+            [(torch.zeros(4), X, REAL)],
+            "ggn_diag",
+            reduction="mean",
+            forward=lambda m, b: m(b[1]),
+        )
+
+
+def test_a_refusal_of_collect_comes_through():
+    model = nn.Sequential(nn.Linear(4, C), nn.Softmax(0)).double()
+    with pytest.raises(nnj.NNJError, match="sample"):
+        nnj.fit(model, nn.MSELoss(), [(X, REAL)], "ggn_diag")
+    assert not vars(model[0].weight) and model.training

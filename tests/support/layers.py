@@ -1,6 +1,4 @@
-"""The table of layers, (name, module, input), with options that are easily got wrong;
-tests/nnj_plugins/test_every_layer.py runs over it.
-"""
+"""The table of layers, (name, module, input), with options that are easily got wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Layers that move, copy or interpolate entries, and gates: (name, module, input), a part of the
-table in layers.py.
-"""
+"""A part of the table of layers: those that move, copy or interpolate entries, and gates."""
 
 from __future__ import annotations
 

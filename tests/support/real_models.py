@@ -1,6 +1,4 @@
-"""Models that no one here wrote, tiny and with random weights: transformers, diffusers, peft,
-timm.
-"""
+"""Models that no one here wrote, tiny and with random weights, of four packages."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One table of models, losses and ways to call them: (user code, data, loss). Everything is tiny;
-tests are products over it.
-"""
+"""One table of models, losses and ways to call them, all tiny; tests are products over it."""
 
 import tests.support.cases.samples
 import tests.support.cases.sequence  # noqa: F401

@@ -1,6 +1,4 @@
-"""Rows: repeated use, checkpoints, subclasses, parametrizations, autograd functions, layers of many
-kinds.
-"""
+"""Rows: repeated use, checkpoints, subclasses, parametrizations, layers of many kinds."""
 
 from __future__ import annotations
 

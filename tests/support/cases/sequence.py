@@ -1,6 +1,4 @@
-"""Attention, recurrence and bare weights: parameters that meet the data in products of matrices,
-without a layer of their own.
-"""
+"""Rows: attention, recurrence, and bare weights that meet the data in products of matrices."""
 
 from __future__ import annotations
 
