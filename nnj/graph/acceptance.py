@@ -49,7 +49,7 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
         return UNRECORDED
     if record.stale:
         return Declined("what its rule reads was written over in place")
-    if "MaxPool2DWithIndices" in node.name() and node.next_functions[0] == record.edge:
+    if node.name() == "MaxPool2DWithIndicesBackward0" and node.next_functions[0] == record.edge:
         return Declined(
             "autograd's node has saved where the largest entries are, which its rule would have to "
             "find again"

@@ -134,7 +134,7 @@ class Graph:
         node, nr = edge
         if node in self._aliases:
             return self._resolve(self._aliases[node])
-        if "MkldnnRnnLayer" not in node.name():
+        if node.name() != "MkldnnRnnLayerBackward0":
             return edge
         if node not in self._expanded:
             found = expand(node)

@@ -29,13 +29,16 @@ def edge_dtype(edge: Edge) -> torch.dtype:
 
 
 def node_name(node: Any) -> str:
-    """The name of a node without its number: 'Add' for AddBackward0."""
+    """The name of an operation of torch: 'Add' for the node AddBackward0.
+
+    Functions in Python keep their "Backward", which has no number, so that none of them is taken
+    for an operation of torch whose name it has: what these do is known, what it does is not."""
     return _short(node.name())
 
 
 @functools.cache
 def _short(name: str) -> str:
-    return re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1])
+    return re.sub(r"Backward\d+$", "", name.rsplit("::", 1)[-1])
 
 
 # the node that adds a gradient to the .grad of a leaf

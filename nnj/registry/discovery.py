@@ -20,6 +20,13 @@ from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, full_name
 from nnj.registry.versions import fits, required
 
 
+def source_of(point: metadata.EntryPoint) -> Source:
+    """Where the claims of an entry point come from."""
+    if point.dist is None:
+        return Source(point.name)
+    return Source(point.name, point.dist.name, point.dist.version)
+
+
 def check_version(point: metadata.EntryPoint, source: Source) -> None:
     """Errors: `PluginError` if the plugin was written for another version of nnj. pip leaves it
     where it is when nnj is upgraded beside it.

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from nnj.errors import PluginError
 from nnj.registry.claim import DISABLED, GROUP, HOOKS, Entry, Source, Tables, full_name, settle
-from nnj.registry.discovery import check_version, claims_of, import_plugin, raise_all
+from nnj.registry.discovery import check_version, claims_of, import_plugin, raise_all, source_of
 
 
 class PluginManager:
@@ -75,11 +75,7 @@ class PluginManager:
         for point in points:
             if point.name in disabled:
                 continue
-            source = (
-                Source(point.name, point.dist.name, point.dist.version)
-                if point.dist
-                else Source(point.name)
-            )
+            source = source_of(point)
             try:
                 if point.name in seen:
                     raise PluginError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import nnj
 from nnj.graph.nodes import leaf_of, node_name
 from nnj.recording.records import edge_of
 from nnj.testing import check_model
@@ -36,8 +38,49 @@ def test_names():
     x = torch.randn(2, 2, requires_grad=True)
     assert node_name((x + 1).grad_fn) == "Add"
     assert node_name((x @ x).grad_fn) == "Mm"
-    assert node_name(Keeping.apply(x).grad_fn) == "Keeping"
+    assert node_name(Keeping.apply(x).grad_fn) == "KeepingBackward"
     assert node_name(edge_of(x)[0]) == "AccumulateGrad"
+
+
+class Sum(torch.autograd.Function):
+    """A square, under the name of an operation that is linear."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Mul(torch.autograd.Function):
+    """A sum of neighbouring rows, under the name of an operation that keeps rows apart."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x + x.roll(1, 0)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g + g.roll(-1, 0)
+
+
+class Mixed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(Mul.apply(self.one(x)))
+
+
+def test_a_function_is_not_taken_for_the_operation_whose_name_it_has():
+    x, y, loss = torch.randn(5, 4), torch.randint(3, (5,)), nnj.extend(nn.CrossEntropyLoss())
+    model = nnj.extend(nn.Linear(4, 3))
+    with nnj.collect("ggn_diag"), pytest.raises(nnj.NNJError, match="not linear in this loss"):
+        Sum.apply(loss(model(x), y)).backward()
+    model = nnj.extend(Mixed())
+    with nnj.collect("ggn_diag"), pytest.raises(nnj.NNJError, match="samples influence"):
+        loss(model(x), y).backward()
 
 
 def test_a_leaf_is_known_by_its_node():
