@@ -117,7 +117,9 @@ class OuterProduct(Factor):
     # -- squares -----------------------------------------------------------------------------------
 
     def square_sum(self) -> Tensor:
-        return self.squares().value()
+        if self.by_gram(self.k):
+            return kernel_squares(self.kernels(), self.patches).to(self.dtype).reshape(self.shape)
+        return self.squares_by_column()
 
     def squares(self, in_all: int | None = None) -> SquareSum:
         if self.by_gram(in_all or self.k):

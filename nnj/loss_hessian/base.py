@@ -131,7 +131,7 @@ class LossHessian:
             total += v.permute(1, 2, 0) @ v.transpose(0, 1)
         return total
 
-    def whole(self) -> Tensor:
+    def flat_factor(self) -> Tensor:
         """S with a column for each column of each place, over flat rows of the outputs:
         (rank D, R, B D).
         """

@@ -61,7 +61,7 @@ class DiagonalHessian(LossHessian):
     def product(self, v: Tensor) -> Tensor:
         return (self.h * v).to(v.dtype)
 
-    def whole(self) -> Tensor:
+    def flat_factor(self) -> Tensor:
         return torch.diag_embed(self.columns(0, 1)[0, :, :, 0]).movedim(1, 0)
 
     def columns_through(self, rows: Tensor, size: int) -> Iterator[Tensor]:

@@ -44,7 +44,7 @@ class LastLayerFactor(OuterProduct):
 
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
-        return self.hessian.whole()[:, :, None, :, None].to(self.dtype)
+        return self.hessian.flat_factor()[:, :, None, :, None].to(self.dtype)
 
     def to(self, dtype: torch.dtype) -> Factor:
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)

@@ -170,7 +170,7 @@ def test_the_layout_of_outputs(case: Case) -> None:
     assert [t[0].numel() // max(c.rows, 1) for t in parts] == c.sizes
     flat = torch.cat([t.reshape(3, c.rows, -1) for t in parts], -1)
     assert torch.equal(c.flat(v), flat)
-    whole = c.whole()
+    whole = c.flat_factor()
     assert whole.shape == (c.rank * c.places, c.rows, c.block * c.places)
     torch.testing.assert_close(
         torch.einsum("krp,krq->rpq", whole, whole), flat_blocks(c, h), **CLOSE
@@ -204,4 +204,4 @@ def test_no_rows(make: Callable[[], nnj.LossHessian]) -> None:
     c = make()
     assert c.gram_through(normal(6, 3)).shape == (0, 3, 3)
     assert torch.cat(list(c.columns_through(normal(6, 3), 2))).shape[1:] == (0, 3)
-    assert c.whole().shape == (c.rank * c.places, 0, 6)
+    assert c.flat_factor().shape == (c.rank * c.places, 0, 6)
