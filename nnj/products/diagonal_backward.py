@@ -155,8 +155,9 @@ class _ToDiagonal(_Pull):
 
     @override
     def meet_last(self, step: Step, edge: Edge, left: Tensor, right: Tensor) -> None:
-        other, sample_index = self.sweep.partner(step), self.sweep.sample_index(edge, step)
+        other = self.sweep.partner(step)
         for slot, p in step.params:
+            sample_index = self.sweep.sample_index(edge, step)
             a = step.slots[slot].pullback(left, sample_index).dense()
             b = other.slots[slot].pullback(right, sample_index).dense()
             self.take(p, DenseFactor(_diagonal(a, b)))

@@ -455,3 +455,13 @@ def test_refused_at_a_checkpoint(product):
     case = CASES["mha-checkpointed"]
     with pytest.raises(nnj.NNJError, match="cannot go on at torch.utils.checkpoint"):
         product(build(case), data_of(case)[0], None, "input", to_diag=True, diag_backprop=True)
+
+
+@pytest.mark.parametrize("name", ("einsum-ensemble", "transposed-batch"))
+def test_a_full_metric_where_nothing_has_to_know_whose_rows_are(name):
+    """The last layer has no wanted parameters, so that no probe has looked at its output."""
+    model, x = build(CASES[name]), data_of(CASES[name])[0]
+    eye = torch.eye(nnj.jacobian(model, x).shape[1], dtype=x.dtype)
+    flags = {"to_diag": True, "diag_backprop": True}
+    found, expected = nnj.jTmjp(model, x, eye, **flags), nnj.jTmjp(model, x, **flags)
+    assert found.shape == expected.shape and bool(found.isfinite().all())
