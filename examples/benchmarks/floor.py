@@ -91,7 +91,7 @@ def profiled(run: Any) -> Profile:
     def named(self: Sweep, unit: Any, *args: Any, **kwargs: Any) -> None:
         before = profile.layer
         path = (
-            self.graph.paths.get(id(unit.record.module), "")
+            self.graph.paths.get(unit.record.module, "")
             if unit.record is not None
             else "(between layers)"
         )

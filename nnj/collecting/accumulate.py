@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj.collecting.quantity import Quantity, asked
+from nnj.collecting.quantity import Quantity, failed
 
 Holder: TypeAlias = "nn.Module | Tensor"
 
@@ -70,8 +70,11 @@ class Contribution:
         """Make results of the sums over chunks."""
         for name, values in self._values.items():
             finish = quantities[name].finish
-            for holder, value in values.items():
-                values[holder] = asked(name, finish, value)
+            try:
+                for holder, value in values.items():
+                    values[holder] = finish(value)
+            except Exception as error:
+                raise failed(name, error) from error.__cause__ or error
 
     def values(self, name: str) -> Mapping[Holder, Any]:
         """The results of a quantity, where the loss reached something."""
@@ -191,10 +194,10 @@ class Accumulator:
                 if isinstance(holder, nn.Module) == quantity.of_modules and holder not in totals:
                     totals[holder] = _Rows() if quantity.per_sample else _Sum()
 
-    def values(self, name: str) -> Iterator[tuple[Holder, Tensor | None]]:
+    def values(self, name: str) -> list[tuple[Holder, Tensor | None]]:
         """Each parameter or module that may hold the quantity, with its value so far."""
-        for holder, total in list(self._totals[name].items()):
-            yield holder, self._value(holder, total)
+        totals = self._totals[name].items()
+        return [(holder, self._value(holder, total)) for holder, total in totals]
 
     def value(self, name: str, holder: Holder, factor: float = 1.0) -> Tensor | None:
         """`factor` times the value of a parameter or module so far, of its dtype, with the rows of

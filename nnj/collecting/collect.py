@@ -164,6 +164,7 @@ class collect(Collection):  # noqa: N801
     @override
     def __enter__(self) -> Self:
         self.accumulator = Accumulator(self.request.quantities)
+        self._holders: dict[str, WeakIdKeyDictionary] = {}  # at which each quantity was set
         for name in self.request.quantities:
             _withdraw(name)
         return super().__enter__()
@@ -176,18 +177,24 @@ class collect(Collection):  # noqa: N801
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)
-        if kind is None:
+        if kind is None and self._covered():
             self._publish()
 
     @override
     def pass_ended(self) -> None:
         self._publish()
 
+    def _covered(self) -> bool:
+        """Whether a collection within this one has taken away what this one has set."""
+        thread = threading.get_ident()
+        return any(_published.get((thread, name)) is not h for name, h in self._holders.items())
+
     def _publish(self) -> None:
         """Set the attributes."""
         thread = threading.get_ident()
         for name in self.request.quantities:
             holders = _published.setdefault((thread, name), WeakIdKeyDictionary())
+            self._holders[name] = holders
             for holder, value in self.accumulator.values(name):
                 vars(holder)[name] = value
                 holders[holder] = True

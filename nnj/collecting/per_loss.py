@@ -194,12 +194,14 @@ def _propagate_behind(
 ) -> None:
     """Exact columns from behind the last layers on, whose own parameters need none."""
 
+    walks = last.walks
+
     def take_whole(p: Tensor, factor: Any) -> None:
-        ChunkSink(targets, {EXACT: Part(slice(0, factor.k), last.walks)}).take(p, factor)
+        ChunkSink(targets, {EXACT: Part(slice(0, factor.k), walks)}).take(p, factor)
 
     last.parameters(take_whole)
     steps = sweep.graph.steps[len(last.steps) :]
     for v in last.walked(size) if steps else ():
-        sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), last.walks)})
+        sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), walks)})
         sweep.run({last.edge: v}, len(v), sink.take, steps)
         sink.end()

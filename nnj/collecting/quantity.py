@@ -4,7 +4,6 @@ module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,10 +31,12 @@ class Quantity:
             `nnj.fit` divides by it for a mean, and refuses a mean where it is None.
         per_sample: results have the samples in axis 0. Those of further samples are put behind
             them, not added, and are zero for samples that did not reach the parameter.
+        of_modules: whether results are attributes of modules; follows from what is defined.
     """
 
     source: ClassVar[str] = "exact"
     per_sample: ClassVar[bool] = False
+    of_modules: ClassVar[bool] = False
     degree: ClassVar[int | None] = None
     draws: int = 1
     generator: Any = None
@@ -44,11 +45,7 @@ class Quantity:
         super().__init_subclass__()
         if (cls.parameter is Quantity.parameter) == (cls.module is Quantity.module):
             raise TypeError(f"{cls.__name__} must define either parameter or module")
-
-    @property
-    def of_modules(self) -> bool:
-        """Whether results are attributes of modules."""
-        return type(self).module is not Quantity.module
+        cls.of_modules = cls.module is not Quantity.module
 
     # -- must define one ---------------------------------------------------------------------------
 
@@ -91,17 +88,12 @@ class Quantity:
         """
 
 
-def asked(name: str, ask: Callable[..., Any], *about: Any) -> Any:
-    """What a quantity answers. Errors: `NNJError` naming the quantity and its plugin, if it raises
-    anything else.
+def failed(name: str, error: Exception) -> NNJError:
+    """The error for what a quantity has raised: its own refusal, or one that names it and its
+    plugin.
     """
-    try:
-        return ask(*about)
-    except NNJError:
-        raise
-    except Exception as error:
-        entry = manager().quantity(name)
-        by = f", of plugin {entry.source}," if entry else ""
-        raise NNJError(
-            f"the quantity {name!r}{by} failed with {type(error).__name__}: {error}"
-        ) from error
+    if isinstance(error, NNJError):
+        return error
+    entry = manager().quantity(name)
+    by = f", of plugin {entry.source}," if entry else ""
+    return NNJError(f"the quantity {name!r}{by} failed with {type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import Part
-from nnj.collecting.quantity import asked
+from nnj.collecting.quantity import failed
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import complex_parameter
 from nnj.jacobians.factor import Factor
@@ -89,8 +89,11 @@ class Target:
         for name, quantity, source in self._points:
             part = parts.get(source)
             if part is not None:
-                mine = factor.columns(part.columns)
-                self.found.add(name, p, asked(name, quantity.parameter, mine, part.total))
+                try:
+                    value = quantity.parameter(_of_part(part, factor), part.total)
+                except Exception as error:
+                    raise failed(name, error) from error.__cause__ or error
+                self.found.add(name, p, value)
         for m in self._owners.get(p, ()):
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
@@ -107,9 +110,18 @@ class Target:
         for name, quantity, source in self._blocks:
             part = parts.get(source)
             if part is not None:
-                mine = {p: factor.columns(part.columns) for p, factor in factors.items()}
-                value = asked(name, quantity.module, [mine.get(p) for p in own], own)
+                mine = {p: _of_part(part, factor) for p, factor in factors.items()}
+                try:
+                    value = quantity.module([mine.get(p) for p in own], own)
+                except Exception as error:
+                    raise failed(name, error) from error.__cause__ or error
                 self.found.add(name, m, value)
+
+
+def _of_part(part: Part, factor: Factor) -> Factor:
+    """The columns of one source, of a factor that holds the whole chunk."""
+    whole = part.columns.start == 0 and part.columns.stop == factor.k
+    return factor if whole else factor.columns(part.columns)
 
 
 class ChunkSink:

@@ -54,7 +54,7 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
             "autograd's node has saved where the largest entries are, which its rule would have to "
             "find again"
         )
-    point = _working_point(record)
+    point = record.working_point()
     if point is None:
         return Declined("its parameters are narrower than its tensors")
     x, y = point
@@ -67,20 +67,6 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
     if record.entry.is_fallback and not _confirmed(node, accepted, y):
         return Declined("for each sample alone it is not what autograd says")
     return accepted
-
-
-def _working_point(record: Record) -> tuple[Tensor, Tensor] | None:
-    """x and y of a call in one dtype; where autocast has mixed precisions, the widest. None if
-    parameters are narrower.
-    """
-    x, y = record.x.tensor(), record.y.tensor()
-    dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
-    own = {p.dtype for p in record.module.parameters()}
-    for other in own:
-        dtype = torch.promote_types(dtype, other)
-    if own - {dtype}:
-        return None
-    return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
 
 
 # -- the fallback, which assumes what only the graph of a call can confirm -------------------------

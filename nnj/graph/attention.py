@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnj.graph.nodes import children
 from nnj.graph.op_names import ATTENTION
+from nnj.graph.traverse import children
 
 _SAVED = (
     "_saved_query",

@@ -40,6 +40,8 @@ class Graph:
         self.roots, self.wanted, self.paths = roots, wanted, paths
         self.batched, self.products = batched, products
         self.marks: list[CallMark] = []  # of the outermost calls that were met
+        self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
+        self.dtypes: dict[Edge, torch.dtype] = {}
         self._steps: dict[Edge, Step] = {}
         self._raw: dict[Any, Step] = {}  # steps of nodes, which may have several outputs
         self._needed: set[Step] = set()  # those that lead to what is wanted
@@ -83,6 +85,8 @@ class Graph:
         if step is None:
             step = self._steps[edge] = self._raw.get(edge[0]) or self._made(edge)
             step.into.append(edge)
+            like = edge[0]._input_metadata[edge[1]]
+            self.shapes[edge], self.dtypes[edge] = tuple(like.shape), like.dtype
         return step
 
     def _made(self, edge: Edge) -> Step:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.graph.nodes import children, leaf_of, node_name
+from nnj.graph.nodes import leaf_of, node_name
 from nnj.graph.op_names import BILINEAR, LINEAR
-from nnj.graph.traverse import reachable, topological
+from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.records import MARK, RECORD, LossCall
 
 

@@ -52,11 +52,6 @@ def leaf_of(node: Any) -> Tensor | None:
     return node.variable if type(node) is LEAF else None
 
 
-def children(node: Any) -> list[Any]:
-    """The nodes to which a node sends what it makes of a gradient."""
-    return [child for child, _ in node.next_functions if child is not None]
-
-
 def signed(number: int) -> int:
     """A saved axis or index, which autograd shows as an unsigned number."""
     return number - 2**64 if number >= 2**63 else number

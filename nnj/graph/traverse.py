@@ -4,7 +4,7 @@ children, and everything that can be reached."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
@@ -42,3 +42,8 @@ def reachable(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> Itera
             met.add(node)
             yield node
             stack += children(node)
+
+
+def children(node: Any) -> list[Any]:
+    """The nodes to which a node sends what it makes of a gradient."""
+    return [child for child, _ in node.next_functions if child is not None]

@@ -123,16 +123,13 @@ class PatchMatmul(Jacobian):
         last: bool = True,
         shared: Callable[[Tensor], Tensor] | None = None,
     ):
-        super().__init__(inputs, outputs, like)
+        channels = outputs[-1 if last else 0]
         self.groups, self.shared = groups, shared
-        self.fold = _Fold(outputs, self.outputs[-1 if last else 0], groups, last)
-        self.matrix = (
-            groups,
-            self.fold.channels // groups,
-            math.prod(self.inputs) // self.fold.channels,
-        )
-        self.patches = Patches(patches, self.n, self.matrix[2])
-        self.places = math.prod(self.outputs) // self.fold.channels
+        self.fold = _Fold(outputs, channels, groups, last)
+        self.matrix = (groups, channels // groups, math.prod(inputs) // channels)
+        self.patches = Patches(patches, like.shape[0], self.matrix[2])
+        super().__init__(inputs, outputs, like)
+        self.places = math.prod(self.outputs) // channels
 
     def jvp(self, v: Tensor) -> Tensor:
         if self.shared is not None and v.shape[1] == 1:
@@ -202,9 +199,9 @@ class ScaleShift(Jacobian):
         m: Callable[[], Tensor] | None = None,
         last: bool = True,
     ):
-        super().__init__(inputs, outputs, like)
         self.m = m
-        self.fold = _Fold(outputs, math.prod(self.inputs), 1, last)
+        self.fold = _Fold(outputs, math.prod(inputs), 1, last)
+        super().__init__(inputs, outputs, like)
 
     def jvp(self, v: Tensor) -> Tensor:
         places = math.prod(self.outputs) // self.fold.channels

@@ -161,6 +161,11 @@ class LossHessian:
         parts = zip(self.to_outputs(t), self.sizes, strict=True)
         return torch.cat([part.reshape(len(t), self.rows, size) for part, size in parts], -1)
 
+    @functools.cached_property
+    def flat_diagonal(self) -> Tensor:
+        """diag(H) as rows of the outputs, (R, B D)."""
+        return self.flat(self.diagonal()[None])[0]
+
     def _chunks(self) -> Iterator[Tensor]:
         for a in range(0, self.rank, _CHUNK):
             yield self.columns(a, min(a + _CHUNK, self.rank))

@@ -27,7 +27,7 @@ from nnj.products.diagonal_steps import (
     unit_columns,
 )
 from nnj.products.metrics import dense_on_outputs
-from nnj.propagation.cotangents import Cotangents
+from nnj.propagation.backward import Cotangents
 from nnj.propagation.linearize import Linearization, parameters_by_module
 from nnj.recording.records import Edge
 

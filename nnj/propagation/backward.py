@@ -13,12 +13,11 @@ from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.matmul import product_backward
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import edge_dtype, edge_shape, own_task, signed, sum_to
+from nnj.graph.nodes import own_task, signed, sum_to
 from nnj.graph.step import Step, describe
 from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.propagation.cotangents import Cotangents
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
 from nnj.recording.records import Edge, Record
@@ -26,6 +25,42 @@ from nnj.registry.blame import blame
 from nnj.registry.layer_rules import checked
 
 Sink = Callable[[Tensor, Factor], None]
+
+
+class Cotangents(dict[Edge, Tensor]):
+    """Cotangents by edge, (K, *shape). Sums are tensors of our own, to which more is added in
+    place.
+    """
+
+    def __init__(self, *args: dict[Edge, Tensor]):
+        super().__init__(*args)
+        self._own: set[Edge] = set()
+
+    def add(self, edge: Edge, v: Tensor) -> None:
+        """One more share."""
+        there = self.get(edge)
+        if there is None:
+            self[edge] = v
+        elif edge in self._own:
+            there += v
+        else:
+            self[edge] = there + v
+            self._own.add(edge)
+
+    def add_part(
+        self, edge: Edge, shape: tuple[int, ...], axis: int, index: int, v: Tensor
+    ) -> None:
+        """A share that is zero but at one index of an axis of `shape`."""
+        there = self.get(edge)
+        if there is None or edge not in self._own:
+            self[edge] = v.new_zeros(len(v), *shape) if there is None else there.clone()
+            self._own.add(edge)
+        self[edge].select(axis + 1, index).add_(v)
+
+    def take(self, edge: Edge) -> Tensor:
+        """What arrived, which goes on."""
+        self._own.discard(edge)
+        return self.pop(edge)
 
 
 class Sweep(Plan):
@@ -63,8 +98,8 @@ class Sweep(Plan):
         probe, values = Probe(self.n), Cotangents()
         probed: dict[Edge, SampleIndex] = {}
         for edge, sample_index in roots.items():
-            like = torch.empty((), dtype=edge_dtype(edge), device=device_of(edge))
-            values[edge] = probe.columns(sample_index, edge_shape(edge), like)
+            like = torch.empty((), dtype=self.graph.dtypes[edge], device=device_of(edge))
+            values[edge] = probe.columns(sample_index, self.shapes[edge], like)
         for step in self.graph.steps:
             if self._reads_samples(step):
                 for edge in step.into:
@@ -103,7 +138,7 @@ class Sweep(Plan):
         answers = Sweep.backward(self, step, _arguments(step, arrived), _count(arrived))
         for i, (edge, back) in enumerate(zip(step.out, answers, strict=False)):
             if edge is not None and back is not None and together[i]:
-                self._send(step, i, sum_to(back, edge_shape(edge), 1), values)
+                self._send(step, i, sum_to(back, self.shapes[edge], 1), values)
 
     # -- what a step is: overridden where something else than J goes through the graph ------------
 
@@ -134,10 +169,13 @@ class Sweep(Plan):
         Returns:
             What stands on edges to whose steps nothing went on.
         """
-        values = Cotangents({edge: v.to(edge_dtype(edge)) for edge, v in roots.items()})
+        values = Cotangents({edge: v.to(self.graph.dtypes[edge]) for edge, v in roots.items()})
         pending: dict[Tensor, list[Factor]] = {}
 
         def use(p: Tensor, factor: Factor) -> None:
+            if self.uses[p] == 1:
+                sink(p, factor)
+                return
             parts = pending.setdefault(p, [])
             parts.append(factor)
             if len(parts) == self.uses[p]:
@@ -251,7 +289,9 @@ class Sweep(Plan):
         if step.out[0] is not None:
             back = self.operator(step, "input").vjp(v)
             shape = (v.shape[0], *record.x.shape)
-            self._send(step, 0, checked("vjp of 'input'", back, shape, self._who(record)), values)
+            if not isinstance(back, Tensor) or back.shape != shape:
+                checked("vjp of 'input'", back, shape, self._who(record))
+            self._send(step, 0, back, values)
 
     def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
         """Columns at a step's own parameters."""
@@ -298,7 +338,7 @@ class Sweep(Plan):
             if route.way == "summed":
                 share = self._summed(step, edge, arrived, back[:k])
             else:
-                share = sum_to(back[k:] if route.way == "split" else back[:k], edge_shape(edge), 1)
+                share = sum_to(back[k:] if route.way == "split" else back[:k], self.shapes[edge], 1)
             self._send(step, i, share, values)
 
     def _summed(self, step: Step, edge: Edge, arrived: dict[Edge, Tensor], back: Tensor) -> Tensor:
@@ -307,10 +347,10 @@ class Sweep(Plan):
         """
         ((source, v),) = arrived.items()
         answer = v if step.name == "Expand" else back  # Expand has summed already
-        if tuple(answer.shape[1:]) != edge_shape(source):
+        if tuple(answer.shape[1:]) != self.shapes[source]:
             raise NNJError(
                 f"autograd's {step.name} gave {tuple(answer.shape[1:])}, expected "
-                f"{edge_shape(source)}"
+                f"{self.shapes[source]}"
             )
         sample_index = self.sample_index(source, step, answer)
         if sample_index.of is None and not sample_index.by_column:
@@ -318,7 +358,7 @@ class Sweep(Plan):
             parts = answer.unflatten(1, (self.n, answer.shape[1] // self.n)).flatten(0, 1)
         else:
             parts = sample_index.to_columns(answer)
-        shape = edge_shape(edge)
+        shape = self.shapes[edge]
         return sum_to(parts, shape, 1).reshape(answer.shape[0] * self.n, *shape)
 
     def _select(self, step: Step, arrived: dict[Edge, Tensor], values: Cotangents) -> bool:
@@ -332,10 +372,10 @@ class Sweep(Plan):
             return False
         if route.index is None or self.state[edge] is not route.index:
             return False
-        (v,), shape = arrived.values(), edge_shape(edge)
+        (v,), shape = arrived.values(), self.shapes[edge]
         axis, index = step.node._saved_dim, step.node._saved_index
         values.add_part(
-            edge, shape, signed(axis) % len(shape), signed(index), v.to(edge_dtype(edge))
+            edge, shape, signed(axis) % len(shape), signed(index), v.to(self.graph.dtypes[edge])
         )
         return True
 
@@ -345,7 +385,9 @@ class Sweep(Plan):
         """
         edge = step.out[i]
         assert edge is not None
-        v, sample_index = v.to(edge_dtype(edge)), self.split_at(step, i)
+        v, there, sample_index = v.to(self.graph.dtypes[edge]), self.state[edge], None
+        if there is not None and there.by_column:
+            sample_index = self.split_at(step, i)
         values.add(edge, v if sample_index is None else sample_index.to_columns(v))
 
 

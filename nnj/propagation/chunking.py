@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from nnj.graph.nodes import edge_shape
 from nnj.graph.step import Step
 from nnj.propagation.allocator import keep_heap
 from nnj.propagation.backward import Sweep
@@ -32,8 +31,8 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     fits = max(1, memory // (size * 3 * max([1, *(held for held, _, _ in steps)])))
     if root.device.type != "cpu":
         return fits, fits
-    keep_heap(memory)
     widest, patches = max([1, *(came for _, came, _ in steps)]), sum(made for _, _, made in steps)
+    keep_heap(memory)
     return fits, max(1, min(fits, (CACHE + patches) // widest))
 
 
@@ -42,10 +41,10 @@ def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
     patches, for all columns.
     """
     times = sweep.n if step in sweep.by_column else 1
-    came = held = sum(math.prod(edge_shape(e)) for e in step.into) * times
+    came = held = sum(math.prod(sweep.shapes[e]) for e in step.into) * times
     for edge, route in zip(step.out, sweep.routes[step], strict=True):
         if edge is not None and route is not None:
-            held += math.prod(edge_shape(edge)) * (sweep.n if route.way == "summed" else times)
+            held += math.prod(sweep.shapes[edge]) * (sweep.n if route.way == "summed" else times)
     formed = patches = 0
     for slot, p in step.params:
         j = step.slots[slot]
@@ -53,6 +52,6 @@ def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
             formed += p.numel() * sweep.n
         else:
             formed += j.column_entries * sweep.n
-            patches += j.patch_entries
+            patches += j.patch_entries if j.places > 1 else 0
     # a convolution works on copies in a layout of its own
     return held * (2 if patches else 1) + formed, came, patches

@@ -50,8 +50,8 @@ class LastLayerFactor(OuterProduct):
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
 
     def kernels(self) -> Tensor:
-        h = self.hessian.flat(self.hessian.diagonal()[None])[0]
-        return h[:, None, :, None, None].to(self.dtype)
+        # added to in place, while the diagonal serves every parameter of the layer
+        return self.hessian.flat_diagonal[:, None, :, None, None].to(self.dtype, copy=True)
 
 
 class LastLayerColumns:

@@ -32,7 +32,6 @@ import torch
 
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
-from nnj.graph.nodes import edge_shape
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleAxis, SampleIndex, is_cyclic
 from nnj.propagation.sample_axes import broadcast_operand, carried
@@ -96,6 +95,7 @@ class Plan:
         assume: Assumptions = NOTHING,
     ):
         self.graph, self.n, self.assume = graph, n, assume
+        self.shapes = graph.shapes
         # one object each, so that "the same way" is "the same object"
         self.in_order, self.column_each = SampleIndex(n), SampleIndex(n, by_column=True)
         self._each_alone = Route(self.column_each, "together")
@@ -119,7 +119,7 @@ class Plan:
 
     def _along(self, edge: Edge, along: SampleAxis) -> SampleIndex:
         """That of an edge with the samples along one axis."""
-        shape = edge_shape(edge)
+        shape = self.shapes[edge]
         if along.axis == 0 and shape[0] == self.n * along.run:
             return self.in_order
         key = along, shape, device_of(edge)
@@ -133,7 +133,7 @@ class Plan:
         """
         sample_index = self.state[edge]
         if sample_index is self.in_order:
-            return SampleAxis(0, edge_shape(edge)[0] // self.n)
+            return SampleAxis(0, self.shapes[edge][0] // self.n)
         return None if sample_index is None else sample_index.along
 
     def _arrive(self, edge: Edge, sample_index: SampleIndex | None) -> None:
@@ -234,14 +234,17 @@ class Plan:
         first axis.
         """
         return len(step.into) == 1 and broadcast_operand(
-            step.node, edge_shape(step.into[0]), edge_shape(edge), 0 if axis is None else axis.axis
+            step.node,
+            self.shapes[step.into[0]],
+            self.shapes[edge],
+            0 if axis is None else axis.axis,
         )
 
     def _behind_record(self, step: Step, edge: Edge, axis: SampleAxis | None) -> SampleIndex | None:
         """A layer with a rule takes rows apart: what is along axis 0 of its output is so in its
         input.
         """
-        if axis is None or axis.axis > 0 or edge_shape(edge)[0] != edge_shape(step.into[0])[0]:
+        if axis is None or axis.axis > 0 or self.shapes[edge][0] != self.shapes[step.into[0]][0]:
             return None
         return self._along(edge, axis)
 
@@ -254,7 +257,7 @@ class Plan:
         carried_to = {
             None
             if axis is None
-            else carried(step.node, i, edge_shape(e), edge_shape(edge), self.n, axis)
+            else carried(step.node, i, self.shapes[e], self.shapes[edge], self.n, axis)
             for e, axis in zip(step.into, axes, strict=True)
         }
         (axis, *others) = carried_to

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
-from nnj.graph.nodes import edge_dtype, edge_shape
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
@@ -107,9 +106,10 @@ def _readings(
 
 def _samples(mark: CallMark, rows: int) -> int | None:
     """The number of samples of a call; None if its arguments do not agree about it."""
-    if rows in mark.sizes or len(mark.sizes) < 2:
-        return rows if rows in mark.sizes else next(iter(mark.sizes), None)
-    fit = [n for n in mark.sizes if n > 1 and rows % n == 0]
+    sizes = mark.sizes
+    if rows in sizes or len(sizes) < 2:
+        return rows if rows in sizes else next(iter(sizes), None)
+    fit = [n for n in sizes if n > 1 and rows % n == 0]
     return fit[0] if len(fit) == 1 else None
 
 
@@ -124,7 +124,7 @@ def _on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex
     if of is None:
         return dict.fromkeys(graph.roots, sample_index)
     return {
-        edge: SampleIndex(n, of.reshape(-1, *[1] * (len(edge_shape(edge)) - 1)))
+        edge: SampleIndex(n, of.reshape(-1, *[1] * (len(graph.shapes[edge]) - 1)))
         for edge in graph.roots
     }
 
@@ -254,7 +254,7 @@ def _check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
         return True
     in_order, reached = True, torch.full((n,), -1)  # the sample that each place reaches
     for step, axis, samples in _evidence(sweep.graph, mark, n):
-        state, shape = sweep.state[step.into[0]], edge_shape(step.into[0])
+        state, shape = sweep.state[step.into[0]], sweep.shapes[step.into[0]]
         if state is None:
             return False
         if state.by_column:
@@ -286,10 +286,10 @@ def _touched(graph: Graph, rows: int, mark: CallMark, n: int) -> Tensor | None:
     touches none or several.
     """
     evidence = {e.step: e for e in _evidence(graph, mark, n) if bool((e.samples >= 0).all())}
-    if not evidence or len(graph.roots) > 1 or edge_shape(graph.roots[0])[:1] != (rows,):
+    if not evidence or len(graph.roots) > 1 or graph.shapes[graph.roots[0]][:1] != (rows,):
         return None
     (root,) = graph.roots
-    shape, dtype, device = edge_shape(root), edge_dtype(root), device_of(root)
+    shape, dtype, device = graph.shapes[root], graph.dtypes[root], device_of(root)
     sweep = Sweep(graph, 1, {root: SampleIndex(1)})
     generator = torch.Generator().manual_seed(SEED)
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)

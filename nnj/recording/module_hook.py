@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
-from nnj.recording.records import MARK, RECORD, CallMark, Edge, edge_of, inert, note, tensors, write
+from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
@@ -120,7 +120,7 @@ class AfterCall:
         if inert() or output is None:
             return
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            self._record(module, frame.x, frame.edge, frame.version, output)
+            self._record(module, frame.x, output, (frame.edge, frame.version))
         if not frames:
             self._mark(module, frame.given, output)
 
@@ -133,15 +133,19 @@ class AfterCall:
                 write(t.grad_fn, (MARK, t.output_nr), mark)
 
     def _record(
-        self, module: nn.Module, x: Tensor, edge: Edge | None, version: int, y: Tensor
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        before: tuple[Edge | None, int] | None = None,
     ) -> None:
-        node = y.grad_fn
-        unchanged = y is x and edge is not None and edge[0] is node
-        if unchanged or not _sees_forward(module):
+        if before is not None and y is x and before[0] is not None and before[0][0] is y.grad_fn:
+            return  # the call has changed nothing
+        if not _sees_forward(module):
             return
         entry = self.known.rule(module)
         if entry is not None and (not entry.is_fallback or is_leaf_layer(module)):
-            write(node, (RECORD, y.output_nr), note(module, entry, x, version, edge, y))
+            write_record(module, entry, x, y, before)
 
 
 class AfterLeafCall(AfterCall):
@@ -155,7 +159,7 @@ class AfterLeafCall(AfterCall):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if inert() or output is None:
+        if output is None:
             return
         frames = _calls.frames
         if frames:
@@ -166,8 +170,8 @@ class AfterLeafCall(AfterCall):
         # know what happened.
         there = isinstance(output, Tensor) and output.grad_fn is not None and output is not x
         if isinstance(x, Tensor) and there and "forward" not in module.__dict__:
-            self._record(module, x, edge_of(x), x._version, output)
-        if not frames:
+            self._record(module, x, output)
+        if not frames and not inert():
             self._mark(module, tensors(list(given)), output)
 
 

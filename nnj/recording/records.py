@@ -62,14 +62,22 @@ class Point:
         return self.value is not None and self.value._version != self.version
 
 
-def note(
-    module: nn.Module, entry: Entry, x: Tensor, version: int, edge: Edge | None, y: Tensor
-) -> tuple[Any, ...]:
-    """What the forward pass keeps of a call, for `Record`. A tuple, since making an object takes
-    time that can be measured on small networks.
+def write_record(
+    module: nn.Module, entry: Entry, x: Tensor, y: Tensor, before: tuple[Edge | None, int] | None
+) -> None:
+    """Put what the backward pass needs of a call on the node of its output y, for `Record`. A
+    tuple, since making an object takes time that can be measured on small networks. Nothing where
+    there is no graph to write on.
+
+    Args:
+        before: the edge and the version that x had before the call, if that may have changed it.
     """
+    if inert():
+        return
     uses = entry.uses
-    return (
+    edge, version = (edge_of(x), x._version) if before is None else before
+    node: Any = y.grad_fn
+    node.metadata[RECORD, y.output_nr] = (
         module,
         entry,
         edge,
@@ -106,6 +114,19 @@ class Record:
             and record.x.shape[0] == record.y.shape[0]
         )
         return record if rows else None
+
+    def working_point(self) -> tuple[Tensor, Tensor] | None:
+        """x and y of the call in one dtype; where autocast has mixed precisions, the widest. None
+        if parameters are narrower.
+        """
+        x, y = self.x.tensor(), self.y.tensor()
+        dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
+        own = {p.dtype for p in self.module.parameters()}
+        for other in own:
+            dtype = torch.promote_types(dtype, other)
+        if own - {dtype}:
+            return None
+        return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
 
     @property
     def stale(self) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from nnj.errors import NNJError, PluginError
 from nnj.jacobians.jacobian import Jacobian
+from nnj.registry import manager as managers
 from nnj.registry.blame import blame, rule_failed
 from nnj.registry.claim import Entry
 from nnj.registry.manager import manager
@@ -98,7 +99,7 @@ class RuleLookup:
         self._cls: type | None = None
 
     def rule(self, module: nn.Module) -> Entry | None:
-        own, tables = module.__dict__, manager().tables
+        own, tables = module.__dict__, managers.in_use.tables
         if (
             type(module) is not self._cls
             or tables is not self._tables

@@ -134,16 +134,16 @@ class PluginManager:
         return iter(sorted(self.tables[table].values(), key=lambda entry: full_name(entry.key)))
 
 
-_manager = PluginManager()
+in_use = PluginManager()
 
 
 def manager() -> PluginManager:
     """The manager in use."""
-    return _manager
+    return in_use
 
 
 def use(new: PluginManager) -> PluginManager:
     """Put another manager to use and return the former one (for tests of plugins)."""
-    global _manager
-    former, _manager = _manager, new
+    global in_use
+    former, in_use = in_use, new
     return former

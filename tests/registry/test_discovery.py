@@ -174,7 +174,7 @@ def test_a_plugin_that_fails_while_it_is_imported(fakes, code, fact, monkeypatch
     fakes.install("nnj-squash", code)
     importlib.invalidate_caches()
     manager = PluginManager()
-    monkeypatch.setattr("nnj.registry.manager._manager", manager)
+    monkeypatch.setattr("nnj.registry.manager.in_use", manager)
     with pytest.raises(
         nnj.PluginError, match=rf"from nnj-squash 0\.1\) cannot be imported: {re.escape(fact)}"
     ) as caught:
