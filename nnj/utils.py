@@ -40,11 +40,12 @@ def _convert(module: M, done: dict[nn.Module, Any]) -> M:
     in several places is copied once.
     """
     if module in done:
-        return done[module]
+        known: M = done[module]
+        return known
     if isinstance(module, torch.jit.ScriptModule):
         return module
     cls: Any = type(module) if isinstance(module, AbstractJacobian) else _class(type(module))
-    new = cls.__new__(cls)
+    new: M = cls.__new__(cls)
     done[module] = new
     for name, value in module.__dict__.items():
         table = name in _OWN and isinstance(value, (dict, set))

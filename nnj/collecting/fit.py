@@ -285,4 +285,5 @@ def _bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
             stacklevel=3,
         )
         return loader
-    return tqdm(loader, desc="nnj.fit", unit="batch")
+    result: Iterable[Any] = tqdm(loader, desc="nnj.fit", unit="batch")
+    return result

@@ -114,7 +114,8 @@ class LossColumns:
 
     def _value(self, *outputs: Tensor) -> Tensor:
         args, kwargs = self.call.arguments(list(outputs))
-        return (self.call.module.forward(*args, **kwargs) * self.scale).sum()
+        result: Tensor = (self.call.module.forward(*args, **kwargs) * self.scale).sum()
+        return result
 
     def gradient(self) -> list[Tensor]:
         """The gradient of the scalar in each output.

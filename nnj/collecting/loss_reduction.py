@@ -90,7 +90,8 @@ class SummedLoss:
         if self.batchmean:
             return len(output)
         with torch.no_grad():
-            return self.terms(output.detach(), target).numel()
+            result: float = self.terms(output.detach(), target).numel()
+            return result
 
 
 def weight_of_classes(loss: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> float:

@@ -79,7 +79,8 @@ class Quantity:
 
     def finish(self, value: Any) -> Tensor:
         """The result of one loss in one backward pass, from the sum over its chunks."""
-        return value
+        result: Tensor = value
+        return result
 
     def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
         """Called before any column is propagated, by quantities of modules alone.

@@ -5,7 +5,7 @@ is that of the losses.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +37,7 @@ def backward_roots() -> list[Any]:
 def check_linear(call: LossCall, loss: Any) -> None:
     """Errors: `NNJError` if the scalar is not linear in the loss, whose node is `loss`."""
     stop = {node for node, _ in call.edges} | {loss}
-    above = lambda node: [] if node in stop else children(node)
+    above: Callable[[Any], list[Any]] = lambda node: [] if node in stop else children(node)
     leads = {loss}  # the nodes that lead to the loss
     for node in reversed(topological(backward_roots(), above)):
         operands = [child for child in above(node) if child in leads]
@@ -84,7 +84,9 @@ def check_arguments(call: LossCall, loss: Any, params: Container[Tensor]) -> Non
     arguments.
     """
     ends = {node for node, _ in call.edges}
-    above = lambda node: [child for child in children(node) if child not in ends]
+    above: Callable[[Any], list[Any]] = lambda node: [
+        child for child in children(node) if child not in ends
+    ]
     for node in reachable([] if loss in ends else [loss], above):
         leaf = leaf_of(node)
         if leaf is not None and leaf in params:

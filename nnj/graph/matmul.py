@@ -165,7 +165,8 @@ def _convolution(
                 x[:, :, None],
                 [(neutral, *value) for neutral, value in zip((1, 1, 0, 1), options, strict=True)],
             )
-        return F.unfold(x, *options).unflatten(1, (groups, -1))
+        result: Tensor = F.unfold(x, *options).unflatten(1, (groups, -1))
+        return result
 
     found = [
         BareParameter(
@@ -196,7 +197,8 @@ def _convolution_backward(node: Any, g: Tensor) -> Tensor:
         node._saved_groups,
         [True, False, False],
     )
-    return found[0].unflatten(0, (len(g), n))
+    result: Tensor = found[0].unflatten(0, (len(g), n))
+    return result
 
 
 def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
@@ -264,7 +266,8 @@ def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> _End | None:
 
 def _swaps(node: Any) -> bool:
     """Whether the two axes of a transpose of a matrix are different ones."""
-    return (node._saved_dim0 - node._saved_dim1) % 2 != 0
+    result: bool = (node._saved_dim0 - node._saved_dim1) % 2 != 0
+    return result
 
 
 def _chunk(node: Any, nr: int) -> tuple[int, int] | None:

@@ -73,7 +73,7 @@ def _confirmed(
     Not every batching rule of torch is right (that of cdist's backward is not)."""
     seed = torch.Generator().manual_seed(0x6E6E6A)
     weights = torch.rand(len(given[0]), generator=seed, dtype=torch.float64) + 0.5
-    mix = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
+    mix: Callable[[Tensor], Tensor] = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
     alone = own_task(lambda: run(*[mix(t) for t in given]))
     for one, columns in zip(alone, found, strict=True):
         if (one is None) != (columns is None):
@@ -116,7 +116,8 @@ def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
     x, index = node._saved_self, node._saved_result1
     back = g.new_zeros(*g.shape[:-2], x.shape[-2] * x.shape[-1])
     back.scatter_add_(-1, index.flatten(-2).expand(*g.shape[:-2], -1), g.flatten(-2))
-    return back.unflatten(-1, x.shape[-2:])
+    result: Tensor = back.unflatten(-1, x.shape[-2:])
+    return result
 
 
 def _vmapped(run: Callable[..., tuple[Any, ...]], given: list[Tensor]) -> list[Tensor | None]:

@@ -25,7 +25,8 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
 
 def edge_dtype(edge: Edge) -> torch.dtype:
     """The dtype of the tensor on an edge."""
-    return edge[0]._input_metadata[edge[1]].dtype
+    result: torch.dtype = edge[0]._input_metadata[edge[1]].dtype
+    return result
 
 
 def node_name(node: Any) -> str:

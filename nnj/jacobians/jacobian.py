@@ -227,12 +227,14 @@ class LinearMap(Jacobian):
     def jvp(self, v: Tensor) -> Tensor:
         if self.per_row:
             return self.forward(v)
-        return self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+        result: Tensor = self.forward(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+        return result
 
     def vjp(self, u: Tensor) -> Tensor:
         if self.per_row:
             return self.adjoint(u)
-        return self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+        result: Tensor = self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+        return result
 
     def square(self) -> Jacobian:
         return super().square() if self.squared is None else self.squared()

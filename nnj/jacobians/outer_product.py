@@ -229,7 +229,10 @@ def _each(v: Tensor, u: Tensor) -> Iterable[Tensor]:
     k, g, o, l = v.shape
     i = u.shape[2]
     if g > 1 or v.stride(2) != 1 or o < i:
-        return (v.transpose(0, 1).reshape(g, -1, l) @ u).unflatten(1, (-1, o)).unbind(1)
+        result: Iterable[Tensor] = (
+            (v.transpose(0, 1).reshape(g, -1, l) @ u).unflatten(1, (-1, o)).unbind(1)
+        )
+        return result
     # v is as a linear layer on sequences has it: a copy would cost as much
     if v.device.type != "cpu" or o * i < 1 << 15:
         return (v[:, 0] @ u.expand(k, -1, -1))[:, None].unbind(0)

@@ -89,7 +89,8 @@ class SampleIndex:
         if rows is None:
             return None
         if is_cyclic(rows, self.n):
-            return t.unflatten(1, (-1, self.n)).sum(1)
+            result: Tensor | None = t.unflatten(1, (-1, self.n)).sum(1)
+            return result
         alive = (rows >= 0).nonzero()[:, 0]
         out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
         return out.index_add_(1, rows[alive], t[:, alive])

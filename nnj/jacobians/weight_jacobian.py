@@ -69,7 +69,8 @@ def _from_blocks(patches: Patches, v: Tensor, n: int, shape: Sequence[int]) -> O
 
     def of_samples(s: slice) -> Tensor:
         rows = s if s.start is None else slice(s.start * k, s.stop * k)
-        return patches(rows).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
+        result: Tensor = patches(rows).unflatten(0, (-1, k)).movedim(1, -2).flatten(-2)
+        return result
 
     v = v.unflatten(1, (n, k)).movedim(2, -2).flatten(-2)
     return OuterProduct(Patches(of_samples, n, patches.inputs), v, shape)

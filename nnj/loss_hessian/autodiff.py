@@ -184,7 +184,8 @@ def _part_of_blocks(matrix: Tensor, sign: int) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True)
     kept = torch.where(values.abs() > noise, _part(values, sign), 0.0)
-    return (vectors * kept[..., None, :]) @ vectors.mT
+    result: Tensor = (vectors * kept[..., None, :]) @ vectors.mT
+    return result
 
 
 class _Hessian:

@@ -110,7 +110,8 @@ class BlockHessian(LossHessian):
         self.s = s.movedim(-1, 0).to(dtype).contiguous()
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self.s[start:stop]
+        result: Tensor = self.s[start:stop]
+        return result
 
 
 class SoftmaxHessian(LossHessian):

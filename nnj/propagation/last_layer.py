@@ -194,7 +194,8 @@ def triangular(gram: Tensor) -> Tensor:
     if len(bad):
         values, vectors = torch.linalg.eigh(scaled[bad])
         root[bad] = vectors * values.clamp(min=0).sqrt()[:, None]
-    return (size[:, :, None] * root).permute(2, 0, 1)
+    result: Tensor = (size[:, :, None] * root).permute(2, 0, 1)
+    return result
 
 
 def worth_recompressing(k: int, n: int, c: int, d: int, cost: float) -> bool:

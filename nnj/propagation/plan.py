@@ -270,4 +270,5 @@ def _by_column(sample_index: SampleIndex | None) -> bool:
 
 def device_of(edge: Edge) -> torch.device:
     """The device of the tensor on an edge."""
-    return edge[0]._input_metadata[edge[1]].device
+    result: torch.device = edge[0]._input_metadata[edge[1]].device
+    return result

@@ -251,9 +251,10 @@ def widths_of(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def columns(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
     """Rows of cells as text, the first one underlined."""
-    show = lambda row: "  ".join(
-        cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
+
+    def show(row: Sequence[str]) -> str:
+        return "  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip()
+
     return "\n".join(
         [show(rows[0]), "  ".join("-" * width for width in widths), *map(show, rows[1:])]
     )
