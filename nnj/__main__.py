@@ -26,7 +26,7 @@ def table(of: PluginManager) -> str:
         source = entry.source
         return (
             full_name(entry.key),
-            rule_name(entry.rule),
+            rule_name(entry.rule) + (", or autograd" if entry.node else ""),
             source.plugin,
             f"{source.distribution} {source.version}".strip(),
         )

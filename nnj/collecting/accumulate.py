@@ -2,7 +2,7 @@
 data set.
 
     sums over samples          are added;
-    rows, one for each sample  are put one behind the other, with zeros for samples whose loss did
+    rows, one for each sample  are concatenated, with zeros for samples whose loss did
                                not reach the parameter.
 """
 

@@ -170,4 +170,4 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
 
 def _close(word: str, known: list[str]) -> str:
     match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -19,6 +19,7 @@ from nnj.recording.records import Edge, Record
 from nnj.registry.layer_rules import Declined, ask_rule
 
 LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
+BY_NODE = "autograd's node has saved what its rule would have to find again"
 UNRECORDED = Declined("a hook, or the shapes of its input and output, hide what its rows are")
 
 
@@ -49,11 +50,9 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
         return UNRECORDED
     if record.stale:
         return Declined("what its rule reads was written over in place")
-    if node.name() == "MaxPool2DWithIndicesBackward0" and node.next_functions[0] == record.edge:
-        return Declined(
-            "autograd's node has saved where the largest entries are, which its rule would have to "
-            "find again"
-        )
+    if record.entry.node and record.entry.node == node.name():
+        if node.next_functions[0] == record.edge:
+            return Declined(BY_NODE)
     point = record.working_point()
     if point is None:
         return Declined("its parameters are narrower than its tensors")

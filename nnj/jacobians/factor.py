@@ -57,9 +57,9 @@ class Factor:
             total += self.columns(part).dense().square().sum((0, 1))
         return total
 
-    def squares(self, in_all: int | None = None) -> SquareSum:
-        """The same as a term that others are added to: these are some columns of `in_all` (by
-        default of K) that come in chunks.
+    def squares(self, total_columns: int | None = None) -> SquareSum:
+        """The same as a term that others are added to: these are some of `total_columns` columns
+        (by default of K) that come in chunks.
         """
         return SquareSum(self.square_sum())
 
@@ -93,8 +93,8 @@ class Factor:
         return total
 
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
-        """B[:, sample, index] for M pairs of a sample and an index of the first axis of the
-        parameter: (K, M, *shape[1:]).
+        """B[:, sample, index] for pairs of a sample and an index of the first axis of the
+        parameter: (K, pairs, *shape[1:]).
         """
         return self.dense()[:, sample, index]
 
@@ -114,7 +114,7 @@ class Factor:
 
         By default no other has the same.
         """
-        return self
+        return object()  # not the factor, which a stranger's class need not let be hashed
 
     def merge(self, uses: Sequence[Any]) -> Factor:
         """The sum of several factors, all with the key of this one, which is the first of them."""

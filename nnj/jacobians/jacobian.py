@@ -198,12 +198,12 @@ class Identity(Jacobian):
 
 
 class LinearMap(Jacobian):
-    """A linear map given by itself and its adjoint, both on a plain batch (B, ...): pooling,
+    """A linear map given by itself and its adjoint, both on a plain batch (R, ...): pooling,
     padding, a convolution's input.
 
     Args:
-        forward: (B, *inputs) -> (B, *outputs).
-        adjoint: (B, *outputs) -> (B, *inputs).
+        forward: (R, *inputs) -> (R, *outputs).
+        adjoint: (R, *outputs) -> (R, *inputs).
         squared: makes the map with squared entries, if that is cheaper than squaring the dense
             matrix.
         per_row: the maps differ from row to row and take (K, N, ...) as it is.

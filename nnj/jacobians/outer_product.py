@@ -121,13 +121,13 @@ class OuterProduct(Factor):
             return kernel_squares(self.kernels(), self.patches).to(self.dtype).reshape(self.shape)
         return self.squares_by_column()
 
-    def squares(self, in_all: int | None = None) -> SquareSum:
-        if self.by_gram(in_all or self.k):
+    def squares(self, total_columns: int | None = None) -> SquareSum:
+        if self.by_gram(total_columns or self.k):
             return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
         return SquareSum(self.squares_by_column())
 
-    def by_gram(self, in_all: int) -> bool:
-        """Whether the kernels V^T V over `in_all` columns cost less than to form B for each column.
+    def by_gram(self, total_columns: int) -> bool:
+        """Whether the kernels V^T V over all columns cost less than to form B for each column.
 
         Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in
         float64), and 32 L^2 to add them up in each chunk; K L I without, where B also writes and
@@ -135,10 +135,10 @@ class OuterProduct(Factor):
         do.
         """
         (g, o, l), i = self.form, self.patches.inputs
-        chunks = max(1, in_all / max(1, self.k))
-        kernels = 2 * l * l * (in_all + i / 2 + 16 * (chunks - 1))
+        chunks = max(1, total_columns / max(1, self.k))
+        kernels = 2 * l * l * (total_columns + i / 2 + 16 * (chunks - 1))
         fits = self.n * g * o * l * l <= KERNELS
-        return l == 1 or (kernels < in_all * i * (l + 8) and fits)
+        return l == 1 or (kernels < total_columns * i * (l + 8) and fits)
 
     def kernels(self) -> Tensor:
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""

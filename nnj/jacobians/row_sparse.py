@@ -11,11 +11,11 @@ from nnj.jacobians.factor import Factor
 
 
 class RowSparse(Factor):
-    """Rows of B that are not zero: v[k, m] stands at B[k, sample[m], row[m]].
+    """Rows of B that are not zero: v[k, i] stands at B[k, sample[i], row[i]].
 
     Args:
-        v: (K, M, *shape[1:]).
-        sample, row: (M,); every pair of them occurs once.
+        v: (K, pairs, *shape[1:]).
+        sample, row: (pairs,); every pair of them occurs once.
         n, shape: N, and the shape of the parameter.
     """
 

@@ -35,7 +35,7 @@ from nnj.graph.builder import Graph
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleAxis, SampleIndex, is_cyclic
 from nnj.propagation.sample_axes import broadcast_operand, carried
-from nnj.recording.records import Edge, place_of
+from nnj.recording.records import Edge, storage_of
 
 
 @dataclass(eq=False, slots=True)
@@ -200,12 +200,12 @@ class Plan:
 
     def _on_the_batch(self, step: Step) -> bool:
         """Whether a record stands on what was given to the model, or a view of it."""
-        if step.record is None or step.record.x.place is None or self.n == 1:
+        if step.record is None or step.record.x.storage is None or self.n == 1:
             return False
-        storage, seen = step.record.x.place[0], math.prod(step.record.x.shape)
+        storage, seen = step.record.x.storage[0], math.prod(step.record.x.shape)
         given = [(t, mark.batch_axis) for mark in self.graph.marks for t in mark.inputs]
         return any(
-            storage == place_of(t)[0]
+            storage == storage_of(t)[0]
             and t.numel() <= seen
             and t.dim() > axis
             and t.shape[axis] == self.n

@@ -1,8 +1,8 @@
 """Which rows of the loss belong to which sample: readings are tried, likeliest first, until one in
 which samples are independent.
 
-A sample is what stands at one place of the batch axis of the model's input. Where the loss has as
-many rows, each is a sample; where it has k times as many, k rows in order (or every N-th);
+A sample is what stands at one position of the batch axis of the model's input. Where the loss has
+as many rows, each is a sample; where it has k times as many, k rows in order (or every N-th);
 otherwise each row is asked which sample it touches."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.plan import Assumptions, device_of
-from nnj.recording.records import CallMark, Edge, Record, place_of
+from nnj.recording.records import CallMark, Edge, Record, storage_of
 
 SEED = 0x6E6E6A  # of generators of our own
 
@@ -193,12 +193,12 @@ def _evidence(graph: Graph, mark: CallMark, n: int) -> list[_Evidence]:
 def _at_first_layer(record: Record, mark: CallMark, n: int) -> tuple[int, Tensor] | None:
     """An axis of a first layer's input and output, and whose the rows along it are."""
     axis, x, y = mark.batch_axis, record.x, record.y
-    if x.place in [place_of(t) for t in mark.inputs]:
+    if x.storage in [storage_of(t) for t in mark.inputs]:
         same = len(x.shape) > axis and x.shape[axis] == n
         same = same and y.shape[: axis + 1] == x.shape[: axis + 1]
         return (axis, torch.arange(n)) if same else None
     if axis < 2 and any(
-        t.dim() > 1 and x.place == place_of(t.transpose(0, 1)) for t in mark.inputs
+        t.dim() > 1 and x.storage == storage_of(t.transpose(0, 1)) for t in mark.inputs
     ):
         same = x.shape[1 - axis] == n and y.shape[:2] == x.shape[:2]
         return (1 - axis, torch.arange(n)) if same else None

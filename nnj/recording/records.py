@@ -17,9 +17,9 @@ RECORD, MARK = "nnj.record", "nnj.call"
 Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
-def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Where the numbers of a tensor are in memory: tensors with the same place have the same
-    entries in the same order.
+def storage_of(t: Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a tensor are in memory, and how they are seen: of two tensors with the
+    same the entries are the same, in the same order.
     """
     return (
         (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride())
@@ -33,21 +33,21 @@ class Point:
     rule does not read it.
 
     Attributes:
-        place: where its numbers are, if it may be an input of the model, or a view of one; None for
-            what was computed.
+        storage: where its numbers are, if it may be an input of the model, or a view of one; None
+            for what was computed.
     """
 
-    __slots__ = ("dtype", "place", "shape", "value", "version")
+    __slots__ = ("dtype", "shape", "storage", "value", "version")
 
     def __init__(
         self,
         seen: Tensor | tuple[torch.Size, torch.dtype],
         version: int,
-        place: tuple[Any, ...] | None = None,
+        storage: tuple[Any, ...] | None = None,
     ):
         self.value = seen if isinstance(seen, Tensor) else None
         self.shape, self.dtype = (seen.shape, seen.dtype) if isinstance(seen, Tensor) else seen
-        self.version, self.place = version, place
+        self.version, self.storage = version, storage
 
     def tensor(self) -> Tensor:
         return (
@@ -83,7 +83,7 @@ def write_record(
         edge,
         x.detach() if "x" in uses else (x.shape, x.dtype),
         version,
-        place_of(x) if x.grad_fn is None or x._is_view() else None,
+        storage_of(x) if x.grad_fn is None or x._is_view() else None,
         y.detach() if "y" in uses else (y.shape, y.dtype),
         y._version,
         layer_state(module),
@@ -98,8 +98,8 @@ class Record:
     __slots__ = ("edge", "entry", "module", "state", "x", "y")
 
     def __init__(self, noted: tuple[Any, ...]):
-        self.module, self.entry, self.edge, x, version, place, y, now, self.state = noted
-        self.x, self.y = Point(x, version, place), Point(y, now)
+        self.module, self.entry, self.edge, x, version, storage, y, now, self.state = noted
+        self.x, self.y = Point(x, version, storage), Point(y, now)
 
     @staticmethod
     def of(node: Any, nr: int) -> Record | None:

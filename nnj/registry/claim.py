@@ -48,7 +48,7 @@ class Entry:
         rule: for a quantity its class.
         uses: which of x and y a layer's rule reads.
         table: "layer", "loss" or "quantity".
-        replace, when, reference: as `nnj.registry.hookspecs` says.
+        replace, when, reference, node: as `nnj.registry.hookspecs` says.
         is_fallback: whether it speaks for every module that nobody else knows.
     """
 
@@ -60,6 +60,7 @@ class Entry:
     replace: bool = False
     when: Callable[[Any], bool] | None = None
     reference: Callable[..., Any] | None = None
+    node: str = ""
     is_fallback: bool = field(init=False)
 
     def __post_init__(self) -> None:

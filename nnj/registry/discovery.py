@@ -120,9 +120,10 @@ def _registrar(table: str, source: Source, claims: list[Entry]) -> Callable[...,
         replace: bool = False,
         when: Callable[[Any], bool] | None = None,
         reference: Callable[..., Any] | None = None,
+        node: str = "",
         **unknown: Any,
     ) -> None:
-        entry = Entry(key, rule, source, uses, table, replace, when, reference)
+        entry = Entry(key, rule, source, uses, table, replace, when, reference, node)
         fault = _fault(entry, unknown)
         if fault is not None:
             raise PluginError(
@@ -149,6 +150,8 @@ def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
         return f"uses={entry.uses!r}, expected 'x', 'y', 'xy' or ''"
     if not all(given is None or callable(given) for given in (entry.when, entry.reference)):
         return f"when={entry.when!r} and reference={entry.reference!r} must be callable"
+    if not isinstance(entry.node, str):
+        return f"node={entry.node!r}, expected the name of a node of autograd"
     return None
 
 

@@ -27,6 +27,7 @@ class RegisterLayer(Protocol):
         uses: Literal["", "x", "y", "xy"] = "xy",
         replace: bool = False,
         when: Callable[[Any], bool] | None = None,
+        node: str = "",
     ) -> None: ...
 
 
@@ -54,7 +55,7 @@ class RegisterQuantity(Protocol):
 
 @hookspec
 def nnj_register_layers(register: RegisterLayer) -> None:
-    """Say what layers are: `register(cls, rule, *, uses="xy", replace=False, when=None)`.
+    """Say what layers are: `register(cls, rule, *, uses="xy", replace=False, when=None, node="")`.
 
     `rule(module, x, y) -> {"input": J, "weight": J, ...}` gives at the point x, with y = module(x),
     one `nnj.Jacobian` for the input and one for each parameter by its name; both x and y are
@@ -67,7 +68,11 @@ def nnj_register_layers(register: RegisterLayer) -> None:
 
     The rule holds for `cls` and for subclasses that override none of its methods; or, if `cls` is
     an interface of which each subclass defines `forward`, for those of which `when(module)` says
-    so. `replace=True` takes over a class that another plugin has claimed."""
+    so. `replace=True` takes over a class that another plugin has claimed.
+
+    `node` names a node of autograd ("MaxPool2DWithIndicesBackward0") that is as exact and knows
+    more, such as indices that the rule would have to find again: where it made y straight from x,
+    it is used in place of the rule."""
 
 
 @hookspec

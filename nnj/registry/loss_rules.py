@@ -26,7 +26,7 @@ class FunctionLoss(nn.Module):
     While the module of a function is in use, the function has no other: `extend` in a loop gives
     the same one again."""
 
-    # by id, since not everything that can be called can be hashed
+    # by id: not everything that can be called can be hashed, and a weak table needs both
     _known: ClassVar[weakref.WeakValueDictionary[int, FunctionLoss]] = weakref.WeakValueDictionary()
 
     def __init__(self, function: Callable[..., Tensor]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
-from nnj.graph.acceptance import Accepted, accept
+from nnj.graph.acceptance import BY_NODE, Accepted, accept
 from nnj.recording.extend import register_after_ours, temporarily_extended
 from nnj.recording.module_hook import is_leaf_layer
 from nnj.recording.records import Record, tensors
@@ -197,6 +197,8 @@ def _line(path: str, module: nn.Module, calls: list[_Call] | None) -> Line:
 def _by_rule(path: str, kind: str, entry: Entry, answers: list[Answer] | None) -> Line:
     """The line of a module with a rule, with what is said of each of its calls."""
     rule, plugin, note = rule_name(entry.rule), entry.source.plugin, ""
+    if answers is None and entry.node:
+        return Line(path, kind, AUTOGRAD, "", BY_NODE)
     if answers is None:
         note = "if it takes one tensor and gives one" if entry.is_fallback else ""
     elif not answers:

@@ -91,7 +91,7 @@ def through(m: nn.Conv2d, w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
 
 
 def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = w * pad(dx);  dy = dw U, which is affine with the patches U of pad(x);  dy = db at every
+    """dy = w * pad(dx);  dy = dw U, a product with the patches U of pad(x);  dy = db at every
     place.
     """
     if x.dim() != m.weight.dim():
@@ -164,7 +164,7 @@ def patches_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Tensor:
 
 
 def conv_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = w *^T dx;  dy = dw U, affine once channels in and out have changed places;  dy = db at
+    """dy = w *^T dx;  dy = dw U once channels in and out have changed places;  dy = db at
     every place.
     """
     if x.dim() != m.weight.dim():
@@ -172,11 +172,11 @@ def conv_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> dict[str, nn
     w, outputs, groups = m.weight.detach(), y.shape[1:], m.groups
     split = (groups, w.shape[0] // groups, *w.shape[1:])
     inner = (m.out_channels, w.shape[0] // groups, *w.shape[2:])
-    affine = nnj.PatchMatmul(
+    product = nnj.PatchMatmul(
         lambda rows: patches_transposed(m, x[rows], y), inner, outputs, x, groups=groups, last=False
     )
     view = nnj.View.permuted(w.shape, inner, split, (0, 2, 1, *range(3, len(split))))
-    weight = nnj.ViewJacobian(affine, view)
+    weight = nnj.ViewJacobian(product, view)
     slots: dict[str, nnj.Jacobian] = {"input": through_transposed(m, w, x, y), "weight": weight}
     if m.bias is not None:
         slots["bias"] = nnj.ScaleShift(m.bias.shape, outputs, x, last=False)

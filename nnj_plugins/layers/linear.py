@@ -20,7 +20,7 @@ def through(w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
 
 
 def linear(m: nn.Linear, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-    """dy = dx W^T;  dy = x dW^T, which is affine with the places of the sequence;  dy = db at every
+    """dy = dx W^T;  dy = x dW^T, a product with the places of the sequence;  dy = db at every
     place.
     """
     if x.dim() < 2:

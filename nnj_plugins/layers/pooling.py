@@ -192,4 +192,5 @@ def nnj_register_layers(register: nnj.RegisterLayer) -> None:
             getattr(nn, f"{name}{axes}d"),
             functools.partial(rule, axes=axes),
             uses="xy" if "LP" in name else "x" if "Max" in name else "",
+            node="MaxPool2DWithIndicesBackward0" if (name, axes) == ("MaxPool", 2) else "",
         )

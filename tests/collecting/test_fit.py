@@ -261,7 +261,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown": (
         dict(quantities=["ggn_dig"]),
-        r"^unknown quantity 'ggn_dig'; did you mean 'ggn_diag'\?",
+        r"^unknown quantity 'ggn_dig' \(did you mean 'ggn_diag'\?\)\. Known: ",
     ),
     "no quantity": (dict(quantities=[]), r"^nnj\.collect needs the name of a quantity"),
     "frozen": (

@@ -37,6 +37,9 @@ class Ours(nnj.Factor):
     def columns(self, which: slice) -> nnj.Factor:
         return type(self)(self.b[which])
 
+    def __eq__(self, other: object) -> bool:  # and so without a hash, as a dataclass is
+        return NotImplemented
+
 
 class Fast(Ours):
     """Uses of one parameter are added when they meet, and squares are those that it says."""
@@ -50,8 +53,8 @@ class Fast(Ours):
         Fast.merged += 1
         return Fast(torch.stack([use.b for use in uses]).sum(0))
 
-    def squares(self, in_all: int | None = None) -> SquareSum:
-        assert in_all is not None and in_all >= self.k
+    def squares(self, total_columns: int | None = None) -> SquareSum:
+        assert total_columns is not None and total_columns >= self.k
         return SquareSum(self.b.square().sum((0, 1)))
 
 

@@ -99,11 +99,17 @@ def test_one_class_may_be_a_layer_and_a_loss():
             "registers the layer torch.nn.ReLU, but uses='z', expected 'x', 'y', 'xy' or ''",
         ),
         (
+            Plugin(lambda register: register(nn.ReLU, print, node=nn.ReLU)),
+            "registers the layer torch.nn.ReLU, but "
+            "node=<class 'torch.nn.modules.activation.ReLU'>, "
+            "expected the name of a node of autograd",
+        ),
+        (
             Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
             "registers the loss torch.nn.MSELoss, but when=None and reference=3 must be callable",
         ),
     ],
-    ids=["layer", "loss", "name", "quantity", "rule", "uses", "reference"],
+    ids=["layer", "loss", "name", "quantity", "rule", "uses", "node", "reference"],
 )
 def test_a_claim_that_makes_no_sense(plugin, message):
     with pytest.raises(nnj.PluginError) as caught:

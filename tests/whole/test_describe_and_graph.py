@@ -228,10 +228,17 @@ def said_of(name: str) -> dict[str, tuple[str, str]]:
 
 def test_what_is_said_of_max_pools():
     """A pooling on images is autograd's, whose node has saved the indices; others have a rule."""
-    found, by_node = said_of("max pools"), "declined: autograd's node has saved where the largest"
+    found, by_node = said_of("max pools"), "declined: autograd's node has saved what its rule"
     assert found["2"][0] == AUTOGRAD and found["2"][1].startswith(by_node)
     assert found["6"] == ("max_pool", "")
     assert said_of("volumes")["1"] == ("max_pool", "")
+    model, _ = first_call("max pools")
+    uncalled = {line.path: (line.rule, line.note) for line in lines(model)}
+    assert uncalled["2"] == (
+        AUTOGRAD,
+        by_node.removeprefix("declined: ") + " would have to find again",
+    )
+    assert uncalled["6"] == ("max_pool", "")
 
 
 def test_what_is_said_of_parts_of_a_layer():
