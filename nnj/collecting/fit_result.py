@@ -14,7 +14,7 @@ from torch import Tensor
 from nnj.errors import NNJError
 
 _FORMAT = 1
-_FACTS = {  # what is saved beside the values, and of which type it is
+_FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
     "samples": int,
     "scale": str,
     "total": (int, float),
