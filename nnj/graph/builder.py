@@ -92,7 +92,7 @@ class Graph:
     def _made(self, edge: Edge) -> Step:
         """The step of the record on an edge if it speaks for its call, else that of the node."""
         node, number = edge
-        _refuse(node.name())
+        _refuse(node)
         if type(node) is not LEAF:
             mark = node.metadata.get((MARK, number))
             if mark is not None:
@@ -152,8 +152,13 @@ class Graph:
         return leaf is not self.batched and self.wanted(leaf)
 
 
-def _refuse(name: str) -> None:
+def _refuse(node: Any) -> None:
     """Errors: `NNJError` for nodes in which the layers of a model cannot be told apart."""
+    name = node.name()
+    if not name.endswith("Backward"):
+        return  # of torch in C++; these are functions in Python
+    if not getattr(type(node), "_forward_cls", type(node)).__module__.startswith("torch."):
+        return  # a function of somebody else that has the same name
     if "CompiledFunction" in name:
         raise NNJError(
             "the model runs under torch.compile, which leaves no calls of layers in the graph. "
