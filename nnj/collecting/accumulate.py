@@ -74,7 +74,9 @@ class Contribution:
             try:
                 for holder, value in values.items():
                     values[holder] = finish(value)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # of a stranger, who may exit
                 raise failed(name, error) from error.__cause__ or error
 
     def values(self, name: str) -> Mapping[Holder, Any]:

@@ -12,8 +12,9 @@ from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import Part
 from nnj.collecting.quantity import failed
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
-from nnj.errors import complex_parameter
+from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import Factor
+from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
 
@@ -54,7 +55,8 @@ class Target:
             count = sum(p in reached for p in self.own[m])
             if count:
                 self._expected[m] = count
-                for _, quantity, _ in self._blocks:
+                for name, quantity, _ in self._blocks:
+                    _check_name(name, m, paths.get(m, ""))
                     quantity.check(m, self.own[m], paths.get(m, ""))
                 for p in self.own[m]:
                     self._owners.setdefault(p, []).append(m)
@@ -91,7 +93,9 @@ class Target:
             if part is not None:
                 try:
                     value = quantity.parameter(_of_part(part, factor), part.total)
-                except Exception as error:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # of a stranger, who may exit
                     raise failed(name, error) from error.__cause__ or error
                 self.found.add(name, p, value)
         for m in self._owners.get(p, ()):
@@ -113,7 +117,9 @@ class Target:
                 mine = {p: _of_part(part, factor) for p, factor in factors.items()}
                 try:
                     value = quantity.module([mine.get(p) for p in own], own)
-                except Exception as error:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # of a stranger, who may exit
                     raise failed(name, error) from error.__cause__ or error
                 self.found.add(name, m, value)
 
@@ -141,6 +147,21 @@ class ChunkSink:
         """No factor of the chunk is to come any more."""
         for target in self.targets:
             target.end_chunk(self.parts)
+
+
+def _check_name(name: str, m: nn.Module, path: str) -> None:
+    """Errors: `PluginError` if the result of a quantity would stand in the place of what the module
+    computes with.
+    """
+    kept = vars(m).get(name)
+    inside = name in m._parameters or name in m._buffers or name in m._modules
+    if inside or hasattr(type(m), name) or not (kept is None or isinstance(kept, Tensor)):
+        entry = manager().quantity(name)
+        by = f", of plugin {entry.source}," if entry else ""
+        raise PluginError(
+            f"the quantity {name!r}{by} would overwrite the {name} of '{path or type(m).__name__}'."
+            " Register it under another name"
+        )
 
 
 def own_params(m: nn.Module) -> list[nn.Parameter]:
