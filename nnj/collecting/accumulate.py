@@ -151,7 +151,7 @@ class _Rows:
     def _fill(self, length: int, like: Tensor) -> None:
         """Zeros for the samples before number `length` that did not reach the holder."""
         if length > self._length:
-            self._parts.append(like.new_zeros(length - self._length, *like.shape[1:]))
+            self._parts.append(like.new_zeros((length - self._length, *like.shape[1:])))
             self._length = length
 
 
@@ -228,7 +228,7 @@ class Accumulator:
         if value is not None or not self._is_like_parameters(name):
             return value
         rows = (self.samples,) if self._quantities[name].per_sample else ()
-        return p.detach().new_zeros(*rows, *p.shape)
+        return p.detach().new_zeros((*rows, *p.shape))
 
     def _value(self, holder: Holder, total: _Sum | _Rows, factor: float = 1.0) -> Tensor | None:
         value = total.value(self.samples)

@@ -4,6 +4,7 @@ kept, saved and flattened.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -86,7 +87,10 @@ class Fit(Mapping[str, dict[str, Tensor]]):
                 f"fit[{quantity!r}][name]"
             )
         axis = 1 if quantity in self.per_sample else 0
-        return torch.cat([t.flatten(axis) for t in self[quantity].values()], axis)
+        flat = [  # also of parameters without axes, or without entries
+            t.reshape(*t.shape[:axis], math.prod(t.shape[axis:])) for t in self[quantity].values()
+        ]
+        return torch.cat(flat, axis)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it to a file, which holds tensors and plain values alone."""

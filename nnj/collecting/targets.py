@@ -4,7 +4,8 @@ a chunk become there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from nnj.collecting.loss_columns import Part
 from nnj.collecting.quantity import failed
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import PluginError, complex_parameter
-from nnj.jacobians.factor import Factor
+from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
@@ -91,18 +92,34 @@ class Target:
         for name, quantity, source in self._points:
             part = parts.get(source)
             if part is not None:
-                try:
-                    value = quantity.parameter(_of_part(part, factor), part.total)
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as error:  # of a stranger, who may exit
-                    raise failed(name, error) from error.__cause__ or error
+                mine = _of_part(part, factor)
+                value = _asked(name, quantity.parameter, mine, part.total)
                 self.found.add(name, p, value)
         for m in self._owners.get(p, ()):
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
             if len(factors) == self._expected[m]:
                 self._take_module(m, self._waiting.pop(m), parts)
+
+    def take_zeros(self, empty: Iterable[Tensor], n: int) -> None:
+        """Collect zeros at parameters that are behind tensors without entries alone, as `.grad`
+        has them; n is the number of samples.
+        """
+        new = [p for p in empty if p in self.params]
+        factors = {p: DenseFactor(p.detach().new_zeros((1, n, *p.shape))) for p in new}
+        found = Contribution()
+        for name, quantity, _ in self._points:
+            known = self.found.values(name)
+            for p in new:
+                if p not in known:
+                    found.add(name, p, _asked(name, quantity.parameter, factors[p], 1))
+        for m in dict.fromkeys(m for p in new for m in self._owners.get(p, ())):
+            for name, quantity, _ in self._blocks:
+                if m not in self.found.values(name):
+                    mine = [factors.get(p) for p in self.own[m]]
+                    found.add(name, m, _asked(name, quantity.module, mine, self.own[m]))
+        found.finish(self.request.quantities)
+        self.found.absorb(found)
 
     def end_chunk(self, parts: Parts) -> None:
         """Collect at modules to some of whose parameters this chunk had no columns to send."""
@@ -115,13 +132,18 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = {p: _of_part(part, factor) for p, factor in factors.items()}
-                try:
-                    value = quantity.module([mine.get(p) for p in own], own)
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as error:  # of a stranger, who may exit
-                    raise failed(name, error) from error.__cause__ or error
+                value = _asked(name, quantity.module, [mine.get(p) for p in own], own)
                 self.found.add(name, m, value)
+
+
+def _asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
+    """What a quantity makes of factors. Errors: `NNJError` that names it."""
+    try:
+        return ask(*given)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a stranger, who may exit
+        raise failed(name, error) from error.__cause__ or error
 
 
 def _of_part(part: Part, factor: Factor) -> Factor:

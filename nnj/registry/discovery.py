@@ -145,7 +145,7 @@ def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
             return "its name is not an identifier"
         holder = nn.Module if getattr(entry.rule, "of_modules", False) else nn.Parameter
         if hasattr(holder, entry.key):
-            return f"each torch.nn.{holder.__name__} has an attribute of that name"
+            return f"each nn.{holder.__name__} has an attribute of that name"
     elif not isinstance(entry.key, type):
         return "it is not a class"
     elif entry.key is object:

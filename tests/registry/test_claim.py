@@ -114,11 +114,11 @@ class OfModules(nnj.Quantity):
         ),
         (
             Plugin(quantities=lambda register: register("grad", print)),
-            "registers the quantity grad, but each torch.nn.Parameter has an attribute of that name",
+            "registers the quantity grad, but each nn.Parameter has an attribute of that name",
         ),
         (
             Plugin(quantities=lambda register: register("forward", OfModules)),
-            "registers the quantity forward, but each torch.nn.Module has an attribute of that name",
+            "registers the quantity forward, but each nn.Module has an attribute of that name",
         ),
     ],
     ids=[
