@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -73,7 +74,9 @@ class Contribution:
             try:
                 for holder, value in values.items():
                     values[holder] = finish(value)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # of a stranger, who may exit
                 raise failed(name, error) from error.__cause__ or error
 
     def values(self, name: str) -> Mapping[Holder, Any]:
@@ -148,7 +151,7 @@ class _Rows:
     def _fill(self, length: int, like: Tensor) -> None:
         """Zeros for the samples before number `length` that did not reach the holder."""
         if length > self._length:
-            self._parts.append(like.new_zeros(length - self._length, *like.shape[1:]))
+            self._parts.append(like.new_zeros((length - self._length, *like.shape[1:])))
             self._length = length
 
 
@@ -158,12 +161,14 @@ class Accumulator:
     Attributes:
         samples, passes: how many there were.
         exact: the exact columns of all losses.
+        modules: those that hold results, or whose parameters do.
     """
 
     def __init__(self, quantities: Mapping[str, Quantity]):
         self.samples = self.passes = 0
         self.exact = ExactColumns()
         self._quantities = quantities
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # by quantity and holder, which is held weakly: what is collected goes with its parameter
         self._totals: dict[str, MutableMapping[Holder, _Sum | _Rows]] = {
             name: WeakIdKeyDictionary() for name in quantities
@@ -172,6 +177,8 @@ class Accumulator:
     def add_pass(self, contributions: list[Contribution]) -> None:
         """Take in what the losses of one backward pass have added."""
         groups = _by_samples(contributions)
+        for group in groups:
+            self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)
@@ -185,6 +192,13 @@ class Accumulator:
             for holder, values in found.items():
                 self._totals[name][holder].add(values)
         self.samples, self.passes = starts[-1], self.passes + 1
+
+    def let_go(self) -> None:
+        """Forget the values, which have been given out, and so all parameters: nobody refers to
+        them any more, not even weakly.
+        """
+        for name in self._totals:
+            self._totals[name] = WeakIdKeyDictionary()
 
     def _expect(self, name: str, groups: list[Contribution]) -> None:
         """Know all that may hold a result of the quantity, reached or not."""
@@ -214,7 +228,7 @@ class Accumulator:
         if value is not None or not self._is_like_parameters(name):
             return value
         rows = (self.samples,) if self._quantities[name].per_sample else ()
-        return p.detach().new_zeros(*rows, *p.shape)
+        return p.detach().new_zeros((*rows, *p.shape))
 
     def _value(self, holder: Holder, total: _Sum | _Rows, factor: float = 1.0) -> Tensor | None:
         value = total.value(self.samples)

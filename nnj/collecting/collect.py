@@ -5,20 +5,21 @@ modules.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self, override
 
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.passes import Collection
 from nnj.collecting.request import Request
 
-# by thread and quantity: the parameters and modules that have its attribute
-_published: dict[tuple[int, str], WeakIdKeyDictionary] = {}
+# By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
+# the parameters: torch.utils.swap_tensors refuses what somebody refers to weakly.)
+_published: dict[tuple[int, str], weakref.WeakSet[nn.Module]] = {}
 
 
 class collect(Collection):  # noqa: N801
@@ -163,8 +164,9 @@ class collect(Collection):  # noqa: N801
 
     @override
     def __enter__(self) -> Self:
+        self.check_closed()
         self.accumulator = Accumulator(self.request.quantities)
-        self._holders: dict[str, WeakIdKeyDictionary] = {}  # at which each quantity was set
+        self._holders: dict[str, weakref.WeakSet[nn.Module]] = {}  # at which each was set
         for name in self.request.quantities:
             _withdraw(name)
         return super().__enter__()
@@ -176,9 +178,12 @@ class collect(Collection):  # noqa: N801
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, traceback)
-        if kind is None and self._covered():
-            self._publish()
+        try:
+            super().__exit__(kind, error, traceback)
+            if kind is None and self._covered():
+                self._publish()
+        finally:
+            self.accumulator.let_go()
 
     @override
     def pass_ended(self) -> None:
@@ -193,14 +198,18 @@ class collect(Collection):  # noqa: N801
         """Set the attributes."""
         thread = threading.get_ident()
         for name in self.request.quantities:
-            holders = _published.setdefault((thread, name), WeakIdKeyDictionary())
+            holders = _published.setdefault((thread, name), weakref.WeakSet())
             self._holders[name] = holders
+            holders |= self.accumulator.modules
             for holder, value in self.accumulator.values(name):
                 vars(holder)[name] = value
-                holders[holder] = True
 
 
 def _withdraw(name: str) -> None:
     """Remove the attributes that earlier collections of this thread have set."""
-    for holder in list(_published.pop((threading.get_ident(), name), ())):
-        vars(holder).pop(name, None)
+    tops = list(_published.pop((threading.get_ident(), name), ()))
+    # also in parts that they got since, such as a parametrization that has taken a parameter
+    for m in dict.fromkeys(part for top in tops for part in top.modules()):
+        for holder in (m, *m._parameters.values()):
+            if holder is not None:
+                vars(holder).pop(name, None)

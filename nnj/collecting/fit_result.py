@@ -4,6 +4,7 @@ kept, saved and flattened.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,15 @@ from torch import Tensor
 from nnj.errors import NNJError
 
 _FORMAT = 1
+_FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
+    "samples": int,
+    "scale": str,
+    "total": (int, float),
+    "loss": str,
+    "per_sample": (tuple, list),
+    "of_modules": (tuple, list),
+    "deficit": (int, float),
+}
 
 
 class Fit(Mapping[str, dict[str, Tensor]]):
@@ -77,7 +87,10 @@ class Fit(Mapping[str, dict[str, Tensor]]):
                 f"fit[{quantity!r}][name]"
             )
         axis = 1 if quantity in self.per_sample else 0
-        return torch.cat([t.flatten(axis) for t in self[quantity].values()], axis)
+        flat = [  # also of parameters without axes, or without entries
+            t.reshape(*t.shape[:axis], math.prod(t.shape[axis:])) for t in self[quantity].values()
+        ]
+        return torch.cat(flat, axis)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it to a file, which holds tensors and plain values alone."""
@@ -88,17 +101,22 @@ class Fit(Mapping[str, dict[str, Tensor]]):
         """Read what `save` wrote; no code in the file is run. Errors: `NNJError` for a file of
         another kind.
         """
-        found = torch.load(path, map_location=map_location, weights_only=True)
-        if not isinstance(found, dict) or found.pop("nnj.Fit", None) != _FORMAT:
+        cause: Exception | None = None
+        try:
+            found = torch.load(path, map_location=map_location, weights_only=True)
+        except OSError:
+            raise  # no file, or one that may not be read
+        except Exception as error:  # a file of another kind: torch has many names for that
+            found, cause = None, error
+        if not _is_fit(found):
             raise NNJError(
                 f"{os.fspath(path)} holds no nnj.Fit that this version can read. Write it with "
                 "Fit.save"
-            )
-        return cls(found.pop("values"), **found)
+            ) from cause
+        return cls(found["values"], **{name: found[name] for name in _FACTS})
 
     def _facts(self) -> dict[str, Any]:
-        names = ("samples", "scale", "total", "loss", "per_sample", "of_modules", "deficit")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _FACTS}
 
     def __repr__(self) -> str:
         lines = [f"Fit({self.samples} samples, scale={self.scale!r}, loss={self.loss})"]
@@ -108,3 +126,16 @@ class Fit(Mapping[str, dict[str, Tensor]]):
             numbers = sum(t.numel() for t in found.values())
             lines.append(f"  {name:{width}}  {numbers} numbers of {len(found)} {what}")
         return "\n".join(lines)
+
+
+def _is_fit(found: Any) -> bool:
+    """Whether what was read from a file is what `Fit.save` writes."""
+    if not isinstance(found, dict) or found.get("nnj.Fit") != _FORMAT:
+        return False
+    values = found.get("values")
+    return (
+        isinstance(values, dict)
+        and all(isinstance(kept, dict) for kept in values.values())
+        and all(isinstance(t, Tensor) for kept in values.values() for t in kept.values())
+        and all(isinstance(found.get(name), kind) for name, kind in _FACTS.items())
+    )

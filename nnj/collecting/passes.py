@@ -34,16 +34,34 @@ class Collection:
 
     def __init__(self, request: Request):
         self.request, self.accumulator = request, Accumulator(request.quantities)
+        self._thread: _Thread | None = None  # in which it is open
         self._refused = False
         self._passes_before = 0
 
+    def check_closed(self) -> None:
+        """Errors: `NNJError` if it is open: its results would be taken in twice."""
+        if self._thread is not None:
+            raise NNJError(
+                f"this collect of {', '.join(self.request.quantities)} is open already. Make one "
+                "nnj.collect(...) for each `with`"
+            )
+
     def __enter__(self) -> Self:
+        self.check_closed()
         self._refused, self._passes_before = False, self.accumulator.passes
-        _of_this_thread().open.append(self)
-        # hooks then run in this thread, on any device
-        self._multithreading = torch.autograd.set_multithreading_enabled(False)
-        self._multithreading.__enter__()
+        thread = _of_this_thread()
+        try:
+            self._thread = thread
+            thread.begin(self)
+        except BaseException:  # an interrupt by the keyboard
+            self._close()
+            raise
         return self
+
+    def _close(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close(self)
 
     def __exit__(
         self,
@@ -51,8 +69,7 @@ class Collection:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._multithreading.__exit__(None, None, None)
-        _of_this_thread().close(self)
+        self._close()
         if kind is None and self.accumulator.passes == self._passes_before and not self._refused:
             raise NNJError(
                 f"nothing was collected for {', '.join(self.request.quantities)}: no extended loss "
@@ -108,8 +125,13 @@ class _Pass:
                 collection.refuse_pass()
             else:
                 collection.add_pass([found[collection.request] for found in self.found])
-        if self.error is not None:
-            raise self.error
+        # the error holds the frames that it passes, and they this pass: no circle of them is left
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
 
 
 class _Thread:
@@ -120,6 +142,15 @@ class _Thread:
     def __init__(self) -> None:
         self.open: list[Collection] = []
         self.passes: dict[int, _Pass] = {}
+        self._multithreaded: bool | None = None  # autograd's setting before the first was opened
+
+    def begin(self, collection: Collection) -> None:
+        """Open a collection."""
+        if self._multithreaded is None:
+            self._multithreaded = torch._C._is_multithreading_enabled()
+            # hooks then run in this thread, on any device
+            torch.autograd.set_multithreading_enabled(False)
+        self.open.append(collection)
 
     def arrived(self, call: LossCall, scale: Tensor) -> None:
         """The gradient of a loss has arrived."""
@@ -136,9 +167,14 @@ class _Thread:
             ended.end()
 
     def close(self, collection: Collection) -> None:
-        self.open.remove(collection)
+        """Close a collection, whether it is the last one that was opened or not."""
+        if collection in self.open:
+            self.open.remove(collection)
         if not self.open:
             self.passes.clear()  # of backward passes that raised
+            if self._multithreaded is not None:
+                torch.autograd.set_multithreading_enabled(self._multithreaded)
+                self._multithreaded = None
 
 
 _threads: dict[int, _Thread] = {}

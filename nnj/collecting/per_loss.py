@@ -52,13 +52,15 @@ def contribute(
     if call.edges:
         paths = {m: name for root in roots for name, m in root.named_modules()}
         graph = _graph(call, wanted, paths)
-        reached = _reached(graph)
+        reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
-            target.reach(reached, paths)
+            target.reach(reached | empty.keys() if empty else reached, paths)
         sweep, sample_index = _planned(graph, columns, requests, scale.device)
-        _open(targets, graph, reached, roots, sample_index.n)
+        _open(targets, graph, reached | empty.keys(), roots, sample_index.n)
         if sweep is not None:
             _propagate(columns, sweep, sample_index, targets)
+        for target in targets if empty else ():
+            target.take_zeros(empty, sample_index.n)
     return {target.request: target.found for target in targets}
 
 

@@ -89,7 +89,7 @@ class Quantity:
         """
 
 
-def failed(name: str, error: Exception) -> NNJError:
+def failed(name: str, error: BaseException) -> NNJError:
     """The error for what a quantity has raised: its own refusal, or one that names it and its
     plugin.
     """

@@ -7,10 +7,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -34,6 +36,7 @@ EXACT, GRADIENT = ColumnSource("exact"), ColumnSource("gradient")
 
 def _source_of(name: str, quantity: Quantity) -> ColumnSource:
     if quantity.source == "signs":
+        _check_draws(name, quantity)
         return ColumnSource("signs", quantity)
     for shared in (EXACT, GRADIENT):
         if quantity.source == shared.kind:
@@ -42,6 +45,18 @@ def _source_of(name: str, quantity: Quantity) -> ColumnSource:
         f"the quantity {name!r} has source={quantity.source!r}, expected 'exact', 'signs' or "
         "'gradient'"
     )
+
+
+def _check_draws(name: str, quantity: Quantity) -> None:
+    """Errors: `NNJError` for a generator or a number of draws that is none."""
+    generator, draws = quantity.generator, quantity.draws
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise NNJError(
+            f"{name}: generator={generator!r} is no torch.Generator. Give "
+            "torch.Generator().manual_seed(...), on the device of the model's output, or None"
+        )
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise NNJError(f"{name}: {draws!r} draws; their number is a whole number, at least 1")
 
 
 class Request:
@@ -68,7 +83,8 @@ class Request:
         self.quantities = dict(quantities)
         self.sources = {name: _source_of(name, q) for name, q in self.quantities.items()}
         self.modules = None if modules is None else _checked_modules(modules)
-        self.memory, self.tol, self.signed = memory, float(tol), signed
+        _check_memory(memory)
+        self.memory, self.tol, self.signed = memory, _number(tol), signed
         self._check_tolerance(tol)
         if signed:
             self._check_signed()
@@ -100,11 +116,11 @@ class Request:
         return [name for name, quantity in self.quantities.items() if quantity.per_sample]
 
     def _check_tolerance(self, tol: float) -> None:
-        if not 0 <= tol < 1:
+        if not 0 <= self.tol < 1:
             raise NNJError(
                 f"tol={tol!r}: what may be lost of the trace is a number from 0 to below 1"
             )
-        if tol and EXACT not in self.sources.values():
+        if self.tol and EXACT not in self.sources.values():
             raise NNJError(
                 f"tol= leaves out exact columns, which {', '.join(self.quantities)} do not use"
             )
@@ -125,8 +141,32 @@ class Request:
             )
 
 
-def _checked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def _number(tol: Any) -> float:
+    """A tolerance as a number; NaN, which is none, for what cannot be one."""
+    try:
+        return float(tol)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _check_memory(memory: Any) -> None:
+    """Errors: `NNJError` for what is no number of bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory >= 0:
+        raise NNJError(
+            f"memory={memory!r}: the bytes that columns may take are a number, at least 0 (then "
+            "they go one by one)"
+        )
+
+
+def _checked_modules(modules: Any) -> list[nn.Module]:
+    if not isinstance(modules, (nn.Module, Iterable)):
+        raise NNJError(f"modules= takes a list of torch.nn.Modules, not {type(modules).__name__}")
     found: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+    if not found:
+        raise NNJError(
+            "modules=[] names no module to collect at. Leave it out for all of the model, or name "
+            "one"
+        )
     for module in found:
         if not isinstance(module, nn.Module):
             raise NNJError(f"modules= takes torch.nn.Modules, not {type(module).__name__}")

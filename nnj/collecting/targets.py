@@ -4,7 +4,8 @@ a chunk become there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +13,9 @@ from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import Part
 from nnj.collecting.quantity import failed
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
-from nnj.errors import complex_parameter
-from nnj.jacobians.factor import Factor
+from nnj.errors import PluginError, complex_parameter
+from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
 
@@ -54,7 +56,8 @@ class Target:
             count = sum(p in reached for p in self.own[m])
             if count:
                 self._expected[m] = count
-                for _, quantity, _ in self._blocks:
+                for name, quantity, _ in self._blocks:
+                    _check_name(name, m, paths.get(m, ""))
                     quantity.check(m, self.own[m], paths.get(m, ""))
                 for p in self.own[m]:
                     self._owners.setdefault(p, []).append(m)
@@ -89,16 +92,34 @@ class Target:
         for name, quantity, source in self._points:
             part = parts.get(source)
             if part is not None:
-                try:
-                    value = quantity.parameter(_of_part(part, factor), part.total)
-                except Exception as error:
-                    raise failed(name, error) from error.__cause__ or error
+                mine = _of_part(part, factor)
+                value = _asked(name, quantity.parameter, mine, part.total)
                 self.found.add(name, p, value)
         for m in self._owners.get(p, ()):
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
             if len(factors) == self._expected[m]:
                 self._take_module(m, self._waiting.pop(m), parts)
+
+    def take_zeros(self, empty: Iterable[Tensor], n: int) -> None:
+        """Collect zeros at parameters that are behind tensors without entries alone, as `.grad`
+        has them; n is the number of samples.
+        """
+        new = [p for p in empty if p in self.params]
+        factors = {p: DenseFactor(p.detach().new_zeros((1, n, *p.shape))) for p in new}
+        found = Contribution()
+        for name, quantity, _ in self._points:
+            known = self.found.values(name)
+            for p in new:
+                if p not in known:
+                    found.add(name, p, _asked(name, quantity.parameter, factors[p], 1))
+        for m in dict.fromkeys(m for p in new for m in self._owners.get(p, ())):
+            for name, quantity, _ in self._blocks:
+                if m not in self.found.values(name):
+                    mine = [factors.get(p) for p in self.own[m]]
+                    found.add(name, m, _asked(name, quantity.module, mine, self.own[m]))
+        found.finish(self.request.quantities)
+        self.found.absorb(found)
 
     def end_chunk(self, parts: Parts) -> None:
         """Collect at modules to some of whose parameters this chunk had no columns to send."""
@@ -111,11 +132,18 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = {p: _of_part(part, factor) for p, factor in factors.items()}
-                try:
-                    value = quantity.module([mine.get(p) for p in own], own)
-                except Exception as error:
-                    raise failed(name, error) from error.__cause__ or error
+                value = _asked(name, quantity.module, [mine.get(p) for p in own], own)
                 self.found.add(name, m, value)
+
+
+def _asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
+    """What a quantity makes of factors. Errors: `NNJError` that names it."""
+    try:
+        return ask(*given)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a stranger, who may exit
+        raise failed(name, error) from error.__cause__ or error
 
 
 def _of_part(part: Part, factor: Factor) -> Factor:
@@ -141,6 +169,21 @@ class ChunkSink:
         """No factor of the chunk is to come any more."""
         for target in self.targets:
             target.end_chunk(self.parts)
+
+
+def _check_name(name: str, m: nn.Module, path: str) -> None:
+    """Errors: `PluginError` if the result of a quantity would stand in the place of what the module
+    computes with.
+    """
+    kept = vars(m).get(name)
+    inside = name in m._parameters or name in m._buffers or name in m._modules
+    if inside or hasattr(type(m), name) or not (kept is None or isinstance(kept, Tensor)):
+        entry = manager().quantity(name)
+        by = f", of plugin {entry.source}," if entry else ""
+        raise PluginError(
+            f"the quantity {name!r}{by} would overwrite the {name} of '{path or type(m).__name__}'."
+            " Register it under another name"
+        )
 
 
 def own_params(m: nn.Module) -> list[nn.Parameter]:

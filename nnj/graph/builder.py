@@ -14,7 +14,7 @@ from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
 from nnj.graph.nodes import LEAF, leaf_of, node_name
 from nnj.graph.step import Step
-from nnj.graph.traverse import topological
+from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.records import MARK, CallMark, Edge
 
 
@@ -42,6 +42,8 @@ class Graph:
         self.marks: list[CallMark] = []  # of the outermost calls that were met
         self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
         self.dtypes: dict[Edge, torch.dtype] = {}
+        self._empty: list[Any] = []  # nodes of tensors without entries
+        self._sizeless: list[Tensor] = []  # parameters without entries
         self._steps: dict[Edge, Step] = {}
         self._raw: dict[Any, Step] = {}  # steps of nodes, which may have several outputs
         self._needed: set[Step] = set()  # those that lead to what is wanted
@@ -49,6 +51,7 @@ class Graph:
         self._expanded: dict[Any, list[Edge | None] | None] = {}
         self._aliases: dict[Any, Edge] = {}
         self.steps = self._wanted_steps()
+        self.roots = [edge for edge in roots if 0 not in self.shapes[edge]]
         for step in self.steps:
             step.out = [
                 e if e is not None and self.step_at(e) in self._needed else None for e in step.out
@@ -60,11 +63,11 @@ class Graph:
         """
         behind: dict[Step, list[Step]] = {}
 
-        def children(step: Step) -> list[Step]:
+        def below(step: Step) -> list[Step]:
             found = behind[step] = [self.step_at(e) for e in step.out if e is not None]
             return found
 
-        order = topological((self.step_at(root) for root in self.roots), children)
+        order = topological((self.step_at(root) for root in self.roots), below)
         for step in reversed(order):
             leaf = step.leaf is not None and self.wanted(step.leaf)
             needed = leaf or bool(step.params)
@@ -83,20 +86,43 @@ class Graph:
         """The step whose result is on an edge; it is made when it is asked for the first time."""
         step = self._steps.get(edge)
         if step is None:
-            step = self._steps[edge] = self._raw.get(edge[0]) or self._made(edge)
-            step.into.append(edge)
             like = edge[0]._input_metadata[edge[1]]
-            self.shapes[edge], self.dtypes[edge] = tuple(like.shape), like.dtype
+            shape = self.shapes[edge] = tuple(like.shape)
+            self.dtypes[edge] = like.dtype
+            if 0 in shape:
+                step = self._nothing(edge)
+            else:
+                step = self._raw.get(edge[0]) or self._made(edge)
+            self._steps[edge] = step
+            step.into.append(edge)
         return step
+
+    def _nothing(self, edge: Edge) -> Step:
+        """The step on an edge whose tensor has no entries (no rows, no width): it leads nowhere."""
+        self._empty.append(edge[0])
+        if type(edge[0]) is not LEAF:
+            self._note_mark(edge)
+        return Step(node_name(edge[0]), edge[0], None, {}, [], [])
+
+    def _note_mark(self, edge: Edge) -> None:
+        mark = edge[0].metadata.get((MARK, edge[1]))
+        if mark is not None:
+            self.marks.append(mark)
+
+    def without_entries(self) -> dict[Tensor, None]:
+        """The wanted parameters that are behind tensors without entries, or have none themselves:
+        autograd gives them zeros, and no column ever comes to them from there.
+        """
+        leaves = (leaf_of(node) for node in reachable(self._empty, children))
+        found = dict.fromkeys(leaf for leaf in leaves if leaf is not None and self.wanted(leaf))
+        return found | dict.fromkeys(self._sizeless)
 
     def _made(self, edge: Edge) -> Step:
         """The step of the record on an edge if it speaks for its call, else that of the node."""
         node, number = edge
-        _refuse(node.name())
+        _refuse(node)
         if type(node) is not LEAF:
-            mark = node.metadata.get((MARK, number))
-            if mark is not None:
-                self.marks.append(mark)
+            self._note_mark(edge)
             said = accept(node, number, self.paths)
             if isinstance(said, Accepted):
                 return self._from_record(node, said)
@@ -110,11 +136,13 @@ class Graph:
             # the rule reads neither x nor y: only the node knows where they were
             if j.like.device.type == "meta":
                 j.like = torch.empty(j.n, 0, dtype=dtype, device=node._input_metadata[0].device)
-        params = [
-            (slot, parameters[slot])
-            for slot in jacobians
-            if slot != "input" and self.wanted(parameters[slot])
-        ]
+        params = []
+        for slot in jacobians:
+            if slot != "input" and self.wanted(p := parameters[slot]):
+                if 0 in p.shape:
+                    self._sizeless.append(p)
+                else:
+                    params.append((slot, p))
         edge = None if record.edge is None else self._resolve(record.edge)
         name = type(record.module).__name__
         return Step(name, node, record, jacobians, [], [edge], None, dtype, params)
@@ -152,8 +180,13 @@ class Graph:
         return leaf is not self.batched and self.wanted(leaf)
 
 
-def _refuse(name: str) -> None:
+def _refuse(node: Any) -> None:
     """Errors: `NNJError` for nodes in which the layers of a model cannot be told apart."""
+    name = node.name()
+    if not name.endswith("Backward"):
+        return  # of torch in C++; these are functions in Python
+    if not getattr(type(node), "_forward_cls", type(node)).__module__.startswith("torch."):
+        return  # a function of somebody else that has the same name
     if "CompiledFunction" in name:
         raise NNJError(
             "the model runs under torch.compile, which leaves no calls of layers in the graph. "

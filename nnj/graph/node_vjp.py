@@ -12,74 +12,135 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
+from nnj.errors import NNJError
 from nnj.graph.attention import attention_backward, fused_attention
 from nnj.graph.nodes import node_name, own_task, refuse_freed
 from nnj.graph.op_names import TRUSTED
+
+LARGE = 1024.0  # how much larger than the columns that is which a backward in Python is tried with
+ROUNDED = 0.01  # what it may be off by, where it computes in less than double precision
 
 
 def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
     """What a node makes of k columns, for each of its operands.
 
     Autograd's own formula under vmap; one column after the other where vmap cannot take it, or
-    makes something else of it."""
+    makes something else of it.
+
+    Errors: `NNJError` for a function in Python whose backward is not linear."""
     if fused_attention(node) and arrived[0] is not None:
         found = attention_backward(node, arrived[0])
         if found is not None:
             return found
     if k > 1 and node_name(node) == "MaxPool2DWithIndices" and arrived[0] is not None:
         return [_max_pool_backward(node, arrived[0])]
-    call = node
-    if hasattr(node, "apply") and isinstance(node, torch.autograd.function.BackwardCFunction):
-        # A function in Python is given zeros where nothing arrived, as the engine does.
-        call = node.apply
-        metadata = getattr(node, "_input_metadata")  # noqa: B009 (unknown to the stubs)
-        like = next(t for t in arrived if t is not None)
-        arrived = [
-            like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
-            for t, m in zip(arrived, metadata, strict=True)
-        ]
+    in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    call = node.apply if in_python else node
+    if in_python:
+        arrived = _without_gaps(node, arrived, k)
     which = [i for i, t in enumerate(arrived) if t is not None]
 
     def run(*given: Tensor) -> Any:
         args: list[Tensor | None] = [None] * len(arrived)
         for i, t in zip(which, given, strict=True):
             args[i] = t
-        with nullcontext() if call is not node else _PlainRecomputation():
+        with _PlainRecomputation() if call is node else nullcontext():
             out = call(*args)
-        return out if isinstance(out, tuple) else (out,)
+        out = out if isinstance(out, tuple) else (out,)
+        return _by_edge(node, out) if in_python else out
 
     given = [t for t in arrived if t is not None]
-    if k == 1:
-        return [None if t is None else t[None] for t in run(*[t[0] for t in given])]
+    if k > 1:
+        return _together(node, run, given, in_python)
+    alone = [None if t is None else t[None] for t in run(*[t[0] for t in given])]
+    if in_python:
+        _check_linear(node, run, given, alone)
+    return alone
+
+
+def _together(
+    node: Any, run: Callable[..., tuple[Any, ...]], given: list[Tensor], in_python: bool
+) -> list[Tensor | None]:
+    """Several columns: under vmap, or one after the other."""
     try:
         with _quiet():
             found = _vmapped(run, given)
-        if node_name(node) in TRUSTED or _confirmed(run, given, found):
+        if node_name(node) in TRUSTED or _confirmed(run, given, found, in_python):
             return found
     except RuntimeError as error:
         refuse_freed(error)
-    columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(k)]
-    return [
+    columns = [own_task(partial(run, *[t[c] for t in given])) for c in range(len(given[0]))]
+    found = [
         None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)
+    ]
+    if in_python:
+        _check_linear(node, run, given, found)
+    return found
+
+
+def _without_gaps(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | None]:
+    """A function in Python is given zeros where nothing arrived, as the engine does."""
+    like = next(t for t in arrived if t is not None)
+    return [
+        like.new_zeros(k, *m.shape, dtype=m.dtype) if t is None else t
+        for t, m in zip(arrived, node._input_metadata, strict=True)
     ]
 
 
+def _by_edge(node: Any, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a function in Python gives for each of its edges: it answers for every argument of its
+    forward, and only tensors have an edge, those that need a gradient one that leads somewhere.
+    """
+    wanted = iter([r for r, needed in zip(results, node.needs_input_grad, strict=False) if needed])
+    return tuple(None if child is None else next(wanted, None) for child, _ in node.next_functions)
+
+
+# -- is it what it must be? ------------------------------------------------------------------------
+
+
+def _check_linear(
+    node: Any,
+    run: Callable[..., tuple[Any, ...]],
+    given: list[Tensor],
+    found: list[Tensor | None],
+) -> None:
+    """Errors: `NNJError` if the backward of a function in Python is not linear on these columns."""
+    if not _confirmed(run, given, found, in_python=True):
+        name = type(node).__name__.removesuffix("Backward")
+        raise NNJError(
+            f"the backward of the autograd.Function {name} is not linear in the gradient that it "
+            "is given (it clamps or normalises it, draws random numbers, or keeps a state), so "
+            "that it is no Jacobian. Collect with a model without it, or make its backward linear"
+        )
+
+
 def _confirmed(
-    run: Callable[..., tuple[Any, ...]], given: list[Tensor], found: list[Tensor | None]
+    run: Callable[..., tuple[Any, ...]],
+    given: list[Tensor],
+    found: list[Tensor | None],
+    in_python: bool,
 ) -> bool:
     """Whether a random combination of the columns, taken alone, gives the same combination of what
-    came out under vmap, as it must, since a node is linear.
+    came out of them, as it must, since a node is linear.
 
-    Not every batching rule of torch is right (that of cdist's backward is not)."""
+    Not every batching rule of torch is right (that of cdist's backward is not), and not every
+    backward in Python is linear: for these the combination is large, and has both signs."""
     seed = torch.Generator().manual_seed(0x6E6E6A)
     weights = torch.rand(len(given[0]), generator=seed, dtype=torch.float64) + 0.5
+    if in_python:
+        signs = torch.arange(len(weights)) % 2 * 2 - 1
+        weights = weights * signs * (LARGE if given[0].dtype != torch.float16 else 1)
+    size = float(weights.abs().max().clamp(min=1))
     mix: Callable[[Tensor], Tensor] = lambda t: torch.tensordot(weights.to(t.device, t.dtype), t, 1)
     alone = own_task(lambda: run(*[mix(t) for t in given]))
     for one, columns in zip(alone, found, strict=True):
         if (one is None) != (columns is None):
             return False
         if one is not None and columns is not None and one.numel():
-            tolerance = torch.finfo(one.dtype).eps ** 0.5 * columns.abs().max() * len(columns)
+            slack = torch.finfo(one.dtype).eps ** 0.5
+            if in_python and one.dtype != torch.float64:
+                slack = max(slack, ROUNDED)
+            tolerance = slack * columns.abs().max() * len(columns) * (size if in_python else 1)
             if one.shape != columns.shape[1:] or bool(
                 ((one - mix(columns)).abs() > tolerance).any()
             ):

@@ -311,7 +311,7 @@ def _diagonal_pulled_back(at: Linearization, m: Tensor | None) -> Tensor:
     """The diagonal of J^T M J, (N, in or P)."""
     total = at.y.new_zeros(at.n, at.size)
     for u in _unit_cotangents(at):
-        left, flat = at.vjp(u), u.reshape(*u.shape[:2], -1)
+        left, flat = at.vjp(u), u.reshape(*u.shape[:2], at.out)
         if m is None:
             total += left.square().sum(0)
         elif m.dim() == 2:

@@ -18,6 +18,8 @@ from nnj.graph.step import Step
 from nnj.propagation.backward import Sweep
 from nnj.recording.records import Edge
 
+LARGEST_NODE = 1 << 14  # entries of a node's outputs, which are asked one by one where need be
+
 
 class Forward:
     """Tangents through the plan of a sweep.
@@ -28,6 +30,7 @@ class Forward:
 
     def __init__(self, sweep: Sweep):
         self.sweep, self.n = sweep, sweep.n
+        self._by_entry = False  # whether to doubt what is not finite
 
     def run(self, seeds: dict[Tensor, Tensor], k: int) -> dict[Edge, Tensor]:
         """The tangents (K, *shape) of the root edges.
@@ -37,6 +40,12 @@ class Forward:
                 batch in axis 0.
             k: K.
         """
+        found = own_task(lambda: self._walk(seeds, k))
+        if all(bool(t.isfinite().all()) for t in found.values()):
+            return found
+        # A node may send back something finite, but torch's derivative of it is not (0 times
+        # infinity, at the standard deviation of equal numbers): the entries of J itself are asked.
+        self._by_entry = True
         return own_task(lambda: self._walk(seeds, k))
 
     def _walk(self, seeds: dict[Tensor, Tensor], k: int) -> dict[Edge, Tensor]:
@@ -185,9 +194,22 @@ class Forward:
             # what autograd does not see (numpy, say) need not be nothing
             opaque = bool(others) and self._sends(step, others)
             by_number = None if opaque else _differentiated(cotangents, differentiable)
+        if by_number is not None and self._by_entry and self._doubtful(step, by_number, below):
+            by_number = None
         if by_number is None:
             return self._entry_by_entry(step, below, rows)
         return {(step.node, nr): t for nr, t in by_number.items()}
+
+    def _doubtful(self, step: Step, by_number: dict[int, Tensor], below: dict[int, Tensor]) -> bool:
+        """Whether finite tangents became infinite at a node that is not too large to be asked entry
+        by entry.
+        """
+        size = sum(math.prod(edge_shape(edge)) for edge in step.into)
+        return (
+            size <= LARGEST_NODE
+            and not all(bool(t.isfinite().all()) for t in by_number.values())
+            and all(bool(t.isfinite().all()) for t in below.values())
+        )
 
     def _answers(
         self, step: Step, cotangents: list[Tensor | None], below: dict[int, Tensor], rows: int

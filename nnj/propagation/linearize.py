@@ -106,7 +106,10 @@ class Linearization(Generic[S]):
             except Coupled as error:
                 refusal = refusal or error
         assert refusal is not None
-        raise refusal
+        try:
+            raise refusal
+        finally:
+            del refusal  # its frames hold this one, which would hold it
 
     @property
     def size(self) -> int:

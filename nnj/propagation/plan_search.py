@@ -61,7 +61,10 @@ def plan(graph: Graph, rows: int, device: torch.device) -> Planned:
             return Planned(sweep, sample_index, _known(graph, rows, mark, given, reading))
         out_of_order.append(sample_index)
     assert refusal is not None
-    raise refusal
+    try:
+        raise refusal
+    finally:
+        del refusal  # its frames hold this one, which would hold it
 
 
 def assumptions(graph: Graph) -> list[Assumptions]:

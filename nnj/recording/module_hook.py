@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
+from nnj.errors import NNJError
 from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
@@ -71,7 +72,24 @@ _calls = _Calls()
 _order = itertools.count()  # of outermost calls
 
 
-class BeforeCall:
+class _ScriptedError(NNJError, AttributeError):
+    """An error of ours that `hasattr` and `getattr` with a default take for an attribute that is
+    not there.
+    """
+
+
+class _Hook:
+    """What both hooks are: no functions that torch.jit.script could compile, as it tries to."""
+
+    @property
+    def __name__(self) -> str:  # which nothing but torch.jit.script asks for
+        raise _ScriptedError(
+            "torch.jit.script compiles the hooks of a module, and those of nnj are none for it. "
+            "Take them away first (nnj.retract(model)), script, and extend the model again"
+        )
+
+
+class BeforeCall(_Hook):
     """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last
     of all pre-hooks.
 
@@ -99,7 +117,7 @@ class BeforeCall:
         )
 
 
-class AfterCall:
+class AfterCall(_Hook):
     """Forward hook: stores the record on the output. Comes first of all hooks; called also when
     forward raises.
     """

@@ -36,7 +36,7 @@ def blame(entry: Entry, module: nn.Module, path: str) -> str:
     return f"plugin '{entry.source.plugin}' (layer '{path or type(module).__name__}')"
 
 
-def rule_failed(who: str, entry: Entry, error: Exception) -> PluginError:
+def rule_failed(who: str, entry: Entry, error: BaseException) -> PluginError:
     """The error for a rule that raised what no rule should; `who` is its subject."""
     what = f"{type(error).__name__}: {error}"
     return PluginError(f"{who}: the rule failed with {what}{at_work(entry.source)}")

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import pluggy
+from torch import nn
 
 from nnj._version import __version__
 from nnj.errors import PluginError
@@ -44,8 +45,9 @@ def import_plugin(point: metadata.EntryPoint, source: Source) -> Any:
     """The module or object behind an entry point. Errors: `PluginError`."""
     try:
         return point.load()
-    # a module that exits would take the user's program with it
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # one that exits would take the user's program with it
         origin = f", from {source.distribution} {source.version}" if source.distribution else ""
         raise PluginError(
             f"plugin '{point.name}' ({point.value}{origin}) cannot be imported: {fact(error)}."
@@ -73,9 +75,9 @@ def claims_of(plugin: Any, source: Source) -> list[Entry]:
     for table, hook in HOOKS.items():
         try:
             getattr(manager.hook, hook)(register=_registrar(table, source, claims))
-        except PluginError:
+        except (PluginError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # as above
             raise PluginError(
                 f"plugin {source} failed in {hook}: {fact(error)}.{remedy(source)}"
             ) from error
@@ -142,8 +144,13 @@ def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
     if entry.table == "quantity":
         if not (isinstance(entry.key, str) and entry.key.isidentifier()):
             return "its name is not an identifier"
+        holder = nn.Module if getattr(entry.rule, "of_modules", False) else nn.Parameter
+        if hasattr(holder, entry.key):
+            return f"each nn.{holder.__name__} has an attribute of that name"
     elif not isinstance(entry.key, type):
         return "it is not a class"
+    elif entry.key is object:
+        return "every class is one"
     if not callable(entry.rule):
         return f"its rule {entry.rule!r} cannot be called"
     if entry.uses not in ("", "x", "y", "xy"):

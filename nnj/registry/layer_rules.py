@@ -143,7 +143,9 @@ def ask_rule(
     except NNJError as error:  # a refusal, not a fault: say where
         error.args = (f"layer '{path or type(module).__name__}': {error}",)
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # one that exits would take the user's program with it
         raise rule_failed(blame(entry, module, path), entry, error) from error
     parameters = dict(module.named_parameters(remove_duplicate=False))
     fault = _fault(jacobians, module, parameters, x, y)

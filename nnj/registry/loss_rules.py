@@ -106,7 +106,9 @@ def ask_loss_rule(
         return None
     except NNJError:  # a refusal, not a fault
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # one that exits would take the user's program with it
         raise PluginError(
             f"{who}: the rule failed with {type(error).__name__}: {error}{at_work(entry.source)}"
         ) from error

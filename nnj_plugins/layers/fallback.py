@@ -39,10 +39,10 @@ class PerSample(nnj.Jacobian):
             return tangents
 
         shared = v.shape[1] != self.n
-        by_row = vmap(of, in_dims=(0, None if shared else 1), out_dims=1)
+        by_row = vmap(of, in_dims=(0, None if shared else 1))
         try:
             found: Tensor = by_row(self.x, v[:, 0] if shared else v)
-            return found
+            return found.movedim(0, 1)
         except NotImplementedError:  # an operation of torch's that knows no forward derivative
             return super().jvp(v)
 
@@ -51,8 +51,9 @@ class PerSample(nnj.Jacobian):
             cotangents: Tensor = vmap(lambda t: vjp(*self._at(row))[1](t)[0])(u)
             return cotangents
 
-        found: Tensor = vmap(of, in_dims=(0, 1), out_dims=1)(self.x, u)
-        return found
+        # (out_dims=1 fails where nothing depends on the row: a parameter that is not used)
+        found: Tensor = vmap(of, in_dims=(0, 1))(self.x, u)
+        return found.movedim(0, 1)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         if self.slot == "input":

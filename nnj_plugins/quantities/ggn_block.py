@@ -23,6 +23,8 @@ class GGNBlock(nnj.Quantity):
     degree = 1
 
     def __init__(self, block_limit: int = 10_000):
+        if isinstance(block_limit, bool) or not isinstance(block_limit, (int, float)):
+            raise nnj.NNJError(f"block_limit={block_limit!r}: the largest P is a number")
         self.limit = block_limit
 
     @override

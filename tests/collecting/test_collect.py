@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
+from nnj.collecting import passes
 from tests.support.cases import CASES, MLP, Case, vectors
 from tests.support.collecting import QUANTITIES, X, Y, base, collected, extended, intact, pair, same
 from tests.support.oracle import Truth, build, close, data_of
@@ -317,3 +321,142 @@ def test_everything_frozen():
     with nnj.collect("ggn_diag"):
         loss(model(x.requires_grad_()), y).backward()
     intact(model)
+
+
+# -- entered, left, interrupted --------------------------------------------------------------------
+
+
+def test_the_same_collect_twice_at_once():
+    model, loss = pair()
+    twice = nnj.collect("ggn_diag")
+    with twice:
+        loss(model(X), Y).backward()
+        with pytest.raises(nnj.NNJError, match=r"^this collect of ggn_diag is open already\."):
+            twice.__enter__()
+        loss(model(X), Y).backward()
+    assert twice.passes == 2
+    same(model, {n: 2 * Truth(base()).diag(n) for n, _ in model.named_parameters()})
+
+
+def test_left_in_another_order_than_nested():
+    model, loss = pair()
+    one, two = nnj.collect("ggn_diag"), nnj.collect("ggn_block")
+    one.__enter__()
+    two.__enter__()
+    loss(model(X), Y).backward()
+    one.__exit__(None, None, None)
+    assert not torch._C._is_multithreading_enabled()
+    loss(model(X), Y).backward()
+    two.__exit__(None, None, None)
+    assert torch._C._is_multithreading_enabled() and (one.passes, two.passes) == (1, 2)
+    with torch.autograd.set_multithreading_enabled(False):
+        with nnj.collect("ggn_diag"):
+            loss(model(X), Y).backward()
+        assert not torch._C._is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_while_it_is_entered(late, monkeypatch):
+    model, loss = pair()
+    begin = passes._Thread.begin
+
+    def interrupted(thread: Any, collection: Any) -> None:
+        if late:
+            begin(thread, collection)
+        raise KeyboardInterrupt
+
+    again = nnj.collect("ggn_diag")
+    with monkeypatch.context() as patch:
+        patch.setattr(passes._Thread, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again.__enter__()
+    assert not passes.is_collecting() and torch._C._is_multithreading_enabled()
+    with again:
+        loss(model(X), Y).backward()
+    assert again.passes == 1
+
+
+def test_parameters_may_be_swapped_afterwards(monkeypatch):
+    """Nobody refers to them weakly, which torch.utils.swap_tensors would refuse."""
+    model, loss = pair()
+    kept = nnj.collect(*QUANTITIES)
+    with kept:
+        loss(model(X), Y).backward()
+    old, new = model.one.weight, nn.Parameter(torch.zeros_like(model.one.weight))
+    expected, values = old.ggn_diag, old.detach().clone()
+    torch.utils.swap_tensors(old, new)
+    assert new.ggn_diag is expected and torch.equal(new, values) and not hasattr(old, "ggn_diag")
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model.float()
+    with nnj.collect("ggn_diag"):
+        loss(model(X.float()), Y).backward()
+    assert old.ggn_diag.dtype == torch.float32 and kept.passes == 1
+
+
+def test_a_new_with_finds_a_parameter_that_has_moved():
+    """Into a parametrization, whose part did not exist in the first pass."""
+    model, loss = pair()
+    with nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+    nn.utils.parametrizations.weight_norm(model.one)
+    with nnj.collect("batch_grad"):
+        loss(model(X), Y).backward()
+    assert hasattr(model.two.weight, "ggn_diag")
+    with nnj.collect("ggn_diag", modules=[model.two]):
+        loss(model(X), Y).backward()
+    assert [n for n, p in model.named_parameters() if hasattr(p, "ggn_diag")] == [
+        "two.weight",
+        "two.bias",
+    ]
+
+
+# -- what a refusal leaves behind ------------------------------------------------------------------
+
+
+class Coupled(nn.Module):
+    """Samples influence one another, which every reading of the rows finds out anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.one(x)
+        return z - z.mean(0)
+
+
+@pytest.mark.parametrize(
+    "make", [Coupled, lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))]
+)
+@pytest.mark.parametrize("how", ["collect", "fit", "jacobian"])
+def test_a_refusal_leaves_no_circle_of_references(make, how):
+    """Each would keep the graph and its tensors until Python looks for circles."""
+    model, loss = nnj.extend(make().double()), nnj.extend(nn.CrossEntropyLoss())
+    refused = how != "fit" or make is Coupled
+
+    def go() -> None:
+        if how == "jacobian":
+            nnj.jacobian(model, X, "weight")
+        elif how == "fit":
+            nnj.fit(model, loss, [(X, Y)], "ggn_diag")
+        else:
+            with nnj.collect("ggn_diag"):
+                loss(model(X), Y).backward()
+
+    def tensors() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    found = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(nnj.NNJError) if refused else contextlib.nullcontext():
+                go()
+            model.zero_grad()
+            found.append(tensors())
+    finally:
+        gc.enable()
+    assert found[1] == found[2]

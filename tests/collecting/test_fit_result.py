@@ -76,3 +76,32 @@ def test_dtypes_are_those_of_the_parameters():
         for quantity in fit.values()
         for t in quantity.values()
     )
+
+
+WRITTEN = {"nnj.Fit": 1, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
+WRITTEN |= {"per_sample": (), "of_modules": (), "deficit": 0.0}
+OF_ANOTHER_KIND = {
+    "text": lambda path: path.write_text("hello world\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"\x80\x02garbage"),
+    "a model": lambda path: torch.save(nn.Linear(2, 2), path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "no values": lambda path: torch.save({"nnj.Fit": 1}, path),
+    "values are a number": lambda path: torch.save({**WRITTEN, "values": 3}, path),
+    "values without tensors": lambda path: torch.save({**WRITTEN, "values": {"q": {"w": 1}}}, path),
+    "samples are a word": lambda path: torch.save({**WRITTEN, "samples": "x"}, path),
+    "a fact is missing": lambda path: torch.save({**WRITTEN, "loss": None}, path),
+}
+
+
+@pytest.mark.parametrize("write", OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+def test_a_file_of_another_kind(write, tmp_path):
+    path = tmp_path / "fit.pt"
+    write(path)
+    with pytest.raises(nnj.NNJError, match=r"fit\.pt holds no nnj\.Fit that this version can read"):
+        nnj.Fit.load(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        nnj.Fit.load(tmp_path / "fit.pt")

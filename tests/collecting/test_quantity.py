@@ -40,6 +40,13 @@ class Trace(nnj.Quantity):
         return value.sqrt()
 
 
+class Leaves(nnj.Quantity):
+    """Ends the program."""
+
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
+        raise SystemExit(3)
+
+
 @pytest.fixture
 def strange():
     former = manager()
@@ -50,6 +57,9 @@ def strange():
         def nnj_register_quantities(self, register):
             register("counts", Counts)
             register("trace", Trace)
+            register("weight", Trace)
+            register("in_features", Trace)
+            register("leaves", Leaves)
 
     former.load()
     mine.register(Plugin(), "strange")
@@ -84,3 +94,23 @@ def test_one_of_two_must_be_defined(both):
     methods = {"parameter": Counts.parameter, "module": Trace.module} if both else {}
     with pytest.raises(TypeError, match=r"^Odd must define either parameter or module$"):
         type("Odd", (nnj.Quantity,), methods)
+
+
+@pytest.mark.parametrize("name", ["weight", "in_features"])
+def test_a_name_that_the_module_computes_with(strange, name):
+    """The next forward pass would take the result for its weight."""
+    model, loss = pair()
+    message = (
+        rf"^the quantity '{name}', of plugin 'strange', would overwrite the {name} of 'one'\. "
+        "Register it under another name$"
+    )
+    with pytest.raises(nnj.PluginError, match=message), nnj.collect(name):
+        loss(model(X), Y).backward()
+    assert isinstance(model.one.weight, nn.Parameter) and model.one.in_features == 4
+
+
+def test_a_quantity_that_would_end_the_program(strange):
+    model, loss = pair()
+    message = r"^the quantity 'leaves', of plugin 'strange', failed with SystemExit: 3$"
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect("leaves"):
+        loss(model(X), Y).backward()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import nnj
 from tests.support.products import MODELS, SLOTS, N, bare, block_index, case, metrics, r, same
@@ -107,3 +108,34 @@ def test_an_extended_module_stays_extended_and_no_grad_does_not_matter():
         same(nnj.jacobian(model, x, "weight"), j)
     assert model._forward_hooks
     nnj.retract(model)
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+NOT_TWICE = {
+    "std": lambda x: x.std(1, keepdim=True),
+    "std and mean": lambda x: torch.cat(torch.std_mean(x, 1, keepdim=True), 1),
+    "norm 3": lambda x: x.norm(p=3, dim=1, keepdim=True),
+    "in a model": lambda x: torch.cat([x.square(), (2 * x).std(1, keepdim=True)], 1),
+}
+
+
+@pytest.mark.parametrize("function", NOT_TWICE.values(), ids=NOT_TWICE)
+def test_jvp_is_finite_where_jacobian_is(function):
+    """Torch's derivative of the node is 0 times infinity, where the node itself sends zero."""
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.zeros(4, 3).double(), torch.randn(4, 3, generator=generator).double()
+    x[0], x[1] = torch.randn(3, generator=generator), 1.0
+    model = Applied(function)
+    j = nnj.jacobian(model, x)
+    assert j.isfinite().all()
+    torch.testing.assert_close(nnj.jvp(model, x, v), (j @ v[..., None])[..., 0])
+    m = torch.stack([v, 2 * v], -1)
+    torch.testing.assert_close(nnj.jmp(model, x, m), j @ m)

@@ -254,3 +254,16 @@ def test_compiled(backend, order):
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     torch._dynamo.reset()
+
+
+def test_a_script_of_an_extended_model():
+    """torch compiles the hooks of a module; that it cannot is said, and how to go on."""
+    model = nnj.extend(build(base()))
+    with pytest.raises(
+        nnj.NNJError, match=r"^torch\.jit\.script compiles the hooks .*nnj\.retract"
+    ):
+        torch.jit.script(model)
+    hook = next(iter(model.one._forward_hooks.values()))
+    assert not hasattr(hook, "__name__") and getattr(hook, "__name__", "none") == "none"
+    scripted = torch.jit.script(nnj.retract(model))
+    assert torch.equal(scripted(X), nnj.extend(model)(X))

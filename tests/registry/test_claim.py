@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 import nnj
@@ -71,6 +72,11 @@ def test_one_class_may_be_a_layer_and_a_loss():
     assert manager.find("loss", nn.MSELoss).rule is repr
 
 
+class OfModules(nnj.Quantity):
+    def module(self, factors, params):
+        return torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     "plugin, message",
     [
@@ -108,8 +114,32 @@ def test_one_class_may_be_a_layer_and_a_loss():
             Plugin(losses=lambda register: register(nn.MSELoss, print, reference=3)),
             "registers the loss torch.nn.MSELoss, but when=None and reference=3 must be callable",
         ),
+        (
+            Plugin(lambda register: register(object, print)),
+            "registers the layer builtins.object, but every class is one",
+        ),
+        (
+            Plugin(quantities=lambda register: register("grad", print)),
+            "registers the quantity grad, but each nn.Parameter has an attribute of that name",
+        ),
+        (
+            Plugin(quantities=lambda register: register("forward", OfModules)),
+            "registers the quantity forward, but each nn.Module has an attribute of that name",
+        ),
     ],
-    ids=["layer", "loss", "name", "quantity", "rule", "uses", "node", "reference"],
+    ids=[
+        "layer",
+        "loss",
+        "name",
+        "quantity",
+        "rule",
+        "uses",
+        "node",
+        "reference",
+        "object",
+        "of parameters",
+        "of modules",
+    ],
 )
 def test_a_claim_that_makes_no_sense(plugin, message):
     with pytest.raises(nnj.PluginError) as caught:

@@ -285,3 +285,24 @@ def test_a_plugin_that_registers_nothing(fakes, code):
     )
     with pytest.warns(UserWarning, match=message):
         assert list(load().entries("layer")) == []
+
+
+@pytest.mark.parametrize("error", ["SystemExit(3)", "Mine(3)", "GeneratorExit(3)"])
+@pytest.mark.parametrize("where", ["import", "hook"])
+def test_a_plugin_that_would_end_the_program(fakes, error, where):
+    """Whatever it raises, it is named."""
+    code = f"class Mine(BaseException): pass\ndef leave(): raise {error}\n"
+    code += (
+        "leave()"
+        if where == "import"
+        else "import nnj\n@nnj.hookimpl\ndef nnj_register_layers(register): leave()"
+    )
+    fakes.install("nnj-squash", code)
+    assert (said := refusal()).startswith("plugin 'nnj-squash' (nnj")
+    assert said.endswith(f"{error[:-3]}: 3. Disable it with NNJ_DISABLED_PLUGINS=nnj-squash")
+
+
+def test_an_interrupt_by_the_keyboard_is_the_users(fakes):
+    fakes.install("nnj-squash", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load()

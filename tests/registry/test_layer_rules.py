@@ -190,6 +190,23 @@ def test_an_answer_that_is_none(rules, rule, message):
         check_layer(module, x)
 
 
+class Mine(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Mine(3)])
+def test_a_rule_that_would_end_the_program(rules, error):
+    def rule(m, x, y):
+        raise error
+
+    rules(Squash, rule)
+    message = (
+        rf"^plugin 'nnj-squash' \(layer 'Squash'\): the rule failed with {type(error).__name__}: 3"
+    )
+    with pytest.raises(nnj.PluginError, match=message):
+        nnj.jacobian(Squash(), torch.randn(5, 4))
+
+
 def test_the_shape_of_a_product():
     who = "plugin 'nnj-squash' (layer 'head')"
     right = torch.zeros(5, 4)
