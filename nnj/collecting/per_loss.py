@@ -44,7 +44,7 @@ def contribute(
 
     Errors: `NNJError` wherever a number would not be exact.
     """
-    columns = LossColumns(call, scale) if columns is None else columns
+    columns = LossColumns(call, scale, node) if columns is None else columns
     roots = extended_roots()
     targets = [Target(request, roots) for request in requests]
     wanted: set[Tensor] = set().union(*(target.params for target in targets))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
-from nnj.recording.loss_hook import LossHook
+from nnj.recording.loss_hook import BeforeLoss, LossHook
+from nnj.recording.loss_state import is_torchs_own
 from nnj.recording.module_hook import (
     EXTENDED,
     AfterCall,
@@ -67,12 +68,12 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     check_hookable(module)
     if loss and not is_loss(module):
         _remove(module)
-        module.register_forward_hook(LossHook(), with_kwargs=True)
+        _put_on_loss(module)
         return module
     for part in module.modules():
         if is_loss(part):
             if not _has_loss_hook(part):
-                part.register_forward_hook(LossHook(), with_kwargs=True)
+                _put_on_loss(part)
         elif not isinstance(part, torch.jit.ScriptModule) and not _has_loss_hook(part):
             _put(part, batch_axis)
     EXTENDED.add(module)
@@ -177,6 +178,12 @@ def _put(module: nn.Module, batch_axis: int) -> None:
     )
 
 
+def _put_on_loss(loss: nn.Module) -> None:
+    if not is_torchs_own(loss):
+        loss.register_forward_pre_hook(BeforeLoss(), with_kwargs=True)
+    loss.register_forward_hook(LossHook(), with_kwargs=True)
+
+
 def _remove(module: nn.Module) -> None:
     tables = (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
@@ -189,7 +196,7 @@ def _remove(module: nn.Module) -> None:
         for key in [
             key
             for key, hook in hooks.items()
-            if isinstance(hook, (BeforeCall, AfterCall, LossHook))
+            if isinstance(hook, (BeforeCall, AfterCall, BeforeLoss, LossHook))
         ]:
             del hooks[key]
             for flag in flags:
