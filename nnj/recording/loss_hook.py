@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from nnj.recording.loss_state import Copies, is_reading, state_of
-from nnj.recording.records import LossCall, edge_of, inert
+from nnj.recording.records import MARK, RECORD, LossCall, edge_of, inert, tensors
 from nnj.registry.loss_rules import name_of, signature_of
 
 # Each is called with the call of a loss and the gradient of its value, when that gradient arrives
@@ -28,7 +28,7 @@ class _Frame:
 
     Attributes:
         copies: what it was before.
-        inner: the calls of other losses in it.
+        inner: the calls of other losses in it, and autograd's nodes of their values.
         python: the frame of Python that called the loss.
     """
 
@@ -36,7 +36,7 @@ class _Frame:
 
     def __init__(self, module: nn.Module, python: FrameType):
         self.module, self.python = module, python
-        self.copies, self.inner = Copies(module), list[LossCall]()
+        self.copies, self.inner = Copies(module), list[tuple[LossCall, Any]]()
 
 
 class _Frames(threading.local):
@@ -55,11 +55,7 @@ class BeforeLoss:
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if inert() or is_reading():
-            return
-        python = sys._getframe(1)
-        _drop_finished(python)
-        _frames.open.append(_Frame(module, python))
+        begin(module, sys._getframe(1))
 
 
 class LossHook:
@@ -76,19 +72,96 @@ class LossHook:
             return
         frame = _ended(module) if _frames.open else None
         if inert() or not isinstance(value, Tensor) or value.grad_fn is None:
+            _pass_on(frame)
             return
-        call = note_call(module, args, kwargs, value)
+        call = _note(module, args, kwargs, value)
         if frame is not None:
-            call.copies = frame.copies
-            for part in frame.inner:
-                part.counts = False
+            _replace(frame, call)
         if _frames.open:
             _drop_finished(sys._getframe(1))
         if _frames.open:
-            _frames.open[-1].inner.append(call)
+            _frames.open[-1].inner.append((call, value.grad_fn))
 
 
-def note_call(
+def begin(module: nn.Module, python: FrameType) -> None:
+    """A call of what is a loss, or may turn out to be one, begins."""
+    if inert() or is_reading():
+        return
+    _drop_finished(python)
+    _frames.open.append(_Frame(module, python))
+
+
+def end(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], value: Any) -> None:
+    """A call has ended of what is a loss if it was given outputs of an extended model, and made a
+    scalar of them in which there is more than the losses that it has called.
+    """
+    frame = _ended(module) if _frames.open else None
+    if frame is None:
+        return
+    given = [t for t in tensors([*args, *kwargs.values()]) if t.grad_fn is not None]
+    if (
+        inert()
+        or not isinstance(value, Tensor)
+        or value.dim() > 0
+        or value.grad_fn is None
+        or not _is_of_a_model([t.grad_fn for t in given])
+        or not _leads_past(value.grad_fn, given, [node for _, node in frame.inner])
+    ):
+        _pass_on(frame)
+        return
+    call = _note(module, args, kwargs, value)
+    _replace(frame, call)
+    if _frames.open:
+        _frames.open[-1].inner.append((call, value.grad_fn))
+
+
+def is_open(module: nn.Module) -> bool:
+    """Whether the innermost call that has begun is one of the module."""
+    return bool(_frames.open) and _frames.open[-1].module is module
+
+
+def _replace(frame: _Frame, call: LossCall) -> None:
+    """The call of a loss stands for those of the losses that it has called."""
+    call.copies = frame.copies
+    for part, _ in frame.inner:
+        part.counts = False
+
+
+def _pass_on(frame: _Frame | None) -> None:
+    """What is no loss has called losses: they are part of the loss that has called it, if any."""
+    if frame is not None and _frames.open:
+        _frames.open[-1].inner += frame.inner
+
+
+def _is_of_a_model(nodes: Sequence[Any]) -> bool:
+    """Whether what nodes have made comes from a call of an extended module."""
+    return any(
+        isinstance(key, tuple) and key[0] in (RECORD, MARK)
+        for node in _below(nodes, set())
+        for key in node.metadata
+    )
+
+
+def _leads_past(node: Any, given: Sequence[Tensor], inner: Sequence[Any]) -> bool:
+    """Whether a value depends on what a module was given otherwise than through the losses inside
+    it.
+    """
+    ends = {t.grad_fn for t in given}
+    return any(n in ends for n in _below([node], set(inner)))
+
+
+def _below(nodes: Sequence[Any], stop: set[Any]) -> Iterator[Any]:
+    """The nodes that lead to some, and these themselves, but for what is behind `stop`."""
+    stack, met = list(nodes), set(stop)
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            yield node
+            stack += [child for child, _ in node.next_functions]
+
+
+def _note(
     module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], value: Tensor
 ) -> LossCall:
     """Keep what a loss was given, and wait for the gradient of its value."""

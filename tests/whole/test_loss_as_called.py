@@ -318,3 +318,158 @@ def test_an_extended_loss_in_a_function_counts_once(model):
     with nnj.collect("ggn_diag"):
         loss(model(x), y).backward()
     check(model, expected)
+
+
+class WithTerm(nn.Module):
+    """A cross entropy and a term of its own."""
+
+    def __init__(self, ce=None):
+        super().__init__()
+        self.ce = nn.CrossEntropyLoss() if ce is None else ce
+
+    def forward(self, z, y):
+        return self.ce(z, y) + z.square().mean()
+
+
+class Functional(nn.Module):
+    def forward(self, z, y):
+        return F.cross_entropy(z, y) + z.square().mean()
+
+
+class Both(nn.Module):
+    """Two of torch's losses and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.ce, self.mse = nn.CrossEntropyLoss(), nn.MSELoss()
+
+    def forward(self, z, y):
+        return self.ce(z, y) + 0.5 * self.mse(z, F.one_hot(y, C).to(z))
+
+
+class InSequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = WithTerm()
+
+    def forward(self, z, y):
+        return 2 * self.inner(z, y)
+
+
+class Named(nn.Module):
+    """Gives more than a scalar, so that what it calls counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = WithTerm()
+
+    def forward(self, z, y):
+        return {"loss": self.inner(z, y)}
+
+
+class Calls(nn.Module):
+    """Has a model and a loss, and is called with neither's outputs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, WithTerm()
+
+    def forward(self, x, y):
+        return self.loss(self.model(x), y)
+
+
+def term(z, y):
+    return F.cross_entropy(z, y) + z.square().mean()
+
+
+def both(z, y):
+    return F.cross_entropy(z, y) + 0.5 * F.mse_loss(z, F.one_hot(y, C).to(z))
+
+
+NESTED = {
+    "module": (WithTerm, term),
+    "module, said to be a loss": (lambda: nnj.extend(WithTerm(), loss=True), term),
+    "inner extended before": (lambda: WithTerm(nnj.extend(nn.CrossEntropyLoss())), term),
+    "functional": (Functional, term),
+    "sum of losses": (Both, both),
+    "in another": (InSequence, lambda z, y: 2 * term(z, y)),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_module_that_is_a_loss(model, name):
+    make, truly = NESTED[name]
+    loss = nnj.extend(make())
+    x, y, _ = data()
+    expected = truth(model, x, lambda z: truly(z, y))
+    for _ in range(2):
+        with nnj.collect("ggn_diag"):
+            loss(model(x), y).backward()
+        check(model, expected)
+    found = nnj.fit(model, loss, [(x, y)], "ggn_diag", scale="sum", reduction="mean")
+    for k, v in found["ggn_diag"].items():
+        torch.testing.assert_close(v, N * expected[k])
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    check(model, expected)
+
+
+def test_losses_in_what_is_no_loss(model):
+    x, y, _ = data()
+    expected = truth(model, x, lambda z: term(z, y))
+    loss = nnj.extend(Named())
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y)["loss"].backward()
+    check(model, expected)
+    whole = nnj.extend(Calls(model))
+    with nnj.collect("ggn_diag"):
+        whole(x, y).backward()
+    check(model, expected)
+
+
+def test_a_module_in_a_function_counts_once(model):
+    inner = nnj.extend(WithTerm())
+    loss = nnj.extend(lambda z, y: 3 * inner(z, y))
+    x, y, _ = data()
+    expected = truth(model, x, lambda z: 3 * term(z, y))
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    check(model, expected)
+
+
+def test_a_head_that_computes_its_loss_is_a_model():
+    """Its parameters are those of a model, and the loss inside counts."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.ce = nn.Linear(6, C), nn.CrossEntropyLoss()
+
+        def forward(self, h, y):
+            return self.ce(self.linear(h), y)
+
+    x, y, _ = data()
+    body, head = nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double(), Head().double()
+    whole = nn.Sequential(body, head.linear)
+    expected = truth(whole, x, lambda z: F.cross_entropy(z, y))
+    nnj.extend(body)
+    nnj.extend(head)
+    with nnj.collect("ggn_diag"):
+        head(body(x), y).backward()
+    check(whole, expected)
+
+
+def test_an_inner_loss_that_raises_leaves_nothing(model):
+    class Raises(WithTerm):
+        def forward(self, z, y):
+            super().forward(z, y)
+            raise KeyError
+
+    x, y, _ = data()
+    with pytest.raises(KeyError):
+        nnj.extend(Raises())(model(x), y)
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    expected = truth(model, x, lambda z: F.cross_entropy(z, y))
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    check(model, expected)
