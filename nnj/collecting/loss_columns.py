@@ -5,6 +5,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -62,14 +63,23 @@ class LossColumns:
         call: the call of the loss.
         scale: the gradient that arrived at its value, which multiplies everything.
         node: autograd's node of the value.
+        curvature: whether H is asked for; else nothing is refused for the sake of H.
         sign: 1 or -1: in the place of H, its part with the eigenvalues of this sign, of their
             absolute values; then the scale may be negative. None: H itself.
 
     Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
     is not convex in its output."""
 
-    def __init__(self, call: LossCall, scale: Tensor, node: Any, sign: int | None = None):
-        self.call, self.scale, self.node, self.sign = call, scale.detach(), node, sign
+    def __init__(
+        self,
+        call: LossCall,
+        scale: Tensor,
+        node: Any,
+        sign: int | None = None,
+        curvature: bool = True,
+    ):
+        self.call, self.scale, self.node = call, scale.detach(), node
+        self.sign, self.curvature = sign, curvature
         self.name = call.name
         self.outputs = [call.leaves[i] for i in call.outputs]
         self._check_call()
@@ -86,7 +96,7 @@ class LossColumns:
                 f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
                 "it has overflowed"
             )
-        if self.sign is None and bool((self.scale < 0).any()):
+        if self.curvature and self.sign is None and bool((self.scale < 0).any()):
             raise NNJError(
                 f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
                 "is not positive semi-definite. Collect with signed=True, or without that term, or "
@@ -107,7 +117,12 @@ class LossColumns:
         """How many rows the outputs have; a rule knows best
         (an output of (C,) is one row for cross entropy).
         """
-        known = self._by_rule if self.sign is None else self.hessian
+        known: LossHessian | None = None
+        if self.sign is not None:
+            known = self.hessian
+        else:
+            with nullcontext() if self.curvature else suppress(NNJError):
+                known = self._by_rule
         return rows_of([t.shape for t in self.outputs]) if known is None else known.rows
 
     @cached_property

@@ -13,7 +13,7 @@ from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import LossColumns
 from nnj.collecting.loss_reading import check_as_called
 from nnj.collecting.per_loss import contribute
-from nnj.collecting.request import Request
+from nnj.collecting.request import GRADIENT, Request
 from nnj.errors import Indefinite
 from nnj.recording.records import LossCall
 
@@ -28,7 +28,11 @@ def contribute_signed(
     check_as_called(call, scale, node)
     convex = [request for request in requests if not request.signed]
     signed = [request for request in requests if request.signed]
-    found = contribute(call, scale, node, convex) if convex else {}
+    found: dict[Request, Contribution] = {}
+    if convex:
+        curvature = any(s is not GRADIENT for r in requests for s in r.sources.values())
+        columns = LossColumns(call, scale, node, curvature=curvature)
+        found = contribute(call, scale, node, convex, columns)
     for sign, columns in _parts(call, scale, node).items() if signed else ():
         for request, part in contribute(call, scale, node, signed, columns).items():
             found.setdefault(request, Contribution(part.calls, part.n)).absorb(part, sign)
@@ -43,11 +47,12 @@ def _parts(call: LossCall, scale: Tensor, node: Any) -> dict[int, LossColumns]:
         found = _by_factor(call, scale, node)
     except Indefinite:
         found = {sign: LossColumns(call, scale, node, sign) for sign in (1, -1)}
-    return {
+    kept = {
         sign: columns
         for sign, columns in found.items()
         if sign > 0 or bool(columns.hessian.diagonal().any())
     }
+    return kept or {1: found[-1]}  # of zero, which has no sign
 
 
 def _by_factor(call: LossCall, scale: Tensor, node: Any) -> dict[int, LossColumns]:
