@@ -5,19 +5,22 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
+from nnj.recording.loss_state import as_called
 from nnj.recording.records import Edge, LossCall
 from nnj.registry.loss_rules import ask_loss_rule
 
@@ -59,14 +62,24 @@ class LossColumns:
     Args:
         call: the call of the loss.
         scale: the gradient that arrived at its value, which multiplies everything.
+        node: autograd's node of the value.
+        curvature: whether H is asked for; else nothing is refused for the sake of H.
         sign: 1 or -1: in the place of H, its part with the eigenvalues of this sign, of their
             absolute values; then the scale may be negative. None: H itself.
 
     Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
     is not convex in its output."""
 
-    def __init__(self, call: LossCall, scale: Tensor, sign: int | None = None):
-        self.call, self.scale, self.sign = call, scale.detach(), sign
+    def __init__(
+        self,
+        call: LossCall,
+        scale: Tensor,
+        node: Any,
+        sign: int | None = None,
+        curvature: bool = True,
+    ):
+        self.call, self.scale, self.node = call, scale.detach(), node
+        self.sign, self.curvature = sign, curvature
         self.name = call.name
         self.outputs = [call.leaves[i] for i in call.outputs]
         self._check_call()
@@ -83,7 +96,7 @@ class LossColumns:
                 f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
                 "it has overflowed"
             )
-        if self.sign is None and bool((self.scale < 0).any()):
+        if self.curvature and self.sign is None and bool((self.scale < 0).any()):
             raise NNJError(
                 f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
                 "is not positive semi-definite. Collect with signed=True, or without that term, or "
@@ -104,39 +117,27 @@ class LossColumns:
         """How many rows the outputs have; a rule knows best
         (an output of (C,) is one row for cross entropy).
         """
-        known = self._by_rule if self.sign is None else self.hessian
+        known: LossHessian | None = None
+        if self.sign is not None:
+            known = self.hessian
+        else:
+            with nullcontext() if self.curvature else suppress(NNJError):
+                known = self._by_rule
         return rows_of([t.shape for t in self.outputs]) if known is None else known.rows
 
     @cached_property
     def _by_rule(self) -> LossHessian | None:
         args, kwargs = self.call.arguments(self.outputs)
-        return ask_loss_rule(self.call.module, self.scale, self.outputs, args, kwargs)
+        with as_called(self.call):
+            return ask_loss_rule(self.call.module, self.scale, self.outputs, args, kwargs)
 
     def _value(self, *outputs: Tensor) -> Tensor:
-        args, kwargs = self.call.arguments(list(outputs))
-        result: Tensor = (self.call.module.forward(*args, **kwargs) * self.scale).sum()
+        result: Tensor = (read(self.call, outputs) * self.scale).sum()
         return result
 
     def gradient(self) -> list[Tensor]:
-        """The gradient of the scalar in each output.
-
-        Errors: `NNJError` for a loss that gives another value when it is called again.
-        """
-        with torch.enable_grad():
-            outputs = [t.detach().requires_grad_() for t in self.outputs]
-            value = self._value(*outputs)
-            if not torch.allclose(
-                value, (self.call.value * self.scale).sum(), rtol=1e-3, equal_nan=True
-            ):
-                raise NNJError(
-                    f"{self.name} gives another value when it is called again: it draws random "
-                    "numbers, or a hook or something in place has changed it. Draw them outside of "
-                    "the loss and give them as an argument"
-                )
-            found = torch.autograd.grad(value, outputs, allow_unused=True)
-        return [
-            torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True)
-        ]
+        """The gradient of the scalar in each output: that of the call."""
+        return gradient_of_call(self.call, self.scale, self.node)
 
     # -- the layout of columns ---------------------------------------------------------------------
 

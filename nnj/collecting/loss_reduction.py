@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nnj.errors import NNJError
-from nnj.recording.extend import extend, retract
+from nnj.recording.extend import extend, is_extended, retract
 from nnj.recording.loss_hook import LossHook
 from nnj.registry.loss_rules import FunctionLoss
 
@@ -185,9 +185,12 @@ def reduced(
     ours = not isinstance(loss, nn.Module) or not any(
         isinstance(h, LossHook) for h in loss._forward_hooks.values()
     )
+    was = ours and is_extended(loss)
     module = extend(loss, loss=True) if ours else loss
     try:
         yield GivenLoss(module, reduction, axis)
     finally:
         if ours:
             retract(module)
+        if was:
+            extend(module)

@@ -22,7 +22,7 @@ from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sweep
 from nnj.propagation.chunking import columns_at_once, even
 from nnj.propagation.last_layer import LastLayerColumns
-from nnj.propagation.plan_search import plan
+from nnj.propagation.plan_search import plan, plan_by_axis
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
 
@@ -32,7 +32,7 @@ def contribute(
     scale: Tensor,
     node: Any,
     requests: Sequence[Request],
-    columns: LossColumns | None = None,
+    columns: LossColumns,
 ) -> dict[Request, Contribution]:
     """What one loss adds to each request; columns are propagated once for all of them.
 
@@ -40,11 +40,10 @@ def contribute(
         call: the call of the loss.
         scale: the gradient that arrived at its value.
         node: autograd's node of the loss.
-        columns: in the place of those of the loss itself.
+        columns: those of the loss, or of a part of its Hessian.
 
     Errors: `NNJError` wherever a number would not be exact.
     """
-    columns = LossColumns(call, scale) if columns is None else columns
     roots = extended_roots()
     targets = [Target(request, roots) for request in requests]
     wanted: set[Tensor] = set().union(*(target.params for target in targets))
@@ -107,7 +106,8 @@ def _planned(
     """
     if not graph.steps:
         return None, SampleIndex(columns.rows)
-    sweep, sample_index, known = plan(graph, columns.rows, device)
+    by_axis = None if columns.curvature else plan_by_axis(graph, 1, device)
+    sweep, sample_index, known = by_axis or plan(graph, columns.rows, device)
     per_sample = [name for request in requests for name in request.per_sample]
     if per_sample and not known:
         raise NNJError(

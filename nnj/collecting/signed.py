@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import LossColumns
+from nnj.collecting.loss_reading import check_as_called
 from nnj.collecting.per_loss import contribute
-from nnj.collecting.request import Request
+from nnj.collecting.request import GRADIENT, Request
 from nnj.errors import Indefinite
 from nnj.recording.records import LossCall
 
@@ -24,36 +25,42 @@ def contribute_signed(
 
     Errors: those of `contribute`.
     """
+    check_as_called(call, scale, node)
     convex = [request for request in requests if not request.signed]
     signed = [request for request in requests if request.signed]
-    found = contribute(call, scale, node, convex) if convex else {}
-    for sign, columns in _parts(call, scale).items() if signed else ():
+    found: dict[Request, Contribution] = {}
+    if convex:
+        curvature = any(s is not GRADIENT for r in requests for s in r.sources.values())
+        columns = LossColumns(call, scale, node, curvature=curvature)
+        found = contribute(call, scale, node, convex, columns)
+    for sign, columns in _parts(call, scale, node).items() if signed else ():
         for request, part in contribute(call, scale, node, signed, columns).items():
             found.setdefault(request, Contribution(part.calls, part.n)).absorb(part, sign)
     return found
 
 
-def _parts(call: LossCall, scale: Tensor) -> dict[int, LossColumns]:
+def _parts(call: LossCall, scale: Tensor, node: Any) -> dict[int, LossColumns]:
     """The columns of H_+ under 1, and those of H_- under -1; what is known to be zero is left
     out.
     """
     try:
-        found = _by_factor(call, scale)
+        found = _by_factor(call, scale, node)
     except Indefinite:
-        found = {sign: LossColumns(call, scale, sign) for sign in (1, -1)}
-    return {
+        found = {sign: LossColumns(call, scale, node, sign) for sign in (1, -1)}
+    kept = {
         sign: columns
         for sign, columns in found.items()
         if sign > 0 or bool(columns.hessian.diagonal().any())
     }
+    return kept or {1: found[-1]}  # of zero, which has no sign
 
 
-def _by_factor(call: LossCall, scale: Tensor) -> dict[int, LossColumns]:
+def _by_factor(call: LossCall, scale: Tensor, node: Any) -> dict[int, LossColumns]:
     """Of a convex loss, which is linear in its factor: H_- is H under the negative part of the
     factor. Errors: `Indefinite` if the loss is not convex.
     """
     signs = [sign for sign in (1, -1) if bool((sign * scale > 0).any())] or [1]
-    found = {sign: LossColumns(call, (sign * scale).clamp(min=0)) for sign in signs}
+    found = {sign: LossColumns(call, (sign * scale).clamp(min=0), node) for sign in signs}
     for columns in found.values():
         _ = columns.hessian  # raises
     return found

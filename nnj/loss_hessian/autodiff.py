@@ -24,6 +24,7 @@ from nnj.loss_hessian.base import (
     per_row,
     rows_of,
 )
+from nnj.loss_hessian.finite_difference import HookWatch, has_foreign_node, is_differentiated
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian, largest_of
 
 LIMIT = 4096  # entries of a row, above which no block is built
@@ -201,9 +202,13 @@ class _Hessian:
         n: int,
         everything: bool,
     ):
-        with torch.enable_grad(), _Cast(dtype) if everything else contextlib.nullcontext():
+        watch = HookWatch()
+        cast = _Cast(dtype) if everything else contextlib.nullcontext()
+        with torch.enable_grad(), watch, cast:
             self.leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in outputs]
             self.value, again = (call(*[t.clone() for t in self.leaves]) for _ in range(2))
+        # whether a second derivative is known to be that of the first
+        self.trusted = not watch.hooked and not has_foreign_node(self.value)
         self.same = torch.allclose(self.value, again, rtol=1e-3, equal_nan=True)
         self.n, self.batched = n, True
         with torch.enable_grad():
@@ -275,8 +280,8 @@ def _differentiate(
 ) -> tuple[_Hessian, Tensor]:
     """The Hessian and H z in the widest dtype in which the loss can be had, and is what it was."""
     n, failure = z.shape[0], None
-    with torch.no_grad():
-        value = call(*[t.clone() for t in outputs])
+    with torch.enable_grad():  # a loss may put hooks on its tensors
+        value = call(*[t.detach().requires_grad_().clone() for t in outputs]).detach()
     for dtype, everything in dict.fromkeys([(torch.float64, True), (own, True), (own, False)]):
         try:
             hessian = _Hessian(call, outputs, dtype, n, everything)
@@ -294,11 +299,30 @@ def _differentiate(
                 "no Hessian that nnj could compute. Draw random numbers outside of the loss, and "
                 "give them as an argument"
             )
+        if not hessian.trusted:
+            _check_twice(call, hessian, dtype, everything, name)
         return hessian, hz
     raise NNJError(
         f"{name} cannot be differentiated twice by autograd: {type(failure).__name__}: {failure}. "
         f"Remedy: {WRITE_A_RULE}"
     ) from failure
+
+
+def _check_twice(
+    call: Callable[..., Tensor], hessian: _Hessian, dtype: torch.dtype, everything: bool, name: str
+) -> None:
+    """Errors: `NNJError` if the Hessian is not the derivative of the gradient."""
+
+    def at(outputs: list[Tensor]) -> _Hessian:
+        return _Hessian(call, outputs, dtype, hessian.n, everything)
+
+    if not is_differentiated(at, [t.detach() for t in hessian.leaves]):
+        raise NNJError(
+            f"{name}: differentiating its gradient once more does not give the change of the "
+            "gradient that is seen where outputs are moved: a function, a compiled part or a hook "
+            "inside detaches it, or computes something else. Compute constants outside of the loss "
+            f"and give them as arguments; do not compile the loss; or {WRITE_A_RULE}"
+        )
 
 
 def _same_value(found: Tensor, value: Tensor) -> bool:

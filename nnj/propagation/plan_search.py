@@ -16,7 +16,7 @@ from torch import Tensor
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.step import Step, describe
-from nnj.jacobians.sample_index import SampleIndex
+from nnj.jacobians.sample_index import SampleAxis, SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.plan import Assumptions, device_of
 from nnj.recording.records import CallMark, Edge, Record, storage_of
@@ -65,6 +65,31 @@ def plan(graph: Graph, rows: int, device: torch.device) -> Planned:
         raise refusal
     finally:
         del refusal  # its frames hold this one, which would hold it
+
+
+def plan_by_axis(graph: Graph, axis: int, device: torch.device) -> Planned | None:
+    """The sweep where the samples are along another axis of what the loss is given, as a loss of
+    sequences has them (time, sample, class); None if they are not.
+    """
+    mark = max(graph.marks, key=lambda m: m.order, default=None)
+    (root, *others), shapes = graph.roots, graph.shapes
+    if mark is None or others or len(shapes[root]) <= axis:
+        return None
+    n = shapes[root][axis]
+    if n not in mark.sizes or shapes[root][0] in mark.sizes[:1]:
+        return None
+    sample_index = SampleIndex.by_axis(n, shapes[root], SampleAxis(axis, 1), device)
+    for assume in assumptions(graph):
+        try:
+            sweep = Sweep(graph, n, {root: sample_index}, assume)
+            in_order = _check_apart(sweep, mark, n)
+        except Coupled:
+            continue
+        if in_order:
+            evidence = _evidence(graph, mark, n)
+            known = all(bool((e.samples >= 0).all()) for e in evidence)
+            return Planned(sweep, sample_index, known and bool(evidence))
+    return None
 
 
 def assumptions(graph: Graph) -> list[Assumptions]:

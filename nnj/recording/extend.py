@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
-from nnj.recording.loss_hook import LossHook
+from nnj.recording.loss_hook import BeforeLoss, LossHook
+from nnj.recording.loss_state import is_torchs_own
 from nnj.recording.module_hook import (
     EXTENDED,
     AfterCall,
@@ -42,6 +43,15 @@ def _may_be_layer(module: nn.Module) -> bool:
     return (entry is not None and not entry.is_fallback) or not has_known_part(module)
 
 
+def _may_be_loss(module: nn.Module) -> str:
+    """Whether a call may be that of a loss, as `BeforeCall` takes it: not of what has parameters to
+    be trained, which is a model.
+    """
+    if any(p.requires_grad for p in module.parameters()):
+        return ""
+    return "always" if any(is_loss(part) for part in module.modules()) else "alone"
+
+
 def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
     """Put nnj's hooks on a model or a loss; the same object comes back, and computes what it did.
 
@@ -51,6 +61,14 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
         loss: True for a module of your own that is a loss; by default torch's losses and those with
             a loss rule are.
         batch_axis: where the samples are in the model's first input; 1 for sequence-first models.
+
+    What is a loss
+        - torch's losses, those with a loss rule, plain functions, and what `loss=True` was said of.
+        - A module without parameters to be trained that is called with outputs of an extended model
+          and returns a scalar, in which there is more than the extended losses that it calls: such
+          as a cross entropy with a term of its own. Where it only adds up such losses, these count,
+          each by itself. A loss that has parameters needs `loss=True`.
+        - What a loss calls is part of it: no loss inside another one counts twice.
 
     Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies,
     pickles and state dicts of an extended model are as usual.
@@ -67,12 +85,12 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     check_hookable(module)
     if loss and not is_loss(module):
         _remove(module)
-        module.register_forward_hook(LossHook(), with_kwargs=True)
+        _put_on_loss(module)
         return module
     for part in module.modules():
         if is_loss(part):
             if not _has_loss_hook(part):
-                part.register_forward_hook(LossHook(), with_kwargs=True)
+                _put_on_loss(part)
         elif not isinstance(part, torch.jit.ScriptModule) and not _has_loss_hook(part):
             _put(part, batch_axis)
     EXTENDED.add(module)
@@ -152,6 +170,13 @@ def batch_axis_of(module: nn.Module) -> int:
     )
 
 
+def is_extended(module: Any) -> bool:
+    """Whether a module has the hooks of a model, or of a part of one."""
+    return isinstance(module, nn.Module) and any(
+        isinstance(hook, AfterCall) for hook in module._forward_hooks.values()
+    )
+
+
 def check_hookable(module: nn.Module) -> None:
     """Errors: `NNJError` for a compiled or scripted module."""
     if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
@@ -171,10 +196,17 @@ def _put(module: nn.Module, batch_axis: int) -> None:
     if _is_leaf_of_torch(module):
         module.register_forward_hook(AfterLeafCall(batch_axis), with_kwargs=True, prepend=True)
         return
-    module.register_forward_pre_hook(BeforeCall(_may_be_layer(module)), with_kwargs=True)
+    before = BeforeCall(_may_be_layer(module), _may_be_loss(module))
+    module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(
         AfterCall(batch_axis), with_kwargs=True, prepend=True, always_call=True
     )
+
+
+def _put_on_loss(loss: nn.Module) -> None:
+    if not is_torchs_own(loss):
+        loss.register_forward_pre_hook(BeforeLoss(), with_kwargs=True)
+    loss.register_forward_hook(LossHook(), with_kwargs=True)
 
 
 def _remove(module: nn.Module) -> None:
@@ -189,7 +221,7 @@ def _remove(module: nn.Module) -> None:
         for key in [
             key
             for key, hook in hooks.items()
-            if isinstance(hook, (BeforeCall, AfterCall, LossHook))
+            if isinstance(hook, (BeforeCall, AfterCall, BeforeLoss, LossHook))
         ]:
             del hooks[key]
             for flag in flags:

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
 from nnj.errors import NNJError
+from nnj.recording import loss_hook
 from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
@@ -96,16 +97,24 @@ class BeforeCall(_Hook):
     Args:
         layer: whether a rule may describe the call. A module that only contains such layers leaves
             a mark of its call, and no record.
+        loss: whether the call may be that of a loss: "alone" if only where no other module has
+            called it, "always" if losses are inside.
     """
 
-    def __init__(self, layer: bool):
-        self.layer = layer
+    def __init__(self, layer: bool, loss: str = ""):
+        self.layer, self.loss = layer, loss
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inert():
             return
         frames, python = _calls.frames, sys._getframe(1)
         _drop_finished(frames, python)
+        if (
+            self.loss
+            and (not frames or self.loss == "always")
+            and any(t.grad_fn is not None for t in tensors([*args, *kwargs.values()]))
+        ):
+            loss_hook.begin(module, python)
         frames.append(
             _Frame(
                 module,
@@ -135,6 +144,8 @@ class AfterCall(_Hook):
                 break
         else:
             return
+        if loss_hook.is_open(module):
+            loss_hook.end(module, args, kwargs, output)
         if inert() or output is None:
             return
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:

@@ -135,13 +135,7 @@ class Record:
         """
         if self.x.stale or self.y.stale:
             return True
-        state = layer_state(self.module)
-        if len(state) != len(self.state):
-            return True
-        for before, now in zip(self.state, state, strict=True):
-            if before is not now and _changed(before, now):
-                return True
-        return False
+        return is_changed(self.state, self.module)
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -162,6 +156,17 @@ def layer_state(module: nn.Module) -> list[Any]:
             if t is not None:
                 found += (t, t._version)
     return found
+
+
+def is_changed(before: list[Any], module: nn.Module) -> bool:
+    """Whether the state of a layer is no longer what `layer_state` gave."""
+    state = layer_state(module)
+    if len(state) != len(before):
+        return True
+    for one, now in zip(before, state, strict=True):
+        if one is not now and _changed(one, now):
+            return True
+    return False
 
 
 def _changed(before: Any, now: Any) -> bool:
@@ -195,6 +200,12 @@ class CallMark:
 class LossCall:
     """One call of an extended loss: its arguments, detached, and the edges of those that are
     outputs of a model.
+
+    Attributes:
+        state: the options and tensors of a loss of torch; None where they do not say all of it.
+        autocast: the dtype of autocast in the call; None where it was off.
+        copies: what another loss was before the call (`nnj.recording.loss_state.Copies`).
+        counts: whether it adds curvature; what another loss has called is part of that one.
     """
 
     module: nn.Module
@@ -206,6 +217,11 @@ class LossCall:
     versions: list[tuple[Tensor, int]]
     thread: int
     value: Tensor
+    output_nr: int
+    state: list[Any] | None
+    autocast: torch.dtype | None
+    copies: Any = None
+    counts: bool = True
 
     def arguments(self, outputs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """(args, kwargs) of the call with other outputs in place of the model's."""

@@ -153,6 +153,11 @@ def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
         return "every class is one"
     if not callable(entry.rule):
         return f"its rule {entry.rule!r} cannot be called"
+    return _fault_of_options(entry)
+
+
+def _fault_of_options(entry: Entry) -> str | None:
+    """What is wrong with how a rule is registered, if anything."""
     if entry.uses not in ("", "x", "y", "xy"):
         return f"uses={entry.uses!r}, expected 'x', 'y', 'xy' or ''"
     if not all(given is None or callable(given) for given in (entry.when, entry.reference)):

@@ -215,3 +215,13 @@ def test_refusals_name_the_option():
 def test_not_with_a_tolerance():
     with pytest.raises(nnj.NNJError, match="tol= gives a lower bound"):
         nnj.collect("ggn_diag", signed=True, tol=0.1)
+
+
+@pytest.mark.parametrize("factor", [-2.0, 0.0, 2.0])
+def test_a_linear_loss_has_no_curvature_of_either_sign(factor):
+    model, loss = nnj.extend(Net().double()), nnj.extend(lambda z: z.sum())
+    with nnj.collect("ggn_diag", "ggn_block", signed=True):
+        (factor * loss(model(torch.randn(N, 3).double()))).backward()
+    for p in model.parameters():
+        assert torch.equal(p.ggn_diag, torch.zeros_like(p))
+    assert not model.one.ggn_block.any() and not model.two.ggn_block.any()
