@@ -80,10 +80,10 @@ class _Search:
 
     def facts(self, tangents: Tangents) -> Iterator[str]:
         """What is wrong, likeliest first."""
-        for step in self.graph.steps:
-            if step.record is None and step.name in ENGINE:
-                continue
+        steps = [s for s in self.graph.steps if s.record is not None or s.name not in ENGINE]
+        for step in steps:
             yield from self._hooks(step)
+        for step in steps:
             yield from self._rule(step) if step.record is not None else self._node(step)
         yield from self._own_hooks()
         yield from self._mixing(tangents)
@@ -205,18 +205,17 @@ class _Search:
             values = Cotangents({edge: u[None] for edge, u in tangents.half.items()})
             for step in self.graph.steps:
                 self.sweep.cross(step, values, 1, None)
-                if any(
-                    self._foreign(e, values[e], tangents.samples) for e in step.out if e in values
-                ):
+                out = [e for e in step.out if e is not None and e in values]
+                if any(self._foreign(e, values[e], tangents.samples) for e in out):
                     seen.append(step)
                     return
 
         own_task(walk)
         for step in seen:
             yield (
-                f"samples influence one another at {describe(step, self.graph.paths)}, whose name says "
-                "that they do not: a function whose backward is not its forward's, or that is not "
-                "what its name says. Give it another name, or take it out of the model"
+                f"samples influence one another at {describe(step, self.graph.paths)}, whose name "
+                "says that they do not: a function whose backward is not its forward's, or that is "
+                "not what its name says. Give it another name, or take it out of the model"
             )
 
     def _foreign(self, edge: Any, v: Tensor, samples: Tensor) -> bool:
@@ -250,14 +249,14 @@ def _engine(roots: dict[Any, Tensor], inputs: list[Any]) -> list[Tensor | None] 
 
 def _hook(where: str) -> str:
     return (
-        f"a gradient hook {where} changes the gradient, which columns do not go through. Write what "
-        "it does as a function of the forward pass, or remove the hook while nnj collects"
+        f"a gradient hook {where} changes the gradient, which columns do not go through. Write "
+        "what it does as a function of the forward pass, or remove the hook while nnj collects"
     )
 
 
 def _not_described(who: str, whose: str, fact: str) -> str:
     return (
-        f"{who}: the rule does not say what this call does: {fact}. Either the rule is wrong, or the "
-        "layer does something else than its class (a patched forward or function, a parameter with "
-        f"functions of its own){whose}"
+        f"{who}: the rule does not say what this call does: {fact}. Either the rule is wrong, or "
+        "the layer does something else than its class (a patched forward or function, a parameter "
+        f"with functions of its own){whose}"
     )

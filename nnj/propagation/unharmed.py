@@ -19,7 +19,7 @@ from nnj.recording.records import Edge
 # Functions that belong to an engine, which counts on it that they run once in a pass: with respect
 # to the model they are the identity.
 ENGINE = frozenset({"_DDPSinkBackward"})
-_FRAME: type = getattr(checkpoint, "_CheckpointFrame", type(None))
+_FRAME: type = checkpoint._CheckpointFrame
 
 
 def behind_engine(edge: Edge) -> Edge | None:
@@ -68,17 +68,20 @@ class _Alive(NamedTuple):
 
     @classmethod
     def now(cls) -> _Alive:
-        retaining, checkpoints, is_tensor = [], False, dict[type, bool]()
+        tensor = _subclasses(Tensor)
+        kinds = {_FRAME, *tensor}
+        found = [thing for thing in gc.get_objects() if type(thing) in kinds]
         with torch._C.DisableTorchFunctionSubclass():
-            for thing in gc.get_objects():
-                kind = type(thing)
-                tensor = is_tensor.get(kind)
-                if tensor is None:
-                    tensor = is_tensor[kind] = issubclass(kind, Tensor)
-                    checkpoints = checkpoints or issubclass(kind, _FRAME)
-                if tensor and thing.retains_grad:
-                    retaining.append(thing)
-        return cls(retaining, checkpoints)
+            retaining = [t for t in found if type(t) in tensor and t.retains_grad]
+        return cls(retaining, any(type(thing) is _FRAME for thing in found))
+
+
+def _subclasses(kind: type) -> set[type]:
+    found = {kind}
+    below: type
+    for below in kind.__subclasses__():
+        found |= _subclasses(below)
+    return found
 
 
 @contextmanager

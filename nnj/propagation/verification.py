@@ -135,11 +135,10 @@ class _Verification:
             return
         runs += 1
         unchecked = dict(sweep._unchecked)
-        modules = {part for m in sweep.graph.paths for part in (m,)}
-        with unharmed(modules, self.devices):
+        with unharmed(sweep.graph.paths, self.devices):
             if self._wrong(self.tangents):
                 raise culprit(sweep, self.tangents, self.leaves, self.eps)
-        sweep._unchecked = unchecked
+        sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
 
     def _wrong(self, tangents: Tangents) -> bool:
         """Whether a leaf differs from autograd's, by more than rounding."""
@@ -153,8 +152,8 @@ class _Verification:
             return False
         if any(gap > self.slack(largest) for _, gap in off):
             return True
-        # What would be zero without rounding, such as the gradient at the bias of keys, is told from
-        # what is small by being computed again with other rounding.
+        # What would be zero without rounding, such as the gradient at the bias of keys, is told
+        # from what is small by being computed again with other rounding.
         again = self._both(tangents.times(AGAIN))
         often = max(10.0, min(1e3, 0.1 * self.eps**-0.5))
         return any(gap > often * _rounding(found[i], again[i]) for i, gap in off)
