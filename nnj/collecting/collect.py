@@ -46,6 +46,11 @@ class collect(Collection):  # noqa: N801
         signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-,
             propagated one after the other. Only for quantities of the exact Hessian, such as
             ggn_diag and ggn_block, which may then be negative.
+        verify: compare with autograd the first time that a graph has a structure (layers, shapes,
+            connections): two gradients of random cotangents, once. What a rule, a layer, a function
+            or a hook does that is not what it seems is refused then. A user's hook on gradients
+            that only looks is called twice more in that pass. NNJ_VERIFY=never, first or always
+            in the environment says it for the whole process.
         options: keyword arguments of the quantities, such as samples= and generator= of
             ggn_diag_mc, block_limit= of ggn_block.
 
@@ -92,6 +97,8 @@ class collect(Collection):  # noqa: N801
           a loss of your own.
         - Complex parameters, except for batch_grad: hold their real and imaginary parts in real
           ones. Complex tensors between real parameters and a real output are exact.
+        - A hook that changes gradients (of tensors, modules, parameters): columns do not go
+          through it.
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
         - Models under `torch.compile` or `torch.jit` (extend and use the model that was given to
           it), and `torch.utils.checkpoint` with `use_reentrant=True`.
@@ -134,11 +141,18 @@ class collect(Collection):  # noqa: N801
         memory: int = 2**28,
         tol: float = 0.0,
         signed: bool = False,
+        verify: bool = True,
         **options: Any,
     ):
         super().__init__(
             Request.by_name(
-                quantities, modules=modules, memory=memory, tol=tol, signed=signed, **options
+                quantities,
+                modules=modules,
+                memory=memory,
+                tol=tol,
+                signed=signed,
+                verify=verify,
+                **options,
             )
         )
 

@@ -142,6 +142,7 @@ class _Thread:
     def __init__(self) -> None:
         self.open: list[Collection] = []
         self.passes: dict[int, _Pass] = {}
+        self.adding = False
         self._multithreaded: bool | None = None  # autograd's setting before the first was opened
 
     def begin(self, collection: Collection) -> None:
@@ -153,13 +154,21 @@ class _Thread:
         self.open.append(collection)
 
     def arrived(self, call: LossCall, scale: Tensor) -> None:
-        """The gradient of a loss has arrived."""
+        """The gradient of a loss has arrived; not that of a verification, which goes through other
+        losses where one is a part of another.
+        """
+        if self.adding:
+            return
         task = torch._C._current_graph_task_id()
         if task not in self.passes:
             self.passes[task] = _Pass(self.open)
             end = functools.partial(self._end, task)
             torch.autograd.Variable._execution_engine.queue_callback(end)
-        self.passes[task].add(call, scale)
+        self.adding = True
+        try:
+            self.passes[task].add(call, scale)
+        finally:
+            self.adding = False
 
     def _end(self, task: int) -> None:
         ended = self.passes.pop(task, None)

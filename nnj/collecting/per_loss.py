@@ -22,7 +22,8 @@ from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sweep
 from nnj.propagation.chunking import columns_at_once, even
 from nnj.propagation.last_layer import LastLayerColumns
-from nnj.propagation.plan_search import plan, plan_by_axis
+from nnj.propagation.plan_search import on_roots, plan, plan_by_axis
+from nnj.propagation.verification import verify
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
 
@@ -57,6 +58,8 @@ def contribute(
         sweep, sample_index = _planned(graph, columns, requests, scale.device)
         _open(targets, graph, reached | empty.keys(), roots, sample_index.n)
         if sweep is not None:
+            if any(request.verify for request in requests):
+                _verified(sweep, sample_index, wanted)
             _propagate(columns, sweep, sample_index, targets)
         for target in targets if empty else ():
             target.take_zeros(empty, sample_index.n)
@@ -117,6 +120,13 @@ def _planned(
             "such as ggn_diag, do not need to know"
         )
     return sweep, sample_index
+
+
+def _verified(sweep: Sweep, sample_index: SampleIndex, wanted: set[Tensor]) -> None:
+    """Errors: `NNJError` where the sweep is not what autograd computes."""
+    graph = sweep.graph
+    mark = max(graph.marks, key=lambda m: m.order, default=None)
+    verify(sweep, on_roots(graph, sample_index), wanted, None if mark is None else mark.module)
 
 
 def _open(

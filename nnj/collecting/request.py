@@ -64,7 +64,7 @@ class Request:
 
     Args:
         quantities: by name.
-        modules, memory, tol, signed: as in `nnj.collect`.
+        modules, memory, tol, signed, verify: as in `nnj.collect`.
 
     Attributes:
         sources: of each quantity, where its columns come from.
@@ -79,12 +79,14 @@ class Request:
         memory: int = 2**28,
         tol: float = 0.0,
         signed: bool = False,
+        verify: bool = True,
     ):
         self.quantities = dict(quantities)
         self.sources = {name: _source_of(name, q) for name, q in self.quantities.items()}
         self.modules = None if modules is None else _checked_modules(modules)
         _check_memory(memory)
         self.memory, self.tol, self.signed = memory, _number(tol), signed
+        self.verify = verify
         self._check_tolerance(tol)
         if signed:
             self._check_signed()
@@ -98,6 +100,7 @@ class Request:
         memory: int = 2**28,
         tol: float = 0.0,
         signed: bool = False,
+        verify: bool = True,
         **options: Any,
     ) -> Self:
         """The request for installed quantities, each with those of the options that it declares.
@@ -108,7 +111,7 @@ class Request:
             raise NNJError(
                 "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
             )
-        return cls(_make(names, options), modules, memory, tol, signed)
+        return cls(_make(names, options), modules, memory, tol, signed, verify)
 
     @property
     def per_sample(self) -> list[str]:
@@ -200,7 +203,7 @@ def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity
             )
     for option in options:
         if option not in declared:
-            known = sorted({*declared, "modules", "memory", "tol", "signed"})
+            known = sorted({*declared, "modules", "memory", "tol", "signed", "verify"})
             raise NNJError(
                 f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: "
                 f"{', '.join(known)}"

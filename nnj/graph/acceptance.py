@@ -97,6 +97,17 @@ def _confirmed(node: Any, accepted: Accepted, y: Tensor) -> bool:
     return True
 
 
+def call_vjp(
+    node: Any, record: Record, u: Tensor
+) -> tuple[Tensor | None, dict[Tensor, Tensor]] | None:
+    """Autograd's own vjp of the call of a record with u, without any hook: at x, and at the leaves.
+    None if a path through the call ends elsewhere, or it has too many nodes. To be run in a pass of
+    its own.
+    """
+    nodes = _nodes_of_call(node, record)
+    return None if nodes is None else _autograd_vjp(node, record, nodes, u)
+
+
 def _same(found: Tensor, expected: Tensor | None, eps: float) -> bool:
     """Whether two gradients agree but for rounding; None is zero."""
     if expected is None:

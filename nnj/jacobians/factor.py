@@ -92,6 +92,13 @@ class Factor:
             total += (self.columns(part).dense() * other.columns(part).dense()).sum((0, 1))
         return total
 
+    def rmatvec(self, c: Tensor) -> Tensor:
+        """sum over k and n of c_kn B_kn, for c of (K, N): (*shape)."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for part in self._slices(self.n * math.prod(self.shape)):
+            total += torch.tensordot(c[part], self.columns(part).dense(), 2)
+        return total
+
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
         """B[:, sample, index] for pairs of a sample and an index of the first axis of the
         parameter: (K, pairs, *shape[1:]).
@@ -155,6 +162,9 @@ class SumFactor(Factor):
 
     def columns(self, which: slice) -> Factor:
         return SumFactor([part.columns(which) for part in self.parts])
+
+    def rmatvec(self, c: Tensor) -> Tensor:
+        return torch.stack([part.rmatvec(c) for part in self.parts]).sum(0)
 
     def to(self, dtype: torch.dtype) -> Factor:
         return SumFactor([part.to(dtype) for part in self.parts])

@@ -106,6 +106,14 @@ class OuterProduct(Factor):
             return super().entries(sample, index)
         return torch.einsum("kml,mil->kmi", self.v[:, sample, 0, index], self.u[sample, 0])
 
+    def rmatvec(self, c: Tensor) -> Tensor:
+        (g, o, places), i = self.form, self.patches.inputs
+        total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
+        for rows in self.patches.parts(g * i * places):
+            v = torch.einsum("kn,kngol->ngol", c[:, rows], self.v[:, rows])
+            total += torch.einsum("ngol,ngil->goi", v, self.patches(rows))
+        return total.reshape(self.shape)
+
     def merge_key(self) -> Hashable:
         return (OuterProduct, *self.form[:2], self.patches.inputs)
 

@@ -54,6 +54,11 @@ class RowSparse(Factor):
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return total.index_add_(0, self.row, (self.v * theirs).sum(0))
 
+    def rmatvec(self, c: Tensor) -> Tensor:
+        v = torch.einsum("km,km...->m...", c[:, self.sample], self.v)
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return total.index_add_(0, self.row, v)
+
     def square_sum(self) -> Tensor:
         return self.inner(self)
 

@@ -119,6 +119,9 @@ class ViewFactor(Factor):
     def to(self, dtype: torch.dtype) -> Factor:
         return ViewFactor([(view, part.to(dtype)) for view, part in self.parts])
 
+    def rmatvec(self, c: Tensor) -> Tensor:
+        return self._joined(part.rmatvec(c) for _, part in self.parts)
+
     def square_sum(self) -> Tensor:
         return self._joined(part.square_sum() for _, part in self.parts)
 

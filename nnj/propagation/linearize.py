@@ -18,6 +18,7 @@ from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.forward import Forward
 from nnj.propagation.plan_search import assumptions
+from nnj.propagation.verification import verify
 from nnj.recording.extend import temporarily_extended
 from nnj.recording.records import Edge, edge_of
 
@@ -101,8 +102,12 @@ class Linearization(Generic[S]):
             if assume.cut and self.wrt == "input":
                 # an operand cut off at the input would hide what other samples have to do with it
                 continue
+            rows = {root: SampleIndex(self.n)}
             try:
-                return kind(graph, self.n, {root: SampleIndex(self.n)}, assume)
+                sweep = kind(graph, self.n, rows, assume)
+                if kind is Sweep:
+                    verify(sweep, rows, self.leaves, self.module)
+                return sweep
             except Coupled as error:
                 refusal = refusal or error
         assert refusal is not None

@@ -52,7 +52,7 @@ def plan(graph: Graph, rows: int, device: torch.device) -> Planned:
         if sample_index in out_of_order:
             continue
         try:
-            sweep = Sweep(graph, n, _on_roots(graph, sample_index), assume)
+            sweep = Sweep(graph, n, on_roots(graph, sample_index), assume)
             in_order = mark is None or given is None or _check_apart(sweep, mark, given)
         except Coupled as error:
             refusal = refusal or error
@@ -146,7 +146,7 @@ def _cyclic(n: int, rows: int, device: torch.device) -> SampleIndex:
     return SampleIndex(n, torch.arange(rows, device=device) % n)
 
 
-def _on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
+def on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
     """The sample index of rows as that of the entries of each root."""
     n, of = sample_index.n, sample_index.of
     if of is None:
@@ -184,7 +184,7 @@ def _alone(graph: Graph, rows: int, mark: CallMark, reading: _Reading) -> bool:
         if assume.cut:
             continue
         try:
-            Sweep(graph, n, _on_roots(graph, other), assume)
+            Sweep(graph, n, on_roots(graph, other), assume)
         except Coupled:
             continue
         return False

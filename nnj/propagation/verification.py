@@ -1,0 +1,259 @@
+"""sum_n B_n = dL/dp: the shares of samples at a parameter add up to autograd's own gradient, and
+without a cotangent on a sample there is no share of it.
+
+Both are asked once for each structure of graph, of a random cotangent on all rows and of one on a
+random half of the samples. So wrong rules, layers that do something else than their class says,
+hooks on gradients, functions that are not what their name says, and samples that influence one
+another are seen, whatever the reason. Not seen are the order of samples, a backward that is not
+linear, and what happens inside of the loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nnj.errors import NNJError
+from nnj.jacobians.factor import Factor
+from nnj.jacobians.sample_index import SampleIndex
+from nnj.propagation.backward import Sweep
+from nnj.propagation.culprit import Tangents, culprit
+from nnj.propagation.plan import device_of
+from nnj.propagation.unharmed import ENGINE, behind_engine, engine_vjp, leaf_edge, unharmed
+from nnj.recording.records import Edge
+
+MODE = "NNJ_VERIFY"
+KEPT = 256  # structures that are remembered for each model
+SEED = 0x6E6E6A
+AGAIN = 0.7  # a factor by which rounding becomes another
+
+# by model, the structures that were found right; the rules are held, so that none has their place
+_verified: WeakKeyDictionary[nn.Module, dict[Any, list[Any]]] = WeakKeyDictionary()
+_of_nobody: dict[Any, list[Any]] = {}
+runs = 0  # how many structures were verified in this process
+
+
+def verify(
+    sweep: Sweep,
+    rows: dict[Edge, SampleIndex],
+    wanted: Iterable[Tensor],
+    owner: nn.Module | None,
+) -> None:
+    """Compare a sweep with autograd, unless that was done for another one of the same structure.
+
+    Args:
+        sweep: which is to be trusted.
+        rows: for each root edge, whose its entries are.
+        wanted: the leaves at which results will be taken.
+        owner: the model, with which what was verified is forgotten.
+
+    Errors: `NNJError` that names the culprit.
+    """
+    mode = os.environ.get(MODE, "first")
+    if mode == "never":
+        return
+    if mode not in ("first", "always"):
+        raise NNJError(f"{MODE}={mode!r} in the environment, expected never, first or always")
+    known = _of_nobody if owner is None else _verified.setdefault(owner, {})
+    key = signature(sweep)
+    if mode == "first" and key in known:
+        return
+    _Verification(sweep, rows, wanted).run()
+    while len(known) >= KEPT:
+        known.pop(next(iter(known)))
+    known[key] = [s.record.entry for s in sweep.graph.steps if s.record is not None]
+
+
+def signature(sweep: Sweep) -> tuple[Any, ...]:
+    """What two sweeps have in common of which one need not be verified: steps, rules, modules,
+    shapes, dtypes, how the steps are connected, and how columns cross them.
+    """
+    graph, number = sweep.graph, dict[Edge, int]()
+    shapes, dtypes = graph.shapes, graph.dtypes
+    parts: list[Any] = [sweep.n, sweep.assume, len(graph.roots)]
+    for edge in graph.roots:
+        number.setdefault(edge, len(number))
+    for step in graph.steps:
+        for edge in step.into:
+            parts.append((number.setdefault(edge, len(number)), shapes[edge], dtypes[edge]))
+        for out in step.out:
+            parts.append(None if out is None else number.setdefault(out, len(number)))
+        record = step.record
+        if record is not None:
+            module = record.module
+            parts.append((id(module), id(record.entry), type(module).forward))
+        else:
+            parts.append((step.name, step.leaf is None))
+            parts += [None if route is None else route.way for route in sweep.routes[step]]
+        parts += [slot for slot, _ in step.params]
+    return tuple(parts)
+
+
+class _At(NamedTuple):
+    """A leaf: what the sweep has for it, and autograd's gradients of both cotangents."""
+
+    leaf: Tensor
+    factor: Factor | None
+    grads: list[Tensor]
+
+    @property
+    def size(self) -> float:
+        """That of the largest shares: the root of the largest sum of squares of an entry."""
+        if self.factor is None or not self.leaf.numel():
+            return 0.0
+        return float(self.factor.square_sum().max().sqrt())
+
+
+class _Verification:
+    """One comparison.
+
+    Args: as those of `verify`.
+    """
+
+    def __init__(self, sweep: Sweep, rows: dict[Edge, SampleIndex], wanted: Iterable[Tensor]):
+        self.sweep, graph = sweep, sweep.graph
+        self.leaves = [p for p in dict.fromkeys(wanted) if graph.wanted(p)]
+        self.tangents = _tangents(sweep, rows)
+        self.eps = coarsest(sweep)
+        self.devices = {device_of(edge) for edge in graph.roots}
+
+    def run(self) -> None:
+        """Errors: `NNJError` where the sweep is wrong."""
+        global runs
+        sweep = self.sweep
+        inside = any(
+            step.record is None
+            and step.name in ENGINE
+            and not set(step.into) & set(sweep.graph.roots)
+            for step in sweep.graph.steps
+        )
+        if self.tangents is None or not self.leaves or inside:
+            return
+        runs += 1
+        unchecked = dict(sweep._unchecked)
+        with unharmed(sweep.graph.paths, self.devices):
+            if self._wrong(self.tangents):
+                raise culprit(sweep, self.tangents, self.leaves, self.eps)
+        sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
+
+    def _wrong(self, tangents: Tangents) -> bool:
+        """Whether a leaf differs from autograd's, by more than rounding."""
+        found = self._both(tangents)
+        sizes = [at.size for at in found]
+        largest = max(sizes, default=0.0)
+        off = [
+            (i, gap) for i, at in enumerate(found) if (gap := self._gap(at)) > self.slack(sizes[i])
+        ]
+        if not off:
+            return False
+        if any(gap > self.slack(largest) for _, gap in off):
+            return True
+        # What would be zero without rounding, such as the gradient at the bias of keys, is told
+        # from what is small by being computed again with other rounding.
+        again = self._both(tangents.times(AGAIN))
+        often = max(10.0, min(1e3, 0.1 * self.eps**-0.5))
+        return any(gap > often * _rounding(found[i], again[i]) for i, gap in off)
+
+    def slack(self, size: float) -> float:
+        """How far numbers of a size may be from what they should be."""
+        result: float = self.eps**0.5 * size
+        return result
+
+    def _both(self, tangents: Tangents) -> list[_At]:
+        factors: dict[Tensor, Factor] = {}
+        self.sweep.run(tangents.stacked(), 2, factors.__setitem__)
+        edges = [leaf_edge(leaf) for leaf in self.leaves]
+        answers = [engine_vjp(roots, edges) for roots in (tangents.whole, tangents.half)]
+        return [
+            _At(leaf, factors.get(leaf), [_plain(answer[i], leaf) for answer in answers])
+            for i, leaf in enumerate(self.leaves)
+        ]
+
+    def _gap(self, at: _At) -> float:
+        """By how much the shares at a leaf do not add up to the gradients, or are outside of the
+        half; 0 where numbers are not finite, of which nothing can be said.
+        """
+        factor, gaps = at.factor, []
+        if not at.leaf.numel():
+            return 0.0
+        if factor is None:
+            gaps = [g.abs().max() for g in at.grads]
+        elif at.leaf is self.sweep.graph.batched:
+            b = factor.dense()
+            gaps = [(b[c] - g.to(b.dtype)).abs().max() for c, g in enumerate(at.grads)]
+        else:
+            n, half = factor.n, self.tangents.samples if self.tangents else None
+            c = torch.zeros(2, n, dtype=factor.dtype, device=factor.device)
+            for column, g in enumerate(at.grads):
+                c.zero_()[column] = 1
+                gaps.append((factor.rmatvec(c) - g.to(factor.dtype)).abs().max())
+            if half is not None and not bool(half.all()):
+                weights = torch.rand(n, generator=_generator(), dtype=torch.float64) + 0.5
+                c.zero_()[1] = (weights * ~half).to(c)
+                gaps.append(factor.rmatvec(c).abs().max())
+        worst = float(torch.stack([g.to(torch.float64).cpu() for g in gaps]).max())
+        return worst if worst < float("inf") else 0.0
+
+
+def _plain(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf, requires_grad=False).detach() if grad is None else grad
+
+
+def _rounding(one: _At, again: _At) -> float:
+    """How far two computations of the same are apart, of which one is AGAIN times the other."""
+    apart = [(b / AGAIN - a).abs().max() for a, b in zip(one.grads, again.grads, strict=True)]
+    if one.factor is not None and again.factor is not None:
+        c = torch.ones(2, one.factor.n, dtype=one.factor.dtype, device=one.factor.device)
+        apart.append((again.factor.rmatvec(c) / AGAIN - one.factor.rmatvec(c)).abs().max())
+    return max(float(a) for a in apart)
+
+
+# -- the cotangents --------------------------------------------------------------------------------
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
+    """A random cotangent, and the same on a random half of the samples; None where there is
+    nothing to carry.
+    """
+    n, generator = sweep.n, _generator()
+    if not n:
+        return None
+    samples = torch.ones(n, dtype=torch.bool)
+    samples[torch.randperm(n, generator=generator)[: n // 2]] = False
+    whole, half = dict[Edge, Tensor](), dict[Edge, Tensor]()
+    for root, index in rows.items():
+        edge, shape, dtype = behind_engine(root), sweep.shapes[root], sweep.graph.dtypes[root]
+        if edge is None or 0 in shape or not (dtype.is_floating_point or dtype.is_complex):
+            continue
+        device = device_of(root)
+        u = torch.rand(shape, generator=generator, dtype=torch.float64)
+        u = ((u - 0.5).sign() * (0.5 + u)).to(device=device, dtype=dtype)
+        of = index.of
+        if of is None:
+            of = torch.arange(shape[0], device=device) // (shape[0] // n)
+            of = of.reshape(-1, *[1] * (len(shape) - 1))
+        whole[edge] = u * (of >= 0)  # an entry of nobody has no share
+        half[edge] = u * (samples.to(device)[of.clamp(min=0)] & (of >= 0))
+    return Tangents(whole, half, samples) if whole else None
+
+
+def coarsest(sweep: Sweep) -> float:
+    """The rounding error of the coarsest numbers that take part."""
+    dtypes = {d for d in sweep.graph.dtypes.values() if d.is_floating_point or d.is_complex}
+    dtypes |= {p.dtype for step in sweep.graph.steps for _, p in step.params}
+    eps = max(torch.finfo(d).eps for d in dtypes)
+    coarse = torch.get_float32_matmul_precision() != "highest"
+    on_gpu = any(device_of(edge).type == "cuda" for edge in sweep.graph.roots)
+    if coarse or (
+        on_gpu and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    ):
+        return max(eps, 2**-7 if torch.get_float32_matmul_precision() == "medium" else 2**-10)
+    return eps

@@ -1,0 +1,517 @@
+"""A sweep that is not what autograd computes is refused, whoever's fault it is; and to find out
+does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import nnj
+from nnj.propagation import verification
+from nnj.registry.layer_rules import RuleLookup, find_rule
+from nnj.registry.manager import use
+from tests.support.cases import MLP
+from tests.support.collecting import T, X, Y, base, exact, pair
+
+
+class Scaling(nn.Module):
+    """x * weight, for which tests register rules."""
+
+    def __init__(self, size: int = 3):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(1, 2, size).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def net(middle: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = Scaling() if middle is None else middle
+    return nn.Sequential(nn.Linear(4, 3), middle, nn.Tanh(), nn.Linear(3, 3)).double()
+
+
+@contextmanager
+def rule_of(cls: type[nn.Module], rule: Any) -> Iterator[None]:
+    """The installed plugins, and one more rule."""
+
+    class Plugin:
+        @nnj.hookimpl
+        def nnj_register_layers(self, register: Any) -> None:
+            register(cls, rule)
+
+    manager = nnj.PluginManager()
+    manager.register(Plugin(), "nnj-odd")
+    former = use(manager)
+    try:
+        yield
+    finally:
+        use(former)
+
+
+def backward(model: nn.Module, *quantities: str, **options: Any) -> None:
+    nnj.extend(model)
+    loss = nnj.extend(nn.MSELoss())
+    with nnj.collect(*(quantities or ("ggn_diag",)), **options):
+        loss(model(X), T).backward()
+
+
+def refused(model: nn.Module, words: str) -> None:
+    """Collect and products refuse, and the gradient is torch's own."""
+    with pytest.raises(nnj.NNJError, match=words):
+        backward(model)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    nnj.retract(model)
+    F.mse_loss(model(X), T).backward()
+    for grad, p in zip(found, model.parameters(), strict=True):
+        assert torch.equal(grad, p.grad)
+    for wrt in ("weight", "input"):
+        with pytest.raises(nnj.NNJError, match=words):
+            nnj.jacobian(model, X, wrt)
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+def right(m: Any, x: Tensor, y: Tensor) -> Any:
+    return {"input": nnj.Diagonal(m.weight.detach().expand_as(x)), "weight": nnj.Diagonal(x)}
+
+
+def twice(m: Any, x: Tensor, y: Tensor) -> Any:
+    return {"input": nnj.Diagonal(2 * m.weight.detach().expand_as(x)), "weight": nnj.Diagonal(x)}
+
+
+def twice_at_the_weight(m: Any, x: Tensor, y: Tensor) -> Any:
+    return {"input": nnj.Diagonal(m.weight.detach().expand_as(x)), "weight": nnj.Diagonal(2 * x)}
+
+
+def by_chance(m: Any, x: Tensor, y: Tensor) -> Any:
+    class Random(nnj.Jacobian):
+        def jvp(self, v: Tensor) -> Tensor:
+            return v * torch.randn(3).double()
+
+        def vjp(self, u: Tensor) -> Tensor:
+            return u * torch.randn(3).double()
+
+    return {"input": Random((3,), (3,), x), "weight": nnj.Diagonal(x)}
+
+
+def mixing(m: Any, x: Tensor, y: Tensor) -> Any:
+    class Mixing(nnj.Jacobian):
+        def jvp(self, v: Tensor) -> Tensor:
+            return m.weight.detach() * v.flip(1)
+
+        vjp = jvp
+
+    return {"input": Mixing((3,), (3,), x), "weight": nnj.Diagonal(x)}
+
+
+def wrong_for_negative_samples(m: Any, x: Tensor, y: Tensor) -> Any:
+    odd = x[:, :1] < 0
+    return {
+        "input": nnj.Diagonal(m.weight.detach().expand_as(x) * (1 + odd.to(x))),
+        "weight": nnj.Diagonal(x),
+    }
+
+
+@pytest.mark.parametrize(
+    "rule", [twice, twice_at_the_weight, by_chance, mixing, wrong_for_negative_samples]
+)
+def test_a_wrong_rule_is_named(rule):
+    with rule_of(Scaling, rule), pytest.raises(nnj.NNJError) as error:
+        backward(net())
+    assert "plugin 'nnj-odd' (layer '1'): the rule does not say what this call does" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("rule", [twice, by_chance, mixing, wrong_for_negative_samples])
+@pytest.mark.parametrize("wrt", ["weight", "input"])
+def test_a_wrong_rule_is_named_by_products(rule, wrt):
+    with rule_of(Scaling, rule), pytest.raises(nnj.NNJError, match="nnj-odd.*layer '1'"):
+        nnj.jacobian(net(), X, wrt)
+
+
+def test_a_right_rule_is_taken():
+    with rule_of(Scaling, right):
+        exact(base(make=net, loss=nn.MSELoss, data=lambda: (X, T)))
+
+
+# -- layers that do something else than their class says ------------------------------------------
+
+
+def test_forward_patched_on_the_class(monkeypatch):
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 3 * plain(self, x))
+    refused(net(nn.ReLU()), "layer '[03]'")
+
+
+def test_a_function_patched(monkeypatch):
+    plain = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: plain(x, w.tanh(), b))
+    refused(net(nn.ReLU()), "layer '[03]'")
+
+
+class Rounded(nn.Parameter):
+    """A weight that is quantised where it is used."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear:
+                x, w, b = args
+                return F.linear(x, 2 * w, b)
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_parameter_with_functions_of_its_own(monkeypatch):
+    """Known by its type, and, where that is not looked at, by what it does."""
+    monkeypatch.setattr(RuleLookup, "rule", lambda self, module: find_rule(module))
+    model = net(nn.ReLU())
+    model[3].weight = Rounded(model[3].weight.detach())
+    with pytest.raises(nnj.NNJError, match="layer '3'"):
+        backward(model)
+
+
+def test_an_active_mode():
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            return 2 * found if func is F.linear else found
+
+    model, loss = nnj.extend(net(nn.ReLU())), nnj.extend(nn.MSELoss())
+    with pytest.raises(nnj.NNJError, match="layer '[03]'"), nnj.collect("ggn_diag"):
+        with Doubling():
+            z = model(X)
+        loss(z, T).backward()
+
+
+# -- hooks on gradients ----------------------------------------------------------------------------
+
+
+class Hooked(MLP):
+    """A hook on a tensor within the forward pass."""
+
+    def __init__(self, hook: Any):
+        super().__init__()
+        self.hook = hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        h.register_hook(self.hook)
+        return self.three(torch.tanh(self.two(torch.tanh(h))))
+
+
+def test_a_hook_on_a_tensor():
+    torch.manual_seed(0)
+    model = Hooked(lambda g: 2 * g).double()
+    refused(model, "a gradient hook on the output of layer 'one'")
+
+
+def test_a_full_backward_hook():
+    model = net(nn.ReLU())
+    model[1].register_full_backward_hook(lambda m, given, out: (3 * given[0],))
+    refused(model, "a gradient hook (at|on|in)")
+
+
+def test_a_full_backward_pre_hook():
+    model = net(nn.ReLU())
+    model[1].register_full_backward_pre_hook(lambda m, out: (3 * out[0],))
+    refused(model, "a gradient hook (at|on|in)")
+
+
+def test_a_hook_on_a_parameter():
+    model = net(nn.ReLU())
+    mask = torch.arange(12).reshape(3, 4) % 2
+    model[0].weight.register_hook(lambda g: g * mask)
+    with pytest.raises(nnj.NNJError, match="a gradient hook on parameter '0.weight'"):
+        backward(model, "batch_grad")
+
+
+def test_hooks_that_look_are_called_twice_more():
+    seen: list[Tensor] = []
+    torch.manual_seed(0)
+    model, loss = nnj.extend(Hooked(seen.append).double()), nnj.extend(nn.CrossEntropyLoss())
+    for times in (3, 4):
+        with nnj.collect("ggn_diag"):
+            loss(model(X), Y).backward()
+        assert len(seen) == times
+    with nnj.collect("ggn_diag", verify=False):
+        loss(model(X), Y).backward()
+    assert len(seen) == 5
+
+
+class Equilibrium(nn.Module):
+    """z = w z + x, with the gradient of the fixed point in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.5).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w.detach()
+        z = self.w * (x / (1 - w)) + x
+        z.register_hook(lambda g: g / (1 - w))
+        return z
+
+
+def test_a_deep_equilibrium_is_not_silently_wrong():
+    model, loss = nnj.extend(Equilibrium()), nnj.extend(nn.MSELoss(reduction="sum"))
+    x = torch.ones(3, 1).double()
+    with pytest.raises(nnj.NNJError, match="a gradient hook"), nnj.collect("ggn_diag"):
+        loss(model(x), torch.zeros_like(x)).backward()
+    assert model.w.grad == 48
+
+
+# -- functions -------------------------------------------------------------------------------------
+
+
+def test_a_misnamed_function_that_mixes_rows():
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x - x.mean(0)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g - g.mean(0)
+
+    class Model(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Relu.apply(self.one(x)) if x.shape[1] == 3 else x)
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Relu.apply(x)
+
+    with pytest.raises(nnj.NNJError, match="influence one another"):
+        backward(net(Centred()))
+
+
+def test_shifted_arguments_of_a_function():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, factor, x):
+            ctx.factor = factor
+            return factor * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return None, ctx.factor * g
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Double.apply(2.0, x)
+
+    case = base(
+        make=lambda: net(Doubled()),
+        twin=lambda: net(Times(2.0)),
+        loss=nn.MSELoss,
+        data=lambda: (X, T),
+    )
+    try:
+        exact(case)
+    except nnj.NNJError as error:
+        assert "Double" in str(error)
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+# -- no harm ---------------------------------------------------------------------------------------
+
+
+def test_a_retained_gradient_is_that_of_the_pass():
+    model, loss = nnj.extend(net()), nnj.extend(nn.MSELoss())
+    h = model[0](X)
+    h.retain_grad()
+    z = model[3](torch.tanh(model[1](h)))
+    with nnj.collect("ggn_diag"):
+        loss(z, T).backward()
+    again = h.detach().requires_grad_()
+    F.mse_loss(model[3](torch.tanh(model[1](again))), T).backward()
+    assert torch.equal(h.grad, again.grad)
+
+
+class Segment(nn.Module):
+    """Under a checkpoint: counts its calls in a buffer, and draws numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def body(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        torch.rand(1)
+        return torch.sin(x) * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def test_buffers_and_generators_over_a_checkpoint():
+    found = []
+    for verify in (False, True):
+        model, loss = nnj.extend(net(Segment())), nnj.extend(nn.MSELoss())
+        torch.manual_seed(1)
+        with nnj.collect("ggn_diag", verify=verify):
+            loss(model(X), T).backward()
+        grads = [p.grad for p in model.parameters()]
+        found.append([model[1].calls, torch.rand(1), model[0].weight.ggn_diag, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda value, params: torch.autograd.grad(value, params),
+        lambda value, params: torch.autograd.grad(value, params, create_graph=True),
+        lambda value, params: torch.autograd.grad(value, params[:1]),
+        lambda value, params: value.backward(inputs=params[2:]),
+        lambda value, params: value.backward(retain_graph=True),
+        lambda value, params: value.backward(create_graph=True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_are_what_they_would_be(differentiate):
+    outcomes = []
+    for collecting in (False, True):
+        model = net()
+        params = list(model.parameters())
+        if collecting:
+            loss = nnj.extend(nn.MSELoss())
+            nnj.extend(model)
+            with nnj.collect("ggn_diag"):
+                found = differentiate(loss(model(X), T), params)
+        else:
+            found = differentiate(F.mse_loss(model(X), T), params)
+        outcomes.append([*(found or ()), *(p.grad for p in params)])
+    for one, other in zip(*outcomes, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_few_samples(n):
+    model, loss = nnj.extend(net(nn.ReLU())), nnj.extend(nn.MSELoss(reduction="sum"))
+    with nnj.collect("batch_grad"):
+        loss(model(X[:n]), T[:n]).backward()
+    for p in model.parameters():
+        if p.batch_grad is not None:
+            torch.testing.assert_close(p.batch_grad.sum(0), p.grad)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding():
+    """The bias of keys has none; what rounding leaves of it is no reason to refuse."""
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.query(x), self.key(x), self.value(x)
+            return self.out((q @ k.mT).softmax(-1) @ v).mean(1)
+
+    for dtype in (torch.float64, torch.float32):
+        model, loss = nnj.extend(Attention().to(dtype)), nnj.extend(nn.CrossEntropyLoss())
+        with nnj.collect("ggn_diag"):
+            loss(model(torch.randn(5, 7, 4, dtype=dtype)), torch.tensor([0, 1, 2, 0, 1])).backward()
+
+
+# -- when it is asked ------------------------------------------------------------------------------
+
+
+def test_once_for_each_structure():
+    model, loss = pair()
+    before = verification.runs
+    with nnj.collect("ggn_diag"):
+        for _ in range(3):
+            loss(model(X), Y).backward()
+    assert verification.runs == before + 1
+    with nnj.collect("ggn_diag"):
+        loss(model(X[:4]), Y[:4]).backward()
+    assert verification.runs == before + 2
+    for _ in range(2):
+        nnj.jacobian(model, X[:3], "weight")
+    assert verification.runs == before + 3
+    nnj.fit(model, nn.CrossEntropyLoss(), [(X[:5], Y[:5])] * 3, "ggn_diag")
+    assert verification.runs == before + 4
+
+
+def test_a_verified_structure_calls_no_second_backward_pass(monkeypatch):
+    model, loss = pair()
+    with nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+        monkeypatch.setattr(verification, "_Verification", None)
+        loss(model(X), Y).backward()
+
+
+def test_the_environment(monkeypatch):
+    model, loss = pair()
+    before = verification.runs
+    for mode, times in (("never", 0), ("first", 1), ("always", 3)):
+        monkeypatch.setenv("NNJ_VERIFY", mode)
+        with nnj.collect("ggn_diag"):
+            loss(model(X), Y).backward()
+            loss(model(X), Y).backward()
+        assert verification.runs == before + times
+    monkeypatch.setenv("NNJ_VERIFY", "sometimes")
+    with pytest.raises(nnj.NNJError, match="NNJ_VERIFY='sometimes'"), nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+
+
+def test_nothing_is_kept_of_a_model():
+    import gc
+    import weakref
+
+    model, loss = pair()
+    with nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+    nnj.jacobian(model, X)
+    ref = weakref.ref(model)
+    del model, loss
+    gc.collect()
+    assert ref() is None
+
+
+def test_fit_passes_it_on():
+    with rule_of(Scaling, twice):
+        model = net()
+        with pytest.raises(nnj.NNJError, match="nnj-odd"):
+            nnj.fit(model, nn.MSELoss(), [(X, T)], "ggn_diag")
+        nnj.fit(model, nn.MSELoss(), [(X, T)], "ggn_diag", verify=False)
+
+
+def test_large_parameters(monkeypatch):
+    """No share of theirs is formed."""
+    monkeypatch.setattr(nnj.jacobians.outer_product.OuterProduct, "dense", None)
+    model = nn.Linear(4, 3).double()
+    backward(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_coarse_numbers(dtype):
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()] * 6
+    model = nnj.extend(nn.Sequential(*layers, nn.Linear(16, 3)).to(dtype))
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag"):
+        loss(model(torch.randn(40, 16, dtype=dtype)), torch.arange(40) % 3).backward()
