@@ -51,12 +51,14 @@ def contribute(
     check_arguments(call, node, wanted)
     if call.edges:
         paths = {m: name for root in roots for name, m in root.named_modules()}
-        graph = _graph(call, wanted, paths)
+        _check_modules(requests, paths)
+        graph, met = _graph(call, wanted, paths)
         reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
             target.reach(reached | empty.keys() if empty else reached, paths)
         sweep, sample_index = _planned(graph, columns, requests, scale.device)
         _open(targets, graph, reached | empty.keys(), roots, sample_index.n)
+        _check_met(graph, requests, met | empty.keys())
         if sweep is not None:
             if any(request.verify for request in requests):
                 _verified(sweep, sample_index, wanted)
@@ -69,9 +71,38 @@ def contribute(
 # -- the graph, and whose the rows are -------------------------------------------------------------
 
 
-def _graph(call: LossCall, wanted: set[Tensor], paths: dict[nn.Module, str]) -> Graph:
+def _check_modules(requests: Sequence[Request], paths: dict[nn.Module, str]) -> None:
+    """Errors: `NNJError` for a module of modules= that is part of no extended model."""
+    for top in [top for request in requests for top in request.modules or ()]:
+        if not any(m in paths for m in top.modules()):
+            raise NNJError(
+                f"modules= names a module ({type(top).__name__}) that is part of no extended "
+                "model. Extend the model that it is in, or name modules of that one"
+            )
+
+
+def _check_met(graph: Graph, requests: Sequence[Request], met: set[Tensor]) -> None:
+    """Errors: `NNJError` for a model that took part, and none of whose parameters are behind the
+    loss: others were, by torch.func.functional_call, or none at all.
+    """
+    if all(request.modules is not None for request in requests):
+        return
+    for m in dict.fromkeys(mark.module for mark in graph.marks):
+        if any(p in met for p in m.parameters()):
+            continue  # mostly the first one
+        if any(p.requires_grad for p in m.parameters()):
+            raise NNJError(
+                f"the loss reaches no parameter of {type(m).__name__}, which was called and has "
+                "parameters that require grad. Call it with its own parameters (not by "
+                "torch.func.functional_call with others), or freeze those that it does not use"
+            )
+
+
+def _graph(
+    call: LossCall, wanted: set[Tensor], paths: dict[nn.Module, str]
+) -> tuple[Graph, set[Tensor]]:
     """Autograd's graph from the outputs of the loss to the wanted parameters that this backward
-    pass reaches.
+    pass reaches, and all wanted ones that were met.
     """
     executed: dict[Tensor, bool] = {}
 
@@ -82,7 +113,8 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: dict[nn.Module, str]) -> 
             executed[p] = _executed(p)
         return executed[p]
 
-    return Graph(list(dict.fromkeys(call.edges)), is_wanted, paths)
+    graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths)
+    return graph, set(executed)
 
 
 def _executed(p: Tensor) -> bool:

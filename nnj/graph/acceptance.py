@@ -15,7 +15,7 @@ from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import edge_shape, leaf_of, own_task, sum_to
 from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian
-from nnj.recording.records import Edge, Record
+from nnj.recording.records import Edge, Record, check_parameters
 from nnj.registry.layer_rules import Declined, ask_rule
 
 LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
@@ -49,6 +49,8 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
     if record is None:
         return UNRECORDED
     if record.stale:
+        name = paths.get(record.module, "") or type(record.module).__name__
+        check_parameters(record, f"layer '{name}'")
         return Declined("what its rule reads was written over in place")
     if record.entry.node and record.entry.node == node.name():
         if node.next_functions[0] == record.edge:

@@ -17,6 +17,7 @@ from nnj.graph.attention import attention_backward, fused_attention
 from nnj.graph.nodes import node_name, own_task, refuse_freed
 from nnj.graph.op_names import TRUSTED
 
+LINEAR = "nnj.linear"  # on a node: it is known to be
 LARGE = 1024.0  # how much larger than the columns that is which a backward in Python is tried with
 ROUNDED = 0.01  # what it may be off by, where it computes in less than double precision
 
@@ -65,7 +66,10 @@ def _together(
     try:
         with _quiet():
             found = _vmapped(run, given)
-        if node_name(node) in TRUSTED or _confirmed(run, given, found, in_python):
+        if node_name(node) in TRUSTED:
+            return found
+        if _confirmed(run, given, found, in_python):
+            node.metadata[LINEAR] = True
             return found
     except RuntimeError as error:
         refuse_freed(error)
@@ -104,7 +108,11 @@ def _check_linear(
     given: list[Tensor],
     found: list[Tensor | None],
 ) -> None:
-    """Errors: `NNJError` if the backward of a function in Python is not linear on these columns."""
+    """Errors: `NNJError` if the backward of a function in Python is not linear on these columns. It
+    is asked once.
+    """
+    if LINEAR in node.metadata:
+        return
     if not _confirmed(run, given, found, in_python=True):
         name = type(node).__name__.removesuffix("Backward")
         raise NNJError(
@@ -112,6 +120,7 @@ def _check_linear(
             "is given (it clamps or normalises it, draws random numbers, or keeps a state), so "
             "that it is no Jacobian. Collect with a model without it, or make its backward linear"
         )
+    node.metadata[LINEAR] = True
 
 
 def _confirmed(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from nnj.errors import NNJError
 from nnj.registry.claim import Entry
 
 RECORD, MARK = "nnj.record", "nnj.call"
@@ -138,6 +139,31 @@ class Record:
         return is_changed(self.state, self.module)
 
 
+def check_parameters(record: Record, who: str) -> None:
+    """Errors: `NNJError` if parameters of a call are others by now, or have other data: autograd's
+    nodes would compute with the new ones, or know leaves that are no parameters of the model.
+    """
+    before, now = record.state, layer_state(record.module)
+    if len(before) != len(now):
+        return
+    for i, (old, new) in enumerate(zip(before, now, strict=True)):
+        if not isinstance(old, Tensor) or not old.is_leaf:
+            continue
+        if old is not new and old.requires_grad:
+            raise NNJError(
+                f"{who}: a parameter in its call was another tensor than it has now (by "
+                "torch.func.functional_call, or it was replaced since), and results would stand on "
+                "no parameter of the model. Call the model with its own parameters, and load other "
+                "values into them"
+            )
+        if old is new and isinstance(old, nn.Parameter) and before[i + 2] != now[i + 2]:
+            raise NNJError(
+                f"{who}: the data of a parameter was replaced (by p.data = ..., or model.to(...)) "
+                "between its call and the backward pass, which computes with the new data, as "
+                ".grad does. Replace it after the backward pass"
+            )
+
+
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
@@ -151,7 +177,8 @@ def layer_state(module: nn.Module) -> list[Any]:
         found.append(own.copy())  # all of it: `_changed` picks the options, if it is ever asked
         for t in own["_parameters"].values():
             if t is not None:
-                found += (t, t._version)
+                # of a subclass nobody knows what it answers
+                found += (t, t._version, t.data_ptr() if type(t) is nn.Parameter else 0)
         for t in own["_buffers"].values():
             if t is not None:
                 found += (t, t._version)

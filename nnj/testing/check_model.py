@@ -115,15 +115,21 @@ def check_model(
         options["ggn_block"] = {"modules": [found.get_submodule(path) for path in blocks]}
     _collect(report, found, x, lambda out: extended(out, *targets), options)
     hessian = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
-    wrong = _wrong(report, list(_points(truth, found, hessian)), _blocks(truth, found, blocks))
+    points = list(_points(truth, found, hessian))
+    wrong = _wrong(report, points, _blocks(truth, found, blocks), truth.rounding)
     if wrong:
         raise AssertionError("\n".join(wrong + _faults(found, x, report.rules)))
     return report
 
 
-def _wrong(report: ModelReport, points: list[Row], blocks: Iterable[Row]) -> list[str]:
-    """What differs from brute force; the errors are written into the report."""
+def _wrong(
+    report: ModelReport, points: list[Row], blocks: Iterable[Row], rounding: float
+) -> list[str]:
+    """What differs from brute force by more than rounding; the errors are written into the
+    report.
+    """
     wrong = []
+    exact, near = max(EXACT, rounding), max(NEAR, rounding)
     largest: dict[str, float] = {}
     for quantity, _, _, expected in points:
         largest[quantity] = max(largest.get(quantity, 0.0), float(expected.abs().max()))
@@ -139,7 +145,7 @@ def _wrong(report: ModelReport, points: list[Row], blocks: Iterable[Row]) -> lis
         report.errors[quantity] = max(
             report.errors.get(quantity, 0.0), float(off.max()) / max(size, NEAR)
         )
-        if not bool((off <= EXACT * expected.abs() + NEAR * max(size, NEAR) + zero).all()):
+        if not bool((off <= exact * expected.abs() + near * max(size, NEAR) + zero).all()):
             wrong.append(
                 f"{quantity} of '{path}' is wrong: off by {float(off.max()):.3g}, where the "
                 f"largest entry is {size:.3g}"
@@ -175,6 +181,7 @@ class _BruteForce:
     Attributes:
         j: {name of a parameter: the Jacobian of all entries of the output, (D, P)}.
         g, h: the gradient (D,) and the Hessian (D, D) of the loss in these entries.
+        rounding: by what results may differ, where the model gives less than double precision.
         sample: (D,), the sample of each of them; n: how many samples there are.
         own: {path of a module: the names of its own parameters}, where it has some.
     """
@@ -188,6 +195,8 @@ class _BruteForce:
                 "takes"
             )
         self.output = out.detach()
+        single = out.dtype != torch.float64
+        self.rounding = torch.finfo(out.dtype).eps ** 0.5 if single else 0.0
         self.n, self.sample = _samples(model, x, self.output, axis)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.j = _jacobian(out, params)
@@ -208,10 +217,10 @@ class _BruteForce:
                 f"check_model takes a loss that gives a scalar, and this one gives "
                 f"{tuple(value.shape)}"
             )
-        self.value, self.g = value.detach(), torch.autograd.grad(value, z)[0]
-        self.h: Tensor = torch.autograd.functional.hessian(scalar, z.detach())
+        self.value, self.g = value.detach(), torch.autograd.grad(value, z)[0].double()
+        self.h: Tensor = torch.autograd.functional.hessian(scalar, z.detach()).double()
         apart = self.h * (self.sample[:, None] != self.sample)
-        assert float(apart.abs().max()) <= NEAR * float(self.h.abs().max()), (
+        assert float(apart.abs().max()) <= max(NEAR, self.rounding) * float(self.h.abs().max()), (
             "the loss couples samples: its Hessian between them is up to "
             f"{float(apart.abs().max()):.3g}"
         )
@@ -244,7 +253,8 @@ def _points(truth: _BruteForce, found: nn.Module, hessian: LossHessian) -> Itera
             j = truth.j[name]
             yield "ggn_diag", name, p, ((truth.h @ j) * j).sum(0).reshape(p.shape)
             yield "batch_grad", name, p, truth.per_sample(truth.g, j).reshape(truth.n, *p.shape)
-            squares = sum(truth.per_sample(v.flatten(), j).square().sum(0) for v in drawn) / DRAWS
+            rows = [truth.per_sample(v.flatten().to(j.dtype), j) for v in drawn]
+            squares = sum(row.square().sum(0) for row in rows) / DRAWS
             yield "ggn_diag_mc", name, p, squares.reshape(p.shape)  # type: ignore[union-attr]
 
 

@@ -4,7 +4,11 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +45,8 @@ class PerSample(nnj.Jacobian):
         shared = v.shape[1] != self.n
         by_row = vmap(of, in_dims=(0, None if shared else 1))
         try:
-            found: Tensor = by_row(self.x, v[:, 0] if shared else v)
+            with _generators_kept(v.device):
+                found: Tensor = by_row(self.x, v[:, 0] if shared else v)
             return found.movedim(0, 1)
         except NotImplementedError:  # an operation of torch's that knows no forward derivative
             return super().jvp(v)
@@ -52,16 +57,44 @@ class PerSample(nnj.Jacobian):
             return cotangents
 
         # (out_dims=1 fails where nothing depends on the row: a parameter that is not used)
-        found: Tensor = vmap(of, in_dims=(0, 1))(self.x, u)
+        with _generators_kept(u.device):
+            found: Tensor = vmap(of, in_dims=(0, 1))(self.x, u)
         return found.movedim(0, 1)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         if self.slot == "input":
             return super().summed_vjp(u)
         rows = lambda p: vmap(lambda row: self._at(row)[0](p))(self.x)
-        back: Any = vjp(rows, self.state[self.slot])[1]
+        with _generators_kept(u.device):
+            back: Any = vjp(rows, self.state[self.slot])[1]
         found: Tensor = vmap(lambda t: back(t)[0])(u)
         return found
+
+
+def _own_container(value: Any) -> Any:
+    """Lists, dicts and sets in which a forward may keep something, as ours, with the same
+    contents.
+    """
+    if isinstance(value, dict):
+        own = copy.copy(value) if type(value) is defaultdict else {}
+        own.update((k, _own_container(v)) for k, v in value.items())
+        return own
+    if type(value) is list:
+        return [_own_container(v) for v in value]
+    return copy.copy(value) if type(value) in (set, deque) else value
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """What a forward draws here is drawn a second time: torch's and Python's generators stand
+    afterwards where the user's own call has left them.
+    """
+    state = random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 def _copy(m: nn.Module) -> nn.Module:
@@ -69,7 +102,7 @@ def _copy(m: nn.Module) -> nn.Module:
     trace in the user's.
     """
     new = object.__new__(type(m))
-    new.__dict__ = {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()}
+    new.__dict__ = {k: _own_container(v) for k, v in m.__dict__.items()}
     new.__dict__["_modules"] = {k: None if c is None else _copy(c) for k, c in m._modules.items()}
     return new
 
@@ -91,7 +124,8 @@ def fallback(m: nn.Module, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
             return alone
 
     try:  # the y of the call is the test of all that is assumed here
-        alone: Any = vmap(lambda row: run(state, row))(x)
+        with _generators_kept(x.device):
+            alone: Any = vmap(lambda row: run(state, row))(x)
     except Exception as error:
         raise NotImplementedError(f"torch.func cannot run it for each sample: {error}") from error
     if not isinstance(alone, Tensor) or alone.shape != y.shape:

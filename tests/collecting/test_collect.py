@@ -302,13 +302,57 @@ def test_an_extended_loss_on_a_model_that_is_not():
 
 
 def test_modules_that_the_pass_does_not_reach():
-    """As with .grad: None."""
+    """As with .grad: None. Of no extended model at all it is a slip."""
     model, (loss,) = extended(Case("", MLP, vectors))
     x, y = data_of(Case("", MLP, vectors))
-    other = nn.Linear(2, 2)
+    model.other = other = nn.Linear(2, 2)
     with nnj.collect("ggn_diag", modules=[other]):
         loss(model(x), y).backward()
     assert other.weight.ggn_diag is None and not hasattr(model.one.weight, "ggn_diag")
+    message = r"^modules= names a module \(Linear\) that is part of no extended model\. Extend"
+    with (
+        pytest.raises(nnj.NNJError, match=message),
+        nnj.collect("ggn_diag", modules=[nn.Linear(2, 2)]),
+    ):
+        loss(model(x), y).backward()
+    with nnj.collect("ggn_diag", modules=[nn.ModuleList([model.one])]):
+        loss(model(x), y).backward()
+    assert model.one.weight.ggn_diag is not None
+
+
+def test_a_model_none_of_whose_parameters_are_reached():
+    """Results on the leaves that stood in their places would be None in silence."""
+    model, loss = pair()
+    others = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    message = r"^the loss reaches no parameter of MLP, which was called .*functional_call"
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn_diag"):
+        loss(torch.func.functional_call(model, others, (X,)), Y).backward()
+    assert all(p.grad is not None for p in others.values())
+    with nnj.collect("ggn_diag"):  # a backward pass to some of them alone is meant so
+        loss(model(X), Y).backward(inputs=[model.two.weight])
+    assert model.one.weight.ggn_diag is None and model.two.weight.ggn_diag is not None
+
+
+def replaced_data(model: nn.Module) -> None:
+    model.two.weight.data = 2 * model.two.weight.data
+
+
+def replaced(model: nn.Module) -> None:
+    model.two.weight = nn.Parameter(2 * model.two.weight.detach())
+
+
+@pytest.mark.parametrize("change", [replaced_data, replaced])
+def test_parameters_that_became_others_before_the_backward_pass(change):
+    """No version moves. Autograd computes with the new data, too."""
+    model, loss = pair()
+    message = r"^layer 'two': (the data of )?a parameter .* (replaced|than it has now)"
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn_diag"):
+        value = loss(model(X), Y)
+        change(model)
+        value.backward()
+    with nnj.collect("ggn_diag"):
+        loss(model(X), Y).backward()
+    assert model.two.weight.ggn_diag is not None
 
 
 def test_everything_frozen():

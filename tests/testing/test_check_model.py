@@ -274,3 +274,26 @@ def test_check_model_tells_right_from_wrong():
             check_model(broken, nn.CrossEntropyLoss(), X, Y)
     finally:
         nnj.PatchMatmul.factor = own
+
+
+class Single(nn.Module):
+    """Logits in single precision, whatever the precision of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.one(x).float()
+
+
+def test_logits_in_single_precision():
+    report = check_model(Single(), nn.CrossEntropyLoss(), X, Y)
+    assert not report.refused and 0 < report.errors["ggn_diag"] < 1e-5
+    own = nnj.PatchMatmul.factor
+    try:
+        nnj.PatchMatmul.factor = lambda self, u, owner: own(self, 1.01 * u, owner)
+        with pytest.raises(AssertionError, match="ggn_diag of 'one.weight' is wrong"):
+            check_model(Single(), nn.CrossEntropyLoss(), X, Y)
+    finally:
+        nnj.PatchMatmul.factor = own
