@@ -132,8 +132,20 @@ def as_called(call: LossCall) -> Iterator[None]:
     if is_as_it_was(call.module, call.state):
         yield
         return
-    kept = nullcontext() if call.copies is None else call.copies.in_place()
-    with generators_kept(call.value.device), kept:
+    with _reading(call.copies, call.value.device):
+        yield
+
+
+@contextmanager
+def unmoved(loss: nn.Module, device: torch.device) -> Iterator[None]:
+    """The loss in copies of what it is now: what it draws, counts and keeps is forgotten."""
+    with _reading(Copies(loss), device):
+        yield
+
+
+@contextmanager
+def _reading(copies: Copies | None, device: torch.device) -> Iterator[None]:
+    with generators_kept(device), nullcontext() if copies is None else copies.in_place():
         _readings.going_on += 1
         try:
             yield
