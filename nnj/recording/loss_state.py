@@ -23,6 +23,7 @@ from nnj.registry.loss_rules import FunctionLoss
 
 _FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 _DEPTH = 8  # of containers in containers
+_ENTRIES = 2**20  # of a tensor that is no buffer, above which it is taken for data, and not copied
 
 
 def is_torchs_own(loss: nn.Module) -> bool:
@@ -70,7 +71,7 @@ def is_as_it_was(loss: nn.Module, state: list[Any] | None) -> bool:
 class Copies:
     """Copies of the buffers and attributes of a loss, of its parts, and of what a function holds.
 
-    Parameters, tensors with a gradient and objects of other classes are not copied."""
+    Parameters, large tensors that are no buffers, and objects of other classes are not copied."""
 
     def __init__(self, loss: nn.Module):
         self._cells: list[types.CellType] = []
@@ -129,7 +130,7 @@ def as_called(call: LossCall) -> Iterator[None]:
     """The loss as it was before the call, in copies: what it draws, counts and keeps while it is
     read again is forgotten afterwards.
     """
-    if is_as_it_was(call.module, call.state):
+    if call.state is not None:  # one of torch's, which changes nothing
         yield
         return
     with _reading(call.copies, call.value.device):
@@ -145,7 +146,8 @@ def unmoved(loss: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _reading(copies: Copies | None, device: torch.device) -> Iterator[None]:
-    with generators_kept(device), nullcontext() if copies is None else copies.in_place():
+    generators = nullcontext() if is_reading() else generators_kept(device)
+    with generators, nullcontext() if copies is None else copies.in_place():
         _readings.going_on += 1
         try:
             yield
@@ -190,16 +192,25 @@ def _replace(table: MutableMapping[str, Any], by: dict[str, Any]) -> None:
 
 
 def _copied_table(table: MutableMapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if name in ("_parameters", "_modules") else _copied(value)
-        for name, value in table.items()
-    }
+    return {name: _copied_entry(name, value) for name, value in table.items()}
+
+
+def _copied_entry(name: str, value: Any) -> Any:
+    if name in ("_parameters", "_modules"):
+        return value
+    if name == "_buffers":
+        return {k: t if t is None else t.detach().clone() for k, t in value.items()}
+    return _copied(value)
 
 
 def _copied(value: Any, depth: int = 0) -> Any:
-    """A copy of a tensor without a gradient, and of containers of such."""
+    """A copy of a tensor, and of containers of such. Without its graph, which would be kept as long
+    as that of the call.
+    """
     if isinstance(value, Tensor):
-        return value if value.requires_grad else value.detach().clone()
+        if value.is_leaf and (value.requires_grad or value.numel() > _ENTRIES):
+            return value
+        return value.detach().clone()
     cls = type(value)
     if depth == _DEPTH or cls not in (list, tuple, dict, set, deque):
         return value

@@ -4,7 +4,9 @@ pass; reading it again moves nothing.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -273,6 +275,28 @@ def test_an_object_with_a_state(model, way):
     with nnj.collect("ggn_diag"):
         loss(model(x), t).backward()
     assert held.count == 1
+
+
+def test_a_loss_that_keeps_its_value_keeps_one_graph(model):
+    class Keeps(nn.Module):
+        last = None
+
+        def forward(self, z, t):
+            self.last = (z - t).pow(4).sum()
+            return self.last
+
+    loss, seen = nnj.extend(Keeps(), loss=True), []
+    x, _, t = data()
+    for _ in range(4):
+        z = model(x)
+        z.grad_fn.metadata["box"] = box = Box()
+        seen.append(weakref.ref(box))
+        del box
+        with nnj.collect("ggn_diag"):
+            loss(z, t).backward()
+        del z
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= 1
 
 
 def test_generators_stay_where_they_are(model):
