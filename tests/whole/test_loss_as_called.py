@@ -461,6 +461,28 @@ def test_a_module_in_a_function_counts_once(model):
     check(model, expected)
 
 
+class WithParameter(WithTerm):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(C).double())
+
+    def forward(self, z, y):
+        return super().forward(z * self.scale, y)
+
+
+def test_a_loss_with_parameters(model):
+    """What it calls is not all of it. Its own parameters are refused, those of the model right."""
+    x, y, _ = data()
+    loss = nnj.extend(WithParameter())
+    with pytest.raises(nnj.NNJError, match="otherwise than through its arguments"):
+        with nnj.collect("ggn_diag"):
+            loss(model(x), y).backward()
+    expected = truth(model, x, lambda z: term(z, y))
+    with nnj.collect("ggn_diag", modules=[model]):
+        loss(model(x), y).backward()
+    check(model, expected)
+
+
 def test_a_head_that_computes_its_loss_is_a_model():
     """Its parameters are those of a model, and the loss inside counts."""
 
