@@ -22,6 +22,7 @@ from nnj.recording.records import LossCall, is_changed, layer_state
 from nnj.registry.loss_rules import FunctionLoss
 
 _FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
+_KEPT = set(nn.Module().__dict__)  # the tables of a module, of which only that of buffers is copied
 _DEPTH = 8  # of containers in containers
 _ENTRIES = 2**20  # of a tensor that is no buffer, above which it is taken for data, and not copied
 
@@ -84,9 +85,10 @@ class Copies:
         """All tables and cells in which a loss may keep a state."""
         if isinstance(holder, nn.Module):
             for part in holder.modules():
-                self._tables.append(part.__dict__)
                 if isinstance(part, FunctionLoss):
                     self._find(part.function)
+                else:
+                    self._tables.append(part.__dict__)
         elif isinstance(holder, functools.partial):
             self._find(holder.func)
         elif isinstance(holder, types.MethodType):
@@ -192,15 +194,16 @@ def _replace(table: MutableMapping[str, Any], by: dict[str, Any]) -> None:
 
 
 def _copied_table(table: MutableMapping[str, Any]) -> dict[str, Any]:
-    return {name: _copied_entry(name, value) for name, value in table.items()}
-
-
-def _copied_entry(name: str, value: Any) -> Any:
-    if name in ("_parameters", "_modules"):
-        return value
-    if name == "_buffers":
-        return {k: t if t is None else t.detach().clone() for k, t in value.items()}
-    return _copied(value)
+    copies = {
+        name: value if name in _KEPT else _copied(value)
+        for name, value in table.items()
+        if name != "_buffers"
+    }
+    if "_buffers" in table:
+        copies["_buffers"] = {
+            name: t if t is None else t.detach().clone() for name, t in table["_buffers"].items()
+        }
+    return copies
 
 
 def _copied(value: Any, depth: int = 0) -> Any:
