@@ -93,6 +93,8 @@ class collect(Collection):  # noqa: N801
           to `BCEWithLogitsLoss`.
         - A loss that enters the scalar nonlinearly (`loss.exp()`, `ce ** 2`), or reaches the model
           otherwise than through its arguments: make one function of the outputs of the whole.
+        - A loss that was changed between its call and the backward pass, draws random numbers, or
+          detaches a gradient inside.
         - A loss that a model computes itself (transformers, given `labels=`): take its logits, and
           a loss of your own.
         - Complex parameters, except for batch_grad: hold their real and imaginary parts in real

@@ -57,7 +57,8 @@ def fit(
             (the number of its rows or entries, or the sum of the weights of their classes). Of
             other losses than torch's: by the number of samples.
         reduction: "sum" or "mean" over the samples of a batch, for a loss that is none of torch's.
-            Where it can be, this is checked on the halves of each batch.
+            Where it can be, this is checked on the halves of each batch, and on each batch together
+            with the one before.
         forward: `forward(model, batch)` gives the output, where the rule above does not.
         target: the key of the target in a batch that is a dict, or `target(batch)`.
         progress: show a bar, if tqdm is installed.
@@ -72,8 +73,8 @@ def fit(
     log likelihoods, for a Laplace posterior, wants scale="sum".
 
     Errors: `NNJError` for an empty loader, a batch that the rule does not read, a loss whose
-    reduction nobody knows, a mean over a weight of zero, a call inside an open `nnj.collect`, and
-    whatever `nnj.collect` refuses."""
+    reduction nobody knows or is not as said, a target that torch would broadcast, a mean over a
+    weight of zero, a call inside an open `nnj.collect`, and whatever `nnj.collect` refuses."""
     if scale not in ("sum", "mean"):
         raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -134,8 +135,8 @@ class _Run:
 
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
         """One batch of n samples: a backward pass that leaves no gradients."""
-        total = loss.total(output, target, n) if self.scale == "mean" else 0.0
         weight = loss.weight(output, target, n)
+        total = loss.total(output, target, n) if self.scale == "mean" else 0.0
         value = _scalar(loss.module(output, target), loss.name)
         before = self.collection.accumulator.samples
         with self.collection:

@@ -108,9 +108,11 @@ class LossColumns:
     @cached_property
     def hessian(self) -> LossHessian:
         """H in the outputs. Errors: `NNJError` if it is not positive semi-definite."""
-        if self.sign is not None:
-            return autodiff_hessian(self._value, tuple(self.outputs), self.name, self.sign)
-        return self._by_rule or autodiff_hessian(self._value, tuple(self.outputs), self.name)
+        by_rule = self._by_rule if self.sign is None else None
+        if by_rule is not None:
+            return by_rule
+        with as_called(self.call):
+            return autodiff_hessian(self._value, tuple(self.outputs), self.name, self.sign or 0)
 
     @cached_property
     def rows(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nnj.errors import NNJError
 from nnj.recording.extend import extend, is_extended, retract
 from nnj.recording.loss_hook import LossHook
+from nnj.recording.loss_state import unmoved
 from nnj.registry.loss_rules import FunctionLoss
 
 # torch's mean of these is the sum over the number of terms that reduction="none" gives.
@@ -37,6 +38,8 @@ _COUNTED = (
     nn.MultiLabelSoftMarginLoss,
     nn.MultiMarginLoss,
 )
+# of these each entry of the output has an entry of the target
+_ENTRYWISE = tuple(cls for cls in _COUNTED if not cls.__name__.startswith("Multi"))
 # and that of these over the sum of the classes' weights
 _WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -82,6 +85,15 @@ class SummedLoss:
         return retract(copied).to(device)
 
     def weight(self, output: Any, target: Any, n: int) -> int:
+        """1. Errors: `NNJError` for a target that torch would broadcast, since then a sample meets
+        the targets of others.
+        """
+        if isinstance(self.module, _ENTRYWISE) and output.shape != target.shape:
+            raise NNJError(
+                f"{self.name}: the output has shape {tuple(output.shape)} and the target "
+                f"{tuple(target.shape)}, which torch would broadcast, so that batches do not add "
+                "up to the data set. Give both the same shape, such as model(x).squeeze(1)"
+            )
         return 1
 
     def total(self, output: Any, target: Any, n: int) -> float:
@@ -100,6 +112,14 @@ def weight_of_classes(loss: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) ->
     return kept.numel() if loss.weight is None else loss.weight.detach().double()[kept].sum().item()
 
 
+class _Batch(NamedTuple):
+    """What a loss is given for n samples."""
+
+    output: Any
+    target: Any
+    n: int
+
+
 class GivenLoss:
     """Any other loss, of which the user says whether it is a sum or a mean over the samples of a
     batch; that is looked into.
@@ -108,34 +128,86 @@ class GivenLoss:
     def __init__(self, loss: Any, reduction: str, axis: int):
         self.name = name_of(loss)
         self.module, self.reduction, self.axis = loss, reduction, axis
+        self._before: _Batch | None = None
 
     def weight(self, output: Any, target: Any, n: int) -> int:
-        """What makes a sum of it. Errors: `NNJError` if half the batch and the other half say that
-        it is another reduction.
+        """What makes a sum of it.
+
+        Errors: `NNJError` if two halves of the batch, or this batch and the one before, say that it
+        is another reduction, or if the batch alone has no finite value.
         """
-        if n > 1 and all(
-            self._has(t, n) for t in tree_leaves((output, target)) if isinstance(t, Tensor)
-        ):
-            half = n // 2
-            with torch.no_grad():
-                whole, one, two = (
-                    self.module.forward(*self._part(output, target, *part)).detach().double()
-                    for part in ((0, n), (0, half), (half, n))
-                )
-            if self.reduction == "mean":
-                whole, one, two = n * whole, half * one, (n - half) * two
-            like = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
-            if bool(
-                (whole - one - two).abs()
-                > torch.finfo(like.dtype).eps ** 0.5 * (one.abs() + two.abs())
-            ):
+        detached = lambda t: t.detach() if isinstance(t, Tensor) else t
+        here = _Batch(tree_map(detached, output), tree_map(detached, target), n)
+        if self._may_be_cut(here):
+            before, self._before = self._before, here
+            whole = self._value(here)
+            if not bool(torch.isfinite(whole)):
                 raise NNJError(
-                    f"{self.name} is not the {self.reduction} over the samples of a batch, as "
-                    f"reduction={self.reduction!r} says: the halves of a batch of {n} make "
-                    f"{float(one + two):.6g}, the whole {float(whole):.6g}. Write it as a sum over "
-                    "samples, with reduction='sum'"
+                    f"{self.name} gives {float(whole)} for a batch of {n}: all its targets may be "
+                    "ignored, over which there is no mean. Write it as a sum over samples, with "
+                    "reduction='sum', or leave such batches out"
+                )
+            if n > 1:
+                half = n // 2
+                self._check(
+                    whole,
+                    [self._part(here, 0, half), self._part(here, half, n)],
+                    f"the halves of a batch of {n}",
+                    here,
+                )
+            joined = None if before is None else self._joined(before, here)
+            if before is not None and joined is not None:
+                self._check(
+                    self._value(joined),
+                    [before, here],
+                    f"batches of {before.n} and {n}, one behind the other,",
+                    joined,
                 )
         return n if self.reduction == "mean" else 1
+
+    def _may_be_cut(self, batch: _Batch) -> bool:
+        """Whether all tensors have the samples along one axis."""
+        known = tree_leaves((batch.output, batch.target))
+        return (
+            batch.n > 0
+            and any(isinstance(t, Tensor) for t in tree_leaves(batch.output))
+            and all(self._has(t, batch.n) for t in known if isinstance(t, Tensor))
+        )
+
+    def _check(self, whole: Tensor, parts: list[_Batch], what: str, batch: _Batch) -> None:
+        """Errors: `NNJError` unless parts make up the whole."""
+        one, two = (self._value(part) for part in parts)
+        if self.reduction == "mean":
+            whole, one, two = batch.n * whole, parts[0].n * one, parts[1].n * two
+        like = next(t for t in tree_leaves(batch.output) if isinstance(t, Tensor))
+        if not bool(
+            (whole - one - two).abs()
+            <= torch.finfo(like.dtype).eps ** 0.5 * (one.abs() + two.abs())
+        ):
+            raise NNJError(
+                f"{self.name} is not the {self.reduction} over the samples of a batch, as "
+                f"reduction={self.reduction!r} says: {what} make {float(one + two):.6g}, the whole "
+                f"{float(whole):.6g}. Write it as a sum over samples, with reduction='sum'"
+            )
+
+    def _value(self, batch: _Batch) -> Tensor:
+        """The loss of a batch, which leaves no trace on it."""
+        like = next(t for t in tree_leaves(batch.output) if isinstance(t, Tensor))
+        with torch.no_grad(), unmoved(self.module, like.device):
+            value: Tensor = self.module.forward(batch.output, batch.target)
+        return value.detach().double()
+
+    def _joined(self, one: _Batch, two: _Batch) -> _Batch | None:
+        """Two batches one behind the other; None if they have not the same shapes beside."""
+
+        def join(a: Any, b: Any) -> Any:
+            return torch.cat([a, b], min(self.axis, a.dim() - 1)) if isinstance(a, Tensor) else a
+
+        try:
+            output = tree_map(join, one.output, two.output)
+            return _Batch(output, tree_map(join, one.target, two.target), one.n + two.n)
+        except (RuntimeError, ValueError, TypeError):
+            return None
 
     def total(self, output: Any, target: Any, n: int) -> float:
         return n
@@ -143,7 +215,7 @@ class GivenLoss:
     def _has(self, t: Tensor, n: int) -> bool:
         return t.dim() > 0 and t.shape[min(self.axis, t.dim() - 1)] == n
 
-    def _part(self, output: Any, target: Any, start: int, stop: int) -> Any:
+    def _part(self, batch: _Batch, start: int, stop: int) -> _Batch:
         def cut(t: Any) -> Any:
             return (
                 t.narrow(min(self.axis, t.dim() - 1), start, stop - start)
@@ -151,7 +223,7 @@ class GivenLoss:
                 else t
             )
 
-        return tree_map(cut, (output, target))
+        return _Batch(tree_map(cut, batch.output), tree_map(cut, batch.target), stop - start)
 
 
 @contextmanager

@@ -74,7 +74,9 @@ class Collection:
             raise NNJError(
                 f"nothing was collected for {', '.join(self.request.quantities)}: no extended loss "
                 "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
-                "nnj.extend(loss_func)), and call backward inside"
+                "nnj.extend(loss_func)), and call backward inside. A loss that the model computes "
+                "itself (transformers, given labels=) is none: take its logits, "
+                "model(**inputs).logits, and an extended loss of your own"
             )
 
     def add_pass(self, contributions: list[Contribution]) -> None:

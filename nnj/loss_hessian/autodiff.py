@@ -4,7 +4,6 @@ rows are independent.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from nnj.errors import NNJError
@@ -202,13 +200,12 @@ class _Hessian:
         n: int,
         everything: bool,
     ):
-        watch = HookWatch()
-        cast = _Cast(dtype) if everything else contextlib.nullcontext()
-        with torch.enable_grad(), watch, cast:
+        mode = _Cast(dtype) if everything else HookWatch()
+        with torch.enable_grad(), mode:
             self.leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in outputs]
             self.value, again = (call(*[t.clone() for t in self.leaves]) for _ in range(2))
         # whether a second derivative is known to be that of the first
-        self.trusted = not watch.hooked and not has_foreign_node(self.value)
+        self.trusted = not mode.hooked and not has_foreign_node(self.value)
         self.same = torch.allclose(self.value, again, rtol=1e-3, equal_nan=True)
         self.n, self.batched = n, True
         with torch.enable_grad():
@@ -250,7 +247,7 @@ class _Hessian:
         return torch.cat([self.product(part * signs) * signs for part in parts]).movedim(0, -1)
 
 
-class _Cast(TorchFunctionMode):
+class _Cast(HookWatch):
     """Every real tensor that a function is given is cast to a dtype: a loss has targets, weights
     and constants of its own.
     """
@@ -263,6 +260,7 @@ class _Cast(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = getattr(function, "__name__", "")
+        self.hooked = self.hooked or name == "register_hook"
         in_place = (
             (name.endswith("_") and not name.endswith("__"))
             or name.startswith("__i")

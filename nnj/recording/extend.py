@@ -44,12 +44,12 @@ def _may_be_layer(module: nn.Module) -> bool:
 
 
 def _may_be_loss(module: nn.Module) -> str:
-    """Whether a call may be that of a loss, as `BeforeCall` takes it: not of what has parameters to
-    be trained, which is a model.
+    """Whether a call may be that of a loss, as `BeforeCall` takes it. What has parameters to be
+    trained and no loss inside is a model.
     """
-    if any(p.requires_grad for p in module.parameters()):
-        return ""
-    return "always" if any(is_loss(part) for part in module.modules()) else "alone"
+    if any(is_loss(part) for part in module.modules()):
+        return "always"
+    return "" if any(p.requires_grad for p in module.parameters()) else "alone"
 
 
 def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any:
@@ -64,10 +64,10 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
 
     What is a loss
         - torch's losses, those with a loss rule, plain functions, and what `loss=True` was said of.
-        - A module without parameters to be trained that is called with outputs of an extended model
-          and returns a scalar, in which there is more than the extended losses that it calls: such
-          as a cross entropy with a term of its own. Where it only adds up such losses, these count,
-          each by itself. A loss that has parameters needs `loss=True`.
+        - A module that is called with outputs of an extended model and returns a scalar, in which
+          there is more of them than the losses that it calls: such as a cross entropy with a term
+          of its own. Where it only adds up such losses, these count, each by itself. One that calls
+          none and has parameters to be trained is a model; say `loss=True`.
         - What a loss calls is part of it: no loss inside another one counts twice.
 
     Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies,

@@ -22,7 +22,9 @@ from nnj.recording.records import LossCall, is_changed, layer_state
 from nnj.registry.loss_rules import FunctionLoss
 
 _FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
+_KEPT = set(nn.Module().__dict__)  # the tables of a module, of which only that of buffers is copied
 _DEPTH = 8  # of containers in containers
+_ENTRIES = 2**20  # of a tensor that is no buffer, above which it is taken for data, and not copied
 
 
 def is_torchs_own(loss: nn.Module) -> bool:
@@ -70,7 +72,7 @@ def is_as_it_was(loss: nn.Module, state: list[Any] | None) -> bool:
 class Copies:
     """Copies of the buffers and attributes of a loss, of its parts, and of what a function holds.
 
-    Parameters, tensors with a gradient and objects of other classes are not copied."""
+    Parameters, large tensors that are no buffers, and objects of other classes are not copied."""
 
     def __init__(self, loss: nn.Module):
         self._cells: list[types.CellType] = []
@@ -83,9 +85,10 @@ class Copies:
         """All tables and cells in which a loss may keep a state."""
         if isinstance(holder, nn.Module):
             for part in holder.modules():
-                self._tables.append(part.__dict__)
                 if isinstance(part, FunctionLoss):
                     self._find(part.function)
+                else:
+                    self._tables.append(part.__dict__)
         elif isinstance(holder, functools.partial):
             self._find(holder.func)
         elif isinstance(holder, types.MethodType):
@@ -129,11 +132,24 @@ def as_called(call: LossCall) -> Iterator[None]:
     """The loss as it was before the call, in copies: what it draws, counts and keeps while it is
     read again is forgotten afterwards.
     """
-    if is_as_it_was(call.module, call.state):
+    if call.state is not None:  # one of torch's, which changes nothing
         yield
         return
-    kept = nullcontext() if call.copies is None else call.copies.in_place()
-    with generators_kept(call.value.device), kept:
+    with _reading(call.copies, call.value.device):
+        yield
+
+
+@contextmanager
+def unmoved(loss: nn.Module, device: torch.device) -> Iterator[None]:
+    """The loss in copies of what it is now: what it draws, counts and keeps is forgotten."""
+    with _reading(Copies(loss), device):
+        yield
+
+
+@contextmanager
+def _reading(copies: Copies | None, device: torch.device) -> Iterator[None]:
+    generators = nullcontext() if is_reading() else generators_kept(device)
+    with generators, nullcontext() if copies is None else copies.in_place():
         _readings.going_on += 1
         try:
             yield
@@ -178,16 +194,26 @@ def _replace(table: MutableMapping[str, Any], by: dict[str, Any]) -> None:
 
 
 def _copied_table(table: MutableMapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if name in ("_parameters", "_modules") else _copied(value)
+    copies = {
+        name: value if name in _KEPT else _copied(value)
         for name, value in table.items()
+        if name != "_buffers"
     }
+    if "_buffers" in table:
+        copies["_buffers"] = {
+            name: t if t is None else t.detach().clone() for name, t in table["_buffers"].items()
+        }
+    return copies
 
 
 def _copied(value: Any, depth: int = 0) -> Any:
-    """A copy of a tensor without a gradient, and of containers of such."""
+    """A copy of a tensor, and of containers of such. Without its graph, which would be kept as long
+    as that of the call.
+    """
     if isinstance(value, Tensor):
-        return value if value.requires_grad else value.detach().clone()
+        if value.is_leaf and (value.requires_grad or value.numel() > _ENTRIES):
+            return value
+        return value.detach().clone()
     cls = type(value)
     if depth == _DEPTH or cls not in (list, tuple, dict, set, deque):
         return value

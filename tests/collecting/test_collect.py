@@ -504,3 +504,24 @@ def test_a_refusal_leaves_no_circle_of_references(make, how):
     finally:
         gc.enable()
     assert found[1] == found[2]
+
+
+def test_a_loss_that_the_model_computes_itself():
+    """As those of transformers do, given labels=."""
+
+    class Computes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x, labels):
+            logits = self.head(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = nnj.extend(Computes())
+    with (
+        pytest.raises(nnj.NNJError, match=r"transformers.*\.logits.*loss of your own"),
+        nnj.collect("ggn_diag"),
+    ):
+        model(torch.randn(5, 3), torch.randint(4, (5,)))["loss"].backward()
+    assert model.head.weight.grad is not None

@@ -111,3 +111,105 @@ def test_no_gradient_of_batches_that_are_ignored(scale):
         match="over this data set divides by 0: all targets are ignored, or of weight zero$",
     ):
         nnj.fit(mlp(), nn.CrossEntropyLoss(), [(X[:3], y[:3])], "ggn_diag", scale="mean")
+
+
+def mean_over_tokens(z, y):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def sum_over_tokens(z, y):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def mean_of_means(z, y):
+    """Over samples, of the means over their tokens."""
+    return F.cross_entropy(z.mT, y, reduction="none").sum(1).div((y >= 0).sum(1)).mean()
+
+
+def tokens(counts):
+    """Sequences of which so many targets count."""
+    x, y = torch.randn(len(counts), 5, 3), torch.randint(0, 4, (len(counts), 5))
+    for row, count in zip(y, counts, strict=True):
+        row[count:] = -100
+    return x.double(), y
+
+
+COUNTS = {
+    "halves that agree": ([5, 5, 2, 2, 1, 1], 2),
+    "halves that differ": ([5, 2, 5, 2, 5, 2], 2),
+    "batches of one sample": ([5, 5, 2, 2, 1, 1], 1),
+    "last batch of one sample": ([4, 4, 4, 4, 2], 2),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_mean_over_tokens_is_no_mean_over_samples(seeded, name):
+    counts, size = COUNTS[name]
+    model, (x, y) = nn.Linear(3, 4).double(), tokens(counts)
+    with pytest.raises(nnj.NNJError, match=r"is not the mean over the samples.*reduction='sum'"):
+        nnj.fit(model, mean_over_tokens, batches(x, y, size), "ggn_diag", reduction="mean")
+    loader = lambda size: batches(x, y, size)
+    for loss, own in ((sum_over_tokens, "sum"), (mean_of_means, "mean")):
+        one = nnj.fit(model, loss, loader(len(x)), "ggn_diag", reduction=own)
+        agree(
+            nnj.fit(model, loss, loader(size), "ggn_diag", reduction=own)["ggn_diag"],
+            one["ggn_diag"],
+        )
+
+
+def test_as_many_tokens_in_every_sample(seeded):
+    model, (x, y) = nn.Linear(3, 4).double(), tokens([3] * 6)
+    whole = nnj.fit(model, mean_over_tokens, [(x, y)], "ggn_diag", reduction="mean", scale="mean")
+    for size in (1, 2, 4):
+        fit = nnj.fit(
+            model, mean_over_tokens, batches(x, y, size), "ggn_diag", reduction="mean", scale="mean"
+        )
+        agree(fit["ggn_diag"], whole["ggn_diag"])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 3, 3], [3, 3, 0, 0]])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_whose_targets_are_all_ignored(seeded, counts, size):
+    model, (x, y) = nn.Linear(3, 4).double(), tokens(counts)
+    loader = lambda size: batches(x, y, size)
+    with pytest.raises(nnj.NNJError, match=r"nan for a batch of .*reduction='sum'"):
+        nnj.fit(model, mean_over_tokens, loader(size), "ggn_diag", reduction="mean")
+    one = nnj.fit(model, sum_over_tokens, loader(4), "ggn_diag", reduction="sum")
+    agree(
+        nnj.fit(model, sum_over_tokens, loader(size), "ggn_diag", reduction="sum")["ggn_diag"],
+        one["ggn_diag"],
+    )
+    known, (a, b) = nn.CrossEntropyLoss(), (x.flatten(0, 1), y.flatten())
+    one = nnj.fit(model, known, [(a, b)], "ggn_diag", scale="mean")
+    agree(
+        nnj.fit(model, known, batches(a, b, 5), "ggn_diag", scale="mean")["ggn_diag"],
+        one["ggn_diag"],
+    )
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.PoissonNLLLoss()]
+)
+@pytest.mark.parametrize("size", [1, 3, 6])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_a_target_that_torch_would_broadcast(seeded, loss, size, scale):
+    model, x, y = nn.Linear(3, 1).double(), torch.randn(6, 3).double(), torch.rand(6).double()
+    with pytest.raises(nnj.NNJError, match=r"broadcast.*same shape"):
+        nnj.fit(model, loss, batches(x, y, size), "ggn_diag", scale=scale)
+    fit = nnj.fit(model, loss, batches(x, y[:, None], size), "ggn_diag", scale=scale)
+    whole = nnj.fit(model, loss, [(x, y[:, None])], "ggn_diag", scale=scale)
+    agree(fit["ggn_diag"], whole["ggn_diag"])
+
+
+def test_looking_at_a_loss_does_not_move_it(seeded):
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, z, y):
+            self.calls += 1
+            return (z - y).square().mean(1).sum()
+
+    loss, model = Counts(), nn.Linear(3, 4).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 4).double()
+    nnj.fit(model, loss, batches(x, y, 2), "ggn_diag", reduction="sum")
+    assert loss.calls == 3

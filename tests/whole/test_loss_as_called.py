@@ -4,7 +4,9 @@ pass; reading it again moves nothing.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -275,6 +277,28 @@ def test_an_object_with_a_state(model, way):
     assert held.count == 1
 
 
+def test_a_loss_that_keeps_its_value_keeps_one_graph(model):
+    class Keeps(nn.Module):
+        last = None
+
+        def forward(self, z, t):
+            self.last = (z - t).pow(4).sum()
+            return self.last
+
+    loss, seen = nnj.extend(Keeps(), loss=True), []
+    x, _, t = data()
+    for _ in range(4):
+        z = model(x)
+        z.grad_fn.metadata["box"] = box = Box()
+        seen.append(weakref.ref(box))
+        del box
+        with nnj.collect("ggn_diag"):
+            loss(z, t).backward()
+        del z
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= 1
+
+
 def test_generators_stay_where_they_are(model):
     def function(z, t):
         torch.rand(3)
@@ -433,6 +457,28 @@ def test_a_module_in_a_function_counts_once(model):
     x, y, _ = data()
     expected = truth(model, x, lambda z: 3 * term(z, y))
     with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    check(model, expected)
+
+
+class WithParameter(WithTerm):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(C).double())
+
+    def forward(self, z, y):
+        return super().forward(z * self.scale, y)
+
+
+def test_a_loss_with_parameters(model):
+    """What it calls is not all of it. Its own parameters are refused, those of the model right."""
+    x, y, _ = data()
+    loss = nnj.extend(WithParameter())
+    with pytest.raises(nnj.NNJError, match="otherwise than through its arguments"):
+        with nnj.collect("ggn_diag"):
+            loss(model(x), y).backward()
+    expected = truth(model, x, lambda z: term(z, y))
+    with nnj.collect("ggn_diag", modules=[model]):
         loss(model(x), y).backward()
     check(model, expected)
 
