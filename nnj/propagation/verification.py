@@ -135,7 +135,7 @@ class _Verification:
             return
         runs += 1
         unchecked = dict(sweep._unchecked)
-        with unharmed(sweep.graph.paths, self.devices):
+        with unharmed(sweep.graph.paths, self.devices), torch.no_grad():
             if self._wrong(self.tangents):
                 raise culprit(sweep, self.tangents, self.leaves, self.eps)
         sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
@@ -237,8 +237,10 @@ def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
         u = ((u - 0.5).sign() * (0.5 + u)).to(device=device, dtype=dtype)
         of = index.of
         if of is None:
-            of = torch.arange(shape[0], device=device) // (shape[0] // n)
-            of = of.reshape(-1, *[1] * (len(shape) - 1))
+            of = torch.zeros((), dtype=torch.long, device=device)
+            if n > 1:
+                of = torch.arange(shape[0], device=device) // (shape[0] // n)
+                of = of.reshape(-1, *[1] * (len(shape) - 1))
         whole[edge] = u * (of >= 0)  # an entry of nobody has no share
         half[edge] = u * (samples.to(device)[of.clamp(min=0)] & (of >= 0))
     return Tangents(whole, half, samples) if whole else None

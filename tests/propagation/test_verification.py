@@ -406,7 +406,7 @@ def test_gradients_are_what_they_would_be(differentiate):
         assert one is other is None or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("n", [1, 2])
 def test_few_samples(n):
     model, loss = nnj.extend(net(nn.ReLU())), nnj.extend(nn.MSELoss(reduction="sum"))
     with nnj.collect("batch_grad"):
