@@ -232,6 +232,8 @@ def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
         edge, shape, dtype = behind_engine(root), sweep.shapes[root], sweep.graph.dtypes[root]
         if edge is None or 0 in shape or not (dtype.is_floating_point or dtype.is_complex):
             continue
+        if edge != root and sweep.state.get(edge) is None:
+            return None  # a sweep that does not go through the engine's node finds nothing
         device = device_of(root)
         u = torch.rand(shape, generator=generator, dtype=torch.float64)
         u = ((u - 0.5).sign() * (0.5 + u)).to(device=device, dtype=dtype)
