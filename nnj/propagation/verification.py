@@ -49,7 +49,8 @@ def verify(
         sweep: which is to be trusted.
         rows: for each root edge, whose its entries are.
         wanted: the leaves at which results will be taken.
-        owner: the model, with which what was verified is forgotten.
+        owner: the model, or a layer, with which what was verified is forgotten; None where no layer
+            has a record.
 
     Errors: `NNJError` that names the culprit.
     """
