@@ -106,6 +106,8 @@ class _At(NamedTuple):
         """That of the largest shares: the root of the largest sum of squares of an entry."""
         if self.factor is None or not self.leaf.numel():
             return 0.0
+        if self.factor.dtype.is_complex:
+            return float(self.factor.dense().abs().max())
         return float(self.factor.square_sum().max().sqrt())
 
 
