@@ -157,8 +157,10 @@ def _planned(
 def _verified(sweep: Sweep, sample_index: SampleIndex, wanted: set[Tensor]) -> None:
     """Errors: `NNJError` where the sweep is not what autograd computes."""
     graph = sweep.graph
-    mark = max(graph.marks, key=lambda m: m.order, default=None)
-    verify(sweep, on_roots(graph, sample_index), wanted, None if mark is None else mark.module)
+    calls = sorted(graph.marks, key=lambda m: m.order)
+    layers = (step.record.module for step in graph.steps if step.record is not None)
+    owner = calls[-1].module if calls else next(layers, None)
+    verify(sweep, on_roots(graph, sample_index), wanted, owner)
 
 
 def _open(

@@ -15,6 +15,7 @@ from nnj.graph.acceptance import call_vjp
 from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import own_task, sum_to
 from nnj.graph.step import Step, describe
+from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Cotangents, Sweep
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import ENGINE, engine_vjp, leaf_edge
@@ -148,7 +149,6 @@ class _Search:
             )
             return
         at_input, at_leaves = walked
-        ours = {slot: step.slots[slot].vjp(u[None].to(step.dtype))[0] for slot, _ in step.params}
         back = None
         if step.out[0] is not None:
             back = step.slots["input"].vjp(u[None].to(step.dtype))[0]
@@ -158,7 +158,8 @@ class _Search:
                 )
         shared: dict[Tensor, Tensor] = {}
         for slot, p in step.params:
-            total = ours[slot].sum(0)
+            factor = step.slots[slot].pullback(u[None].to(step.dtype), SampleIndex(len(u)))
+            total = factor.rmatvec(torch.ones(1, factor.n, dtype=factor.dtype, device=u.device))
             shared[p] = shared[p] + total if p in shared else total
         for slot, p in step.params:
             if self._differ(shared[p], at_leaves.get(p)):

@@ -49,7 +49,8 @@ def verify(
         sweep: which is to be trusted.
         rows: for each root edge, whose its entries are.
         wanted: the leaves at which results will be taken.
-        owner: the model, with which what was verified is forgotten.
+        owner: the model, or a layer, with which what was verified is forgotten; None where no layer
+            has a record.
 
     Errors: `NNJError` that names the culprit.
     """
@@ -105,6 +106,8 @@ class _At(NamedTuple):
         """That of the largest shares: the root of the largest sum of squares of an entry."""
         if self.factor is None or not self.leaf.numel():
             return 0.0
+        if self.factor.dtype.is_complex:
+            return float(self.factor.dense().abs().max())
         return float(self.factor.square_sum().max().sqrt())
 
 
@@ -135,7 +138,7 @@ class _Verification:
             return
         runs += 1
         unchecked = dict(sweep._unchecked)
-        with unharmed(sweep.graph.paths, self.devices):
+        with unharmed(sweep.graph.paths, self.devices), torch.no_grad():
             if self._wrong(self.tangents):
                 raise culprit(sweep, self.tangents, self.leaves, self.eps)
         sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
@@ -233,13 +236,17 @@ def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
         edge, shape, dtype = behind_engine(root), sweep.shapes[root], sweep.graph.dtypes[root]
         if edge is None or 0 in shape or not (dtype.is_floating_point or dtype.is_complex):
             continue
+        if edge != root and sweep.state.get(edge) is None:
+            return None  # a sweep that does not go through the engine's node finds nothing
         device = device_of(root)
         u = torch.rand(shape, generator=generator, dtype=torch.float64)
         u = ((u - 0.5).sign() * (0.5 + u)).to(device=device, dtype=dtype)
         of = index.of
         if of is None:
-            of = torch.arange(shape[0], device=device) // (shape[0] // n)
-            of = of.reshape(-1, *[1] * (len(shape) - 1))
+            of = torch.zeros((), dtype=torch.long, device=device)
+            if n > 1:
+                of = torch.arange(shape[0], device=device) // (shape[0] // n)
+                of = of.reshape(-1, *[1] * (len(shape) - 1))
         whole[edge] = u * (of >= 0)  # an entry of nobody has no share
         half[edge] = u * (samples.to(device)[of.clamp(min=0)] & (of >= 0))
     return Tangents(whole, half, samples) if whole else None

@@ -163,7 +163,7 @@ def _collect(
     """Each quantity by itself, so that one that is refused does not take the others with it."""
     for quantity, given in options.items():
         try:
-            with collect(quantity, **given):
+            with collect(quantity, **{"verify": False, **given}):  # this is the comparison
                 loss(call_with(found, x)).backward()
         except NNJError as error:
             if quantity == "ggn_diag":

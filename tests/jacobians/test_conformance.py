@@ -175,6 +175,8 @@ def check(f: Factor, b: Tensor) -> None:
     torch.testing.assert_close(single.dense(), b.float(), rtol=1e-4, atol=1e-4)
     for which in [slice(0, f.k), *parts(f)]:
         torch.testing.assert_close(f.columns(which).dense(), b[which], **CLOSE)
+    c = normal(f.k, f.n)
+    torch.testing.assert_close(f.rmatvec(c), torch.tensordot(c, b, 2), **CLOSE)
     check_squares(f, b)
     check_rows(f, b)
 
