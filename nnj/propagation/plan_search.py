@@ -149,7 +149,7 @@ def _cyclic(n: int, rows: int, device: torch.device) -> SampleIndex:
 def on_roots(graph: Graph, sample_index: SampleIndex) -> dict[Edge, SampleIndex]:
     """The sample index of rows as that of the entries of each root."""
     n, of = sample_index.n, sample_index.of
-    if of is None:
+    if of is None or sample_index.along is not None:  # the latter is that of a root already
         return dict.fromkeys(graph.roots, sample_index)
     return {
         edge: SampleIndex(n, of.reshape(-1, *[1] * (len(graph.shapes[edge]) - 1)))

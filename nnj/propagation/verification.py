@@ -240,7 +240,7 @@ def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
             return None  # a sweep that does not go through the engine's node finds nothing
         device = device_of(root)
         u = torch.rand(shape, generator=generator, dtype=torch.float64)
-        u = ((u - 0.5).sign() * (0.5 + u)).to(device=device, dtype=dtype)
+        u = ((u - 0.5).sign() * (0.5 + u)).to(device, dtype)
         of = index.of
         if of is None:
             of = torch.zeros((), dtype=torch.long, device=device)
