@@ -1,3 +1,3 @@
-"""Columns backward and tangents forward through a graph: whose the entries are, in what chunks,
-from which layer on.
+"""Columns backward and tangents forward through a graph: which sample each entry belongs to, in
+what chunks columns go, where the last layer needs none, and whether autograd agrees.
 """

@@ -105,7 +105,8 @@ def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> I
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         if buffers:
-            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tuple(buffers)))  # type: ignore[attr-defined]
+            keep: Any = torch.autograd
+            stack.enter_context(keep._unsafe_preserve_version_counter(tuple(buffers)))
         try:
             yield
         finally:

@@ -61,7 +61,8 @@ def check_loss(
             value.nan_to_num(),
         )
         for scale in (torch.ones_like(value), torch.rand_like(value) + 0.5):
-            dense = jacrev(jacrev(lambda y: (run(module, y, *args) * scale).sum()))(output)  # noqa: B023
+            scalar = lambda y: (run(module, y, *args) * scale).sum()  # noqa: B023
+            dense = jacrev(jacrev(scalar))(output)
             h = hessian_of_loss(module, scale, output, *args)
             check_hessian(who, h, dense.detach().reshape(output.numel(), -1), output)
 

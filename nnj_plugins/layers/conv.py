@@ -145,7 +145,7 @@ def through_transposed(m: nn.ConvTranspose2d, w: Tensor, x: Tensor, y: Tensor) -
 
 def patches_transposed(m: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Tensor:
     """U of (N, G, I, L): what each of the L places of y sees of x with s - 1 zeros between entries,
-    from the end backwards.
+    backwards from the end.
     """
     space = len(m.kernel_size)
     wide = x.new_zeros(
