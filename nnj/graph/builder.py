@@ -12,7 +12,7 @@ from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import LEAF, leaf_of, node_name
+from nnj.graph.nodes import LEAF, edges, leaf_of, node_name
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.records import MARK, CallMark, Edge
@@ -151,7 +151,7 @@ class Graph:
         """A node as a step. Bare parameters of a product belong to the step, and no columns are
         sent to them.
         """
-        out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
+        out = [None if edge is None else self._resolve(edge) for edge in edges(node)]
         step = Step(node_name(node), node, None, {}, [], out, leaf_of(node))
         if self.products and step.name in PRODUCTS:
             step.saved_input = SavedInput(node)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
+from nnj.recording.engine import Edge as Edge
+from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
 
 RECORD, MARK = "nnj.record", "nnj.call"
-Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
 def storage_of(t: Tensor) -> tuple[Any, ...]:
@@ -259,11 +260,13 @@ class LossCall:
 
 
 def edge_of(t: Tensor) -> Edge | None:
-    """The gradient edge of a tensor; None where no gradient flows."""
+    """The gradient edge of a tensor, behind nodes that belong to an engine; None where no gradient
+    flows.
+    """
     if not t.requires_grad:
         return None
     if t.grad_fn is not None:
-        return t.grad_fn, t.output_nr
+        return behind_engine((t.grad_fn, t.output_nr))
     found = torch.autograd.graph.get_gradient_edge(t)
     return found.node, found.output_nr
 
