@@ -202,6 +202,8 @@ def _note(
 def autocast_of(t: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts on the device of t; None where it is off."""
     kind = t.device.type
+    if not torch.amp.is_autocast_available(kind):  # as on "meta"
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

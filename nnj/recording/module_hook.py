@@ -20,7 +20,17 @@ from typing_extensions import override
 
 from nnj.recording import loss_hook
 from nnj.recording.hook import Hook
-from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
+from nnj.recording.records import (
+    MARK,
+    CallMark,
+    Edge,
+    edge_of,
+    inert,
+    is_plain,
+    tensors,
+    write,
+    write_record,
+)
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
@@ -154,7 +164,7 @@ class AfterCall(Hook):
     ) -> None:
         if before is not None and y is x and before[0] is not None and before[0][0] is y.grad_fn:
             return  # the call has changed nothing
-        if not _sees_forward(module):
+        if not _sees_forward(module) or not (is_plain(x) and is_plain(y)):
             return
         entry = self.known.rule(module)
         if entry is not None and (not entry.is_fallback or is_leaf_layer(module)):

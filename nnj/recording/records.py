@@ -30,6 +30,15 @@ def storage_of(t: Tensor) -> tuple[Any, ...]:
     )
 
 
+def is_plain(t: Tensor) -> bool:
+    """Whether the numbers of a tensor are its own, in one shape: no nested one, and none of a class
+    that hands them out, such as a DTensor.
+    """
+    kind = type(t)
+    own = kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and not t.is_nested
+
+
 class Point:
     """A tensor of a call, detached, and the version that it had; only its shape and dtype where the
     rule does not read it.
