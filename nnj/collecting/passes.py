@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -18,8 +18,13 @@ from nnj.collecting.request import Request
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
+from nnj.graph.refusals import refuse_tensor, under_compile
 from nnj.recording.loss_hook import listeners
 from nnj.recording.records import LossCall
+
+# How often an error goes to the end of the engine's queue before it is raised: the first to raise
+# ends the queue. DDP queues from a hook what queues what writes p.grad, which makes two.
+LAPS = 8
 
 
 class Collection:
@@ -76,7 +81,9 @@ class Collection:
                 "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
                 "nnj.extend(loss_func)), and call backward inside. A loss that the model computes "
                 "itself (transformers, given labels=) is none: take its logits, "
-                "model(**inputs).logits, and an extended loss of your own"
+                "model(**inputs).logits, and an extended loss of your own. A loss or a step under "
+                "torch.compile calls no hook: take the loss that was given to torch.compile, and "
+                "call it and backward outside of what is compiled"
             )
 
     def add_pass(self, contributions: list[Contribution]) -> None:
@@ -100,7 +107,7 @@ class _Pass:
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
         self.found: list[dict[Request, Contribution]] = []
-        self.error: NNJError | None = None
+        self.error: Exception | None = None
 
     def add(self, call: LossCall, scale: Tensor) -> None:
         """Propagate the columns of one loss now, while every saved tensor is there. An error waits
@@ -109,24 +116,42 @@ class _Pass:
         if self.error is not None:
             return
         requests = [collection.request for collection in self.collections]
+        node = torch._C._current_autograd_node()
         try:
+            refuse_tensor(scale.is_nested, scale.device)
             with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
-                node = torch._C._current_autograd_node()
                 check_linear(call, node)
                 self.found.append(contribute_signed(call, scale, node, requests))
         except NNJError as error:
             self.error = error
         except Exception as error:
-            self.error = NNJError(f"the sweep failed with {type(error).__name__}: {error}")
+            why = f"the sweep failed with {type(error).__name__}: {error}"
+            if under_compile(error, node, {end for end, _ in call.edges}):
+                why = (
+                    f"{call.name}: nnj cannot work in or through what torch.compile has compiled. "
+                    "Compile neither the loss nor the step around the backward pass, at least for "
+                    f"the passes that collect ({why})"
+                )
+            self.error = NNJError(why)
             self.error.__cause__ = error
 
     def end(self) -> None:
-        """Hand over to the collections. Errors: that of the first loss that had one."""
-        for collection in self.collections:
-            if self.error is not None:
+        """Hand over to the collections. An error waits, so that what others do at the end of the
+        pass is done.
+        """
+        if self.error is None:
+            try:
+                for collection in self.collections:
+                    collection.add_pass([found[collection.request] for found in self.found])
+            except Exception as error:
+                self.error = error
+        if self.error is not None:
+            for collection in self.collections:
                 collection.refuse_pass()
-            else:
-                collection.add_pass([found[collection.request] for found in self.found])
+            _at_end(self._raise, LAPS)
+
+    def _raise(self) -> None:
+        """Errors: that of the first loss that had one."""
         # the error holds the frames that it passes, and they this pass: no circle of them is left
         error, self.error = self.error, None
         if error is not None:
@@ -134,6 +159,14 @@ class _Pass:
                 raise error
             finally:
                 del error
+
+
+def _at_end(call: Callable[[], None], laps: int) -> None:
+    """Call something at the end of the pass that runs, when what others have queued is done, and
+    what that has queued, `laps` times.
+    """
+    again: Callable[[], None] = call if laps == 0 else functools.partial(_at_end, call, laps - 1)
+    torch.autograd.Variable._execution_engine.queue_callback(again)
 
 
 class _Thread:
@@ -164,8 +197,7 @@ class _Thread:
         task = torch._C._current_graph_task_id()
         if task not in self.passes:
             self.passes[task] = _Pass(self.open)
-            end = functools.partial(self._end, task)
-            torch.autograd.Variable._execution_engine.queue_callback(end)
+            _at_end(functools.partial(self._end, task), 0)
         self.adding = True
         try:
             self.passes[task].add(call, scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import edge_shape, leaf_of, own_task, sum_to
+from nnj.graph.nodes import edge_shape, edges, leaf_of, own_task, sum_to
 from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian
 from nnj.recording.records import Edge, Record, check_parameters
@@ -54,7 +54,7 @@ def accept(node: Any, number: int, paths: Mapping[nn.Module, str]) -> Accepted |
         check_parameters(record, f"layer '{name}'")
         return Declined("what its rule reads was written over in place")
     if record.entry.node and record.entry.node == node.name():
-        if node.next_functions[0] == record.edge:
+        if edges(node)[0] == record.edge:
             return Declined(BY_NODE)
     point = record.working_point()
     if point is None:
@@ -126,7 +126,7 @@ def _nodes_of_call(node: Any, record: Record) -> list[Any] | None:
     own = set(record.module.parameters())
 
     def inside(n: Any) -> list[Any]:
-        return [edge[0] for edge in n.next_functions if edge[0] is not None and edge != record.edge]
+        return [edge[0] for edge in edges(n) if edge is not None and edge != record.edge]
 
     met = 0
     for n in islice(reachable([node], inside), LARGEST_CALL + 1):
@@ -151,8 +151,8 @@ def _autograd_vjp(
         if all(a is None for a in args):
             continue
         columns = [None if a is None else a[None] for a in args]
-        for edge, back in zip(n.next_functions, call_node(n, columns, 1), strict=False):
-            if back is None or edge[0] is None:
+        for edge, back in zip(edges(n), call_node(n, columns, 1), strict=False):
+            if back is None or edge is None:
                 continue
             t = sum_to(back, edge_shape(edge), 1)[0]
             if edge == record.edge:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import LEAF, leaf_of, node_name
+from nnj.graph.nodes import LEAF, edges, leaf_of, node_name
+from nnj.graph.refusals import refuse_leaf, refuse_model, refuse_node, refuse_tensor
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.records import MARK, CallMark, Edge
@@ -87,6 +87,7 @@ class Graph:
         step = self._steps.get(edge)
         if step is None:
             like = edge[0]._input_metadata[edge[1]]
+            refuse_tensor(like.is_nested_tensor, like.device)
             shape = self.shapes[edge] = tuple(like.shape)
             self.dtypes[edge] = like.dtype
             if 0 in shape:
@@ -107,6 +108,7 @@ class Graph:
     def _note_mark(self, edge: Edge) -> None:
         mark = edge[0].metadata.get((MARK, edge[1]))
         if mark is not None:
+            refuse_model(mark.module)
             self.marks.append(mark)
 
     def without_entries(self) -> dict[Tensor, None]:
@@ -120,7 +122,7 @@ class Graph:
     def _made(self, edge: Edge) -> Step:
         """The step of the record on an edge if it speaks for its call, else that of the node."""
         node, number = edge
-        _refuse(node)
+        refuse_node(node)
         if type(node) is not LEAF:
             self._note_mark(edge)
             said = accept(node, number, self.paths)
@@ -151,8 +153,11 @@ class Graph:
         """A node as a step. Bare parameters of a product belong to the step, and no columns are
         sent to them.
         """
-        out = [None if n is None else self._resolve((n, i)) for n, i in node.next_functions]
-        step = Step(node_name(node), node, None, {}, [], out, leaf_of(node))
+        out = [None if edge is None else self._resolve(edge) for edge in edges(node)]
+        leaf = leaf_of(node)
+        if leaf is not None:
+            refuse_leaf(leaf)
+        step = Step(node_name(node), node, None, {}, [], out, leaf)
         if self.products and step.name in PRODUCTS:
             step.saved_input = SavedInput(node)
             for bare in bare_parameters(node, self._parameter, step.saved_input):
@@ -178,22 +183,3 @@ class Graph:
     def _parameter(self, leaf: Tensor) -> bool:
         """Whether a leaf is a wanted parameter, and not the input."""
         return leaf is not self.batched and self.wanted(leaf)
-
-
-def _refuse(node: Any) -> None:
-    """Errors: `NNJError` for nodes in which the layers of a model cannot be told apart."""
-    name = node.name()
-    if not name.endswith("Backward"):
-        return  # of torch in C++; these are functions in Python
-    if not getattr(type(node), "_forward_cls", type(node)).__module__.startswith("torch."):
-        return  # a function of somebody else that has the same name
-    if "CompiledFunction" in name:
-        raise NNJError(
-            "the model runs under torch.compile, which leaves no calls of layers in the graph. "
-            "Collect with the model that was given to torch.compile (model._orig_mod)"
-        )
-    if "CheckpointFunctionBackward" in name:
-        raise NNJError(
-            "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
-            "pass of its own and adds to .grad. Use use_reentrant=False"
-        )

@@ -16,6 +16,7 @@ from nnj.errors import NNJError
 from nnj.graph.attention import attention_backward, fused_attention
 from nnj.graph.nodes import node_name, own_task, refuse_freed
 from nnj.graph.op_names import TRUSTED
+from nnj.recording.engine import is_engine, through_engine
 
 LINEAR = "nnj.linear"  # on a node: it is known to be
 LARGE = 1024.0  # how much larger than the columns that is which a backward in Python is tried with
@@ -29,6 +30,8 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
     makes something else of it.
 
     Errors: `NNJError` for a function in Python whose backward is not linear."""
+    if is_engine(node):
+        return through_engine(node, arrived)
     if fused_attention(node) and arrived[0] is not None:
         found = attention_backward(node, arrived[0])
         if found is not None:

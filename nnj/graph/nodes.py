@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnj.errors import NNJError
-from nnj.recording.records import Edge
+from nnj.recording.engine import Edge, behind_engine
 
 T = TypeVar("T")
 
@@ -51,6 +51,13 @@ def leaf_of(node: Any) -> Tensor | None:
 
     By the type of the node: a function in Python may have an attribute `variable` of its own."""
     return node.variable if type(node) is LEAF else None
+
+
+def edges(node: Any) -> list[Edge | None]:
+    """Where a node sends what it makes of a gradient, behind nodes that belong to an engine; None
+    for nowhere.
+    """
+    return [None if n is None else behind_engine((n, nr)) for n, nr in node.next_functions]
 
 
 def signed(number: int) -> int:

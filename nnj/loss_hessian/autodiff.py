@@ -319,7 +319,8 @@ def _check_twice(
             f"{name}: differentiating its gradient once more does not give the change of the "
             "gradient that is seen where outputs are moved: a function, a compiled part or a hook "
             "inside detaches it, or computes something else. Compute constants outside of the loss "
-            f"and give them as arguments; do not compile the loss; or {WRITE_A_RULE}"
+            "and give them as arguments; do not put the loss under torch.compile; or "
+            f"{WRITE_A_RULE}"
         )
 
 

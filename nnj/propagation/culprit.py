@@ -18,7 +18,7 @@ from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Cotangents, Sweep
 from nnj.propagation.plan import device_of
-from nnj.propagation.unharmed import ENGINE, engine_vjp, leaf_edge
+from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge
 from nnj.recording.records import Edge
 from nnj.registry.blame import at_work, blame
 
@@ -81,7 +81,7 @@ class _Search:
 
     def facts(self, tangents: Tangents) -> Iterator[str]:
         """What is wrong, likeliest first."""
-        steps = [s for s in self.graph.steps if s.record is not None or s.name not in ENGINE]
+        steps = self.graph.steps
         for step in steps:
             yield from self._hooks(step)
         for step in steps:
@@ -244,7 +244,7 @@ def _engine(roots: dict[Any, Tensor], inputs: list[Any]) -> list[Tensor | None] 
     """`engine_vjp`; None where autograd cannot start or end at these edges."""
     try:
         return engine_vjp(roots, inputs)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, OnBothSides):
         return None
 
 

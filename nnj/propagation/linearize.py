@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 
 from nnj.errors import Coupled, NNJError, complex_parameter
 from nnj.graph.builder import Graph
+from nnj.graph.refusals import refuse_tensor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.forward import Forward
@@ -185,6 +186,7 @@ def _check_input(module: nn.Module, x: Tensor, wrt: Slot) -> None:
         raise TypeError(f"products are those of a torch.nn.Module, not of {module!r}")
     if not isinstance(x, Tensor):
         raise NNJError(f"x is {type(x).__name__}, expected a tensor")
+    refuse_tensor(x.is_nested, x.device)
     if x.dim() == 0 or x.shape[0] == 0:
         raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
     if wrt == "input" and not x.is_floating_point():

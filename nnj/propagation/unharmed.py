@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,21 +14,10 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import checkpoint
 
 from nnj.graph.nodes import refuse_freed
-from nnj.recording.records import Edge
+from nnj.graph.traverse import children, reachable
+from nnj.recording.engine import Edge, behind_engine, is_engine
 
-# Functions that belong to an engine, which counts on it that they run once in a pass: with respect
-# to the model they are the identity.
-ENGINE = frozenset({"_DDPSinkBackward"})
 _FRAME: type = checkpoint._CheckpointFrame
-
-
-def behind_engine(edge: Edge) -> Edge | None:
-    """Where an edge leads behind nodes that belong to an engine; None for nowhere."""
-    while edge[0].name() in ENGINE:
-        edge = edge[0].next_functions[edge[1]]
-        if edge[0] is None:
-            return None
-    return edge
 
 
 def leaf_edge(leaf: Tensor) -> Edge:
@@ -38,10 +27,43 @@ def leaf_edge(leaf: Tensor) -> Edge:
     return found.node, found.output_nr
 
 
+class OnBothSides(Exception):
+    """What is asked for is before and behind a node that belongs to an engine, so that autograd
+    would run it.
+    """
+
+
 def engine_vjp(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | None]:
     """Autograd's own gradients at some edges, with every hook on the way; sparse ones as plain
     tensors. The graph is kept.
-    """
+
+    No node that belongs to an engine is run: what arrives at it goes on behind it.
+
+    Errors: `OnBothSides` where that cannot be had."""
+    before: Callable[[Any], list[Any]] = lambda n: [] if is_engine(n) else children(n)
+    met = set(reachable((node for node, _ in roots), before))
+    owned = [node for node in met if is_engine(node)]
+    if not owned:
+        return _autograd(roots, inputs)
+    behind = set(reachable((child for node in owned for child in children(node)), children))
+    if any(node in behind and node in met for node in (*owned, *(node for node, _ in inputs))):
+        raise OnBothSides
+    ends = [(node, nr) for node in owned for nr in range(len(node._input_metadata))]
+    near = [edge for edge in inputs if edge[0] not in behind]
+    found = _autograd(roots, ends + near)
+    arrived = dict[Edge, Tensor]()
+    for end, u in zip(ends, found, strict=False):
+        edge = behind_engine(end)
+        if u is not None and edge is not None:
+            arrived[edge] = arrived[edge] + u if edge in arrived else u
+    answers = dict(zip(near, found[len(ends) :], strict=True))
+    far = [edge for edge in inputs if edge[0] in behind]
+    answers.update(zip(far, engine_vjp(arrived, far), strict=True))
+    return [answers[edge] for edge in inputs]
+
+
+def _autograd(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | None]:
+    """What `torch.autograd.grad` gives."""
     if not inputs or not roots:
         return [None] * len(inputs)
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from nnj.recording.hook import Hook
 from nnj.recording.loss_state import Copies, is_reading, state_of
 from nnj.recording.records import MARK, RECORD, LossCall, edge_of, inert, tensors
 from nnj.registry.loss_rules import name_of, signature_of
@@ -49,7 +50,7 @@ class _Frames(threading.local):
 _frames = _Frames()
 
 
-class BeforeLoss:
+class BeforeLoss(Hook):
     """Forward pre-hook of a loss that is none of torch's own: keeps what it was before the call.
     Comes last of all pre-hooks.
     """
@@ -58,7 +59,7 @@ class BeforeLoss:
         begin(module, sys._getframe(1))
 
 
-class LossHook:
+class LossHook(Hook):
     """Forward hook of a loss: puts a hook on its value, which autograd calls with the value's
     gradient.
 
@@ -201,6 +202,8 @@ def _note(
 def autocast_of(t: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts on the device of t; None where it is off."""
     kind = t.device.type
+    if not torch.amp.is_autocast_available(kind):  # as on "meta"
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

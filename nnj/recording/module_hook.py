@@ -18,9 +18,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
-from nnj.errors import NNJError
 from nnj.recording import loss_hook
-from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
+from nnj.recording.hook import Hook
+from nnj.recording.records import (
+    MARK,
+    CallMark,
+    Edge,
+    edge_of,
+    inert,
+    is_plain,
+    tensors,
+    write,
+    write_record,
+)
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
@@ -73,24 +83,7 @@ _calls = _Calls()
 _order = itertools.count()  # of outermost calls
 
 
-class _ScriptedError(NNJError, AttributeError):
-    """An error of ours that `hasattr` and `getattr` with a default take for an attribute that is
-    not there.
-    """
-
-
-class _Hook:
-    """What both hooks are: no functions that torch.jit.script could compile, as it tries to."""
-
-    @property
-    def __name__(self) -> str:  # which nothing but torch.jit.script asks for
-        raise _ScriptedError(
-            "torch.jit.script compiles the hooks of a module, and those of nnj are none for it. "
-            "Take them away first (nnj.retract(model)), script, and extend the model again"
-        )
-
-
-class BeforeCall(_Hook):
+class BeforeCall(Hook):
     """Forward pre-hook: takes the edge of the input before an in-place layer changes it. Comes last
     of all pre-hooks.
 
@@ -126,7 +119,7 @@ class BeforeCall(_Hook):
         )
 
 
-class AfterCall(_Hook):
+class AfterCall(Hook):
     """Forward hook: stores the record on the output. Comes first of all hooks; called also when
     forward raises.
     """
@@ -158,8 +151,9 @@ class AfterCall(_Hook):
         mark = CallMark(module, [t.detach() for t in given], self.batch_axis, next(_order))
         EXTENDED.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
-            if t.grad_fn is not None:
-                write(t.grad_fn, (MARK, t.output_nr), mark)
+            edge = None if t.grad_fn is None else edge_of(t)
+            if edge is not None:
+                write(edge[0], (MARK, edge[1]), mark)
 
     def _record(
         self,
@@ -170,7 +164,7 @@ class AfterCall(_Hook):
     ) -> None:
         if before is not None and y is x and before[0] is not None and before[0][0] is y.grad_fn:
             return  # the call has changed nothing
-        if not _sees_forward(module):
+        if not _sees_forward(module) or not (is_plain(x) and is_plain(y)):
             return
         entry = self.known.rule(module)
         if entry is not None and (not entry.is_fallback or is_leaf_layer(module)):

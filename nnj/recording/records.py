@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
+from nnj.recording.engine import Edge as Edge
+from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
 from nnj.registry.layer_rules import parameters_by_name
 
 RECORD, MARK = "nnj.record", "nnj.call"
-Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 
 def storage_of(t: Tensor) -> tuple[Any, ...]:
@@ -29,6 +30,15 @@ def storage_of(t: Tensor) -> tuple[Any, ...]:
         if t.layout == torch.strided
         else (id(t),)
     )
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the numbers of a tensor are its own, in one shape: no nested one, and none of a class
+    that hands them out, such as a DTensor.
+    """
+    kind = type(t)
+    own = kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and not t.is_nested
 
 
 class Point:
@@ -263,11 +273,13 @@ class LossCall:
 
 
 def edge_of(t: Tensor) -> Edge | None:
-    """The gradient edge of a tensor; None where no gradient flows."""
+    """The gradient edge of a tensor, behind nodes that belong to an engine; None where no gradient
+    flows.
+    """
     if not t.requires_grad:
         return None
     if t.grad_fn is not None:
-        return t.grad_fn, t.output_nr
+        return behind_engine((t.grad_fn, t.output_nr))
     found = torch.autograd.graph.get_gradient_edge(t)
     return found.node, found.output_nr
 

@@ -1,0 +1,104 @@
+"""What of torch's own machinery hides the layers, the parameters or the numbers of a model, and is
+refused by its name before a node is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnj.errors import Coupled, NNJError
+from nnj.graph.traverse import children, reachable
+
+
+def refuse_node(node: Any) -> None:
+    """Errors: `NNJError` for functions in Python of torch, in whose nodes layers cannot be told
+    apart, or that are run with side effects.
+    """
+    name = node.name()
+    if not name.endswith("Backward"):
+        return  # of torch in C++
+    module = getattr(type(node), "_forward_cls", type(node)).__module__
+    if not module.startswith("torch."):
+        return  # a function of somebody else that has the same name
+    if "CompiledFunction" in name:
+        raise NNJError(
+            "the model runs under torch.compile, which leaves no calls of layers in the graph. "
+            "Collect with the model that was given to torch.compile (model._orig_mod)"
+        )
+    if "CheckpointFunctionBackward" in name:
+        raise NNJError(
+            "torch.utils.checkpoint runs with use_reentrant=True, whose backward is a backward "
+            "pass of its own and adds to .grad. Use use_reentrant=False"
+        )
+    if module == "torch.nn.parallel._functions":
+        raise NNJError(
+            "the model runs under torch.nn.DataParallel on several devices, where the layers are "
+            "copies that are thrown away. Use one device (device_ids=[0]), or "
+            "DistributedDataParallel"
+        )
+    if name.startswith("SyncBatchNorm"):
+        raise Coupled.at("SyncBatchNorm")
+    if module.startswith("torch.distributed.fsdp"):
+        raise _sharded("the model")
+
+
+def refuse_model(module: nn.Module) -> None:
+    """Errors: `NNJError` for a model that is sharded or distributed."""
+    for kind in {type(part) for part in module.modules()}:
+        if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+            raise _sharded(kind.__name__)
+    for p in module.parameters():
+        refuse_leaf(p)
+
+
+def refuse_leaf(leaf: Tensor) -> None:
+    """Errors: `NNJError` for what holds a part of a parameter, or many of them."""
+    if "_is_flat_param" in vars(leaf) or "_fsdp_flattened" in vars(leaf):
+        raise _sharded("the model")
+    if type(leaf).__module__.startswith("torch.distributed.tensor"):
+        raise NNJError(
+            "a parameter is a DTensor (of tensor parallelism, or distribute_module), of which each "
+            "process has a part: nnj does not take it. Collect with the model before it is "
+            "distributed, or under DistributedDataParallel"
+        )
+
+
+def refuse_tensor(nested: bool, device: torch.device) -> None:
+    """Errors: `NNJError` for a tensor that has no numbers, or no shape."""
+    if nested:
+        raise NNJError(
+            "the model computes with nested tensors, which have no axis of samples of one shape. "
+            "Give it padded tensors with a mask (torch.nested.to_padded_tensor), or one sample at "
+            "a time"
+        )
+    if device.type == "meta":
+        raise NNJError(
+            "the model is on the device 'meta', where tensors have no numbers. Give it some first "
+            "(model.to_empty(device=...), and a state dict)"
+        )
+
+
+def under_compile(error: Exception, loss: Any, ends: Container[Any]) -> bool:
+    """Whether torch.compile is what an error comes from: it was about to compile what runs, or has
+    compiled a loss.
+
+    Args:
+        loss: autograd's node of the loss.
+        ends: the nodes of its arguments.
+    """
+    if type(error).__module__.startswith("torch._dynamo"):
+        return True
+    above: Callable[[Any], list[Any]] = lambda n: [] if n in ends else children(n)
+    return any("CompiledFunction" in node.name() for node in reachable([loss], above))
+
+
+def _sharded(who: str) -> NNJError:
+    return NNJError(
+        f"{who} is sharded by FSDP (FullyShardedDataParallel, or fully_shard), so that a parameter "
+        "is elsewhere most of the time, and nnj does not take it. Collect with the model before it "
+        "is sharded, or under DistributedDataParallel"
+    )
