@@ -37,7 +37,5 @@ class Coupled(NNJError):
     def at(cls, who: str) -> Coupled:
         """The error for rows that were seen to mix at `who`."""
         return cls(
-            f"samples influence one another (seen at {who}): the GGN is then not a sum over "
-            "samples. If the samples are not in axis 0 of the model's input, say so with "
-            "nnj.extend(model, batch_axis=...)"
+            f"samples influence one another (seen at {who}): the GGN is then not a sum over samples"
         )

@@ -16,7 +16,6 @@ from torch import Tensor
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
-from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
@@ -143,25 +142,19 @@ class LossColumns:
 
     # -- the layout of columns ---------------------------------------------------------------------
 
-    def select(self, sample_index: SampleIndex, tol: float) -> ColumnSelection:
+    def select(self, sample: Tensor | None, tol: float) -> ColumnSelection:
         """The exact columns to propagate.
 
         Args:
-            sample_index: the sample of each row.
+            sample: (R,) that of each row, or (R, D) that of each place; None where row i is sample
+                i.
             tol: what may be lost, of the trace of H.
         """
         hessian = self.hessian
-        one_row = (
-            hessian.rows == sample_index.n and sample_index.of is None
-        ) or sample_index.n == hessian.rows == 1
-        if one_row and (hessian.rows == 0 or (hessian.places == 1 and tol == 0)):
-            return AllColumns(hessian)
-        sample = (
-            torch.arange(sample_index.n, device=hessian.device)
-            if one_row
-            else sample_index.rows(hessian.rows, hessian.device)
-        )
-        assert sample is not None
+        if sample is None:
+            if hessian.rows == 0 or (hessian.places == 1 and tol == 0):
+                return AllColumns(hessian)
+            sample = torch.arange(hessian.rows, device=hessian.device)
         return PackedColumns(hessian, sample, tol)
 
     def chunks(

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
-from nnj.collecting.request import EXACT, Request
+from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
 from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.linearity import check_arguments
-from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sweep
 from nnj.propagation.chunking import columns_at_once, even
 from nnj.propagation.last_layer import LastLayerColumns
-from nnj.propagation.plan_search import on_roots, plan, plan_by_axis
+from nnj.propagation.plan_search import Planned, plan
 from nnj.propagation.verification import verify
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
@@ -56,15 +56,14 @@ def contribute(
         reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
             target.reach(reached | empty.keys() if empty else reached, scope.paths)
-        sweep, sample_index = _planned(graph, columns, requests, scale.device)
-        _open(targets, graph, reached | empty.keys(), scope, sample_index.n)
+        planned = _planned(graph, columns, requests)
+        n = columns.rows if planned is None else planned.n
+        _open(targets, graph, reached | empty.keys(), scope, n)
         _check_met(graph, requests, met | empty.keys())
-        if sweep is not None:
-            if any(request.verify for request in requests):
-                _verified(sweep, sample_index, wanted)
-            _propagate(columns, sweep, sample_index, targets)
+        if planned is not None:
+            _Pass(call, columns, planned, targets, wanted).run()
         for target in targets if empty else ():
-            target.take_zeros(empty, sample_index.n)
+            target.take_zeros(empty, n)
     return {target.request: target.found for target in targets}
 
 
@@ -129,35 +128,30 @@ def _reached(graph: Graph) -> set[Tensor]:
     return reached | {step.leaf for step in graph.steps if step.leaf is not None}
 
 
-def _planned(
-    graph: Graph, columns: LossColumns, requests: Sequence[Request], device: torch.device
-) -> tuple[Sweep | None, SampleIndex]:
-    """The plan of the graph, None if it has no steps, and the sample of each row of the loss.
+def _planned(graph: Graph, columns: LossColumns, requests: Sequence[Request]) -> Planned | None:
+    """The plan of the graph, None if it has no steps.
 
-    Errors: `NNJError` for rows of samples where it is not known which sample is which.
+    Errors: `NNJError` where it is not known which sample is which, and somebody asks.
     """
     if not graph.steps:
-        return None, SampleIndex(columns.rows)
-    by_axis = None if columns.curvature else plan_by_axis(graph, 1, device)
-    sweep, sample_index, known = by_axis or plan(graph, columns.rows, device)
-    per_sample = [name for request in requests for name in request.per_sample]
-    if per_sample and not known:
+        return None
+    asked = [name for request in requests for name in request.by_sample]
+    planned = plan(graph, columns.rows, bool(asked))
+    if asked and planned.unknown:
         raise NNJError(
-            f"{per_sample[0]}: nnj cannot tell which rows of the loss belong to which sample, "
-            "since the model rearranges its input before its first layer. Hand the input to that "
-            "layer as it is given, or give the loss one row for each sample; sums over samples, "
-            "such as ggn_diag, do not need to know"
+            f"{asked[0]}: {planned.unknown}; sums over samples, such as ggn_diag, do not need to "
+            "know"
         )
-    return sweep, sample_index
+    return planned
 
 
-def _verified(sweep: Sweep, sample_index: SampleIndex, wanted: set[Tensor]) -> None:
+def _verified(planned: Planned, wanted: set[Tensor]) -> None:
     """Errors: `NNJError` where the sweep is not what autograd computes."""
-    graph = sweep.graph
-    calls = sorted(graph.marks, key=lambda m: m.order)
+    sweep, graph = planned.sweep, planned.sweep.graph
+    calls = graph.marks
     layers = (step.record.module for step in graph.steps if step.record is not None)
     owner = calls[-1].module if calls else next(layers, None)
-    verify(sweep, on_roots(graph, sample_index), wanted, owner)
+    verify(sweep, planned.roots, wanted, owner)
 
 
 def _open(
@@ -193,33 +187,86 @@ def _open(
 # -- the columns -----------------------------------------------------------------------------------
 
 
-def _propagate(
-    columns: LossColumns, sweep: Sweep, sample_index: SampleIndex, targets: Sequence[Target]
-) -> None:
-    """Let all columns that are wanted through the graph, in chunks."""
-    requests = [target.request for target in targets]
-    sources = list(dict.fromkeys(s for request in requests for s in request.sources.values()))
-    memory = min(request.memory for request in requests)
-    at_most, about = columns_at_once(sweep, memory)
-    selection, size = None, about
-    if EXACT in sources:
-        tol = min(r.tol for r in requests if EXACT in r.sources.values())
-        selection = columns.select(sample_index, tol)
-        exact = ExactColumns(selection.k, selection.trace, selection.dropped)
-        for target in targets:
-            target.found.exact = exact
-        last = _last_layer(columns, sweep, targets, selection if tol else None, memory)
-        if last is None:
-            size = even(selection.k, at_most, about)
+class _Pass:
+    """All columns that are wanted of one loss, through the graph in chunks.
+
+    Args:
+        planned: by sample.
+        wanted: the parameters of all targets.
+    """
+
+    def __init__(
+        self,
+        call: LossCall,
+        columns: LossColumns,
+        planned: Planned,
+        targets: Sequence[Target],
+        wanted: set[Tensor],
+    ):
+        self.columns, self.targets, self.wanted = columns, targets, wanted
+        self.edges, self.planned = call.edges, planned
+        requests = [target.request for target in targets]
+        self.sources = list(dict.fromkeys(s for r in requests for s in r.sources.values()))
+        self.memory = min(request.memory for request in requests)
+        self.tol = min((r.tol for r in requests if EXACT in r.sources.values()), default=0.0)
+        self.verify = any(request.verify for request in requests)
+
+    def run(self) -> None:
+        """What comes of the Hessian goes by the samples that the loss takes together, the gradient
+        by each.
+        """
+        curvature = [source for source in self.sources if source is not GRADIENT]
+        planned, sample = self.planned, None
+        if curvature:
+            hessian = self.columns.hessian
+            sample, group = samples_of(hessian, self.edges, planned)
+            if group is not None:
+                self._check_apart()
+                planned = planned.together(group)
+                sample, _ = samples_of(hessian, self.edges, planned)
+        if planned is self.planned or GRADIENT not in self.sources:
+            self._propagate(planned, self.sources, sample)
         else:
-            sources.remove(EXACT)
-            _propagate_behind(last, sweep, targets, even(last.walks, at_most, about))
-    for chunk in columns.chunks(sources, selection, size):
-        sink = ChunkSink(targets, chunk.parts)
-        sweep.run(chunk.roots, chunk.k, sink.take)
-        sink.end()
-    for target in targets:
-        target.found.finish(target.request.quantities)
+            self._propagate(planned, curvature, sample)
+            self._propagate(self.planned, [GRADIENT], None)
+        for target in self.targets:
+            target.found.finish(target.request.quantities)
+
+    def _check_apart(self) -> None:
+        """Errors: `NNJError` for curvature of each sample, which the loss takes together."""
+        for request in [target.request for target in self.targets]:
+            for name in request.per_sample:
+                if request.sources[name] is not GRADIENT:
+                    raise NNJError(
+                        f"{name}: {self.columns.name} takes samples together, so that none has a "
+                        "curvature of its own. Collect sums over samples, such as ggn_diag"
+                    )
+
+    def _propagate(
+        self, planned: Planned, sources: Sequence[ColumnSource], sample: Tensor | None
+    ) -> None:
+        if self.verify:
+            _verified(planned, self.wanted)
+        sweep, columns, targets = planned.sweep, self.columns, self.targets
+        at_most, about = columns_at_once(sweep, self.memory)
+        selection, size, left = None, about, list(sources)
+        if EXACT in sources:
+            selection = columns.select(sample, self.tol)
+            exact = ExactColumns(selection.k, selection.trace, selection.dropped)
+            for target in targets:
+                target.found.exact = exact
+            last = _last_layer(
+                columns, sweep, targets, selection if self.tol else None, self.memory
+            )
+            if last is None:
+                size = even(selection.k, at_most, about)
+            else:
+                left.remove(EXACT)
+                _propagate_behind(last, sweep, targets, even(last.walks, at_most, about))
+        for chunk in columns.chunks(left, selection, size):
+            sink = ChunkSink(targets, chunk.parts)
+            sweep.run(chunk.roots, chunk.k, sink.take)
+            sink.end()
 
 
 def _last_layer(

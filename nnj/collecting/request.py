@@ -118,6 +118,14 @@ class Request:
         """The quantities that have a row for each sample."""
         return [name for name, quantity in self.quantities.items() if quantity.per_sample]
 
+    @property
+    def by_sample(self) -> list[str]:
+        """The quantities for which it matters what a sample is: those that have a row for each, and
+        those of each one's gradient.
+        """
+        found = dict.fromkeys(name for name, source in self.sources.items() if source is GRADIENT)
+        return list(dict.fromkeys([*self.per_sample, *found]))
+
     def _check_tolerance(self, tol: float) -> None:
         if not 0 <= self.tol < 1:
             raise NNJError(

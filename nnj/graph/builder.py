@@ -39,7 +39,8 @@ class Graph:
     ):
         self.roots, self.wanted, self.paths = roots, wanted, paths
         self.batched, self.products = batched, products
-        self.marks: list[CallMark] = []  # of the outermost calls that were met
+        # the edges on which outputs of outermost calls were met
+        self.outputs: dict[Edge, CallMark] = {}
         self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
         self.dtypes: dict[Edge, torch.dtype] = {}
         self._empty: list[Any] = []  # nodes of tensors without entries
@@ -90,6 +91,9 @@ class Graph:
             refuse_tensor(like.is_nested_tensor, like.device)
             shape = self.shapes[edge] = tuple(like.shape)
             self.dtypes[edge] = like.dtype
+            if type(edge[0]) is not LEAF and (mark := edge[0].metadata.get((MARK, edge[1]))):
+                refuse_model(mark.module)
+                self.outputs[edge] = mark
             if 0 in shape:
                 step = self._nothing(edge)
             else:
@@ -101,15 +105,12 @@ class Graph:
     def _nothing(self, edge: Edge) -> Step:
         """The step on an edge whose tensor has no entries (no rows, no width): it leads nowhere."""
         self._empty.append(edge[0])
-        if type(edge[0]) is not LEAF:
-            self._note_mark(edge)
         return Step(node_name(edge[0]), edge[0], None, {}, [], [])
 
-    def _note_mark(self, edge: Edge) -> None:
-        mark = edge[0].metadata.get((MARK, edge[1]))
-        if mark is not None:
-            refuse_model(mark.module)
-            self.marks.append(mark)
+    @property
+    def marks(self) -> list[CallMark]:
+        """Of the outermost calls that were met, each once, in their order."""
+        return sorted(dict.fromkeys(self.outputs.values()), key=lambda mark: mark.order)
 
     def without_entries(self) -> dict[Tensor, None]:
         """The wanted parameters that are behind tensors without entries, or have none themselves:
@@ -124,7 +125,6 @@ class Graph:
         node, number = edge
         refuse_node(node)
         if type(node) is not LEAF:
-            self._note_mark(edge)
             said = accept(node, number, self.paths)
             if isinstance(said, Accepted):
                 return self._from_record(node, said)

@@ -60,11 +60,16 @@ class PackedColumns(ColumnSelection):
 
     Args:
         hessian: of the loss.
-        sample: (R,) the sample of each row of the loss; negative where a row is nobody's.
+        sample: (R,) the sample of each row of the loss, or (R, D) that of each place; negative
+            where it is nobody's.
         tol: between 0 and 1.
     """
 
     def __init__(self, hessian: LossHessian, sample: Tensor, tol: float = 0.0):
+        # places that are of several samples are taken for rows
+        self.split = hessian.places if sample.dim() > 1 else 1
+        self.places = hessian.places // self.split
+        sample = sample.flatten()
         n = max(0, int(sample.max())) + 1 if len(sample) else 0
         self.sample = torch.where(sample < 0, n, sample)  # rows of nobody are those of one more
         self.slot = _number_within(self.sample)  # which row of its sample a row is
@@ -77,7 +82,8 @@ class PackedColumns(ColumnSelection):
         self.k = self.index.shape[0]
 
     def _by_sample(self, values: Tensor) -> Tensor:
-        """(R, ...) -> (n + 1, slots * ...), zero in empty slots."""
+        """(R, D, ...) -> (n + 1, slots * ...), zero in empty slots."""
+        values = values.reshape(len(self.sample), self.places, *values.shape[2:])
         table = values.new_zeros(*self.table, *values.shape[1:])
         return table.index_put((self.sample, self.slot), values).flatten(1)
 
@@ -106,10 +112,12 @@ class PackedColumns(ColumnSelection):
         number = self.index[start:stop, self.sample]  # (k, R): among all columns of the sample
         j, block = number % h.rank, number // h.rank
         # a row takes part where the block is one of its own
-        k, row = (block // h.places == self.slot).nonzero(as_tuple=True)
-        place = block[k, row] % h.places
+        k, row = (block // self.places == self.slot).nonzero(as_tuple=True)
+        j = j[k, row]
+        place = block[k, row] % self.places + row % self.split
+        row = row // self.split
         out = torch.zeros(len(number), h.rows, h.places, h.block, dtype=h.dtype, device=h.device)
-        out[k, row, place] = h.columns_at(row, place, j[k, row])
+        out[k, row, place] = h.columns_at(row, place, j)
         return out
 
 

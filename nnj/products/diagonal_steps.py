@@ -40,10 +40,11 @@ class DiagonalSweep(Sweep):
         n: int,
         sample_indices: dict[Edge, SampleIndex],
         assume: Assumptions = NOTHING,
+        outputs: dict[Edge, SampleIndex] | None = None,
     ):
         self._squared: dict[tuple[Step, str], Jacobian] = {}
         self._partners: dict[Step, Step] = {}
-        super().__init__(graph, n, sample_indices, assume)
+        super().__init__(graph, n, sample_indices, assume, outputs)
 
     @override
     def operator(self, step: Step, slot: str) -> Jacobian:

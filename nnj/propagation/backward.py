@@ -76,8 +76,9 @@ class Sweep(Plan):
         n: int,
         sample_indices: dict[Edge, SampleIndex],
         assume: Assumptions = NOTHING,
+        outputs: dict[Edge, SampleIndex] | None = None,
     ):
-        super().__init__(graph, n, sample_indices, assume)
+        super().__init__(graph, n, sample_indices, assume, outputs)
         # what the probe said of edges at which nothing has arrived yet
         self._unchecked: dict[Edge, SampleIndex] = {}
         self.uses: dict[Tensor, int] = {}
@@ -86,7 +87,7 @@ class Sweep(Plan):
                 self.uses[p] = self.uses.get(p, 0) + 1
             if step.leaf is not None:
                 self.uses[step.leaf] = self.uses.get(step.leaf, 0) + 1
-        if None in self.state.values():
+        if self._has_to_ask():
             own_task(lambda: self._find_sample_indices(sample_indices))
 
     # -- probing -----------------------------------------------------------------------------------
@@ -113,6 +114,17 @@ class Sweep(Plan):
             tidy = sample_index.tidy()
             self.state[edge] = self.in_order if tidy.of is None else tidy
         self._unchecked = probed
+
+    def _has_to_ask(self) -> bool:
+        """Whether something is told apart by sample at an edge of which nothing is known."""
+        if None not in self.state.values():
+            return False
+        return any(
+            self.state[edge] is None
+            for step in self.graph.steps
+            if self._reads_samples(step)
+            for edge in step.into
+        )
 
     def _reads_samples(self, step: Step) -> bool:
         """Whether what arrives at a step is told apart by sample: for its parameters, for columns

@@ -49,8 +49,16 @@ class Forward:
         return own_task(lambda: self._walk(seeds, k))
 
     def _walk(self, seeds: dict[Tensor, Tensor], k: int) -> dict[Edge, Tensor]:
-        tangents: dict[Edge, Tensor] = {}
-        for step in reversed(self.sweep.graph.steps):
+        return self._go(self.sweep.graph.steps, {}, seeds, k)
+
+    def _go(
+        self,
+        steps: list[Step],
+        tangents: dict[Edge, Tensor],
+        seeds: dict[Tensor, Tensor],
+        k: int,
+    ) -> dict[Edge, Tensor]:
+        for step in reversed(steps):
             if step.leaf is not None:
                 outputs = self._leaf(step, step.leaf, seeds, k)
             elif step.record is not None:
@@ -62,6 +70,19 @@ class Forward:
             for edge, t in outputs.items():
                 tangents[edge] = self._arrived(edge, step, t)
         return {edge: tangents[edge] for edge in self.sweep.graph.roots if edge in tangents}
+
+    def through(
+        self, steps: list[Step], tangents: dict[Edge, Tensor], k: int
+    ) -> dict[Edge, Tensor]:
+        """The tangents (K, *shape) of the root edges that those of some inner edges make, through
+        some steps alone.
+
+        Args:
+            steps: in topological order.
+            tangents: by edge.
+            k: K.
+        """
+        return own_task(lambda: self._go(steps, dict(tangents), {}, k))
 
     # -- edges -------------------------------------------------------------------------------------
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from typing_extensions import TypeVar
 
-from nnj.errors import Coupled, NNJError, complex_parameter
+from nnj.errors import NNJError, complex_parameter
 from nnj.graph.builder import Graph
 from nnj.graph.refusals import refuse_tensor
-from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.forward import Forward
-from nnj.propagation.plan_search import assumptions
+from nnj.propagation.plan_search import plan_of_output
 from nnj.propagation.verification import verify
 from nnj.recording.extend import temporarily_extended
 from nnj.recording.records import Edge, edge_of
@@ -98,24 +97,12 @@ class Linearization(Generic[S]):
         graph = Graph([root], wanted.__contains__, paths, batched, matmuls)
         if not graph.steps:
             return None
-        refusal: Coupled | None = None
-        for assume in assumptions(graph):
-            if assume.cut and self.wrt == "input":
-                # an operand cut off at the input would hide what other samples have to do with it
-                continue
-            rows = {root: SampleIndex(self.n)}
-            try:
-                sweep = kind(graph, self.n, rows, assume)
-                if kind is Sweep:
-                    verify(sweep, rows, self.leaves, self.module)
-                return sweep
-            except Coupled as error:
-                refusal = refusal or error
-        assert refusal is not None
-        try:
-            raise refusal
-        finally:
-            del refusal  # its frames hold this one, which would hold it
+        check = None
+        if kind is Sweep:
+            check = lambda sweep, rows: verify(sweep, rows, self.leaves, self.module)
+        # an operand cut off at the input would hide what other samples have to do with it
+        cut = self.wrt == "weight"
+        return plan_of_output(graph, root, self.n, kind, cut, check).sweep
 
     @property
     def size(self) -> int:

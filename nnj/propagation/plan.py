@@ -78,6 +78,8 @@ class Plan:
         n: the number of samples.
         sample_indices: for each root edge, whose its entries are.
         assume: what is taken for granted.
+        outputs: the same for edges of the model's outputs, behind what the loss is given; so what
+            lies between need not be known.
 
     Attributes:
         state: how columns stand on each edge; None where the probe has to find it.
@@ -93,6 +95,7 @@ class Plan:
         n: int,
         sample_indices: dict[Edge, SampleIndex],
         assume: Assumptions = NOTHING,
+        outputs: dict[Edge, SampleIndex] | None = None,
     ):
         self.graph, self.n, self.assume = graph, n, assume
         self.shapes = graph.shapes
@@ -103,17 +106,34 @@ class Plan:
         self.state: dict[Edge, SampleIndex | None] = {}
         self.routes: dict[Step, list[Route | None]] = {}
         self.by_column: set[Step] = set()
-        for edge, sample_index in sample_indices.items():
-            self._arrive(edge, self.column_each if n == 1 else self._at_root(edge, sample_index))
+        given = {} if n == 1 else outputs or {}
+        self._outputs = {edge: self._given(edge, index) for edge, index in given.items()}
+        self._before = self._leading_to_outputs()
+        for edge, index in sample_indices.items():
+            there = self.column_each if n == 1 else self._outputs.get(edge)
+            self._arrive(edge, self._given(edge, index) if there is None else there)
         for step in graph.steps:
             self._plan(step)
 
-    def _at_root(self, edge: Edge, sample_index: SampleIndex) -> SampleIndex:
-        of = sample_index.of
+    def _given(self, edge: Edge, sample_index: SampleIndex) -> SampleIndex:
+        """What is known of an edge, as one object each."""
+        of, along = sample_index.of, sample_index.along
         if of is None:
             return self.in_order
-        simple = of.numel() == len(of) and is_cyclic(of.flatten(), self.n)
-        return self._along(edge, SampleAxis(0, 1)) if simple else sample_index
+        if along is None and of.numel() == len(of) and is_cyclic(of.flatten(), self.n):
+            along = SampleAxis(0, 1)
+        return sample_index if along is None else self._along(edge, along)
+
+    def _leading_to_outputs(self) -> set[Step]:
+        """The steps behind which outputs are whose samples are known."""
+        found: set[Step] = set()
+        for step in reversed(self.graph.steps if self._outputs else []):
+            if any(
+                e is not None and (e in self._outputs or self.graph.step_at(e) in found)
+                for e in step.out
+            ):
+                found.add(step)
+        return found
 
     # -- edges -------------------------------------------------------------------------------------
 
@@ -127,7 +147,7 @@ class Plan:
             self._by_axis[key] = SampleIndex.by_axis(self.n, shape, along, key[2])
         return self._by_axis[key]
 
-    def _axis(self, edge: Edge) -> SampleAxis | None:
+    def axis_of(self, edge: Edge) -> SampleAxis | None:
         """Along which axis of an edge the samples are; None if that is not known, or not all there
         is to say.
         """
@@ -158,7 +178,10 @@ class Plan:
         """
         step = self.graph.step_at(edge)
         return (
-            step.batch or step.batch_above or (self.assume.bare and (step.bare or step.bare_above))
+            step.batch
+            or step.batch_above
+            or (self.assume.bare and (step.bare or step.bare_above))
+            or step in self._before
         )
 
     def split_at(self, step: Step, i: int) -> SampleIndex | None:
@@ -214,12 +237,15 @@ class Plan:
 
     def _route(self, step: Step, i: int, edge: Edge) -> Route:
         """To an operand of a step whose columns do not come by column."""
-        axes = [self._axis(e) for e in step.into]
+        if edge in self._outputs:
+            return Route(self._outputs[edge], "together")
+        axes = [self.axis_of(e) for e in step.into]
         if step.record is not None:
             return Route(self._behind_record(step, edge, axes[0]), "together")
         axes_known = None not in axes
+        probed = self.assume.probed or self.graph.step_at(edge) in self._before
         if self._broadcast(step, edge, axes[0]) and (
-            axes_known or not self.assume.probed or not self._batch_behind(edge)
+            axes_known or not probed or not self._batch_behind(edge)
         ):
             return Route(self.column_each, "summed")
         sample_index = self._carried(step, i, edge, axes)

@@ -35,13 +35,13 @@ class Probe:
             of = of.reshape(-1, *[1] * (len(shape) - 1))
         columns = []
         for _ in range(self.DRAWS):
-            cotangent = self._cotangent(shape, like)
+            cotangent = self.cotangent(shape, like)
             for bit in range(self.bits):
                 has, somebody = (of >> bit) & 1 == 1, of >= 0
                 columns += [cotangent * (has & somebody), cotangent * (~has & somebody)]
         return torch.stack(columns)
 
-    def _cotangent(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def cotangent(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Random numbers of a size from 1/2 to 1, so that small ones do not vanish on the way."""
         u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return ((u - 0.5).sign() * (0.5 + u)).to(device=like.device, dtype=like.dtype)

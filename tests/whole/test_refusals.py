@@ -212,7 +212,7 @@ coupled(
 )
 refused(
     "a loss that couples rows",
-    "couples rows|influence",
+    "couples rows|influence|several times",
     MLP,
     lambda: (r(N, 4), r(N, 4)),
     lambda m, l, a, b: l(m(a), m(b)),

@@ -99,16 +99,6 @@ glue(
 )
 case("tied-linears", tied_linears, vectors)
 case("shared-bias", shared_bias, lambda: (r(N, 2, 4, 4), classes(N, 2)))
-case(
-    "siamese-in-loss", MLP, lambda: (r(N, 4), r(N, 4)), lambda m, l, a, b: l(m(a), m(b)), nn.MSELoss
-)
-case(
-    "siamese-function",
-    MLP,
-    lambda: (r(N, 4), r(N, 4), r(N).abs()),
-    lambda m, l, a, b, t: l(m(a), m(b), t),
-    lambda: lambda a, b, t: (t * ((a - b) ** 2).sum(1)).mean(),
-)
 glue(
     "siamese-in-model",
     lambda s, x: s.head((s.net(x[:, :4]) - s.net(x[:, 4:])) ** 2),

@@ -20,6 +20,7 @@ from tests.support.cases.table import (
     every,
     in_order,
     linear,
+    one_behind_the_other,
     plain,
     r,
     sequences,
@@ -232,7 +233,7 @@ case(
     lambda: (r(N, 4), r(N, 4)),
     lambda m, l, a, b: (lambda z: l(z[:N], z[N:]))(m(torch.cat([a, b]))),
     nn.MSELoss,
-    numbers=by_loss,
+    numbers=one_behind_the_other,
 )
 case(
     "two-views-compared-in-model",
@@ -297,13 +298,13 @@ case(
     lambda: (r(N, 4, 4), torch.randint(2, (N, 4)), classes()),
     lambda m, l, x, to, y: l(m(x, to), y),
 )
-case("permuted-rows", MLP, vectors, lambda m, l, x, y: l(m(x)[PERM], y), numbers=by_loss)
+case("permuted-rows", MLP, vectors, lambda m, l, x, y: l(m(x)[PERM], y), numbers=rows_of(2, 0, 1))
 case(
     "permuted-rows-mixed",
     do(lambda s, x: s.head(s.block(x)).mean(1), block=Block, head=linear(4, 3)),
     sequences,
     lambda m, l, x, y: l(m(x)[PERM], y[PERM]),
-    numbers=by_loss,
+    numbers=rows_of(2, 0, 1),
 )
 case(
     "permuted-in-model",
