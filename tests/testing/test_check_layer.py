@@ -1,6 +1,7 @@
-"""check_layer says what it checks: a rule, or, if asked for, the fallback. What it finds in rules is
-tested with `tests/registry/test_layer_rules.py`, and with every layer of our own.
-"""
+"""check_layer says what it checks: a rule, or, if asked for, the fallback.
+
+What it finds in rules is tested in `tests/registry/test_layer_rules.py`, and with every layer of
+our own."""
 
 from __future__ import annotations
 
