@@ -12,7 +12,7 @@ from nnj.errors import NNJError
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import LEAF, leaf_of, node_name
+from nnj.graph.nodes import LEAF, is_alive, leaf_of, node_name
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.records import MARK, CallMark, Edge
@@ -143,7 +143,10 @@ class Graph:
                     self._sizeless.append(p)
                 else:
                     params.append((slot, p))
-        edge = None if record.edge is None else self._resolve(record.edge)
+        edge = record.edge
+        if edge is not None:
+            # a dead one led nowhere: y does not depend on it
+            edge = self._resolve(edge) if is_alive(edge[0]) else None
         name = type(record.module).__name__
         return Step(name, node, record, jacobians, [], [edge], None, dtype, params)
 
