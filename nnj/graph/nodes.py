@@ -56,9 +56,9 @@ def leaf_of(node: Any) -> Tensor | None:
 def is_alive(node: Any) -> bool:
     """Whether a node is still part of a graph, and may be asked for anything.
 
-    What we hold of a node keeps it, and all that is behind it, but for a function in Python in older
-    torch: that one dies with the last tensor or node of torch's own that leads to it, and asking it
-    for its shapes ends the process."""
+    What we hold of a node keeps it, and all that is behind it, but for a function in Python in
+    older torch: that one dies with the last tensor or node of torch's own that leads to it, and
+    asking it for its shapes ends the process."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return True
     try:
