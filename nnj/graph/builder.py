@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import LEAF, edges, leaf_of, node_name
+from nnj.graph.nodes import LEAF, edges, is_alive, leaf_of, node_name
 from nnj.graph.refusals import refuse_leaf, refuse_model, refuse_node, refuse_tensor
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
@@ -145,7 +145,10 @@ class Graph:
                     self._sizeless.append(p)
                 else:
                     params.append((slot, p))
-        edge = None if record.edge is None else self._resolve(record.edge)
+        edge = record.edge
+        if edge is not None:
+            # a dead one led nowhere: y does not depend on it
+            edge = self._resolve(edge) if is_alive(edge[0]) else None
         name = type(record.module).__name__
         return Step(name, node, record, jacobians, [], [edge], None, dtype, params)
 

@@ -85,6 +85,7 @@ class Linearization(Generic[S]):
         self.outputs, self.inputs = tuple(y.shape[1:]), tuple(x.shape[1:])
         self.leaves: list[Tensor] = [self.x] if wrt == "input" else [*self.params]
         self.root = edge_of(y)
+        self._owner = y  # of the graph, where its end is a function in Python (`nodes.is_alive`)
         self.sweep = None if self.root is None else self._planned(self.root, kind, matmuls)
 
     def _planned(self, root: Edge, kind: type[S], matmuls: bool) -> S | None:

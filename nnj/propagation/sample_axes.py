@@ -81,6 +81,13 @@ def _unless_worked_along(node: Any, child: int, out: int, into: int, axis: int) 
     return left[axis] if len(left) == out else None
 
 
+def _slice(node: Any, child: int, out: int, into: int, axis: int) -> int | None:
+    """Also along the axis that is sliced, where all of it is taken: else `carried` sees that sizes
+    differ.
+    """
+    return axis
+
+
 def _flip(node: Any, child: int, out: int, into: int, axis: int) -> int | None:
     along = _saved_axes(node, "_saved_dims", into)
     return None if along is None or axis in along else axis
@@ -147,6 +154,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("Transpose", "Swapaxes"), _transpose),
     **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"), _batch_norm),
     "Flip": _flip,
+    "Slice": _slice,
     "Stack": _stack,
     "Permute": _permute,
     "T": _matrix_transpose,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten
 
 from nnj.recording.hook import Hook
@@ -190,7 +191,10 @@ def _note(
         autocast_of(value),
     )
 
-    def arrived(scale: Tensor) -> None:
+    # a function in Python dies with its output in older torch, if the value does not depend on it
+    made = [leaves[i] for i in outputs if isinstance(leaves[i].grad_fn, BackwardCFunction)]
+
+    def arrived(scale: Tensor, _: list[Tensor] = made) -> None:
         if call.counts:
             for listener in listeners:
                 listener(call, scale)

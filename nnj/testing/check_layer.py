@@ -12,6 +12,7 @@ from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.recording.extend import copied
 from nnj.registry.blame import blame
+from nnj.registry.claim import Entry
 from nnj.registry.layer_rules import Declined, ask_rule, checked, find_rule
 from nnj.registry.manager import manager
 from nnj.testing.compare import double, same, sample_indices
@@ -44,7 +45,7 @@ def layer_jacobians(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: j.detach() for name, j in found.items()}
 
 
-def check_layer(module: nn.Module, x: Tensor) -> None:
+def check_layer(module: nn.Module, x: Tensor, *, fallback: bool = False) -> None:
     """Check every slot and every product of the rule for `module` at `x` against a dense Jacobian,
     in float64.
 
@@ -53,12 +54,18 @@ def check_layer(module: nn.Module, x: Tensor) -> None:
     gradient, with several rows for each sample in several orders. The module is copied, x is not
     changed. Any plugin author can call it in a test of one line.
 
+    Args:
+        fallback: whether to check what is said of each module that has no rule of its own
+            (`torch.func`, for each sample), where that speaks for this one.
+
     Errors: AssertionError naming the slot and the product; `NNJError` if no rule describes the
-    module."""
+    module, or the fallback alone, and that was not asked for."""
     module, x = copied(module).double(), double(x)
     entry = find_rule(module)
     if entry is None:
         raise _unsupported(module)
+    if entry.is_fallback and not fallback:
+        raise _only_fallback(module, entry)
     oracle = layer_jacobians(module, x)
     with torch.no_grad():
         point = x.clone()
@@ -87,6 +94,17 @@ def _unsupported(module: nn.Module) -> NNJError:
     return NNJError(
         f"no plugin knows {name} ('{name}'). Installed: {plugins}{off}. "
         f"{enable} a rule for it (see nnj.registry.hookspecs)"
+    )
+
+
+def _only_fallback(module: nn.Module, entry: Entry) -> NNJError:
+    """The error for a layer of which the fallback alone would be checked."""
+    name, off = type(module).__name__, manager().disabled
+    disabled = f" or is disabled ({', '.join(off)})" if off else ""
+    return NNJError(
+        f"no rule is registered for {name}: check_layer would check the fallback of plugin "
+        f"{entry.source}, which is taken for every module. Register a rule for {name} (if there is "
+        f"one, its plugin is not installed{disabled}), or say check_layer(..., fallback=True)"
     )
 
 

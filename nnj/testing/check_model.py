@@ -353,7 +353,7 @@ def _faults(found: nn.Module, x: Any, rules: list[Line]) -> list[str]:
     said = []
     for path, point in points.items():
         try:
-            check_layer(copied(found.get_submodule(path)), point)
+            check_layer(copied(found.get_submodule(path)), point, fallback=True)
         except AssertionError as error:
             said.append(f"layer '{path}': {error}")
     return said or ["check_layer finds no fault in the rules of its layers: please report this"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from nnj.graph.nodes import leaf_of, node_name
+from nnj.graph.nodes import is_alive, leaf_of, node_name
 from nnj.recording.records import edge_of
 from nnj.testing import check_model
 
@@ -92,3 +92,46 @@ def test_a_leaf_is_known_by_its_node():
 def test_a_function_with_a_variable_of_its_own():
     torch.manual_seed(0)
     check_model(Net(), nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(3, (5,)))
+
+
+class Ignoring(nn.Module):
+    """A layer whose output does not depend on its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() * self.w
+
+
+class Function(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Keeping.apply(self.one(x))
+
+
+def test_a_function_in_python_whose_output_is_gone():
+    """In older torch its node dies with the output, and to ask it for shapes ends the process."""
+    x = torch.randn(5, 4)
+    y = Keeping.apply(nn.Linear(4, 4)(x))
+    assert is_alive(y.grad_fn) and is_alive((y + 1).grad_fn) and is_alive(edge_of(x + 0 * y)[0])
+    check_model(
+        nn.Sequential(Function(), Ignoring(), nn.Linear(4, 3)),
+        nn.CrossEntropyLoss(),
+        x,
+        torch.randint(3, (5,)),
+    )
+    model = nnj.extend(Function())
+    loss = nnj.extend(lambda a, b: (a * b.detach()).square().sum())
+    found = []
+    for given in (model(x).detach(), None):  # first as it must be, then the output itself
+        with nnj.collect("ggn_diag"):
+            loss(model(x), model(x) if given is None else given).backward()
+        found.append(model.one.weight.ggn_diag)
+    assert torch.allclose(*found) and found[0].all()
+    v = torch.randn(5, 4)
+    assert torch.allclose(nnj.jvp(model, x, v), 2 * v @ model.one.weight.T)

@@ -6,7 +6,9 @@ import functools
 
 import torch
 from torch import nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call
+
+from tests.support.oracle import jacobians
 
 N = 3
 r = functools.partial(torch.randn, dtype=torch.float64)
@@ -155,9 +157,9 @@ def dense_jacobian(model, x, wrt):
     if wrt == "weight":
         if not params:
             return r(*run(params, x).shape, 0)
-        found = jacrev(lambda p: run(p, x))(params)
+        found = jacobians(lambda p: run(p, x), params)
         return torch.cat([j.flatten(2) for j in found.values()], 2).detach()
-    j = jacrev(lambda z: run(params, z))(x).flatten(3)
+    j = jacobians(lambda z: run(params, z), x).flatten(3)
     return torch.stack([j[i, :, i] for i in range(len(x))]).detach()
 
 
