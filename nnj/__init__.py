@@ -7,10 +7,11 @@ from nnj.collecting.fit import fit
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError, PluginError
-from nnj.jacobians.factor import Factor, SquareSum
+from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
 from nnj.jacobians.outer_product import OuterProduct, Patches
 from nnj.jacobians.row_sparse import RowSparse
+from nnj.jacobians.square_sum import SquareSum
 from nnj.jacobians.views import View, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.loss_hessian.autodiff import autodiff_hessian

@@ -5,6 +5,7 @@ cannot do, and (J o J')^T m.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from nnj.graph.op_names import ATTENTION
 from nnj.graph.traverse import children
+
+# Scores that are in memory at once: what caches of a CPU serve, and enough for a GPU to be busy.
+SCORES = 1 << 20
+SCORES_ON_GPU = 1 << 26
 
 _SAVED = (
     "_saved_query",
@@ -38,36 +43,96 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     """Cotangents (K, N, H, T, d) of the output to those of Q, K and V. None where heads are
     grouped.
 
-    With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(P o dP)),  dQ = s dS K,
-    dK = s dS^T Q."""
-    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    With P the softmax and dP = g V^T:  dV = P^T g,  dS = s P o (dP - sum(g o O)),  dQ = dS K,
+    dK = dS^T Q, where sum(g o O) = sum(P o dP). Some heads and columns at a time, since what is
+    between, of (K, N, H, T, S), is the largest tensor of a transformer."""
+    saved = _Saved(node)
+    q, k, v = saved.q, saved.k, saved.v
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
-    p, scale = _probabilities(node, q, k)
-    columns, t, s = g.shape[0], p.shape[-2], p.shape[-1]
-    # (N, H, K, T, d): columns are folded into rows, so that nothing is copied for each of them
-    g = g.movedim(0, -3)
-    dv = (p.mT @ g.transpose(-3, -2).flatten(-2)).unflatten(-1, (columns, -1)).movedim(-2, 0)
-    dp = (g.flatten(-3, -2) @ v.mT).unflatten(-2, (columns, t))
-    p = p.unsqueeze(-3)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dq = (ds.flatten(-3, -2) @ k).unflatten(-2, (columns, t)).movedim(-3, 0)
-    dk = (ds.mT.flatten(-3, -2) @ q).unflatten(-2, (columns, s)).movedim(-3, 0)
-    return [dq, dk, dv]
+    found = [_like(t, len(g)) for t in (q, k, v)]
+    for heads in _groups(q.shape[0], q.shape[1], q.shape[2] * k.shape[2], q.device):
+        p = saved.probabilities(heads)
+        fits = max(1, _at_once(q.device) // max(1, p.numel()))
+        for a in range(0, len(g), fits):
+            at = (slice(a, a + fits), *heads)
+            parts = _of_heads(p, q[heads], k[heads], v[heads], saved.scale, g[at])
+            for whole, part in zip(found, parts, strict=True):
+                whole[at] = part.movedim(2, 0)
+    return [*found]
 
 
-def _probabilities(node: Any, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """P of (N, H, T, S), and the scale s."""
-    scale = node._saved_scale
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = (q @ k.mT) * scale
-    mask = getattr(node, "_saved_attn_mask", None)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    if node._saved_is_causal:
-        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~below, -math.inf)
-    return scores.softmax(-1).nan_to_num(0.0), scale  # a row that is masked as a whole gives zero
+def _of_heads(
+    p: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for some heads and columns: g of (K, n, h, T, d), results of (n, h, K, T or S,
+    d).
+    """
+    columns, t = len(g), p.shape[-2]
+    g = g.movedim(0, 2)  # columns are folded into rows, so that nothing is copied for each of them
+    dv = (p.mT @ g.transpose(2, 3).flatten(3)).unflatten(3, (columns, -1)).transpose(2, 3)
+    delta = (g * (p @ v)[:, :, None]).sum(-1, keepdim=True)
+    ds = (g.flatten(2, 3) @ v.mT).unflatten(2, (columns, t))
+    ds = ds.sub_(delta).mul_((p * scale)[:, :, None])
+    return (ds.flatten(2, 3) @ k).unflatten(2, (columns, t)), ds.mT @ q[:, :, None], dv
+
+
+def _like(t: Tensor, columns: int) -> Tensor:
+    """Room for columns of a tensor (N, H, T, d), in the order of its axes in memory: heads come
+    mostly from the channels of each token.
+    """
+    n, h, length, d = t.shape
+    if t.stride(1) < t.stride(2):
+        return t.new_empty(columns, n, length, h, d).transpose(2, 3)
+    return t.new_empty(columns, n, h, length, d)
+
+
+def _at_once(device: torch.device) -> int:
+    """How many scores are in memory at once."""
+    return SCORES if device.type == "cpu" else SCORES_ON_GPU
+
+
+def _groups(n: int, h: int, scores: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """All heads of (N, H) in groups whose scores are so few: of whole samples, or of one."""
+    fits = max(1, _at_once(device) // max(1, scores))
+    samples, heads = max(1, fits // max(1, h)), min(max(1, h), fits)
+    for a in range(0, n, samples):
+        for b in range(0, h, heads):
+            yield slice(a, a + samples), slice(b, b + heads)
+
+
+def score_entries(t: int, s: int, device: torch.device) -> int:
+    """How many entries `attention_backward` holds beside columns and results, whatever their
+    number, for T queries and S keys: P, dS, and a copy of either.
+    """
+    return 3 * max(t * s, _at_once(device))
+
+
+class _Saved:
+    """What a node has saved, each asked once, which is all that a checkpoint allows."""
+
+    def __init__(self, node: Any):
+        saved = (node._saved_query, node._saved_key, node._saved_value)
+        self.q, self.k, self.v = (t.detach() for t in saved)
+        self.mask: Tensor | None = getattr(node, "_saved_attn_mask", None)
+        self.causal, scale = node._saved_is_causal, node._saved_scale
+        self.scale: float = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
+
+    def probabilities(self, heads: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+        """P of some heads, (n, h, T, S)."""
+        scores = (self.q[heads] @ self.k[heads].mT).mul_(self.scale)
+        if self.mask is not None:
+            whole = (*self.q.shape[:-1], self.k.shape[-2])
+            mask = self.mask.detach().expand(whole)[heads]
+            if mask.dtype == torch.bool:
+                scores.masked_fill_(~mask, -math.inf)
+            else:
+                scores = scores + mask
+        if self.causal:
+            below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores.masked_fill_(~below, -math.inf)
+        p: Tensor = scores.softmax(-1)
+        return p.nan_to_num_(0.0)  # a row that is masked as a whole gives zero
 
 
 def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] | None:
@@ -76,21 +141,22 @@ def attention_squares(node: Any, m: Tensor, other: Any) -> list[Tensor | None] |
 
     dO_tc / dV_sc = P_ts,  dO_tc / dQ_td = s sum_s P_ts (V_sc - O_tc) K_sd,  dO_tc / dK_sd = s P_ts
     (V_sc - O_tc) Q_td."""
-    if node._saved_query.shape[:-2] != node._saved_key.shape[:-2]:
+    here = _Saved(node)
+    there = here if other is node else _Saved(other)
+    if here.q.shape[:-2] != here.k.shape[:-2]:
         return None
-    p, jq, jk = _slopes(node)
-    p2, jq2, jk2 = (p, jq, jk) if other is node else _slopes(other)
+    p, jq, jk = _slopes(here)
+    p2, jq2, jk2 = (p, jq, jk) if other is node else _slopes(there)
     dv = (p * p2).mT @ m
     dq = torch.einsum("...tcd,k...tc->k...td", jq * jq2, m)
     weight = torch.einsum("...tsc,k...tc->k...ts", jk * jk2, m)
-    return [dq, weight.mT @ (node._saved_query * other._saved_query), dv]
+    return [dq, weight.mT @ (here.q * there.q), dv]
 
 
-def _slopes(node: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
     """P (N, H, T, S); dO_tc / dQ_td as (N, H, T, c, d); dO_tc / dK_sd without its factor Q_td, as
     (N, H, T, S, c).
     """
-    p, scale = _probabilities(node, node._saved_query, node._saved_key)
-    v = node._saved_value
-    jk = scale * p.unsqueeze(-1) * (v.unsqueeze(-3) - (p @ v).unsqueeze(-2))
-    return p, torch.einsum("...tsc,...sd->...tcd", jk, node._saved_key), jk
+    p, v = saved.probabilities(), saved.v
+    jk = saved.scale * p.unsqueeze(-1) * (v.unsqueeze(-3) - (p @ v).unsqueeze(-2))
+    return p, torch.einsum("...tsc,...sd->...tcd", jk, saved.k), jk

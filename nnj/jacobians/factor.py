@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+
+from nnj.jacobians.square_sum import SquareSum
 
 CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
+
+# Between which rows of two factors a kernel is taken: every two of them, (K, N, K', N'); every two
+# of one sample, (N, K, K'); each row and the same one of the other, (K, N).
+Pairs = Literal["all", "sample", "row"]
 
 
 class Factor:
@@ -50,11 +55,13 @@ class Factor:
 
     # -- may be overridden: what quantities ask ----------------------------------------------------
 
-    def square_sum(self) -> Tensor:
-        """sum over k and n of B^2, the diagonal of B^T B: (*shape), a tensor of its own."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+    def square_sum(self, per_sample: bool = False) -> Tensor:
+        """sum over k and n of B^2, the diagonal of B^T B: (*shape), a tensor of its own; with
+        `per_sample` the sum over k alone, (N, *shape).
+        """
+        total = self._zeros(per_sample)
         for part in self._slices(self.n * math.prod(self.shape)):
-            total += self.columns(part).dense().square().sum((0, 1))
+            total += self.columns(part).dense().square().sum(0 if per_sample else (0, 1))
         return total
 
     def squares(self, total_columns: int | None = None) -> SquareSum:
@@ -83,21 +90,81 @@ class Factor:
             total.addmm_(a.mT, b)
         return total
 
-    def inner(self, other: Factor) -> Tensor:
-        """sum over k and n of B * B', entry by entry: (*shape)."""
+    def inner(self, other: Factor, per_sample: bool = False) -> Tensor:
+        """sum over k and n of B * B', entry by entry: (*shape); with `per_sample` the sum over k
+        alone, (N, *shape).
+        """
         if other.sparse and not self.sparse:
-            return other.inner(self)
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            return other.inner(self, per_sample)
+        total = self._zeros(per_sample)
         for part in self._slices(self.n * math.prod(self.shape)):
-            total += (self.columns(part).dense() * other.columns(part).dense()).sum((0, 1))
+            both = self.columns(part).dense() * other.columns(part).dense()
+            total += both.sum(0 if per_sample else (0, 1))
+        return total
+
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        """B B'^T, summed over the entries of the parameter, between rows of both factors.
+
+        A subclass that has a faster way with some others asks `super()` for all the rest.
+
+        Args:
+            other: at the same parameter, of the same samples but for pairs="all".
+            pairs: "all" gives (K, N, K', N'), "sample" what is within each sample, (N, K, K'),
+                "row" the diagonal of that, (K, N).
+        """
+        return other.kernel_from(self, pairs)
+
+    def kernel_from(self, first: Factor, pairs: Pairs) -> Tensor:
+        """`first.kernel(self)` where `first` knows nothing faster than dense chunks; a sum asks
+        `first` again, for what it is a sum of.
+        """
+        size = math.prod(self.shape)
+        if pairs == "row":
+            total = torch.zeros(first.k, first.n, dtype=first.dtype, device=first.device)
+            for part in first._slices(2 * first.n * size):
+                total[part] = (first._rows(part) * self._rows(part)).sum(-1)
+            return total
+        within = pairs == "sample"
+        shape = (first.n, first.k, self.k) if within else (first.k, first.n, self.k, self.n)
+        total = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        for part in first._slices(first.n * size):
+            a = first._rows(part)
+            for other in self._slices(self.n * size):
+                b = self._rows(other)
+                if within:
+                    total[:, part, other] = a.transpose(0, 1) @ b.permute(1, 2, 0)
+                else:
+                    total[part, :, other] = torch.tensordot(a, b, ([2], [2]))
+        return total
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """B v for v of (*shape), or (N, *shape) with one for each sample: (K, N)."""
+        total = torch.zeros(self.k, self.n, dtype=self.dtype, device=self.device)
+        flat = v.reshape(*self._lead(v), math.prod(self.shape))
+        for part in self._slices(self.n * math.prod(self.shape)):
+            total[part] = (self._rows(part) * flat).sum(-1)
         return total
 
     def rmatvec(self, c: Tensor) -> Tensor:
         """sum over k and n of c_kn B_kn, for c of (K, N): (*shape)."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        total = self._zeros()
         for part in self._slices(self.n * math.prod(self.shape)):
             total += torch.tensordot(c[part], self.columns(part).dense(), 2)
         return total
+
+    def scale(self, d: Tensor) -> Factor:
+        """B diag(d): the entries of B times d of (*shape), or (N, *shape) with one for each
+        sample.
+        """
+        return ScaledFactor(self, d)
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        """diag(c) B: row (k, n) times c_kn, for c of (K, N)."""
+        return DenseFactor(self.dense() * c.reshape(self.k, self.n, *[1] * len(self.shape)))
+
+    def unscaled(self) -> tuple[Factor, Tensor | None]:
+        """(B', d) where this is B' diag(d), and B' may be thin where this is not."""
+        return self, None
 
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
         """B[:, sample, index] for pairs of a sample and an index of the first axis of the
@@ -106,8 +173,8 @@ class Factor:
         return self.dense()[:, sample, index]
 
     def write(self, out: Tensor, more: bool) -> None:
-        """Put the only column into `out` of (N, P), or with `more` add it to what is there."""
-        flat = self.dense()[0].reshape(out.shape)
+        """Put B into `out` of (K, N, P), or with `more` add it to what is there."""
+        flat = self.dense().reshape(out.shape)
         out.add_(flat) if more else out.copy_(flat)
 
     def to(self, dtype: torch.dtype) -> Factor:
@@ -126,6 +193,20 @@ class Factor:
     def merge(self, uses: Sequence[Any]) -> Factor:
         """The sum of several factors, all with the key of this one, which is the first of them."""
         return SumFactor(uses)
+
+    def _zeros(self, per_sample: bool = False) -> Tensor:
+        """(*shape), or (N, *shape)."""
+        lead = (self.n,) if per_sample else ()
+        return torch.zeros((*lead, *self.shape), dtype=self.dtype, device=self.device)
+
+    def _lead(self, d: Tensor) -> tuple[int, ...]:
+        """(N,) of a d of (N, *shape), and () of (*shape)."""
+        return tuple(d.shape[: d.dim() - len(self.shape)])
+
+    def _rows(self, which: slice) -> Tensor:
+        """Some columns of B, (columns, N, P)."""
+        size = math.prod(self.shape)
+        return self.columns(which).dense().reshape(which.stop - which.start, self.n, size)
 
     def _slices(self, entries: int) -> list[slice]:
         """All columns in slices for which a tensor of so many `entries` a column is small."""
@@ -148,6 +229,45 @@ class DenseFactor(Factor):
         return DenseFactor(self.b[which])
 
 
+class ScaledFactor(Factor):
+    """B diag(d): the entries of another factor times d, of (*shape) or (N, *shape)."""
+
+    def __init__(self, factor: Factor, d: Tensor):
+        self.factor, self.d = factor, d
+        self.k, self.n, self.shape = factor.k, factor.n, factor.shape
+        self.device, self.dtype = factor.device, factor.dtype
+
+    def dense(self) -> Tensor:
+        return self.factor.dense() * self.d
+
+    def columns(self, which: slice) -> Factor:
+        return ScaledFactor(self.factor.columns(which), self.d)
+
+    def to(self, dtype: torch.dtype) -> Factor:
+        return ScaledFactor(self.factor.to(dtype), self.d.to(dtype))
+
+    def scale(self, d: Tensor) -> Factor:
+        return ScaledFactor(self.factor, self.d * d)
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        return ScaledFactor(self.factor.scale_rows(c), self.d)
+
+    def unscaled(self) -> tuple[Factor, Tensor | None]:
+        return self.factor, self.d
+
+    def entries(self, sample: Tensor, index: Tensor) -> Tensor:
+        d = self.d[sample, index] if self._lead(self.d) else self.d[index]
+        return self.factor.entries(sample, index) * d
+
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        if pairs == "all" and self._lead(self.d):  # the other's samples are not those of d
+            return super().kernel(other, pairs)
+        return self.factor.kernel(other.scale(self.d), pairs)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.factor.matvec(self.d * v)
+
+
 class SumFactor(Factor):
     """B = B_1 + B_2 + ...: uses of one parameter, which are added before anything is squared."""
 
@@ -163,8 +283,23 @@ class SumFactor(Factor):
     def columns(self, which: slice) -> Factor:
         return SumFactor([part.columns(which) for part in self.parts])
 
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        return torch.stack([part.kernel(other, pairs) for part in self.parts]).sum(0)
+
+    def kernel_from(self, first: Factor, pairs: Pairs) -> Tensor:
+        return torch.stack([first.kernel(part, pairs) for part in self.parts]).sum(0)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return torch.stack([part.matvec(v) for part in self.parts]).sum(0)
+
     def rmatvec(self, c: Tensor) -> Tensor:
         return torch.stack([part.rmatvec(c) for part in self.parts]).sum(0)
+
+    def scale(self, d: Tensor) -> Factor:
+        return SumFactor([part.scale(d) for part in self.parts])
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        return SumFactor([part.scale_rows(c) for part in self.parts])
 
     def to(self, dtype: torch.dtype) -> Factor:
         return SumFactor([part.to(dtype) for part in self.parts])
@@ -172,18 +307,18 @@ class SumFactor(Factor):
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
         return torch.stack([part.entries(sample, index) for part in self.parts]).sum(0)
 
-    def square_sum(self) -> Tensor:
+    def square_sum(self, per_sample: bool = False) -> Tensor:
         sparse = [part for part in self.parts if part.sparse]
         if not sparse:
-            return super().square_sum()
+            return super().square_sum(per_sample)
         # (B_1 + B_2)^2 = B_1^2 + 2 B_1 B_2 + B_2^2, where a sparse one is met in its rows alone
         thick = [part for part in self.parts if not part.sparse]
         terms = ([SumFactor(thick)] if len(thick) > 1 else thick) + sparse
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        total = self._zeros(per_sample)
         for a, first in enumerate(terms):
-            total += first.square_sum()
+            total += first.square_sum(per_sample)
             for second in terms[a + 1 :]:
-                total += 2 * first.inner(second)
+                total += 2 * first.inner(second, per_sample)
         return total
 
 
@@ -196,45 +331,3 @@ def merge_uses(uses: Sequence[Factor]) -> Factor:
         groups.setdefault(use.merge_key(), []).append(use)
     parts = [group[0].merge(group) if len(group) > 1 else group[0] for group in groups.values()]
     return parts[0] if len(parts) == 1 else SumFactor(parts)
-
-
-class Later(Protocol):
-    """What adds up over chunks in another form than that of B^2, and becomes it only once."""
-
-    def add_(self, other: Self, /) -> Self:
-        """Add another one in place."""
-        ...
-
-    def value(self) -> Tensor:
-        """(*shape)."""
-        ...
-
-
-class SquareSum:
-    """sum over columns and samples of B^2, of columns that come in chunks: terms of
-    `Factor.squares` add up with + (in place), and `value` is the sum.
-
-    Args:
-        total: what is summed, (*shape), which later terms are added to in place.
-        later: what is cheaper to add up in a form of its own, such as kernels V^T V.
-    """
-
-    def __init__(self, total: Tensor | None = None, later: Later | None = None):
-        self.total, self.later = total, later
-
-    def __add__(self, other: SquareSum) -> SquareSum:
-        self.total = _added(self.total, other.total)
-        self.later = _added(self.later, other.later)
-        return self
-
-    def value(self) -> Tensor:
-        """The sum, (*shape)."""
-        if self.later is None:
-            assert self.total is not None
-            return self.total
-        found = self.later.value()
-        return found if self.total is None else found + self.total
-
-
-def _added(a: Any, b: Any) -> Any:
-    return b if a is None else a if b is None else a.add_(b)

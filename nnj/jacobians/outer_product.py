@@ -4,21 +4,23 @@ factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from nnj.jacobians.factor import CHUNK, Factor, SquareSum
+from nnj.jacobians.factor import CHUNK, Factor, Pairs
+from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
+from nnj.jacobians.square_sum import SquareSum
 
 # entries of all kernels of one parameter: a chunk that adds to more goes through main memory
 KERNELS = 1 << 22
-SQUARED = 1 << 22  # entries of B that are formed and squared at a time
-SMALL = 1 << 12  # entries of B of one sample and column, below which samples are taken together
 
 
 def outer(v: Tensor, u: Tensor) -> Tensor:
     """V U^T, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
+    if v.shape[-1] == 1:
+        return v * u.mT
     if len(v) < 2:
         return (v[0] @ u.mT)[None] if len(v) else v @ u.mT
     return torch.stack([column @ u.mT for column in v])
@@ -92,19 +94,28 @@ class OuterProduct(Factor):
         return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
 
     def write(self, out: Tensor, more: bool) -> None:
-        (g, o, _), i = self.form, self.patches.inputs
-        if g != 1 or out.dtype != self.dtype or out.stride(1) != 1:
+        (g, o, l), i = self.form, self.patches.inputs
+        if out.dtype != self.dtype or out.stride(2) != 1 or (g > 1 and l > 1):
             super().write(out, more)
             return
         # large, so formed where it is wanted
-        target, v, u = out.view(-1, o, i), self.v[0, :, 0], self.u[:, 0].mT
-        target.baddbmm_(v, u) if more else torch.bmm(v, u, out=target)
+        target, u = out.unflatten(2, (g, o, i)), self.u.mT
+        if l == 1:
+            target.addcmul_(self.v, u) if more else torch.mul(self.v, u, out=target)
+            return
+        for place, v in zip(target[:, :, 0], self.v[:, :, 0], strict=True):
+            place.baddbmm_(v, u[:, 0]) if more else torch.bmm(v, u[:, 0], out=place)
 
     def entries(self, sample: Tensor, index: Tensor) -> Tensor:
         g, o, _ = self.form
         if self.shape != (o, self.patches.inputs) or g != 1:
             return super().entries(sample, index)
         return torch.einsum("kml,mil->kmi", self.v[:, sample, 0, index], self.u[sample, 0])
+
+    def matvec(self, v: Tensor) -> Tensor:
+        g, o, _ = self.form
+        there = v.reshape(*self._lead(v), g, o, self.patches.inputs) @ self.u
+        return torch.einsum("kngol,ngol->kn", self.v, there)
 
     def rmatvec(self, c: Tensor) -> Tensor:
         (g, o, places), i = self.form, self.patches.inputs
@@ -113,6 +124,9 @@ class OuterProduct(Factor):
             v = torch.einsum("kn,kngol->ngol", c[:, rows], self.v[:, rows])
             total += torch.einsum("ngol,ngil->goi", v, self.patches(rows))
         return total.reshape(self.shape)
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        return OuterProduct(self.patches, self.v * c[..., None, None, None], self.shape)
 
     def merge_key(self) -> Hashable:
         return (OuterProduct, *self.form[:2], self.patches.inputs)
@@ -124,15 +138,17 @@ class OuterProduct(Factor):
 
     # -- squares -----------------------------------------------------------------------------------
 
-    def square_sum(self) -> Tensor:
+    def square_sum(self, per_sample: bool = False) -> Tensor:
         if self.by_gram(self.k):
-            return kernel_squares(self.kernels(), self.patches).to(self.dtype).reshape(self.shape)
-        return self.squares_by_column()
+            found = kernel_squares(self.kernels(), self.patches, per_sample).to(self.dtype)
+        else:
+            found = explicit_squares(self.v, self.patches, per_sample)
+        return found.reshape(self.n, *self.shape) if per_sample else found.reshape(self.shape)
 
     def squares(self, total_columns: int | None = None) -> SquareSum:
         if self.by_gram(total_columns or self.k):
             return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
-        return SquareSum(self.squares_by_column())
+        return SquareSum(explicit_squares(self.v, self.patches).reshape(self.shape))
 
     def by_gram(self, total_columns: int) -> bool:
         """Whether the kernels V^T V over all columns cost less than to form B for each column.
@@ -165,25 +181,73 @@ class OuterProduct(Factor):
             known = self.origin.nnj_squares = self.v.square().sum(0)  # type: ignore[attr-defined]
         return known.reshape(*self.v.shape[1:], 1).clone()  # kernels are added to in place
 
-    def squares_by_column(self) -> Tensor:
-        """The sum over columns of B^2, each B formed, (*shape): by sample, in products as large as
-        caches like them.
-        """
-        (g, o, l), i = self.form, self.patches.inputs
-        total = torch.zeros(g, o, i, dtype=self.dtype, device=self.device)
-        if g * o * i <= SMALL:
-            for rows in self.patches.parts(g * (o + l) * i):
-                u = self.patches(rows).mT
-                for column in self.v[:, rows]:
-                    total += (column @ u).square_().sum(0)
-            return total.reshape(self.shape)
-        step = max(1, SQUARED // (g * o * i))
-        for s in range(self.n):
-            u = self.patches(slice(s, s + 1))[0].mT
-            for a in range(0, self.k, step):
-                for b in _each(self.v[a : a + step, s], u):
-                    total.addcmul_(b, b)
-        return total.reshape(self.shape)
+    # -- two factors at one parameter --------------------------------------------------------------
+
+    def inner(self, other: Factor, per_sample: bool = False) -> Tensor:
+        if not isinstance(other, OuterProduct) or other.merge_key() != self.merge_key():
+            return super().inner(other, per_sample)
+        if self.form[2] == other.form[2] == 1:
+            v = (self.v * other.v).sum(0)  # (N, G, O, 1)
+            u = self.u * other.u  # (N, G, I, 1)
+            if per_sample:
+                every: Tensor = (v * u.mT).reshape(self.n, *self.shape)
+                return every
+            found = v[..., 0].permute(1, 2, 0) @ u[..., 0].transpose(0, 1)
+            return found.reshape(self.shape)
+        total = self._zeros(per_sample)
+        for rows, a, b in self._both(other):
+            products = (a * b).sum(0).reshape(b.shape[1], *self.shape)
+            if per_sample:
+                total[rows] = products
+            else:
+                total += products.sum(0)
+        return total
+
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        base, d = other.unscaled()
+        if not isinstance(base, OuterProduct) or base.merge_key() != self.merge_key():
+            return super().kernel(other, pairs)
+        one_place = self.form[2] == base.form[2] == 1
+        if pairs == "all":
+            if d is None and one_place and self._is_row:
+                return self._kernel_of_all(base)
+            return super().kernel(other, pairs)
+        if d is not None:
+            d = d.reshape(*(self._lead(d) or (1,)), *self.form[:2], self.patches.inputs)
+        if one_place:
+            found = self._kernel_of_vectors(base, d, pairs)
+            return found if pairs == "sample" else found.mT
+        shape = (self.n, self.k, base.k) if pairs == "sample" else (self.n, self.k)
+        total = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for rows, a, b in self._both(base):
+            scaled = b if d is None else b * (d if len(d) == 1 else d[rows])
+            total[rows] = _contracted(a, scaled, pairs)
+        return total if pairs == "sample" else total.mT
+
+    def _kernel_of_all(self, other: OuterProduct) -> Tensor:
+        """(V V'^T) o (U U'^T): no entry of B is formed."""
+        v, w = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
+        u = self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT
+        every: Tensor = torch.tensordot(v, w, ([2], [2])) * u[:, None]
+        return every
+
+    def _kernel_of_vectors(self, other: OuterProduct, d: Tensor | None, pairs: Pairs) -> Tensor:
+        """sum_o v_ko v'_k'o (sum_i d_oi u_i u'_i), for d of (N or 1, G, O, I)."""
+        u = self.u * other.u  # (N, G, I, 1)
+        if d is None:
+            weight = u.sum(2, keepdim=True)
+        elif len(d) == 1:
+            weight = (u[..., 0].transpose(0, 1) @ d[0].mT).transpose(0, 1)[..., None]
+        else:
+            weight = d @ u
+        return _contracted(self.v * weight, other.v, pairs)
+
+    def _both(self, other: OuterProduct) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """B and B' of some samples at a time, (K, rows, G, O, I)."""
+        g, o, _ = self.form
+        for rows in self.patches.parts((self.k + other.k) * g * o * self.patches.inputs):
+            b = outer(self.v[:, rows], self.patches(rows))
+            yield rows, b, b if other is self else outer(other.v[:, rows], other.patches(rows))
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -211,58 +275,10 @@ class OuterProduct(Factor):
         return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
 
 
-class KernelSum:
-    """Kernels V^T V of one factor, (N, G, O, L, L), which add up over chunks of columns and meet U
-    only once: diag(U (V^T V) U^T), where no entry of B is formed.
+def _contracted(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
+    """The kernel of rows a (K, N, ...) and b (K', N, ...): within each sample (N, K, K'), or of
+    each row with the same one (N, K).
     """
-
-    def __init__(
-        self, kernels: Tensor, patches: Patches, shape: tuple[int, ...], dtype: torch.dtype
-    ):
-        self.kernels, self.patches, self.shape, self.dtype = kernels, patches, shape, dtype
-
-    def add_(self, other: KernelSum) -> KernelSum:
-        self.kernels.add_(other.kernels)
-        return self
-
-    def value(self) -> Tensor:
-        """(*shape)."""
-        return kernel_squares(self.kernels, self.patches).to(self.dtype).reshape(self.shape)
-
-
-def _each(v: Tensor, u: Tensor) -> Iterable[Tensor]:
-    """v (K, G, O, L) times u (G, L, I) for each of the K, one to be used before the next is asked
-    for.
-    """
-    k, g, o, l = v.shape
-    i = u.shape[2]
-    if g > 1 or v.stride(2) != 1 or o < i:
-        result: Iterable[Tensor] = (
-            (v.transpose(0, 1).reshape(g, -1, l) @ u).unflatten(1, (-1, o)).unbind(1)
-        )
-        return result
-    # v is as a linear layer on sequences has it: a copy would cost as much
-    if v.device.type != "cpu" or o * i < 1 << 15:
-        return (v[:, 0] @ u.expand(k, -1, -1))[:, None].unbind(0)
-    room = v.new_empty(o, i)  # stays in the caches
-    return (torch.mm(column[0], u[0], out=room)[None] for column in v)
-
-
-def kernel_squares(kernel: Tensor, patches: Patches) -> Tensor:
-    """diag(U (V^T V) U^T), summed over the samples: kernels (N, G, O, L, L) of one factor give the
-    squares (G, O, I) of its B.
-    """
-    g, o, l = kernel.shape[1:4]
-    i = patches.inputs
-    if l == 1:
-        return kernel[..., 0, 0].permute(1, 2, 0) @ patches()[..., 0].square().transpose(0, 1)
-    left, right = torch.triu_indices(l, l, device=kernel.device)
-    # kernels are symmetric: half of them, twice
-    twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
-    found = torch.zeros(g, o, i, dtype=kernel.dtype, device=kernel.device)
-    for rows in patches.parts(g * l * l * (o + i)):
-        u = patches(rows).to(kernel.dtype)
-        half = (kernel[rows][..., left, right] * twice).permute(1, 2, 0, 3).flatten(2)
-        pairs = (u[..., left] * u[..., right]).permute(1, 0, 3, 2).flatten(1, 2)
-        found += half @ pairs
-    return found.clamp_(min=0)
+    if pairs == "row":
+        return (a * b).flatten(2).sum(-1).mT
+    return a.flatten(2).transpose(0, 1) @ b.flatten(2).permute(1, 2, 0)

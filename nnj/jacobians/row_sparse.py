@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from nnj.jacobians.factor import Factor
+from nnj.jacobians.factor import Factor, Pairs
 
 
 class RowSparse(Factor):
@@ -49,18 +50,59 @@ class RowSparse(Factor):
     def to(self, dtype: torch.dtype) -> Factor:
         return RowSparse(self.v.to(dtype), self.sample, self.row, self.n, self.shape)
 
-    def inner(self, other: Factor) -> Tensor:
-        theirs = self.v if other is self else other.entries(self.sample, self.row)
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return total.index_add_(0, self.row, (self.v * theirs).sum(0))
+    def _theirs(self, other: Factor) -> Tensor:
+        """The entries of another factor where this one is not zero, (K', pairs, *shape[1:])."""
+        if isinstance(other, RowSparse) and other.sample is self.sample and other.row is self.row:
+            return other.v
+        return other.entries(self.sample, self.row)
+
+    def _there(self, d: Tensor) -> Tensor:
+        """The entries of a d of (*shape) or (N, *shape) where B is not zero."""
+        return d[self.sample, self.row] if self._lead(d) else d[self.row]
+
+    def _flat(self, v: Tensor) -> Tensor:
+        """(K, pairs, *shape[1:]) with one axis for what is in a row."""
+        return v.reshape(*v.shape[:2], math.prod(self.shape[1:]))
+
+    def inner(self, other: Factor, per_sample: bool = False) -> Tensor:
+        products, total = (self.v * self._theirs(other)).sum(0), self._zeros(per_sample)
+        if per_sample:
+            total[self.sample, self.row] = products
+            return total
+        return total.index_add_(0, self.row, products)
+
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        if pairs == "all":
+            return super().kernel(other, pairs)
+        mine, theirs = self._flat(self.v), self._flat(self._theirs(other))
+        if pairs == "row":
+            total = self.v.new_zeros(self.k, self.n)
+            return total.index_add_(1, self.sample, (mine * theirs).sum(-1))
+        total = self.v.new_zeros(self.n, self.k, other.k)
+        return total.index_add_(0, self.sample, mine.transpose(0, 1) @ theirs.permute(1, 2, 0))
+
+    def kernel_from(self, first: Factor, pairs: Pairs) -> Tensor:
+        if pairs == "all":
+            return super().kernel_from(first, pairs)
+        return self.kernel(first, pairs).mT if pairs == "sample" else self.kernel(first, pairs)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        moved = self._flat(self.v * self._there(v)).sum(-1)
+        return self.v.new_zeros(self.k, self.n).index_add_(1, self.sample, moved)
 
     def rmatvec(self, c: Tensor) -> Tensor:
         v = torch.einsum("km,km...->m...", c[:, self.sample], self.v)
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return total.index_add_(0, self.row, v)
+        return self._zeros().index_add_(0, self.row, v)
 
-    def square_sum(self) -> Tensor:
-        return self.inner(self)
+    def scale(self, d: Tensor) -> Factor:
+        return RowSparse(self.v * self._there(d), self.sample, self.row, self.n, self.shape)
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        there = c[:, self.sample].reshape(*self.v.shape[:2], *[1] * (self.v.dim() - 2))
+        return RowSparse(self.v * there, self.sample, self.row, self.n, self.shape)
+
+    def square_sum(self, per_sample: bool = False) -> Tensor:
+        return self.inner(self, per_sample)
 
     def merge_key(self) -> Hashable:
         return RowSparse

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnj.jacobians.factor import Factor, SumFactor, merge_uses
+from nnj.jacobians.factor import Factor, Pairs, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
 
@@ -122,8 +122,39 @@ class ViewFactor(Factor):
     def rmatvec(self, c: Tensor) -> Tensor:
         return self._joined(part.rmatvec(c) for _, part in self.parts)
 
-    def square_sum(self) -> Tensor:
-        return self._joined(part.square_sum() for _, part in self.parts)
+    def square_sum(self, per_sample: bool = False) -> Tensor:
+        lead = (self.n,) if per_sample else ()
+        return self._joined((part.square_sum(per_sample) for _, part in self.parts), *lead)
+
+    def inner(self, other: Factor, per_sample: bool = False) -> Tensor:
+        theirs = self._theirs(other)
+        if theirs is None:
+            return super().inner(other, per_sample)
+        pairs, lead = zip(self.parts, theirs, strict=True), (self.n,) if per_sample else ()
+        return self._joined((mine.inner(part, per_sample) for (_, mine), part in pairs), *lead)
+
+    def kernel(self, other: Factor, pairs: Pairs = "all") -> Tensor:
+        theirs = self._theirs(other)
+        if theirs is None:
+            return super().kernel(other, pairs)
+        both = zip(self.parts, theirs, strict=True)
+        return torch.stack([mine.kernel(part, pairs) for (_, mine), part in both]).sum(0)
+
+    def _theirs(self, other: Factor) -> list[Factor] | None:
+        """The factors of another one at the views of this one; None where it has others."""
+        if not isinstance(other, ViewFactor):
+            return None
+        same = [view for view, _ in self.parts] == [view for view, _ in other.parts]
+        return [part for _, part in other.parts] if same else None
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return torch.stack([part.matvec(view.put(v)) for view, part in self.parts]).sum(0)
+
+    def scale(self, d: Tensor) -> Factor:
+        return ViewFactor([(view, part.scale(view.put(d))) for view, part in self.parts])
+
+    def scale_rows(self, c: Tensor) -> Factor:
+        return ViewFactor([(view, part.scale_rows(c)) for view, part in self.parts])
 
     def gram(self, other: Factor) -> Tensor:
         # the rows of the block are those of the parts, put in the order of the parameter

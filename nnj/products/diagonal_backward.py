@@ -150,7 +150,7 @@ class _ToDiagonal(_Pull):
 
     @override
     def take(self, p: Tensor, squared: Factor) -> None:
-        squared.write(self.parts[p], p in self.written)
+        squared.write(self.parts[p][None], p in self.written)
         self.written.add(p)
 
     @override

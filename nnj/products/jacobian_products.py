@@ -30,6 +30,7 @@ from nnj.products.metrics import (
     times,
     times_transposed,
 )
+from nnj.products.weight_contractions import diagonal_pulled_back, push_forward_diagonal
 from nnj.propagation.linearize import Linearization, Slot, linearize
 
 ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
@@ -151,8 +152,8 @@ def jTmjp(
     Args:
         matrix: (N, out, out), need not be symmetric; (N, out) with from_diag; without the sample
             axis one for all; None is the identity.
-        to_diag: the diagonal alone, (N, in) or (N, P); exact, no full matrix is made, and J stands
-            in memory a few rows at a time.
+        to_diag: the diagonal alone, (N, in) or (N, P); exact, and no full matrix is made, nor J:
+            thin factors of it at each parameter are contracted.
         diag_backprop: an approximation: between layers only the diagonal of the metric is kept, so
             that one backward pass does, whatever the number of outputs. It neglects how the inputs
             of a layer vary together, and where a tensor is used twice, how its uses do: of the
@@ -174,7 +175,7 @@ def jTmjp(
     at = linearize(module, x, slot)
     m = metric_on_outputs(matrix, at, from_diag)
     if to_diag:
-        return _diagonal_pulled_back(at, m)
+        return diagonal_pulled_back(at, m)
     j = at.dense()
     return _pulled_back(at, j, m, j, joint)
 
@@ -191,14 +192,15 @@ def jmjTp(
     """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
 
     A posterior variance on the parameters gives the linearised predictive variance of the outputs,
-    without sampling: `jmjTp(model, x, variance, "weight", from_diag=True)`.
+    without sampling: `jmjTp(model, x, variance, "weight", from_diag=True)`. It takes thin factors
+    of J, and one product for each layer.
 
     Args:
         matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of
             modules as `jTmjp` gives them; (N, in) or (N, P) with from_diag; without the sample axis
             one for all; None is the identity. All of it is used.
         to_diag: the diagonal alone, (N, out), without the full matrix; exact, and J stands in
-            memory a few rows at a time.
+            memory a few rows at a time, or not at all with a diagonal metric on the parameters.
         diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the
             metric is kept. It enters the first layer and each layer's own parameters exactly,
             without what lies between layers, and leaves the last exactly.
@@ -212,6 +214,8 @@ def jmjTp(
         return push_forward(point, metric_on_inputs(matrix, point, from_diag), to_diag)
     at = linearize(module, x, slot)
     m = metric_on_inputs(matrix, at, from_diag)
+    if slot == "weight" and not isinstance(m, list) and (m is None or from_diag):
+        return push_forward_diagonal(at, m, to_diag)
     if to_diag:
         parts = []
         for u in _unit_cotangents(at):
@@ -260,11 +264,15 @@ def jTmjp_pair(
     one, two = linearize(module, x1, slot), linearize(module, x2, slot)
     _check_pairs(one, two)
     m11, m12, m22 = (metric_on_outputs(m, one, from_diag) for m in given_ones)
+    if to_diag:
+        return (
+            diagonal_pulled_back(one, m11),
+            diagonal_pulled_back(one, m12, two),
+            diagonal_pulled_back(two, m22),
+        )
     j1, j2 = one.dense(), two.dense()
 
     def sandwich(left: Tensor, m: Tensor | None, right: Tensor) -> Any:
-        if to_diag:
-            return (left * times(m, right)).sum(1)
         return _pulled_back(one, left, m, right)
 
     return sandwich(j1, m11, j1), sandwich(j1, m12, j2), sandwich(j2, m22, j2)
@@ -307,18 +315,3 @@ def _pulled_back(
         return left.mT @ m_right
     blocks = [take(left, index).mT @ take(m_right, index) for index in positions_by_module(at)]
     return blocks[0] if len(blocks) == 1 else blocks
-
-
-def _diagonal_pulled_back(at: Linearization, m: Tensor | None) -> Tensor:
-    """The diagonal of J^T M J, (N, in or P)."""
-    total = at.y.new_zeros(at.n, at.size)
-    for u in _unit_cotangents(at):
-        left, flat = at.vjp(u), u.reshape(*u.shape[:2], at.out)
-        if m is None:
-            total += left.square().sum(0)
-        elif m.dim() == 2:
-            total += (left.square() * (flat * m).sum(-1, keepdim=True)).sum(0)
-        else:
-            u_m = (flat.transpose(0, 1) @ m).transpose(0, 1)
-            total += (left * at.vjp(u_m.reshape(u.shape))).sum(0)
-    return total

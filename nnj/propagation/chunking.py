@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from nnj.graph.attention import fused_attention, score_entries
 from nnj.graph.step import Step
 from nnj.propagation.allocator import keep_heap
 from nnj.propagation.backward import Sweep
+from nnj.propagation.plan import device_of
 
 CACHE = 1 << 21  # entries of a tangent that the caches of a CPU still serve while a chunk walks
 
@@ -28,12 +30,21 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     steps = [_entries(sweep, step) for step in sweep.graph.steps]
     root = sweep.graph.roots[0][0]._input_metadata[0]
     size = max(4, root.dtype.itemsize)  # half precision is summed in float32
-    fits = max(1, memory // (size * 3 * max([1, *(held for held, _, _ in steps)])))
+    memory_left = memory - size * max(_fixed(sweep, step) for step in sweep.graph.steps)
+    fits = max(1, memory_left // (size * 3 * max([1, *(held for held, _, _ in steps)])))
     if root.device.type != "cpu":
         return fits, fits
     widest, patches = max([1, *(came for _, came, _ in steps)]), sum(made for _, _, made in steps)
     keep_heap(memory)
     return fits, max(1, min(fits, (CACHE + patches) // widest))
+
+
+def _fixed(sweep: Sweep, step: Step) -> int:
+    """The entries that a step holds whatever the number of columns: the scores of attention."""
+    if step.record is not None or step.leaf is not None or not fused_attention(step.node):
+        return 0
+    lengths = [sweep.shapes[edge][-2] for edge in (*step.out[:2], *step.into) if edge is not None]
+    return score_entries(lengths[0], lengths[min(1, len(lengths) - 1)], device_of(step.into[0]))
 
 
 def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ for layers and whole models.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Generic, Literal
 
@@ -15,7 +16,7 @@ from typing_extensions import TypeVar
 from nnj.errors import NNJError, complex_parameter
 from nnj.graph.builder import Graph
 from nnj.graph.refusals import refuse_tensor
-from nnj.propagation.backward import Sweep
+from nnj.propagation.backward import Sink, Sweep
 from nnj.propagation.forward import Forward
 from nnj.propagation.plan_search import plan_of_output
 from nnj.propagation.verification import verify
@@ -115,21 +116,24 @@ class Linearization(Generic[S]):
         """The number of outputs of one sample."""
         return math.prod(self.outputs)
 
+    def factors(self, u: Tensor, take: Sink) -> None:
+        """Give `take` each leaf that u of (K, N, *outputs) reaches, with the factor of u J
+        there.
+        """
+        if u.shape[0] and self.sweep is not None and self.root is not None:
+            self.sweep.run({self.root: u}, u.shape[0], take)
+
     def vjp(self, u: Tensor) -> Tensor:
         """u J: (K, N, *outputs) -> (K, N, in or P)."""
-        if not u.shape[0]:
-            return u.new_zeros(0, self.n, self.size)
-        dense: dict[Tensor, Tensor] = {}
-        if self.sweep is not None and self.root is not None:
-            take = lambda p, factor: dense.__setitem__(p, factor.dense())
-            self.sweep.run({self.root: u}, u.shape[0], take)
-        lead, parts = u.shape[:2], []
-        for leaf, size in zip(self.leaves, self.leaf_sizes, strict=True):
-            if leaf in dense:
-                parts.append(dense[leaf].reshape(*lead, -1).to(leaf.dtype))
-            else:
-                parts.append(torch.zeros(*lead, size, dtype=leaf.dtype, device=leaf.device))
-        return torch.cat(parts, -1) if parts else u.new_zeros(*lead, 0)
+        dtypes = [leaf.dtype for leaf in self.leaves] or [u.dtype]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        found = u.new_empty(len(u), self.n, self.size, dtype=dtype)
+        parts = dict(zip(self.leaves, found.split(self.leaf_sizes, -1), strict=True))
+        # each where it belongs, so that J is written once
+        self.factors(u, lambda leaf, factor: factor.write(parts.pop(leaf), False))
+        for part in parts.values():
+            part.zero_()
+        return found
 
     @property
     def leaf_sizes(self) -> list[int]:

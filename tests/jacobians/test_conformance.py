@@ -13,8 +13,8 @@ from torch import Tensor
 
 import nnj
 from nnj.jacobians import factor as factor_file
-from nnj.jacobians import outer_product
-from nnj.jacobians.factor import DenseFactor, Factor, SumFactor, merge_uses
+from nnj.jacobians import outer_product, outer_squares
+from nnj.jacobians.factor import DenseFactor, Factor, ScaledFactor, SumFactor, merge_uses
 from nnj.jacobians.outer_product import OuterProduct, Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.views import View, ViewFactor
@@ -47,7 +47,7 @@ class SparseStranger(Stranger):
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def outer(k: int, n: int, shape: tuple[int, ...], places: int = 1, groups: int = 1) -> OuterProduct:
@@ -124,6 +124,8 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
     "view of a view": lambda k, n: ViewFactor(
         [(TRANSPOSED, ViewFactor([(View.rows((3, 4), 0, 2), outer(k, n, (2, 4)))]))]
     ),
+    "scaled": lambda k, n: ScaledFactor(outer(k, n, W, 2), normal(*W)),
+    "scaled, by sample": lambda k, n: ScaledFactor(sparse(k, n, W), normal(n, *W)),
     "no entries": lambda k, n: DenseFactor(normal(k, n, 0, 3)),
     "uses: outer": lambda k, n: merge_uses([outer(k, n, W, 2), outer(k, n, W)]),
     "uses: tables": lambda k, n: merge_uses([sparse(k, n, W), sparse(k, n, W)]),
@@ -175,15 +177,45 @@ def check(f: Factor, b: Tensor) -> None:
     torch.testing.assert_close(single.dense(), b.float(), rtol=1e-4, atol=1e-4)
     for which in [slice(0, f.k), *parts(f)]:
         torch.testing.assert_close(f.columns(which).dense(), b[which], **CLOSE)
-    c = normal(f.k, f.n)
-    torch.testing.assert_close(f.rmatvec(c), torch.tensordot(c, b, 2), **CLOSE)
+    check_products(f, b)
     check_squares(f, b)
     check_rows(f, b)
+
+
+def check_products(f: Factor, b: Tensor) -> None:
+    """With a vector on either side, and with entries scaled, alike for all samples or not."""
+    c, flat = normal(f.k, f.n), b.reshape(f.k, f.n, math.prod(f.shape))
+    torch.testing.assert_close(f.rmatvec(c), torch.tensordot(c, b, 2), **CLOSE)
+    weighted = f.scale_rows(c)
+    torch.testing.assert_close(weighted.dense(), (flat * c[..., None]).reshape(b.shape), **CLOSE)
+    torch.testing.assert_close(f.inner(weighted), weighted.inner(f), **CLOSE)
+    for d in (normal(*f.shape), normal(f.n, *f.shape)):
+        moved = (b * d).reshape(flat.shape).sum(-1)
+        torch.testing.assert_close(f.matvec(d), moved, **CLOSE)
+        scaled = f.scale(d)
+        torch.testing.assert_close(scaled.dense(), b * d, **CLOSE)
+        check_kernels(f, scaled, b, b * d)
+        check_kernels(scaled, scaled, b * d, b * d)
+
+
+def check_kernels(f: Factor, g: Factor, b: Tensor, c: Tensor) -> None:
+    """Between all rows, within each sample, and of each row with the same one."""
+    size = math.prod(f.shape)
+    b, c = b.reshape(f.k, f.n, size), c.reshape(g.k, g.n, size)
+    every = torch.einsum("knp,jmp->knjm", b, c)
+    torch.testing.assert_close(f.kernel(g), every, **CLOSE)
+    torch.testing.assert_close(g.kernel_from(f, "all"), every, **CLOSE)
+    if f.n == g.n:
+        within = every.diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+        torch.testing.assert_close(f.kernel(g, "sample"), within, **CLOSE)
+    if (f.k, f.n) == (g.k, g.n):
+        torch.testing.assert_close(f.kernel(g, "row"), (b * c).sum(-1), **CLOSE)
 
 
 def check_squares(f: Factor, b: Tensor) -> None:
     expected = b.square().sum((0, 1))
     torch.testing.assert_close(f.square_sum(), expected, **CLOSE)
+    torch.testing.assert_close(f.square_sum(per_sample=True), b.square().sum(0), **CLOSE)
     torch.testing.assert_close(f.squares().value(), expected, **CLOSE)
     for order in (lambda x: x, reversed):
         terms = [f.columns(which).squares(f.k) for which in order(list(parts(f)))]
@@ -200,15 +232,21 @@ def check_rows(f: Factor, b: Tensor) -> None:
     if f.n and f.shape and f.shape[0]:
         sample, index = torch.randint(f.n, (7,)), torch.randint(f.shape[0], (7,))
         torch.testing.assert_close(f.entries(sample, index), b[:, sample, index], **CLOSE)
-    if f.k:
-        one, flat = f.columns(slice(0, 1)), b[0].reshape(f.n, math.prod(f.shape))
-        outs = torch.ones_like(flat), torch.ones_like(flat.mT).mT, torch.ones_like(flat).float()
-        for out in outs:
-            close = CLOSE if out.dtype == b.dtype else dict(rtol=1e-5, atol=1e-5)
-            one.write(out, False)
-            torch.testing.assert_close(out, flat.to(out.dtype), **close)
-            one.write(out, True)
-            torch.testing.assert_close(out, 2 * flat.to(out.dtype), **close)
+    flat = b.reshape(f.k, f.n, math.prod(f.shape))
+    size = flat.shape[2]
+    wide = flat.new_ones(f.k, f.n, 2 * size + 1)  # of which B has a part
+    for out in (
+        torch.ones_like(flat),
+        torch.ones_like(flat).float(),
+        flat.new_ones(f.k, size, f.n).mT,
+        wide[..., 1 : 1 + size],
+    ):
+        close = CLOSE if out.dtype == b.dtype else dict(rtol=1e-5, atol=1e-5)
+        f.write(out, False)
+        torch.testing.assert_close(out, flat.to(out.dtype), **close)
+        f.write(out, True)
+        torch.testing.assert_close(out, 2 * flat.to(out.dtype), **close)
+    assert bool((wide[..., 0] == 1).all() and (wide[..., 1 + size :] == 1).all())
 
 
 def check_pair(f: Factor, g: Factor) -> None:
@@ -220,7 +258,9 @@ def check_pair(f: Factor, g: Factor) -> None:
     torch.testing.assert_close(g.gram_from(f), block, **CLOSE)
     if f.shape != g.shape:
         return
+    check_kernels(f, g, b, c)
     torch.testing.assert_close(f.inner(g), (b * c).sum((0, 1)), **CLOSE)
+    torch.testing.assert_close(f.inner(g, per_sample=True), (b * c).sum(0), **CLOSE)
     if f is not g:
         whole = merge_uses([f, g])
         assert (whole.k, whole.n, whole.shape) == (f.k, f.n, f.shape)
@@ -234,8 +274,7 @@ def chunks(request: Any, monkeypatch: Any) -> str:
     if request.param:
         for file in (factor_file, outer_product):
             monkeypatch.setattr(file, "CHUNK", 30)
-        monkeypatch.setattr(outer_product, "SQUARED", 30)
-        monkeypatch.setattr(outer_product, "SMALL", 0)
+        monkeypatch.setattr(outer_squares, "SQUARED", 30)
     return request.param
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from nnj.jacobians.factor import SquareSum, merge_uses
+from nnj.jacobians.factor import merge_uses
+from nnj.jacobians.square_sum import SquareSum
 from nnj.registry.manager import use
 from tests.support.distributions import Plugin
 from tests.support.oracle import dense

@@ -13,6 +13,7 @@ from torch import nn
 
 import nnj
 from nnj.collecting import per_loss
+from nnj.graph import attention
 from nnj.propagation import allocator
 from nnj.propagation.allocator import SET_BY_USERS, SWITCH, keep_heap
 from nnj.propagation.chunking import columns_at_once, even
@@ -60,6 +61,29 @@ def test_memory_says_how_many_columns_walk(monkeypatch, dtype):
     assert lengths(monkeypatch, model, x, 6 * column - 1) == [3, 3]
     assert lengths(monkeypatch, model, x, 2 * column) == [2, 2, 2]
     assert lengths(monkeypatch, model, x, 1) == [1] * 6
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 6)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(2, (2, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return torch.tanh(self.head(y.transpose(1, 2).flatten(2).mean(1)))
+
+
+def test_scores_of_attention_count(monkeypatch):
+    """Three times those that are there at once, or of one head, whatever the number of columns."""
+    model, x = Attention(), torch.randn(5, 9, 4)
+    column, scores = 5 * 9 * (12 + 12) * 3 * 4, 3 * 4 * 9 * 9
+    monkeypatch.setattr(attention, "SCORES", 1)
+    assert lengths(monkeypatch, model, x, 6 * column + scores) == [6]
+    assert lengths(monkeypatch, model, x, 6 * column + scores - 1) == [3, 3]
+    monkeypatch.setattr(attention, "SCORES", 100)
+    assert lengths(monkeypatch, model, x, 6 * column + 3 * 4 * 100) == [6]
+    assert lengths(monkeypatch, model, x, 6 * column + 3 * 4 * 100 - 1) == [3, 3]
 
 
 class Library:
