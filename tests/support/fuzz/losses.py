@@ -95,26 +95,36 @@ def within(z: Tensor, kind: str) -> list[tuple[str, int]]:
 
 
 def across(rng: random.Random, z: Tensor, kind: str, n: int) -> list[str]:
-    """What puts rows into another order, or entries of samples into places."""
+    """What puts rows into another order."""
     if kind == "first":
-        c = z.shape[-1]
-        return ["z.flatten(0, 1)", f"z.reshape(-1, {c})", "z", "z.transpose(0, 1)", "z.mT", "z[0]"]
+        return ["z.flatten(0, 1)", f"z.reshape(-1, {z.shape[-1]})", "z.transpose(0, 1)", "z[0]"]
     found = of_rows(rng, n)
     if kind == "seq":
         mask = torch.rand(z.shape[:2]) < 0.6
         mask[rng.randrange(n), rng.randrange(z.shape[1])] = True
-        found += ["z.transpose(0, 1).flatten(0, 1)", "z.permute(1, 2, 0)", f"z[{literal(mask)}]"]
-        found += [f"z[{literal(mask)}]", "z.transpose(0, 1)"]
-    if kind == "vec":
-        found += ["z.t()", "z[None]", "z.t().contiguous()"]
+        found += ["z.transpose(0, 1).flatten(0, 1)", "z.permute(1, 2, 0)"]
+        found += [f"z[{literal(mask)}]"] * 2
     return found
 
 
-def draw_glue(rng: random.Random, z: Tensor, kind: str, n: int) -> tuple[str, int]:
-    """The source of what the loss is given, and the rows that each sample has in it, or 0."""
-    if rng.random() < 0.7:
-        return rng.choice(within(z, kind))
-    return rng.choice(across(rng, z, kind, n)), 0
+def of_entries_alone(z: Tensor, kind: str) -> list[str]:
+    """What puts samples where a loss over rows would have them influence one another."""
+    found = ["z[None]"]
+    if kind in ("vec", "seq", "first"):
+        found += ["z.transpose(0, 1)", "z.transpose(0, 1).contiguous()"]
+    return found + (["z", "z.mT"] if kind == "first" else [])
+
+
+def draw_glue(rng: random.Random, z: Tensor, kind: str, n: int) -> tuple[str, int, bool]:
+    """The source of what the loss is given, the rows that each sample has in it, or 0, and whether
+    axis 0 has rows of their own.
+    """
+    chance = rng.random()
+    if chance < 0.7:
+        return *rng.choice(within(z, kind)), True
+    if chance < 0.95:
+        return rng.choice(across(rng, z, kind, n)), 0, True
+    return rng.choice(of_entries_alone(z, kind)), 0, False
 
 
 # -- losses ----------------------------------------------------------------------------------------
@@ -125,6 +135,7 @@ def of_classes(rng: random.Random, z: Tensor) -> tuple[str, str, str]:
     r, c, *places = z.shape
     shape = (r, *places)
     weight = f", weight={literal(torch.linspace(0.3, 1.9, c))}" if rng.random() < 0.3 else ""
+    of_shares = f"nn.CrossEntropyLoss(reduction={{reduction}}{weight}"
     ints = f"torch.randint({c}, {shape})"
     if rng.random() < 0.25:
         ignore = rng.choice([-100, 0])
@@ -140,11 +151,7 @@ def of_classes(rng: random.Random, z: Tensor) -> tuple[str, str, str]:
         [
             (f"nn.CrossEntropyLoss(reduction={{reduction}}{weight}{smooth})", "{}", ints),
             (f"nn.CrossEntropyLoss(reduction={{reduction}}{weight}{smooth})", "{}", ints),
-            (
-                f"nn.CrossEntropyLoss(reduction={{reduction}}{weight.split(', ignore')[0]}{smooth})",
-                "{}",
-                shares,
-            ),
+            (f"{of_shares}{smooth})", "{}", shares),
             (f"nn.NLLLoss(reduction={{reduction}}{weight})", "F.log_softmax({}, 1)", ints),
             (
                 f"nn.KLDivLoss(reduction={{reduction}}, log_target={log_target})",
@@ -155,8 +162,8 @@ def of_classes(rng: random.Random, z: Tensor) -> tuple[str, str, str]:
     )
 
 
-def of_entries(rng: random.Random, z: Tensor) -> tuple[str, str, str]:
-    """A loss over the entries of z; what is made of z; the target."""
+def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str]:
+    """A loss over the entries of z, or over its rows; what is made of z; the target."""
     shape = tuple(z.shape)
     real, bits = f"torch.randn({shape}, dtype=D)", f"torch.randint(2, {shape}).to(D)"
     spread = f"3 * {real}"
@@ -175,23 +182,23 @@ def of_entries(rng: random.Random, z: Tensor) -> tuple[str, str, str]:
         ("quartic", "{}", real),
         ("log_cosh", "{}", real),
     ]
-    if len(shape) > 1:
+    if len(shape) > 1 and rows:
         options += [("of_differences", "{}", real), ("soft_max", "{}", real)]
     return rng.choice(options)
 
 
 def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
     """A loss of the output z of a model."""
-    glue, rows = draw_glue(rng, z, kind, n)
+    glue, rows, apart = draw_glue(rng, z, kind, n)
     given = eval(glue, NAMES | {"z": z})
     probable = bool(((given > 0) & (given < 1)).all()) and rng.random() < 0.2
-    if given.dim() > 1 and rng.random() < 0.55:
+    if apart and given.dim() > 1 and rng.random() < 0.55:
         loss, made, target = of_classes(rng, given)
     elif probable:
         bits = f"torch.randint(2, {tuple(given.shape)}).to(D)"
         loss, made, target = "nn.BCELoss(reduction={reduction})", "{}", bits
     else:
-        loss, made, target = of_entries(rng, given)
+        loss, made, target = of_entries(rng, given, apart)
     around = rng.choice(["{}"] * 6 + ["0.5 * {}", "{} / 3", "2.5 * {}", "({} + {}) / 4"])
     if "reduction" not in loss:
         whole = "mean" if loss == "log_cosh" else "sum"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def check_products(true: Truth, model: nn.Module) -> dict[str, Outcome | None]:
         table = table_of_products(model, x, j, wrt)
         for name in ("jacobian", *rng.sample(sorted(set(table) - {"jacobian"}), 3)):
             run, expected = table[name]
-            found[f"{name}, {wrt}"] = asked(lambda: check_product(case, name, run, expected))
+            found[f"{name}, {wrt}"] = asked(partial(check_product, case, name, run, expected))
     return found
 
 
@@ -49,7 +50,13 @@ def table_of_products(
         to(s).double() for s in (u, v, one, w, t, m, diagonal, metric)
     )
     joint = {"joint": True} if wrt == "weight" else {}
-    return {
+    shared = {
+        "jvp, one for all": (
+            lambda: nnj.jvp(model, x, to(one), wrt),
+            torch.einsum("nod,d->no", j, one64),
+        )
+    }
+    return (shared if wrt == "weight" else {}) | {
         "jacobian": (lambda: nnj.jacobian(model, x, wrt), j),
         "vjp": (lambda: nnj.vjp(model, x, to(u), wrt), torch.einsum("no,nod->nd", u64, j)),
         "jvp": (lambda: nnj.jvp(model, x, to(v), wrt), torch.einsum("nod,nd->no", j, v64)),

@@ -1,4 +1,6 @@
-"""What came of many seeds, as a table: how often each question was answered, why not, what is wrong."""
+"""What came of many seeds, as a table: how often each question was answered, why not, and what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,17 @@ Outcomes = dict[str, Outcome]
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """One thread, no warnings of torch about what is slow; and the objects that are there already
-    are not gone through with each new structure, as the verification does.
+    """One thread, no warnings of torch about what is slow. The verification goes through all
+    objects of the process at each new structure: those that are there already are put aside.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            outcomes(0)  # torch imports half of itself at first use
+            gc.collect()
+            gc.freeze()
             yield
     finally:
         gc.unfreeze()
