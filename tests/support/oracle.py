@@ -168,7 +168,11 @@ def dense(
     samples = torch.zeros(len(z), dtype=torch.long) if samples is None else samples
     jacobian = {name: j.detach() for name, j in jacrev(flat)(params).items()}
     return Dense(
-        jacobian, jacrev(jacrev(of))(z).detach(), grad(of)(z).detach(), samples, int(samples.max()) + 1
+        jacobian,
+        jacrev(jacrev(of))(z).detach(),
+        grad(of)(z).detach(),
+        samples,
+        int(samples.max()) + 1,
     )
 
 
