@@ -166,7 +166,7 @@ class GivenLoss:
         return n if self.reduction == "mean" else 1
 
     def _may_be_cut(self, batch: _Batch) -> bool:
-        """Whether all tensors have the samples along one axis."""
+        """Whether all tensors have the samples along one axis, and it is known which."""
         known = tree_leaves((batch.output, batch.target))
         return (
             batch.n > 0
@@ -213,7 +213,9 @@ class GivenLoss:
         return n
 
     def _has(self, t: Tensor, n: int) -> bool:
-        return t.dim() > 0 and t.shape[min(self.axis, t.dim() - 1)] == n
+        # a model with its samples in axis 1 may give them in axis 0, and that may be as long
+        axis = min(self.axis, t.dim() - 1)
+        return t.dim() > 0 and t.shape[axis] == n and (axis == 0 or t.shape[0] != n)
 
     def _part(self, batch: _Batch, start: int, stop: int) -> _Batch:
         def cut(t: Any) -> Any:

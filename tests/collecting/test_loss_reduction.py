@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
-from tests.support.fitting import CLASSES, HOLES, REAL, SHARES, N, W, X, agree, batches, dense, mlp
+from tests.support.fitting import (
+    CLASSES,
+    HOLES,
+    REAL,
+    SHARES,
+    C,
+    N,
+    W,
+    X,
+    agree,
+    batches,
+    dense,
+    mlp,
+)
 
 
 @pytest.mark.parametrize("size", [1, 3, N])
@@ -24,6 +37,27 @@ def test_the_mean_of_kl_over_the_batch(size):
     _, _, gradient = dense(model, loss, X, SHARES)
     found = nnj.fit(model, loss, batches(X, SHARES, size), "batch_grad", scale="mean")["batch_grad"]
     agree({path: t.sum(0) for path, t in found.items()}, gradient)
+
+
+@pytest.mark.parametrize("own", ["sum", "mean"])
+def test_samples_in_axis_1_of_the_input_and_axis_0_of_the_output(own):
+    """As many samples as outputs: a batch is not cut into halves along the wrong one."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).mean(0)
+
+    def made(z: Tensor, y: Tensor) -> Tensor:
+        return getattr(z.logsumexp(1) - (z * y).sum(1), own)()
+
+    model, x, y = nnj.extend(Mean(), batch_axis=1), X[None, :C], SHARES[:C]
+    fit = nnj.fit(model, made, [(x, y)], "ggn_diag", reduction=own)
+    diag, _, _ = dense(mlp(), nn.CrossEntropyLoss(reduction="sum"), X[:C], SHARES[:C])
+    agree({name.removeprefix("net."): t for name, t in fit["ggn_diag"].items()}, diag)
 
 
 @pytest.mark.parametrize("own", ["sum", "mean"])

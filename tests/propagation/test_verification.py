@@ -449,6 +449,22 @@ def test_a_gradient_that_is_zero_but_for_rounding():
             loss(model(torch.randn(5, 7, 4, dtype=dtype)), torch.tensor([0, 1, 2, 0, 1])).backward()
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_jacobian_that_is_zero_but_for_rounding(norm):
+    """Of a norm over one feature: the rounding of its forward pass is the same for every cotangent,
+    so that no other one shows it to be what it is.
+    """
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 1), norm(1), nn.Linear(1, 3)).double()
+        model, loss = nnj.extend(model), nnj.extend(nn.MSELoss(reduction="sum"))
+        with nnj.collect("ggn_diag"):
+            loss(model(X), T).backward()
+        assert (model[0].weight.ggn_diag < 1e-18).all()
+        expected = 2 * model[1](model[0](X)).square().sum(0).expand(3, 1)
+        torch.testing.assert_close(model[2].weight.ggn_diag, expected.detach())
+
+
 # -- when it is asked ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev
+from torch.func import functional_call, grad, jacrev
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.support.cases import CASES, EITHER, Case
@@ -169,7 +169,11 @@ def dense(
     samples = torch.zeros(len(z), dtype=torch.long) if samples is None else samples
     jacobian = {name: j.detach() for name, j in jacrev(flat)(params).items()}
     return Dense(
-        jacobian, hessian(of)(z).detach(), grad(of)(z).detach(), samples, int(samples.max()) + 1
+        jacobian,
+        jacrev(jacrev(of))(z).detach(),
+        grad(of)(z).detach(),
+        samples,
+        int(samples.max()) + 1,
     )
 
 
