@@ -3,6 +3,7 @@
 from nnj import utils
 from nnj._version import __version__
 from nnj.collecting.collect import collect
+from nnj.collecting.compile import compile
 from nnj.collecting.fit import fit
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.quantity import Quantity
@@ -28,6 +29,7 @@ __all__ = [  # noqa: RUF022 (in three groups)
     # What users use.
     "Fit",
     "collect",
+    "compile",
     "extend",
     "fit",
     "jTmjp",

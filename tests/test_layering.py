@@ -17,8 +17,8 @@ import nnj
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; packages of one floor do not know one another.
 FLOORS = (
-    {"_version", "errors"},
-    {"jacobians"},
+    {"_version", "errors", "checks", "generators"},
+    {"jacobians", "compiling"},
     {"loss_hessian"},
     {"registry"},
     {"recording"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -79,9 +79,20 @@ class Contribution:
             except BaseException as error:  # of a stranger, who may exit
                 raise failed(name, error) from error.__cause__ or error
 
+    def names(self) -> list[str]:
+        """The quantities that have values."""
+        return list(self._values)
+
     def values(self, name: str) -> Mapping[Holder, Any]:
         """The results of a quantity, where the loss reached something."""
         return self._values.get(name, {})
+
+    def of_quantities(self, names: Container[str]) -> Contribution:
+        """The part of some quantities."""
+        part = Contribution(self.calls, self.n)
+        part.holders, part.exact = self.holders, self.exact
+        part._values = {name: values for name, values in self._values.items() if name in names}
+        return part
 
     def of_same_samples(self, other: Contribution) -> bool:
         """Whether another loss is one of the same samples."""

@@ -165,6 +165,13 @@ class collect(Collection):  # noqa: N801
             )
         )
 
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Collect what a request asks for."""
+        found = cls.__new__(cls)
+        Collection.__init__(found, request)
+        return found
+
     @property
     def samples(self) -> int:
         return self.accumulator.samples

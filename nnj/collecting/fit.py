@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
+from nnj.collecting.batches import call, length, moved, read, scalar
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
 from nnj.collecting.passes import Collection, is_collecting
@@ -98,11 +98,11 @@ def fit(
         torch.enable_grad(),
     ):
         for given in _bar(loader, progress):
-            batch = _moved(given, device)
-            inputs, wanted = _read(batch, forward, target)
-            n = _length(inputs, axis)
+            batch = moved(given, device)
+            inputs, wanted = read(batch, forward, target)
+            n = length(inputs, axis)
             if n > 0:
-                output = forward(model, batch) if forward else _call(model, inputs)
+                output = forward(model, batch) if forward else call(model, inputs)
                 run.add(loss, output, wanted, n)
     return run.result(loss.name)
 
@@ -137,7 +137,7 @@ class _Run:
         """One batch of n samples: a backward pass that leaves no gradients."""
         weight = loss.weight(output, target, n)
         total = loss.total(output, target, n) if self.scale == "mean" else 0.0
-        value = _scalar(loss.module(output, target), loss.name)
+        value = scalar(loss.module(output, target), loss.name)
         before = self.collection.accumulator.samples
         with self.collection:
             torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
@@ -192,22 +192,6 @@ class _Run:
         return {path: value for path, value in found.items() if value is not None}
 
 
-def _scalar(value: Any, loss: str) -> Tensor:
-    """The value of a loss. Errors: `NNJError` for what is no scalar that has a gradient."""
-    if isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad:
-        return value
-    what = type(value).__name__
-    if isinstance(value, Tensor):
-        what = (
-            f"a tensor of shape {tuple(value.shape)}"
-            if value.dim() > 0
-            else "a scalar that does not"
-        )
-    raise NNJError(
-        f"{loss} gave {what}, expected a scalar that depends on the parameters of the model"
-    )
-
-
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards every part has its own flag again."""
@@ -218,61 +202,6 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
-
-
-def _read(batch: Any, forward: Any, target: str | Callable[[Any], Any] | None) -> tuple[Any, Any]:
-    """What goes into the model, and the target."""
-    if callable(target):
-        wanted, inputs = target(batch), batch
-        if forward is None:
-            raise NNJError(
-                "target= is a function, so nnj does not know what of a batch is for the model. Say "
-                "forward=, too"
-            )
-        return inputs, wanted
-    if isinstance(batch, dict):
-        key = "labels" if target is None else target
-        if key not in batch:
-            raise NNJError(
-                f"a batch has the keys {', '.join(map(repr, batch))}, and not {key!r} for the "
-                "target. Say which it is with target=, a key or a function of the batch"
-            )
-        return {k: v for k, v in batch.items() if k != key}, batch[key]
-    if target is not None:
-        raise NNJError(
-            f"target={target!r} is a key, but a batch is {type(batch).__name__}. Give a function "
-            "of the batch"
-        )
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        what = (
-            f"{type(batch).__name__} of {len(batch)}"
-            if isinstance(batch, (tuple, list))
-            else type(batch).__name__
-        )
-        raise NNJError(
-            f"a batch is {what}, expected (x, ..., y) or a dict. Say forward=lambda model, batch: "
-            "output and target=lambda batch: target"
-        )
-    return batch[:-1], batch[-1]
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-
-
-def _length(inputs: Any, axis: int) -> int:
-    first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() > 0), None)
-    if first is None:
-        raise NNJError(
-            "a batch has no tensor with a batch axis for the model: expected (x, ..., y) or a dict "
-            "of tensors"
-        )
-    return first.shape[min(axis, first.dim() - 1)]
 
 
 def _bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:

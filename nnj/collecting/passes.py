@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.request import Request
@@ -176,6 +177,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.open: list[Collection] = []
+        self.aside: list[Collection] = []  # that are open, and take nothing in for a while
         self.passes: dict[int, _Pass] = {}
         self.adding = False
         self._multithreaded: bool | None = None  # autograd's setting before the first was opened
@@ -209,11 +211,22 @@ class _Thread:
         if ended is not None:
             ended.end()
 
+    @contextmanager
+    def only(self, collection: Collection) -> Iterator[None]:
+        """Open one collection, and for a while no other."""
+        before = self.aside
+        self.aside, self.open = [*before, *self.open], []
+        try:
+            with collection:
+                yield
+        finally:
+            self.open, self.aside = self.aside[len(before) :], before
+
     def close(self, collection: Collection) -> None:
         """Close a collection, whether it is the last one that was opened or not."""
         if collection in self.open:
             self.open.remove(collection)
-        if not self.open:
+        if not self.open and not self.aside:
             self.passes.clear()  # of backward passes that raised
             if self._multithreaded is not None:
                 torch.autograd.set_multithreading_enabled(self._multithreaded)
@@ -227,9 +240,37 @@ def _of_this_thread() -> _Thread:
     return _threads.setdefault(threading.get_ident(), _Thread())
 
 
+def open_collections() -> list[Collection]:
+    """Those of this thread, outermost first."""
+    return list(_of_this_thread().open)
+
+
 def is_collecting() -> bool:
     """Whether a collection is open in this thread."""
     return bool(_of_this_thread().open)
+
+
+class Capture(Collection):
+    """Keeps what one backward pass adds, for nobody else: what else is open takes nothing in.
+
+    Attributes:
+        contributions: those of the losses of the pass.
+    """
+
+    def __init__(self, request: Request):
+        super().__init__(request)
+        self.contributions: list[Contribution] = []
+
+    @override
+    def add_pass(self, contributions: list[Contribution]) -> None:
+        self.contributions += contributions
+        self.accumulator.passes += 1
+
+    @contextmanager
+    def alone(self) -> Iterator[Self]:
+        """Open, while all that is open in this thread is not."""
+        with _of_this_thread().only(self):
+            yield self
 
 
 def _arrived(call: LossCall, scale: Tensor) -> None:

@@ -4,11 +4,12 @@ what memory and error.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,30 @@ class Request:
                 "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
             )
         return cls(_make(names, options), modules, memory, tol, signed, verify)
+
+    def trusted(self) -> Self:
+        """The same, of passes whose structure has been verified."""
+        other = copy.copy(self)
+        other.verify = False
+        return other
+
+    def part(self, names: Container[str]) -> Self:
+        """The same of some of its quantities alone."""
+        other = copy.copy(self)
+        other.quantities = {n: q for n, q in self.quantities.items() if n in names}
+        other.sources = {n: s for n, s in self.sources.items() if n in names}
+        return other
+
+    def gives(self, name: str, other: Request) -> bool:
+        """Whether its results of a quantity are those that another request asks for."""
+        mine, wanted = self.quantities.get(name), other.quantities[name]
+        return (
+            mine is not None
+            and type(mine) is type(wanted)
+            and vars(mine) == vars(wanted)
+            and self.modules == other.modules
+            and (self.tol, self.signed) == (other.tol, other.signed)
+        )
 
     @property
     def per_sample(self) -> list[str]:

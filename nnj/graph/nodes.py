@@ -60,13 +60,16 @@ def edges(node: Any) -> list[Edge | None]:
     return [None if n is None else behind_engine((n, nr)) for n, nr in node.next_functions]
 
 
+_IN_PYTHON: Any = torch.autograd.function.BackwardCFunction
+
+
 def is_alive(node: Any) -> bool:
     """Whether a node is still part of a graph, and may be asked for anything.
 
     What we hold of a node keeps it, and all that is behind it, but for a function in Python in
     older torch: that one dies with the last tensor or node of torch's own that leads to it, and
     asking it for its shapes ends the process."""
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not isinstance(node, _IN_PYTHON):
         return True
     try:
         node.name()

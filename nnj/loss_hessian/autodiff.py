@@ -5,7 +5,6 @@ rows are independent.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nnj.errors import NNJError
+from nnj.generators import OwnGenerator
 from nnj.loss_hessian.base import (
     WRITE_A_RULE,
     LossHessian,
@@ -84,7 +84,7 @@ class _Asked:
     ):
         self.outputs, self.own, self.name, self.shape = outputs, own, name, shape
         # its own, and the same on every device
-        self.generator = torch.Generator("cpu").manual_seed(0)
+        self.generator = OwnGenerator.seeded(0)
         z = self._normal()
         self.hessian, self.hz = _differentiate(call, outputs, own, name, z)
         if not bool(torch.isfinite(self.hz).all()):
@@ -92,7 +92,7 @@ class _Asked:
         self.z = z.to(self.hz)
         self.moderate = _moderate(call, outputs, self.hessian)
         _check_log_probabilities(outputs, self.hessian, self.moderate, self.z, name)
-        self.scale = max(largest_of(self.hz), _size(self.moderate, self.z))
+        self.scale = torch.maximum(largest_of(self.hz), _size(self.moderate, self.z).to(self.hz))
         double = self.hz.dtype == torch.float64
         self.strict, self.loose = (1e-9, 1e-6) if double else (2e-5, 2e-4)
         bits = torch.randint(0, 2, shape, generator=self.generator, device="cpu")
@@ -337,8 +337,8 @@ def _moderate(
     """The Hessian where outputs are at most 1: a saturated loss is the rounding of terms as large
     as those there.
     """
-    largest = max(map(largest_of, outputs))
-    if largest <= 1:
+    largest = torch.stack([largest_of(t) for t in outputs]).max()
+    if bool(largest <= 1):
         return hessian
     try:
         return _Hessian(
@@ -362,7 +362,7 @@ def _check_log_probabilities(
         v = torch.zeros_like(z)
         v[:, part] = z[:, part]
         if bool(hessian.gradient[:, part].any()) and all(
-            _size(h, v, part) == 0 for h in (hessian, moderate)
+            bool(_size(h, v, part) == 0) for h in (hessian, moderate)
         ):
             raise NNJError(
                 f"{name} is linear in log probabilities: its Hessian there is zero, though in what "
@@ -371,16 +371,18 @@ def _check_log_probabilities(
             )
 
 
-def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> float:
-    """How large H z is; of an output's part of it."""
+def _size(hessian: _Hessian | None, z: Tensor, part: slice = slice(None)) -> Tensor:
+    """How large H z is; of an output's part of it. 0 where that is not known, or not finite."""
+    if hessian is None:
+        return z.new_zeros(())
     try:
-        size = 0.0 if hessian is None else largest_of(hessian.product(z[None])[..., part])
+        size = largest_of(hessian.product(z[None])[..., part])
     except Exception:
-        return 0.0
-    return size if math.isfinite(size) else 0.0
+        return z.new_zeros(())
+    return torch.where(size.isfinite(), size, 0.0)
 
 
-def _agree(found: Tensor, expected: Tensor, scale: float, tolerance: float) -> bool:
+def _agree(found: Tensor, expected: Tensor, scale: Tensor, tolerance: float) -> bool:
     """Whether rows are equal, up to `tolerance` of each row and to the rounding of terms as large
     as `scale`.
     """

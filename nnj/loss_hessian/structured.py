@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nnj.checks import number
 from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
@@ -36,14 +36,14 @@ class DiagonalHessian(LossHessian):
         h: Tensor,
         shapes: Sequence[Sequence[int]] | None = None,
         name: str = "the loss",
-        scale: float = 0.0,
+        scale: float | Tensor = 0.0,
         dtype: torch.dtype | None = None,
     ):
         h = _wide(h)
         super().__init__(
             [h.shape] if shapes is None else shapes, h.new_empty(0, dtype=dtype or h.dtype), 1, 1
         )
-        _refuse_negative(h, max(scale, largest_of(h)), h.dtype, name)
+        _refuse_negative(h, largest_of(h).clamp(min=scale), h.dtype, name)
         self.h = h.clamp(min=0).reshape(self.rows, self.places, 1)
 
     def columns(self, start: int, stop: int) -> Tensor:
@@ -96,13 +96,14 @@ class BlockHessian(LossHessian):
         matrix: Tensor,
         shapes: Sequence[Sequence[int]],
         name: str = "the loss",
-        scale: float = 0.0,
+        scale: float | Tensor = 0.0,
         dtype: torch.dtype | None = None,
     ):
         matrix, dtype = _wide(matrix), dtype or _wide(matrix).dtype
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         b = matrix.shape[-1]
-        _refuse_negative(values, max(scale, largest_of(values)) * math.sqrt(b), dtype, name)
+        size = largest_of(values).clamp(min=scale)
+        _refuse_negative(values, size * b**0.5, dtype, name)
         noise = b * torch.finfo(matrix.dtype).eps * values.amax(-1, keepdim=True)
         rank = max(1, int((values > noise.clamp(min=0)).sum(-1).max())) if values.numel() else 1
         s = (vectors * values.clamp(min=0).sqrt()[..., None, :])[..., -rank:].flip(-1)
@@ -247,8 +248,9 @@ class SoftmaxHessian(LossHessian):
         for a in range(0, self.rank, size):
             b = min(a + size, self.rank)
             v = rows[a:b, None] - shift
-            mine = ((top[:, 0] >= a) & (top[:, 0] < b)).nonzero()[:, 0]
-            v[top[mine, 0] - a, sample[mine]] = rows[last] - shift[mine]
+            # that of t is the last class's; without asking which samples have t among these
+            mine, at = (top >= a) & (top < b), (top[:, 0] - a).clamp(0, b - a - 1)
+            v[at, sample] = torch.where(mine, rows[last] - shift, v[at, sample])
             yield v.mul_(weight[a:b, :, None])
 
     def gram_through(self, rows: Tensor) -> Tensor:
@@ -282,18 +284,23 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def largest_of(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
+def largest_of(t: Tensor) -> Tensor:
+    """max |t|, a tensor without axes; 0 if there are no entries."""
+    return t.abs().max() if t.numel() else t.new_zeros((), dtype=t.abs().dtype)
 
 
-def _refuse_negative(values: Tensor, scale: float, dtype: torch.dtype, name: str) -> None:
-    smallest, largest = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
-    if not math.isfinite(smallest + largest):
+def _refuse_negative(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> None:
+    if not values.numel():
+        return
+    smallest, largest = values.aminmax()
+    finite, least = (smallest + largest).isfinite(), -32 * torch.finfo(dtype).eps * scale
+    if bool(finite & (smallest >= least)):  # one question, on any device
+        return
+    if not bool(finite):
         raise NNJError(infinite(name))
-    if not smallest >= -32 * torch.finfo(dtype).eps * scale:
-        raise Indefinite(
-            f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
-            f"{smallest:.3g}), so it has no factor and no GGN. Use a loss that is convex in the "
-            "output (the rest may be part of the model), collect with signed=True, or "
-            f"{WRITE_A_RULE} that keeps a positive part"
-        )
+    raise Indefinite(
+        f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
+        f"{number(smallest):.3g}), so it has no factor and no GGN. Use a loss that is convex in "
+        "the output (the rest may be part of the model), collect with signed=True, or "
+        f"{WRITE_A_RULE} that keeps a positive part"
+    )

@@ -150,6 +150,11 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
             EXTENDED.discard(module)
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Whether a hook of a module is one that `extend` has put there."""
+    return isinstance(hook, (BeforeCall, AfterCall, BeforeLoss, LossHook))
+
+
 def register_after_ours(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
     """Register a forward hook of (module, args, kwargs, output) before all others, but for ours
     where it is the first: what ours sees must be what `forward` gave.

@@ -1,0 +1,309 @@
+"""The cases of a program: each is run eagerly, traced, compared with the eager run, and from then
+on replayed; what cannot be is run eagerly, saying why.
+
+    1st call of a case   eager (nnj verifies the structure of its graph then)
+    2nd                  traced: a run like any other, and a graph
+    3rd                  replayed and run, which must agree
+    4th and later        replayed, guarded
+
+A replay whose flag says that something was answered otherwise while tracing (also: that a check
+fails) is thrown away, and the pass run eagerly, which raises what there is to raise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from nnj.compiling.backends import Run, check_backend, compiled
+from nnj.compiling.guards import State, surroundings, unusual
+from nnj.compiling.program import Program, Untraceable
+from nnj.errors import NNJError
+
+if TYPE_CHECKING:
+    from nnj.compiling.trace import Traced
+
+T = TypeVar("T")
+
+
+class Cases(Generic[T]):
+    """Runs a program, by a graph for each case where it can.
+
+    Args:
+        program: what is run.
+        backend: "inductor", "aot" or "cudagraphs".
+        limit: how many cases are traced, and how often each is traced anew.
+        verify: whether a graph is compared with the eager run before it stands for it.
+        ignored, is_own: as in `State`.
+        never: why no case can be traced; None if one may be.
+
+    Attributes:
+        reasons: why something was run eagerly, each once.
+        replays: how many calls were replayed.
+
+    Errors: `NNJError` for an unknown backend, or a limit that is no number.
+    """
+
+    def __init__(
+        self,
+        program: Program[T],
+        backend: str = "inductor",
+        limit: int = 8,
+        verify: bool = True,
+        ignored: Collection[str] = (),
+        is_own: Callable[[Any], bool] = lambda hook: False,
+        never: str | None = None,
+    ):
+        check_backend(backend)
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise NNJError(f"limit={limit!r}: how many cases are traced is a whole number")
+        self.program, self.backend, self.limit, self.verify = program, backend, limit, verify
+        self.reasons: list[str] = []
+        self.replays = 0
+        self._ignored, self._is_own, self._never = ignored, is_own, never
+        self._cases: list[_Case] = []
+
+    def __call__(self, batch: Any) -> T:
+        """Run the program on a batch."""
+        reason = self._never or unusual()
+        if reason is not None:
+            return self._eagerly(batch, reason)
+        leaves, spec = tree_flatten(batch)
+        around = (spec, surroundings())
+        for case in self._cases:
+            inputs = case.inputs(leaves, around)
+            if inputs is not None:
+                return self._run(case, batch, leaves, inputs)
+        if len(self._cases) >= self.limit:
+            return self._eagerly(batch, f"there are more than limit={self.limit} cases")
+        case = _Case(State(self.program.modules, self._ignored, self._is_own), leaves, around)
+        self._cases.append(case)
+        return self._first(case, batch, leaves)
+
+    def _eagerly(self, batch: Any, reason: str) -> T:
+        """Run it as it is, and say why, once."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            warnings.warn(f"nnj.compile runs eagerly: {reason}", stacklevel=4)
+        return self.program.eager(batch)
+
+    # -- the life of a case ------------------------------------------------------------------------
+
+    def _run(self, case: _Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
+        if case.reason is not None:
+            return self._eagerly(batch, case.reason)
+        if case.traced is None:
+            return self._trace(case, batch, leaves, inputs)
+        if self.verify and not case.confirmed:
+            return self._confirm(case, batch, inputs)
+        with case.generators():
+            results = case.replay(inputs)
+            if results is not None:
+                self.replays += 1
+                return self.program.take(results, case.layout, inputs)
+            case.rewind()
+        return self._again(case, batch)
+
+    def _first(self, case: _Case, batch: Any, leaves: list[Any]) -> T:
+        """Run eagerly, and see whether that changes what it reads."""
+        if case.reason is not None:
+            return self._eagerly(batch, case.reason)
+        inputs = case.state.tensors
+        before = [t._version for t in inputs]
+        found = self.program.eager(batch)
+        case.look(before, inputs, leaves)
+        case.state.tensors = []  # others may stand in their places
+        return found
+
+    def _trace(self, case: _Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
+        layouts: list[Any] = []
+
+        def run() -> list[Tensor]:
+            results, layout = self.program.run(batch, inputs)
+            layouts.append(layout)
+            return results
+
+        from nnj.compiling.trace import trace  # which loads what few need
+
+        before = [t._version for t in inputs]
+        case.save()
+        try:
+            traced = trace(run, inputs)
+        except Exception as error:
+            case.rewind()
+            found = self.program.eager(batch)  # raises what there is to raise
+            known = isinstance(error, Untraceable)
+            case.reason = str(error) if known else f"{type(error).__name__}: {error}"
+            return found
+        case.look(before, inputs, leaves)
+        if case.reason is None:
+            case.keep(traced, layouts[0])
+            case.compile(inputs, self.backend)
+        return self.program.take(traced.results, layouts[0], inputs)
+
+    def _confirm(self, case: _Case, batch: Any, inputs: list[Tensor]) -> T:
+        """Replay and run."""
+        case.save()
+        found = case.replay(inputs, exactly=True)
+        case.rewind()
+        if found is None:
+            return self._again(case, batch)
+        try:
+            expected, layout = self.program.run(batch, inputs)
+        except NNJError:
+            case.rewind()
+            return self.program.eager(batch)
+        gap = _gap(found, expected)
+        if gap is not None:
+            case.reason = f"what its graph gives is not what the eager pass gives ({gap})"
+        case.confirmed = True
+        return self.program.take([t.detach() for t in expected], layout, inputs)
+
+    def _again(self, case: _Case, batch: Any) -> T:
+        """Something was answered otherwise than while tracing."""
+        found = self.program.eager(batch)
+        case.missed += 1
+        case.traced = None
+        if case.missed > self.limit:
+            case.reason = f"what it asks of its tensors was answered otherwise {case.missed} times"
+        return found
+
+
+class _Case:
+    """What the modules and a batch are, beside the numbers in their tensors.
+
+    Attributes:
+        reason: why there is no graph for it; None if there is one, or may be.
+        traced: its graph, once it is there.
+        missed: how often a graph was thrown away.
+        confirmed: whether the graph was compared with the eager run.
+    """
+
+    def __init__(self, state: State, leaves: list[Any], around: Any):
+        self.state, self.around, self.kept = state, around, len(state.tensors)
+        self.arguments = state.frozen(leaves, "the batch")
+        state.finish()
+        self.reason = state.refused or _refused(leaves)
+        self.traced: Traced | None = None
+        self.layout: Any = None
+        self.run: Run | None = None
+        self.missed, self.confirmed = 0, False
+        self._saved: list[tuple[Any, Tensor]] = []
+
+    def inputs(self, leaves: list[Any], around: Any) -> list[Tensor] | None:
+        """All tensors as they are now; None if it is another case."""
+        if around != self.around:
+            return None
+        return self.state.now(leaves, self.arguments)
+
+    def look(self, before: list[int], inputs: Sequence[Tensor], leaves: list[Any]) -> None:
+        """Refuse what a run has changed."""
+        for i, (t, version) in enumerate(zip(inputs, before, strict=True)):
+            if t._version != version:
+                name = self.state.name(i)
+                self.reason = f"a pass writes into {name}, and a graph would not"
+        changed = self.state.difference(inputs, leaves, self.arguments)
+        if changed is not None:
+            self.reason = f"a pass changes {changed}, and a graph would not"
+
+    def keep(self, traced: Traced, layout: Any) -> None:
+        self.traced, self.layout = traced, layout
+        self.confirmed = False
+
+    @torch.no_grad()
+    def compile(self, inputs: list[Tensor], backend: str) -> None:
+        """Have the graph run by a backend."""
+        assert self.traced is not None
+        given = [*inputs, *(draw.value for draw in self.traced.draws)]
+        with _plainly(inputs):
+            self.run = compiled(self.traced.graph, given, self.kept, backend)
+
+    @torch.no_grad()
+    def replay(self, inputs: list[Tensor], exactly: bool = False) -> Sequence[Tensor] | None:
+        """What the graph gives; None where its flag says that it is not to be trusted.
+
+        Args:
+            exactly: draw the random numbers that the eager run would.
+        """
+        assert self.traced is not None and self.run is not None
+        draws = [draw.again() for draw in self.traced.draws]
+        run = self.traced.graph.forward if exactly and self.traced.random else self.run
+        with _plainly(inputs):
+            results = list(run(*inputs, *draws))
+        if self.traced.asks and bool(results.pop()):
+            return None
+        return results
+
+    # -- random numbers ----------------------------------------------------------------------------
+
+    @contextmanager
+    def generators(self) -> Iterator[None]:
+        """Note where generators stand, where the graph draws from any."""
+        assert self.traced is not None
+        self._saved = []
+        if self.traced.random or self.traced.draws:
+            self.save()
+        yield
+
+    def save(self) -> None:
+        """Note where generators stand."""
+        found: list[Any] = [torch.default_generator]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            found.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        if self.traced is not None:
+            found += {
+                id(d.kwargs["generator"]): d.kwargs["generator"] for d in self.traced.draws
+            }.values()
+        self._saved = [(g, g.get_state()) for g in found]
+
+    def rewind(self) -> None:
+        """Generators stand where they stood."""
+        for g, state in self._saved:
+            g.set_state(state)
+
+
+@contextmanager
+def _plainly(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Without autocast, whose casts are in the graph."""
+    kinds = {t.device.type for t in inputs if torch.is_autocast_enabled(t.device.type)}
+    if not kinds:
+        yield
+        return
+    with torch.autocast(kinds.pop(), enabled=False):
+        yield
+
+
+def _refused(leaves: list[Any]) -> str | None:
+    """Why a batch cannot be an input of a graph."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if leaf.requires_grad:
+                return "a tensor of the batch requires grad, and its gradient would be lost"
+            if type(leaf) is not Tensor or leaf.layout != torch.strided:
+                return f"the batch has a {type(leaf).__name__} of layout {leaf.layout}"
+        elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
+            return f"the batch has a {type(leaf).__name__}, which nobody can compare"
+    return None
+
+
+def _gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """How two lists of results differ; None if they do not, but for rounding."""
+    for one, other in zip(found, expected, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"a result has shape {tuple(one.shape)} and {tuple(other.shape)}"
+        if not other.numel() or torch.equal(one, other):
+            continue
+        if not (other.is_floating_point() or other.is_complex()):
+            return "whole numbers are others"
+        wide = torch.float64 if other.is_floating_point() else torch.complex128
+        slack = torch.finfo(other.dtype).eps ** 0.5
+        one, other = one.detach().to(wide), other.detach().to(wide)
+        size = torch.where(other.isfinite(), other, 0.0).abs().max()
+        if not torch.allclose(one, other, rtol=0, atol=float(slack * size), equal_nan=True):
+            return f"by {float((one - other).abs().max()):.2g} where it is {float(size):.2g}"
+    return None

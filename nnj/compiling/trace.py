@@ -1,0 +1,110 @@
+"""A function traced by make_fx, with everything in it that autograd and nnj do: a graph of torch's
+operators from the inputs to the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import (
+    get_innermost_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
+
+from nnj.compiling.program import Untraceable
+from nnj.compiling.questions import Draw, Questions, Readings
+
+LARGEST = 20_000  # operators of a graph, above which nobody would wait for a compiler
+
+
+class Traced(NamedTuple):
+    """A graph, and what it takes and gives beside the inputs and results.
+
+    Attributes:
+        graph: of (*inputs, *draws) -> [*results, changed], or [*results] where nothing was asked.
+        results: those of the run that was traced.
+        draws: random numbers that are inputs.
+        random: whether torch's own generators are asked in it.
+        asks: whether `changed` is there.
+    """
+
+    graph: GraphModule
+    results: list[Tensor]
+    draws: list[Draw]
+    random: bool
+    asks: bool
+
+
+def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Traced:
+    """Run a function and note what it does with its inputs, which it reads wherever they are.
+
+    The results are tensors of their own, no views of one another or of inputs.
+
+    Errors: `Untraceable`, and whatever the function raises.
+    """
+    questions, results = Questions(inputs), list[Tensor]()
+
+    def run(*given: Tensor) -> list[Tensor]:
+        with questions, Readings(questions):
+            results.extend(_apart(function(), inputs))
+            found = list(results)
+            if questions.changed:
+                found.append(torch.stack(questions.changed).any())
+        return found
+
+    try:
+        graph = make_fx(run, _disable_torch_fn_metadata_mode=True)(*inputs)
+    except Exception as error:
+        if questions.refused is not None:
+            raise Untraceable(questions.refused) from error
+        raise
+    if questions.refused is not None:  # somebody caught it, and went another way
+        raise Untraceable(questions.refused)
+    _tidy(graph)
+    if len(graph.graph.nodes) > LARGEST:
+        raise Untraceable(f"the pass has more than {LARGEST} operators")
+    asks = bool(questions.changed)
+    return Traced(graph, results, questions.draws, questions.random, asks)
+
+
+def _apart(found: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Each result in memory of its own, and as no constant of the graph."""
+    mode = get_innermost_proxy_mode()
+    assert mode is not None
+    taken = {t.untyped_storage().data_ptr() for t in inputs if t.layout == torch.strided}
+    results = []
+    for t in found:
+        t = t.detach()
+        storage = t.untyped_storage()
+        known = get_proxy_slot(t, mode.tracer, None) is not None
+        if not known or storage.data_ptr() in taken or storage.nbytes() != t.nbytes:
+            t = t.clone()
+        taken.add(t.untyped_storage().data_ptr())
+        results.append(t)
+    return results
+
+
+def _tidy(module: GraphModule) -> None:
+    """Placeholders first, in order; nothing that nobody reads; no detach, which says nothing
+    without autograd.
+    """
+    graph = module.graph
+    last: Node | None = None
+    for node in graph.find_nodes(op="placeholder"):
+        if last is not None:
+            last.append(node)
+        last = node
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(_operand(node))
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _operand(node: Node) -> Any:
+    return node.args[0]
