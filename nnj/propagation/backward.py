@@ -269,7 +269,12 @@ class Sweep(Plan):
             self.check_order(step, v.device)
         elif self.n > 1:
             # of the column of sample i row i
-            v = v.unflatten(0, (-1, self.n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
+            v = v.unflatten(0, (-1, self.n))
+            size = v.abs().amax(0).flatten(2).amax(2) if v.dim() > 3 else v.abs().amax(0)
+            apart = size.masked_fill(torch.eye(self.n, dtype=torch.bool, device=v.device), 0)
+            if bool((apart > 1e3 * torch.finfo(v.dtype).eps * size.max()).any()):
+                raise Coupled.at("the input")
+            v = v.diagonal(dim1=1, dim2=2).movedim(-1, 1)
         return v
 
     def check_order(self, step: Step, device: torch.device) -> None:

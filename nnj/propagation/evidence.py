@@ -11,7 +11,7 @@ from torch import Tensor
 from nnj.errors import Coupled
 from nnj.graph.builder import Graph
 from nnj.graph.step import Step, describe
-from nnj.jacobians.sample_index import SampleIndex
+from nnj.jacobians.sample_index import SampleAxis, SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.plan import device_of
 from nnj.recording.records import CallMark, Edge, Record, storage_of
@@ -20,13 +20,28 @@ SEED = 0x6E6E6A  # of generators of our own
 
 
 class Evidence(NamedTuple):
-    """Whose the rows of a first layer are: `samples` along one axis of its input and output, -1
-    where it cannot be told.
+    """Whose the rows of a first layer are.
+
+    Attributes:
+        axis: of its input and output, along which they are.
+        found: the samples along it, -1 where it cannot be told; None where they are all of them, in
+            order.
+        n: how many samples there are.
     """
 
     step: Step
     axis: int
-    samples: Tensor
+    found: Tensor | None
+    n: int
+
+    @property
+    def samples(self) -> Tensor:
+        return torch.arange(self.n) if self.found is None else self.found
+
+    @property
+    def told(self) -> bool:
+        """Whether it is known of every row."""
+        return self.found is None or bool((self.found >= 0).all())
 
 
 def evidence_of(graph: Graph, mark: CallMark, n: int) -> list[Evidence]:
@@ -39,22 +54,22 @@ def evidence_of(graph: Graph, mark: CallMark, n: int) -> list[Evidence]:
         if record is not None and record.edge is None and step.params:
             seen = _at_first_layer(record, mark, n)
             if seen is not None:
-                evidence.append(Evidence(step, *seen))
+                evidence.append(Evidence(step, *seen, n))
     return evidence
 
 
-def _at_first_layer(record: Record, mark: CallMark, n: int) -> tuple[int, Tensor] | None:
+def _at_first_layer(record: Record, mark: CallMark, n: int) -> tuple[int, Tensor | None] | None:
     """An axis of a first layer's input and output, and whose the rows along it are."""
     axis, x, y = mark.batch_axis, record.x, record.y
     if x.storage in [storage_of(t) for t in mark.inputs]:
         same = len(x.shape) > axis and x.shape[axis] == n
         same = same and y.shape[: axis + 1] == x.shape[: axis + 1]
-        return (axis, torch.arange(n)) if same else None
+        return (axis, None) if same else None
     if axis < 2 and any(
         t.dim() > 1 and x.storage == storage_of(t.transpose(0, 1)) for t in mark.inputs
     ):
         same = x.shape[1 - axis] == n and y.shape[:2] == x.shape[:2]
-        return (1 - axis, torch.arange(n)) if same else None
+        return (1 - axis, None) if same else None
     if x.value is None or x.value.device.type == "meta":
         return None
     samples = _rows_of_inputs(x.value, mark, n)
@@ -105,8 +120,13 @@ def check_apart(sweep: Sweep, mark: CallMark, n: int) -> bool:
     """
     if sweep.n == 1:
         return True
+    evidence = evidence_of(sweep.graph, mark, n)
+    if all(
+        e.found is None and sweep.axis_of(e.step.into[0]) == SampleAxis(e.axis, 1) for e in evidence
+    ):
+        return True
     in_order, reached = True, torch.full((n,), -1)  # the sample that each place reaches
-    for step, axis, samples in evidence_of(sweep.graph, mark, n):
+    for step, axis, samples in ((e.step, e.axis, e.samples) for e in evidence):
         state, shape = sweep.state[step.into[0]], sweep.shapes[step.into[0]]
         if state is None:
             return False
@@ -138,7 +158,7 @@ def touched(graph: Graph, edge: Edge, mark: CallMark, n: int) -> Tensor | None:
     """The one sample that each row on an edge touches at the first layers, or None if a row touches
     none or several.
     """
-    known = {e.step: e for e in evidence_of(graph, mark, n) if bool((e.samples >= 0).all())}
+    known = {e.step: e for e in evidence_of(graph, mark, n) if e.told}
     shape, dtype, device = graph.shapes[edge], graph.dtypes[edge], device_of(edge)
     if not known or not shape:
         return None
@@ -153,10 +173,9 @@ def touched(graph: Graph, edge: Edge, mark: CallMark, n: int) -> Tensor | None:
         columns = cotangent.new_zeros(len(number), *shape)
         columns[number - start, number] = cotangent[number]
         for step, v in sweep.watch({edge: columns}, len(number), list(known)):
-            _, axis, samples = known[step]
-            nonzero = (v != 0).movedim(axis + 1, 1).flatten(2).any(2).long()
+            nonzero = (v != 0).movedim(known[step].axis + 1, 1).flatten(2).any(2).long()
             found[number] += torch.zeros_like(found[number]).index_add_(
-                1, samples.to(device), nonzero
+                1, known[step].samples.to(device), nonzero
             )
     one_each = bool(((found > 0).sum(1) == 1).all())
     return (found > 0).int().argmax(1) if one_each else None

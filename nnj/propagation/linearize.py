@@ -16,13 +16,16 @@ from typing_extensions import TypeVar
 from nnj.errors import NNJError, complex_parameter
 from nnj.graph.builder import Graph
 from nnj.graph.refusals import refuse_tensor
+from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sink, Sweep
 from nnj.propagation.forward import Forward
-from nnj.propagation.plan_search import plan_of_output
+from nnj.propagation.plan import Assumptions, device_of
+from nnj.propagation.plan_search import Roots, plan_of_output
 from nnj.propagation.verification import verify
 from nnj.recording.extend import temporarily_extended
 from nnj.recording.records import Edge, edge_of
 
+SEED = 0x6E6E6A
 Slot = Literal["input", "weight"]
 S = TypeVar("S", bound=Sweep, default=Sweep)
 
@@ -99,9 +102,13 @@ class Linearization(Generic[S]):
         graph = Graph([root], wanted.__contains__, paths, batched, matmuls)
         if not graph.steps:
             return None
-        check = None
-        if kind is Sweep:
-            check = lambda sweep, rows: verify(sweep, rows, self.leaves, self.module)
+
+        def check(sweep: S, rows: Roots) -> None:
+            if batched is not None and any(step.leaf is batched for step in sweep.by_column):
+                _check_apart(graph, root, self.n, sweep.assume)
+            if kind is Sweep:
+                verify(sweep, rows, self.leaves, self.module)
+
         # an operand cut off at the input would hide what other samples have to do with it
         cut = self.wrt == "weight"
         return plan_of_output(graph, root, self.n, kind, cut, check).sweep
@@ -171,6 +178,16 @@ class Linearization(Generic[S]):
         return (
             eye[:, None].expand(self.out, self.n, self.out).reshape(self.out, self.n, *self.outputs)
         )
+
+
+def _check_apart(graph: Graph, root: Edge, n: int, assume: Assumptions) -> None:
+    """Errors: `Coupled` if a column of one sample comes to the rows of others, where columns come
+    to the input one for each sample, and each is taken for that sample's row alone.
+    """
+    u = torch.rand(graph.shapes[root], generator=torch.Generator().manual_seed(SEED)) + 0.5
+    columns = u[None].to(device_of(root), graph.dtypes[root])
+    sweep = Sweep(graph, n, {root: SampleIndex(n)}, assume)
+    sweep.run({root: columns}, 1, lambda leaf, factor: None)
 
 
 def _check_input(module: nn.Module, x: Tensor, wrt: Slot) -> None:

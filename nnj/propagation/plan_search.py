@@ -22,7 +22,7 @@ from nnj.propagation.backward import Sweep
 from nnj.propagation.evidence import check_apart, evidence_of, touched
 from nnj.propagation.glue import Glue, entries_of
 from nnj.propagation.outputs import Outputs, Reading, Trust
-from nnj.propagation.plan import Assumptions
+from nnj.propagation.plan import Assumptions, device_of
 from nnj.recording.records import Edge
 
 S = TypeVar("S", bound=Sweep, default=Sweep)
@@ -196,7 +196,7 @@ class _Search(Generic[S]):
         if reading.mark is not None:
             told = evidence_of(self.graph, reading.mark, planned.n)
             if told:
-                return "" if all(bool((e.samples >= 0).all()) for e in told) else REARRANGED
+                return "" if all(e.told for e in told) else REARRANGED
         # where bare parameters have columns for each sample, these cannot meet
         bare = planned.sweep.assume.bare
         ways = [way for way in assumptions(self.graph) if not way.cut and way.bare == bare]
@@ -251,20 +251,29 @@ def _order(
     """What was declared first; then all readings with samples in the rows of bare parameters, in
     which samples would be seen to mix.
     """
-    declared = [reading for reading in readings if reading.trust <= Trust.ALIKE]
-    yield from ((reading, list(ways)) for reading in declared)
+    yield from ((r, list(ways)) for r in readings if r.trust == Trust.DECLARED)
     for bare in (True, False):
         some = [way for way in ways if way.bare == bare]
-        yield from ((r, some) for r in readings if r.trust > Trust.ALIKE and some)
+        yield from ((r, some) for r in readings if r.trust > Trust.DECLARED and some)
 
 
 def _is_straight(sweep: Sweep, reading: Reading) -> bool:
     """Whether the samples are, at all first layers, along the declared axis."""
     if reading.mark is None:
         return False
-    first = [s for s in sweep.graph.steps if s.record is not None and s.record.edge is None]
-    declared = SampleAxis(reading.mark.batch_axis, 1)
-    return bool(first) and all(sweep.axis_of(step.into[0]) == declared for step in first)
+    along = SampleAxis(reading.mark.batch_axis, 1)
+    first = [s.into[0] for s in sweep.graph.steps if s.record is not None and s.record.edge is None]
+    return bool(first) and all(_is_along(sweep, edge, along) for edge in first)
+
+
+def _is_along(sweep: Sweep, edge: Edge, along: SampleAxis) -> bool:
+    """Whether the samples on an edge are along an axis."""
+    index, shape = sweep.state[edge], sweep.shapes[edge]
+    if index is None or index.by_column or len(shape) <= along.axis:
+        return False
+    of = entries_of(index, shape, device_of(edge))
+    wanted = SampleIndex.by_axis(sweep.n, shape, along, device_of(edge))
+    return bool((of == entries_of(wanted, shape, of.device)).all())
 
 
 # -- readings of last resort -----------------------------------------------------------------------

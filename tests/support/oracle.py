@@ -20,7 +20,6 @@ from torch.func import functional_call, grad, jacrev
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.support.cases import CASES, EITHER, Case
-from tests.support.cases.whose_rows import SUMS, WHOSE
 
 
 def build(case: Case, twin: bool = False) -> nn.Module:
@@ -250,7 +249,7 @@ def every_entry(numbers: list[Tensor], outs: list[Tensor]) -> Tensor:
 @functools.cache
 def truth(name: str) -> Truth:
     """The truth of a case of the table, once."""
-    return Truth((CASES | EITHER | WHOSE | SUMS)[name])
+    return Truth((CASES | EITHER)[name])
 
 
 def close(found: Any, expected: Tensor) -> str:
