@@ -4,6 +4,7 @@ DistributedDataParallel.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tests.support.data_parallel import STEPS, WAYS, Way, batch, of
 from tests.support.oracle import Dense, close, dense
 from tests.support.processes import SIZE, together
+from tests.support.sharded import CASES, SHARDED
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,25 @@ def test_products_of_a_model_under_it(trained, name):
     for rank in range(SIZE):
         for one, other in zip(*trained[rank][name], strict=True):
             assert close(other["jacobian"], one["jacobian"]) == ""
+
+
+@pytest.fixture(scope="module")
+def sharded() -> list[dict[Any, Any]]:
+    return together("tests.support.sharded:all_ways")
+
+
+@pytest.mark.parametrize("way", CASES, ids=" ".join)
+def test_a_sharded_or_distributed_model_is_refused_and_trains_on(sharded, way):
+    for rank in range(SIZE):
+        for plain, refused in zip(*sharded[rank][way], strict=True):
+            assert torch.equal(plain[0], refused[0])
+            assert any(g is not None for g in plain[1])
+            assert all(same(g, h) for g, h in zip(plain[1], refused[1], strict=True))
+            assert re.search(
+                r"is sharded by FSDP" if way[1] in SHARDED else r"^a parameter is a DTensor",
+                refused[2],
+            )
+            assert "under DistributedDataParallel" in refused[2]
 
 
 def test_what_is_refused():
