@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 
 from nnj.collecting.batches import call, length, moved, read, scalar
@@ -74,7 +75,8 @@ def fit(
 
     Errors: `NNJError` for an empty loader, a batch that the rule does not read, a loss whose
     reduction nobody knows or is not as said, a target that torch would broadcast, a mean over a
-    weight of zero, a call inside an open `nnj.collect`, and whatever `nnj.collect` refuses."""
+    weight of zero, a call inside an open `nnj.collect`, a model under DistributedDataParallel (give
+    its `.module`), and whatever `nnj.collect` refuses."""
     if scale not in ("sum", "mean"):
         raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -88,6 +90,12 @@ def fit(
             "the `with`"
         )
     check_hookable(model)
+    if any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+        raise NNJError(
+            "the model is under DistributedDataParallel, which counts on .backward(), and fit "
+            "leaves no gradients. Give the model that was given to it (model.module); the result "
+            "is then that of the loader of each process"
+        )
     run = _Run(model, Request.by_name(quantities, modules=modules, **options), scale)
     device, axis = next(model.parameters()).device, batch_axis_of(model)
     with (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import edge_dtype, edge_shape, leaf_of, own_task, sum_to
+from nnj.graph.nodes import edge_dtype, edge_shape, edges, leaf_of, own_task, sum_to
 from nnj.graph.traverse import children, topological
 from nnj.recording.loss_state import as_called, is_as_it_was
 from nnj.recording.records import Edge, LossCall
@@ -99,8 +99,8 @@ def _cross(node: Any, values: dict[Edge, Tensor]) -> None:
     if all(t is None for t in arrived):
         return
     answers = call_node(node, [None if t is None else t[None] for t in arrived], 1)
-    for edge, back in zip(node.next_functions, answers, strict=False):
-        if edge[0] is None or back is None:
+    for edge, back in zip(edges(node), answers, strict=False):
+        if edge is None or back is None:
             continue
         share = sum_to(back[0], edge_shape(edge), 0).to(edge_dtype(edge))
         values[edge] = values[edge] + share if edge in values else share

@@ -59,6 +59,11 @@ def refuse_leaf(leaf: Tensor) -> None:
     """Errors: `NNJError` for what holds a part of a parameter, or many of them."""
     if "_is_flat_param" in vars(leaf) or "_fsdp_flattened" in vars(leaf):
         raise _sharded("the model")
+    if "_mp_param" in vars(leaf):
+        raise NNJError(
+            "the model is under DistributedDataParallel with mixed_precision=, which puts other "
+            "data into its parameters for a while. Use torch.autocast"
+        )
     if type(leaf).__module__.startswith("torch.distributed.tensor"):
         raise NNJError(
             "a parameter is a DTensor (of tensor parallelism, or distribute_module), of which each "

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from nnj.graph.nodes import edges
+
 T = TypeVar("T", bound=Hashable)
 
 
@@ -45,5 +47,5 @@ def reachable(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> Itera
 
 
 def children(node: Any) -> list[Any]:
-    """The nodes to which a node sends what it makes of a gradient."""
-    return [child for child, _ in node.next_functions if child is not None]
+    """The nodes to which a node sends what it makes of a gradient, behind those of an engine."""
+    return [edge[0] for edge in edges(node) if edge is not None]

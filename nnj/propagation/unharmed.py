@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import checkpoint
 
 from nnj.graph.nodes import refuse_freed
-from nnj.graph.traverse import children, reachable
+from nnj.graph.traverse import reachable
 from nnj.recording.engine import Edge, behind_engine, is_engine
 
 _FRAME: type = checkpoint._CheckpointFrame
@@ -40,12 +40,12 @@ def engine_vjp(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | N
     No node that belongs to an engine is run: what arrives at it goes on behind it.
 
     Errors: `OnBothSides` where that cannot be had."""
-    before: Callable[[Any], list[Any]] = lambda n: [] if is_engine(n) else children(n)
+    before: Callable[[Any], list[Any]] = lambda n: [] if is_engine(n) else _children(n)
     met = set(reachable((node for node, _ in roots), before))
     owned = [node for node in met if is_engine(node)]
     if not owned:
         return _autograd(roots, inputs)
-    behind = set(reachable((child for node in owned for child in children(node)), children))
+    behind = set(reachable((child for node in owned for child in _children(node)), _children))
     if any(node in behind and node in met for node in (*owned, *(node for node, _ in inputs))):
         raise OnBothSides
     ends = [(node, nr) for node in owned for nr in range(len(node._input_metadata))]
@@ -60,6 +60,11 @@ def engine_vjp(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | N
     far = [edge for edge in inputs if edge[0] in behind]
     answers.update(zip(far, engine_vjp(arrived, far), strict=True))
     return [answers[edge] for edge in inputs]
+
+
+def _children(node: Any) -> list[Any]:
+    """The nodes to which autograd sends what a node makes of a gradient."""
+    return [child for child, _ in node.next_functions if child is not None]
 
 
 def _autograd(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
@@ -37,8 +38,11 @@ def _is_leaf_of_torch(module: nn.Module) -> bool:
 
 def _may_be_layer(module: nn.Module) -> bool:
     """Whether a rule may describe a call. Asked once, when the module is extended: at each call it
-    would cost more than the call itself.
+    would cost more than the call itself. What runs a model for an engine is none: called once more,
+    it would take that for the next pass.
     """
+    if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+        return False
     entry = manager().find("layer", type(module))
     return (entry is not None and not entry.is_fallback) or not has_known_part(module)
 

@@ -256,6 +256,11 @@ def test_compiled(backend, order):
     torch._dynamo.reset()
 
 
+class OwnLoss(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum()
+
+
 def test_a_script_of_an_extended_model():
     """torch compiles the hooks of a module; that it cannot is said, and how to go on."""
     model = nnj.extend(build(base()))
@@ -267,3 +272,17 @@ def test_a_script_of_an_extended_model():
     assert not hasattr(hook, "__name__") and getattr(hook, "__name__", "none") == "none"
     scripted = torch.jit.script(nnj.retract(model))
     assert torch.equal(scripted(X), nnj.extend(model)(X))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [nn.CrossEntropyLoss, OwnLoss],
+    ids=["of torch", "of one's own"],
+)
+def test_a_script_of_an_extended_loss(make):
+    loss = nnj.extend(make(), loss=True)
+    with pytest.raises(
+        nnj.NNJError, match=r"^torch\.jit\.script compiles the hooks .*nnj\.retract"
+    ):
+        torch.jit.script(loss)
+    torch.jit.script(nnj.retract(loss))
