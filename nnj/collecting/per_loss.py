@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.called_parameters import check_data, check_replaced
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.request import EXACT, Request
 from nnj.collecting.targets import ChunkSink, Target, owned_by_several
@@ -53,12 +54,14 @@ def contribute(
         paths = {m: name for root in roots for name, m in root.named_modules()}
         _check_modules(requests, paths)
         graph, met = _graph(call, wanted, paths)
+        check_data(graph, [node for node, _ in call.edges], paths)
         reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
             target.reach(reached | empty.keys() if empty else reached, paths)
         sweep, sample_index = _planned(graph, columns, requests, scale.device)
         _open(targets, graph, reached | empty.keys(), roots, sample_index.n)
         _check_met(graph, requests, met | empty.keys())
+        check_replaced(graph, wanted, met | empty.keys(), paths)
         if sweep is not None:
             if any(request.verify for request in requests):
                 _verified(sweep, sample_index, wanted)

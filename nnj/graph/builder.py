@@ -123,7 +123,7 @@ class Graph:
         _refuse(node)
         if type(node) is not LEAF:
             self._note_mark(edge)
-            said = accept(node, number, self.paths)
+            said = accept(node, number, self.paths, self.wanted)
             if isinstance(said, Accepted):
                 return self._from_record(node, said)
         step = self._raw[node] = self._from_node(node)

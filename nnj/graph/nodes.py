@@ -59,7 +59,8 @@ def is_alive(node: Any) -> bool:
     What we hold of a node keeps it, and all that is behind it, but for a function in Python in
     older torch: that one dies with the last tensor or node of torch's own that leads to it, and
     asking it for its shapes ends the process."""
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    if not in_python:
         return True
     try:
         node.name()

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from nnj.errors import NNJError
 from nnj.recording import loss_hook
+from nnj.recording.called_with import CalledWith, PartCalls
 from nnj.recording.records import MARK, CallMark, Edge, edge_of, inert, tensors, write, write_record
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
@@ -47,10 +48,11 @@ class _Frame:
         x, edge, version: the only argument, before anything in place changes it, if a record may be
             made of the call.
         given: the arguments of an outermost call.
+        parts: what is noted of the calls in it, if it is an outermost call.
         python: the frame of Python that called the module.
     """
 
-    __slots__ = ("edge", "given", "module", "python", "version", "x")
+    __slots__ = ("edge", "given", "module", "parts", "python", "version", "x")
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class _Frame:
             (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
         )
         self.given = tensors(list(given)) if outermost else []
+        self.parts = PartCalls() if outermost else None
 
 
 _calls = _Calls()
@@ -151,11 +154,16 @@ class AfterCall(_Hook):
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
             self._record(module, frame.x, output, (frame.edge, frame.version))
         if not frames:
-            self._mark(module, frame.given, output)
+            self._mark(module, frame.given, output, frame.parts)
+        elif frames[0].parts is not None:
+            frames[0].parts.note(module)
 
-    def _mark(self, module: nn.Module, given: list[Tensor], output: Any) -> None:
+    def _mark(
+        self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls | None = None
+    ) -> None:
         """The end of an outermost call."""
-        mark = CallMark(module, [t.detach() for t in given], self.batch_axis, next(_order))
+        detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
+        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what)
         EXTENDED.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
             if t.grad_fn is not None:
