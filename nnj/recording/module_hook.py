@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
@@ -251,6 +252,8 @@ def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
     """Forget calls that ended without their hook being called (an interrupt by the keyboard):
     those whose frame is not among the callers of `python`.
     """
+    if torch.compiler.is_compiling():
+        return  # to older torch the frames are without end
     while frames:
         caller: FrameType | None = python
         last = frames[-1].python
