@@ -1,7 +1,9 @@
 """nnj: Jacobian products and Gauss-Newton curvature for any PyTorch model."""
 
+from nnj._version import __version__  # first: it says whether torch is too old for all the rest
+
+# isort: split
 from nnj import utils
-from nnj._version import __version__
 from nnj.collecting.collect import collect
 from nnj.collecting.compile import compile
 from nnj.collecting.fit import fit

@@ -104,10 +104,13 @@ class collect(Collection):  # noqa: N801
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
         - Models under `torch.compile` or `torch.jit` (extend and use the model that was given to
           it), and `torch.utils.checkpoint` with `use_reentrant=True`.
-        - Parameters that are others at the time of the backward pass than in the call, or have
-          other data (`p.data = ...`); what is written into the data (`p.data.mul_(2)`) nobody can
-          see, and `.grad` is as wrong. A model that was called and of whose parameters the loss
-          reaches none (`torch.func.functional_call` with others).
+        - Parameters that are others at the time of the backward pass than in the call, and would
+          be left without a result: `torch.func.functional_call` with others for all or some of
+          them, also inside a model. What is made of the parameters themselves (a mask times p) is
+          taken, and so are parameters of an extended model in the place of others.
+        - Parameters and buffers, of layers or read as they are, that have other data than in the
+          call (`p.data = ...`); what is written into the data (`p.data.mul_(2)`) nobody can see,
+          and `.grad` is as wrong.
         - `modules=` outside of every extended model. (Of one that the pass does not reach the
           result is None, as `.grad` is.)
         - An `autograd.Function` whose backward is not linear in the gradient.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.called_parameters import check_data, check_replaced
 from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
@@ -53,6 +54,7 @@ def contribute(
     if call.edges:
         _check_modules(requests, scope)
         graph, met = _graph(call, wanted, scope.paths)
+        check_data(graph, [node for node, _ in call.edges], scope.paths)
         reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
             target.reach(reached | empty.keys() if empty else reached, scope.paths)
@@ -60,6 +62,7 @@ def contribute(
         n = columns.rows if planned is None else planned.n
         _open(targets, graph, reached | empty.keys(), scope, n)
         _check_met(graph, requests, met | empty.keys())
+        check_replaced(graph, wanted, met | empty.keys(), scope.paths)
         if planned is not None:
             _Pass(call, columns, planned, targets, wanted).run()
         for target in targets if empty else ():

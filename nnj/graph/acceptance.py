@@ -5,7 +5,7 @@ does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -38,11 +38,17 @@ class Accepted(NamedTuple):
     dtype: torch.dtype
 
 
-def accept(node: Any, number: int, paths: Mapping[nn.Module, str]) -> Accepted | Declined:
+def accept(
+    node: Any,
+    number: int,
+    paths: Mapping[nn.Module, str],
+    wanted: Callable[[Tensor], bool] = lambda p: False,
+) -> Accepted | Declined:
     """The record at output `number` of a node, or why autograd's nodes speak for that output.
 
     Args:
         paths: the names of modules, for errors.
+        wanted: whether results may stand on a parameter.
 
     Errors: `PluginError` if the rule is broken, `NNJError` if it refuses the call.
     """
@@ -51,7 +57,7 @@ def accept(node: Any, number: int, paths: Mapping[nn.Module, str]) -> Accepted |
         return UNRECORDED
     if record.stale:
         name = paths.get(record.module, "") or type(record.module).__name__
-        check_parameters(record, f"layer '{name}'")
+        check_parameters(record, f"layer '{name}'", wanted)
         return Declined("what its rule reads was written over in place")
     if record.entry.node and record.entry.node == node.name():
         if edges(node)[0] == record.edge:

@@ -125,7 +125,7 @@ class Graph:
         node, number = edge
         refuse_node(node)
         if type(node) is not LEAF:
-            said = accept(node, number, self.paths)
+            said = accept(node, number, self.paths, self.wanted)
             if isinstance(said, Accepted):
                 return self._from_record(node, said)
         step = self._raw[node] = self._from_node(node)

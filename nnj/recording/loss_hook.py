@@ -226,6 +226,8 @@ def _drop_finished(python: FrameType) -> None:
     """Forget calls that ended without their hook being called, since they raised: those whose
     frame is not among the callers of `python`.
     """
+    if torch.compiler.is_compiling():
+        return  # to older torch the frames are without end
     frames = _frames.open
     while frames:
         caller: FrameType | None = python

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
 from nnj.recording import loss_hook
+from nnj.recording.called_with import CalledWith, PartCalls
 from nnj.recording.hook import Hook
 from nnj.recording.records import (
     MARK,
@@ -57,10 +59,11 @@ class _Frame:
         x, edge, version: the only argument, before anything in place changes it, if a record may be
             made of the call.
         given: the arguments of an outermost call.
+        parts: what is noted of the calls in it, if it is an outermost call.
         python: the frame of Python that called the module.
     """
 
-    __slots__ = ("edge", "given", "module", "python", "version", "x")
+    __slots__ = ("edge", "given", "module", "parts", "python", "version", "x")
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class _Frame:
             (None, 0) if self.x is None else (edge_of(self.x), self.x._version)
         )
         self.given = tensors(list(given)) if outermost else []
+        self.parts = PartCalls() if outermost else None
 
 
 _calls = _Calls()
@@ -144,11 +148,16 @@ class AfterCall(Hook):
         if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
             self._record(module, frame.x, output, (frame.edge, frame.version))
         if not frames:
-            self._mark(module, frame.given, output)
+            self._mark(module, frame.given, output, frame.parts)
+        elif frames[0].parts is not None:
+            frames[0].parts.note(module)
 
-    def _mark(self, module: nn.Module, given: list[Tensor], output: Any) -> None:
+    def _mark(
+        self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls | None = None
+    ) -> None:
         """The end of an outermost call."""
-        mark = CallMark(module, [t.detach() for t in given], self.batch_axis, next(_order))
+        detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
+        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what)
         EXTENDED.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
             edge = None if t.grad_fn is None else edge_of(t)
@@ -237,6 +246,8 @@ def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
     """Forget calls that ended without their hook being called (an interrupt by the keyboard):
     those whose frame is not among the callers of `python`.
     """
+    if torch.compiler.is_compiling():
+        return  # to older torch the frames are without end
     while frames:
         caller: FrameType | None = python
         last = frames[-1].python

@@ -4,6 +4,7 @@ of a loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
+from nnj.recording.called_with import CalledWith
 from nnj.recording.engine import Edge as Edge
 from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
@@ -151,9 +153,9 @@ class Record:
         return is_changed(self.state, self.module)
 
 
-def check_parameters(record: Record, who: str) -> None:
+def check_parameters(record: Record, who: str, wanted: Callable[[Tensor], bool]) -> None:
     """Errors: `NNJError` if parameters of a call are others by now, or have other data: autograd's
-    nodes would compute with the new ones, or know leaves that are no parameters of the model.
+    nodes would compute with the new ones, or know leaves that are not wanted.
     """
     before, now = record.state, layer_state(record.module)
     if len(before) != len(now):
@@ -161,7 +163,7 @@ def check_parameters(record: Record, who: str) -> None:
     for i, (old, new) in enumerate(zip(before, now, strict=True)):
         if not isinstance(old, Tensor) or not old.is_leaf:
             continue
-        if old is not new and old.requires_grad:
+        if old is not new and old.requires_grad and not wanted(old):
             raise NNJError(
                 f"{who}: a parameter in its call was another tensor than it has now (by "
                 "torch.func.functional_call, or it was replaced since), and results would stand on "
@@ -229,6 +231,7 @@ class CallMark:
     inputs: list[Tensor]  # its arguments, detached
     batch_axis: int
     order: int
+    called_with: CalledWith
 
     @property
     def sizes(self) -> list[int]:
