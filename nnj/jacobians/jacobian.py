@@ -71,6 +71,16 @@ class Jacobian:
         out = u.reshape(*u.shape[:2], -1).transpose(0, 1) @ self.dense()
         return out.transpose(0, 1).reshape(*u.shape[:2], *self.inputs)
 
+    # -- may be overridden: J as a matrix ----------------------------------------------------------
+
+    def shared_rows(self, dtype: torch.dtype) -> Tensor:
+        """The rows of the matrix that all rows of the batch share, where `same_for_rows`:
+        (out, 1, *inputs), not to be written to.
+        """
+        size = math.prod(self.outputs)
+        eye = torch.eye(size, dtype=dtype, device=self.like.device)
+        return self.vjp(eye.reshape(size, 1, *self.outputs))
+
     # -- may be overridden: J with other entries ---------------------------------------------------
 
     def square(self) -> Jacobian:
@@ -206,6 +216,7 @@ class LinearMap(Jacobian):
         adjoint: (R, *outputs) -> (R, *inputs).
         squared: makes the map with squared entries, if that is cheaper than squaring the dense
             matrix.
+        matrix: of (out, in), where the map is given by one that stands in memory.
         per_row: the maps differ from row to row and take (K, N, ...) as it is.
     """
 
@@ -218,10 +229,12 @@ class LinearMap(Jacobian):
         like: Tensor,
         *,
         squared: Callable[[], Jacobian] | None = None,
+        matrix: Tensor | None = None,
         per_row: bool = False,
     ):
         super().__init__(inputs, outputs, like)
         self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
+        self.matrix = matrix
         self.same_for_rows = not per_row
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -235,6 +248,11 @@ class LinearMap(Jacobian):
             return self.adjoint(u)
         result: Tensor = self.adjoint(u.flatten(0, 1)).unflatten(0, u.shape[:2])
         return result
+
+    def shared_rows(self, dtype: torch.dtype) -> Tensor:
+        if self.matrix is None:
+            return super().shared_rows(dtype)
+        return self.matrix.to(dtype).reshape(len(self.matrix), 1, *self.inputs)
 
     def square(self) -> Jacobian:
         return super().square() if self.squared is None else self.squared()

@@ -88,11 +88,20 @@ class LossHessian:
 
     # -- may be overridden: random combinations of columns -----------------------------------------
 
+    @property
+    def mixed(self) -> int:
+        """How many columns the factor T of each block has that `mix` combines; by default T = S."""
+        return self.rank
+
+    def mix(self, e: Tensor) -> Tensor:
+        """T e, (k, R, D, B), with coefficients e of (k, mixed, R, D); T T^T = H."""
+        return self.combine(e)
+
     def signs(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Random signs, (count, rank, R, D), of the default generator of the device or another
+        """Random signs, (count, mixed, R, D), of the default generator of the device or another
         one.
         """
-        shape = (count, self.rank, self.rows, self.places)
+        shape = (count, self.mixed, self.rows, self.places)
         device = self.device if generator is None else generator.device
         bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device)
         return bits.to(self.device) * 2 - 1
@@ -108,10 +117,10 @@ class LossHessian:
         )
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns with random signs, summed.
-        Not divided by count.
+        """Vectors s, (count, R, D, B), with E[s s^T] = H: the columns of T with random signs,
+        summed. Not divided by count.
         """
-        return self.combine(self.signs(count, generator))
+        return self.mix(self.signs(count, generator))
 
     # -- may be overridden: S and H behind a linear map J that all rows share ----------------------
 

@@ -13,6 +13,11 @@ from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
 
+# With so many samples, and rows so short, a weighted Gram matrix is one product for all of them.
+MANY, SHORT = 24, 64
+MATRICES = 1 << 18  # entries of J_c J_c^T that are formed at a time
+LEADING = 64  # classes that have a column of their own in a random combination
+
 
 class DiagonalHessian(LossHessian):
     """H = diag(h), h >= 0 of the shape of the output: blocks of one entry.
@@ -211,6 +216,33 @@ class SoftmaxHessian(LossHessian):
         s = c - p * head
         return torch.zeros_like(s).scatter_(-1, order.expand_as(s), s)
 
+    @property
+    def mixed(self) -> int:
+        return self.block
+
+    def mix(self, e: Tensor) -> Tensor:
+        """T has a column for each class, and p need not be sorted.
+
+        Those of the likeliest classes are the columns of S. For the others, of probabilities t
+        and mass q, what remains of H is a (diag(t) - t t^T / q) = T' T'^T with
+        T' = sqrt(a) (diag(sqrt t) - (t / q) sqrt(t)^T), whose columns have no order; random
+        combinations of them vary more than those of Cholesky's.
+        """
+        e = e.movedim(1, -1).contiguous().to(self.dtype)
+        p, (best, top) = self.p, self.p.topk(min(LEADING, max(self.block - 1, 0)), dim=-1)
+        tail = p.scatter(-1, top, 0.0)
+        mass = tail.sum(-1, keepdim=True)
+        tails = torch.cat([best, mass], -1).flip(-1).cumsum(-1).flip(-1)  # q_{j-1}, from j = 1
+        q = torch.where(tails > 0, tails, 1.0)
+        root = (self.a * best * (tails[..., 1:] / q[..., :-1])).sqrt()
+        top = top.expand(len(e), *top.shape[:-1], top.shape[-1])
+        own = e.gather(-1, top) * root
+        head = torch.nn.functional.pad((own / q[..., 1:]).cumsum(-1), (1, 0))  # of columns before
+        size = tail.sqrt()
+        swing = (size * e).sum(-1, keepdim=True) * self.a.sqrt() / torch.where(mass > 0, mass, 1.0)
+        s = size * e * self.a.sqrt() - tail * (swing + head[..., -1:])
+        return s.scatter_(-1, top, own - best * head[..., :-1])
+
     def diagonal(self) -> Tensor:
         p = self.p
         top = p.argmax(-1, keepdim=True)
@@ -275,8 +307,18 @@ class SoftmaxHessian(LossHessian):
 
 def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
     """sum_c w_nc J_c J_c^T: rows J of (C, d) and weights w of (N, C) give (N, d, d)."""
-    step = max(1, CHUNK // max(1, rows.numel()))
-    return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
+    (n, c), d = weight.shape, rows.shape[1]
+    if n < MANY or d > SHORT:
+        step = max(1, CHUNK // max(1, rows.numel()))
+        return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
+    # w (J_c (x) J_c): the matrices of the rows serve all samples
+    total: Tensor = rows.new_zeros(n, d * d)
+    step = max(1, MATRICES // max(1, d * d))
+    for a in range(0, c, step):
+        part = rows[a : a + step]
+        matrices = part[:, :, None] * part[:, None]
+        total.addmm_(weight[:, a : a + step], matrices.flatten(1))
+    return total.reshape(n, d, d)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -103,12 +103,8 @@ class LastLayerColumns:
         factors = self._factors(step, step.dtype)
         if factors is None:
             return False
-        rows = self.rows
-        if rows is None:
-            size = self.hessian.block * self.hessian.places
-            eye = torch.eye(size, dtype=step.dtype, device=j.like.device)
-            rows = eye.reshape(size, 1, *j.outputs)
-        self.rows = j.vjp(rows)
+        # the matrix of the first map is not made by sending the identity through it
+        self.rows = j.shared_rows(step.dtype) if self.rows is None else j.vjp(self.rows)
         self.edge = out
         self.steps.append(step)
         self.factors += factors

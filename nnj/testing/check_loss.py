@@ -106,9 +106,23 @@ def check_hessian(who: str, h: LossHessian, dense: Tensor, output: Tensor) -> No
         checked("combine", h.combine(c), v.shape, who),
         torch.einsum("kjrd,jrdb->krdb", c, s),
     )
+    _check_draws(h, dense, who)
+
+
+def _check_draws(h: LossHessian, dense: Tensor, who: str) -> None:
+    """Random combinations of the columns of a factor T, with T T^T = H."""
+    shape = (h.rows, h.places)
+    units = torch.eye(h.mixed, dtype=h.dtype, device=h.device)[:, :, None, None]
+    t = h.mix(units.expand(-1, -1, *shape))
+    t = checked("mix", t, (h.mixed, *shape, h.block), who)
+    blocks = torch.einsum("jrdb,jrdc->rdbc", t, t)
+    v = torch.randn(3, *shape, h.block, dtype=h.dtype, device=h.device)
+    found = h.to_outputs(torch.einsum("rdbc,krdc->krdb", blocks, v))[0].reshape(3, -1)
+    same(f"{who}: mix", found, h.to_outputs(v)[0].reshape(3, -1) @ dense)
     signs = h.signs(5, torch.Generator().manual_seed(0))
-    assert signs.shape == (5, *c.shape[1:]) and bool((signs.abs() == 1).all()), (
+    assert signs.shape == (5, h.mixed, *shape) and bool((signs.abs() == 1).all()), (
         f"{who}: signs are not +1 or -1 for each column"
     )
-    drawn = checked("sample", h.sample(5, torch.Generator().manual_seed(0)), (5, *shape), who)
-    same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(s.dtype), s))
+    drawn = h.sample(5, torch.Generator().manual_seed(0))
+    drawn = checked("sample", drawn, (5, *shape, h.block), who)
+    same(f"{who}: sample", drawn, torch.einsum("kjrd,jrdb->krdb", signs.to(t.dtype), t))

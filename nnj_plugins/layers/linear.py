@@ -16,6 +16,7 @@ def through(w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
         y.shape[1:],
         x,
         squared=lambda: through(w.square(), x, y),
+        matrix=w if y.dim() == 2 else None,
     )
 
 

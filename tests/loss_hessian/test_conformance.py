@@ -151,14 +151,18 @@ def test_products(case: Case) -> None:
 
 
 def test_random_combinations(case: Case) -> None:
-    c, _ = case
+    """Of S, and of the factor T of which draws are made."""
+    c, h = case
     s, given = c.columns(0, c.rank), normal(3, c.rank, c.rows, c.places)
     expected = torch.einsum("kjrd,jrdb->krdb", given, s)
     torch.testing.assert_close(c.combine(given), expected, **CLOSE)
+    units = torch.eye(c.mixed, dtype=torch.float64)[:, :, None, None]
+    t = c.mix(units.expand(-1, -1, c.rows, c.places))
+    torch.testing.assert_close(torch.einsum("jrdb,jrdc->rdbc", t, t), h, **CLOSE)
     draw = lambda: torch.Generator().manual_seed(3)
     signs = c.signs(5, draw())
-    assert signs.shape == (5, c.rank, c.rows, c.places) and bool((signs.abs() == 1).all())
-    expected = torch.einsum("kjrd,jrdb->krdb", signs.double(), s)
+    assert signs.shape == (5, c.mixed, c.rows, c.places) and bool((signs.abs() == 1).all())
+    expected = torch.einsum("kjrd,jrdb->krdb", signs.double(), t)
     torch.testing.assert_close(c.sample(5, draw()), expected, **CLOSE)
 
 

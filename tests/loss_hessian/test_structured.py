@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nnj
+from nnj.loss_hessian import structured
 from nnj.registry.loss_rules import hessian_of_loss
 from tests.support.losses import CE, y, z
 
@@ -46,6 +47,62 @@ def test_samples_are_unbiased_and_independent_between_rows_and_places():
     exact = columns.reshape(12, -1).T @ columns.reshape(12, -1)
     size = exact.diagonal().sqrt()
     assert bool(((found - exact).abs() <= 6 * (3 / count) ** 0.5 * size * size[:, None]).all())
+
+
+def logits(classes: int, sure: float) -> torch.Tensor:
+    """(4, classes), of which the likeliest class has about this probability."""
+    p = z(4, classes)().softmax(1)
+    p[:, 0] = 0.0
+    p = p / p.sum(1, keepdim=True) * (1 - sure)
+    p[:, 0] = sure
+    return p.log()
+
+
+def factor_of_draws(h: nnj.SoftmaxHessian) -> torch.Tensor:
+    units = torch.eye(h.mixed, dtype=h.dtype)[:, :, None, None]
+    return h.mix(units.expand(-1, -1, h.rows, h.places))
+
+
+@pytest.mark.parametrize("leading", [0, 1, 2, 8, 64])
+@pytest.mark.parametrize("classes", [1, 2, 9, 80])
+def test_draws_are_of_a_factor_of_h(monkeypatch, classes: int, leading: int):
+    """However many classes have a column of their own, and where outputs are saturated."""
+    monkeypatch.setattr(structured, "LEADING", leading)
+    given = torch.cat([3 * z(4, classes)(), 1e3 * z(4, classes)(), logits(classes, 0.999)])
+    for output in (given.nan_to_num(), given.nan_to_num()[..., None].expand(-1, -1, 2)):
+        h = nnj.SoftmaxHessian(output, 2.0)
+        t, p = factor_of_draws(h), h.p
+        true = 2 * (torch.diag_embed(p) - p[..., None] * p[..., None, :])
+        found = torch.einsum("jrdb,jrdc->rdbc", t, t)
+        torch.testing.assert_close(found, true, rtol=0, atol=4e-15)
+        h.sample(2)
+        assert "_sorted" not in vars(h)
+
+
+def noise(t: torch.Tensor) -> torch.Tensor:
+    """The deviation of (sum_j e_j t_j J)^2 for random signs e and some J, over its mean."""
+    j = torch.randn(t.shape[-1], 50, generator=torch.Generator().manual_seed(0), dtype=t.dtype)
+    second, fourth = ((t @ j).pow(power).sum(0) for power in (2, 4))
+    return (2 * (1 - fourth / second.square())).clamp(min=0).sqrt().mean()
+
+
+@pytest.mark.parametrize("sure", [0.5, 0.999])
+def test_draws_vary_as_those_of_sorted_columns_do(monkeypatch, sure: float):
+    h = nnj.SoftmaxHessian(logits(500, sure))
+    least = noise(h.columns(0, h.rank))
+    assert noise(factor_of_draws(h)) <= 1.02 * least
+    monkeypatch.setattr(structured, "LEADING", 0)
+    assert noise(factor_of_draws(h)) > 1.05 * least
+
+
+@pytest.mark.parametrize("n", [23, 24, 50])
+@pytest.mark.parametrize("d", [1, 5, 64, 65])
+def test_a_gram_matrix_of_many_samples(monkeypatch, n: int, d: int):
+    """As one product for all of them, or sample by sample."""
+    monkeypatch.setattr(structured, "MATRICES", 3 * d * d)
+    rows, weight = torch.randn(7, d).double(), torch.rand(n, 7).double()
+    true = torch.einsum("nc,ci,cj->nij", weight, rows, rows)
+    torch.testing.assert_close(structured._weighted_gram(rows, weight), true)
 
 
 def test_samples_depend_on_the_generator_alone():
