@@ -190,7 +190,7 @@ def source_of(draft: Draft, result: str, x: str, terms: list[Term], cut: int) ->
     twin = draft.source(result, "Twin", True) if draft.has_twin else "Twin = Model\n"
     whole = f"torch.cat([model(x[:{cut}]), model(x[{cut}:])])"
     calls = [
-        term.around.replace("{}", f"losses[{k}]({term.output}, y{k})")
+        term.around.replace("{}", f"losses[{k}]({term.output}, y{k}{term.more})")
         for k, term in enumerate(terms)
     ]
     given = ", ".join(f"y{k}" for k in range(len(terms)))

@@ -26,6 +26,7 @@ class Term:
         whole: "sum" or "mean", for a loss of a user: what it does with the rows of its input.
         rows: how many rows of the target a sample has, one behind the other; 0 if rows are not in
             the order of the samples.
+        more: further arguments.
     """
 
     loss: str
@@ -35,6 +36,7 @@ class Term:
     around: str
     whole: str
     rows: int
+    more: str = ""
 
     def source(self, reduction: str = "") -> str:
         return self.loss.format(reduction=repr(reduction or self.reduction))
@@ -177,6 +179,7 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
         (f"nn.BCEWithLogitsLoss(reduction={{reduction}}, pos_weight={per_class})", "{}", bits),
         (f"nn.BCEWithLogitsLoss(reduction={{reduction}}, weight={per_class})", "{}", bits),
         ("nn.PoissonNLLLoss(reduction={reduction})", "{}", f"torch.randint(4, {shape}).to(D)"),
+        ("nn.GaussianNLLLoss(reduction={reduction})", "{}", real),
         ("nn.SoftMarginLoss(reduction={reduction})", "{}", f"2 * {bits} - 1"),
         ("nn.L1Loss(reduction={reduction})", "{}", spread),
         ("quartic", "{}", real),
@@ -208,4 +211,7 @@ def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
         reduction = "batchmean"
     if reduction == "none":
         around = around.replace("{}", rng.choice(["{}.sum()", "{}.mean()", "(0.3 * {}).sum()"]))
-    return Term(loss, reduction, made.format(glue), target, around, "", rows)
+    gaussian = loss.startswith("nn.Gaussian")
+    more = f", torch.full({tuple(given.shape)}, 0.7, dtype=D)" if gaussian else ""
+    rows = 0 if gaussian else rows
+    return Term(loss, reduction, made.format(glue), target, around, "", rows, more)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import torch
 from torch import Tensor, nn
 
 import tests.support.fuzz.images
@@ -42,7 +41,7 @@ def draw_input(rng: random.Random, n: int, kind: str) -> str:
         return f"torch.randn({(*shape[:-1], 2 * shape[-1])}, dtype=D)[..., ::2]"
     if layout < 0.3 and kind == "img":
         return f"torch.randn({shape}, dtype=D).contiguous(memory_format=torch.channels_last)"
-    return f"torch.randn({shape}, dtype=D)"
+    return f"torch.randn({shape}, dtype=D" + (", requires_grad=True)" if layout > 0.95 else ")")
 
 
 def take(d: Draft, x: str) -> str:
@@ -116,6 +115,3 @@ def frozen(rng: random.Random, model: nn.Module) -> list[str]:
     else:
         found = rng.sample(names, rng.randint(1, len(names) - 1))
     return found if len(found) < len(names) else []
-
-
-__all__ = ["KINDS", "Unfit", "draw_input", "draw_model", "frozen", "torch"]
