@@ -36,6 +36,7 @@ class Case:
         passes: how many backward passes, each on data of its own.
         memory: for nnj.collect.
         batches: the sizes of batches for nnj.fit; empty where the data set cannot be cut.
+        one_call: whether the model is called once, and not on parts of the batch.
         used: the names of the steps that it is made of.
     """
 
