@@ -5,7 +5,8 @@ enters the scalar with.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
     shape = tuple(z.shape)
     real, bits = f"torch.randn({shape}, dtype=D)", f"torch.randint(2, {shape}).to(D)"
     spread = f"3 * {real}"
-    per_class = literal(torch.linspace(0.4, 1.6, shape[-1]))
+    per_class = literal(torch.linspace(0.4, 1.6, shape[-1]) if len(shape) > 1 else torch.ones(1))
     options = [
         ("nn.MSELoss(reduction={reduction})", "{}", real),
         ("nn.MSELoss(reduction={reduction})", "{}", real),
@@ -190,8 +191,17 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
     return rng.choice(options)
 
 
-def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
-    """A loss of the output z of a model."""
+def draw_term(
+    rng: random.Random, z: Tensor, kind: str, n: int, signed: bool = False, name: str = "z"
+) -> Term:
+    """A loss of the output z of a model; `signed`: it need not be convex, nor its factor positive.
+
+    Args:
+        name: what z is called.
+    """
+    if name != "z":
+        term = draw_term(rng, z, kind, n, signed)
+        return replace(term, output=re.sub(r"\bz\b", name, term.output))
     glue, rows, apart = draw_glue(rng, z, kind, n)
     given = eval(glue, NAMES | {"z": z})
     probable = bool(((given > 0) & (given < 1)).all()) and rng.random() < 0.2
@@ -203,6 +213,10 @@ def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
     else:
         loss, made, target = of_entries(rng, given, apart)
     around = rng.choice(["{}"] * 6 + ["0.5 * {}", "{} / 3", "2.5 * {}", "({} + {}) / 4"])
+    if signed and rng.random() < 0.6:
+        loss, made, target = "wavy", "{}", f"torch.randn({tuple(given.shape)}, dtype=D)"
+    elif signed:
+        around = "-0.7 * {}"
     if "reduction" not in loss:
         whole = "mean" if loss == "log_cosh" else "sum"
         return Term(loss, "", made.format(glue), target, around, whole, rows)
