@@ -66,7 +66,8 @@ def norm(d: Draft, x: str) -> str:
     source = d.pick(
         f"nn.LayerNorm({i}, elementwise_affine={affine})",
         f"nn.LayerNorm({i}, bias={affine})",
-        f"nn.RMSNorm({i}, elementwise_affine={affine})",
+        # by default its eps is that of the dtype, and the oracle has another one
+        f"nn.RMSNorm({i}, eps=1e-5, elementwise_affine={affine})",
     )
     return d.let(f"{d.part(source)}({x})", d.kinds[x])
 
@@ -77,6 +78,9 @@ def norm_of_channels(d: Draft, x: str) -> str:
     source = d.pick(
         f"settled(nn.BatchNorm{PLACES.get(kind, 1)}d({i}, affine={affine}))",
         f"nn.GroupNorm({d.divisor(i)}, {i}, affine={affine})",
+        f"nn.InstanceNorm{PLACES[kind]}d({i}, affine={affine})"
+        if kind in PLACES
+        else f"settled(nn.BatchNorm1d({i}, momentum=None))",
     )
     return d.let(f"{d.part(source)}({x})", kind)
 
@@ -105,6 +109,8 @@ def activation(d: Draft, x: str) -> str:
         "nn.Threshold(0.1, -0.2)",
         "nn.PReLU()",
         "nn.Dropout(0.5)",
+        "nn.AlphaDropout(0.3)",
+        f"nn.Softmin({axis(d, x)})",
         f"nn.Softmax({axis(d, x)})",
         f"nn.PReLU({width(d, x)})" if axis(d, x) == 1 else "nn.ReLU6()",
     )

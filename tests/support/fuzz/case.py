@@ -36,6 +36,9 @@ class Case:
         passes: how many backward passes, each on data of its own.
         memory: for nnj.collect.
         batches: the sizes of batches for nnj.fit; empty where the data set cannot be cut.
+        signed: whether a loss is not convex, or has a negative factor.
+        outputs: how many tensors the model gives.
+        one_call: whether the model is called once, and not on parts of the batch.
         used: the names of the steps that it is made of.
     """
 
@@ -51,6 +54,8 @@ class Case:
     passes: int = 1
     memory: int = 2**28
     batches: list[int] = field(default_factory=list)
+    signed: bool = False
+    outputs: int = 1
     one_call: bool = True
     used: list[str] = field(default_factory=list)
 
@@ -100,6 +105,7 @@ class Case:
         facts = [f"frozen: {', '.join(self.frozen)}"] if self.frozen else []
         facts += ["bfloat16 autocast"] if self.autocast else []
         facts += [f"{self.passes} passes"] if self.passes > 1 else []
+        facts += ["signed"] if self.signed else []
         facts += [f"memory={self.memory}"] if self.memory < 2**28 else []
         facts += [f"fit over batches of {self.batches}"] if self.batches else []
         head = f"# seed {self.seed}: {self.kind}, {self.dtype}, batch_axis={self.batch_axis}"
@@ -123,33 +129,48 @@ def _draw(seed: int, rng: random.Random) -> Case:
     x = draw_input(rng, n, kind)
     try:
         value = eval(x, NAMES | {"D": torch.float64})
-        draft, result = draw_model(rng, value, kind)
+        draft, results = draw_model(rng, value, kind)
     except (ValueError, IndexError, AssertionError) as error:  # of torch, about what was drawn
         raise Unfit(str(error)) from error
-    z, of = draft.values[result], draft.kinds[result]
-    parts = rng.random() < 0.05 and n > 2 and kind != "first"
-    terms = [draw_term(rng, z, of, n) for _ in range(2 if rng.random() < 0.2 else 1)]
+    several, signed = len(results) > 1, rng.random() < 0.06
+    parts = rng.random() < 0.05 and n > 2 and kind != "first" and not several
     cut = rng.choice([k for k in range(1, n) if 2 * k != n]) if parts else 0
+    terms = draw_terms(rng, draft, results, signed)
     precision = rng.random()
     case = Case(
         seed,
-        source_of(draft, result, x, terms, cut),
+        source_of(draft, results, x, terms, cut),
         terms,
         n,
         kind,
-        output_axis=int(of == "first"),
+        output_axis=int(draft.kinds[results[0]] == "first"),
         dtype=torch.float64 if precision < 0.85 else torch.float32,
         autocast=precision > 0.98,
         passes=2 if rng.random() < 0.15 else 1,
         memory=1 if rng.random() < 0.15 else 2**28,
+        signed=signed,
+        outputs=len(results),
         one_call=not parts,
         used=draft.used,
     )
     case.frozen = frozen(rng, case.model())
-    if len(terms) == 1 and terms[0].rows and n > 1 and not parts and not draft.places_matter:
+    whole = not parts and not several and not draft.places_matter
+    if whole and len(terms) == 1 and terms[0].rows and n > 1:
         case.batches = batches_of(case, sizes(rng, n))
     check_plain(case)
     return case
+
+
+def draw_terms(rng: random.Random, draft: Draft, results: list[str], signed: bool) -> list[Term]:
+    """A loss of each output, and perhaps another one of the first."""
+    first, n = results[0], draft.n
+    make = lambda v, signed, name: draw_term(rng, draft.values[v], draft.kinds[v], n, signed, name)
+    terms = [make(first, signed, "z")]
+    if len(results) > 1:
+        terms.append(make(results[1], False, "h"))
+    elif rng.random() < 0.2:
+        terms.append(make(first, False, "z"))
+    return terms
 
 
 def sizes(rng: random.Random, n: int) -> list[int]:
@@ -185,12 +206,13 @@ def check_plain(case: Case) -> None:
         raise Unfit("nothing finite, or no gradient")
 
 
-def source_of(draft: Draft, result: str, x: str, terms: list[Term], cut: int) -> str:
+def source_of(draft: Draft, results: list[str], x: str, terms: list[Term], cut: int) -> str:
     """The program."""
+    result = ", ".join(results)
     twin = draft.source(result, "Twin", True) if draft.has_twin else "Twin = Model\n"
     whole = f"torch.cat([model(x[:{cut}]), model(x[{cut}:])])"
     calls = [
-        term.around.replace("{}", f"losses[{k}]({term.output}, y{k})")
+        term.around.replace("{}", f"losses[{k}]({term.output}, y{k}{term.more})")
         for k, term in enumerate(terms)
     ]
     given = ", ".join(f"y{k}" for k in range(len(terms)))
@@ -202,7 +224,7 @@ def source_of(draft: Draft, result: str, x: str, terms: list[Term], cut: int) ->
             "def data():",
             f"    return {', '.join([x, *(t.target for t in terms)])}\n",
             f"def run(model, losses, x, {given}):",
-            f"    z = {whole if cut else 'model(x)'}",
+            f"    {'z, h' if len(results) > 1 else 'z'} = {whole if cut else 'model(x)'}",
             f"    return {' + '.join(calls)}",
             "",
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -46,12 +47,15 @@ def check(case: Case) -> dict[str, Outcome]:
         return {"oracle": Outcome(FAILURE, fault)}
     model = nnj.extend(case.model(), batch_axis=case.batch_axis)
     found = check_quantities(true, model)
-    found["ggn_diag_mc"] = asked(lambda: check_estimate(true, model))
+    if not case.signed:
+        found["ggn_diag_mc"] = asked(lambda: check_estimate(true, model))
+    found["modules="] = asked(lambda: check_modules(true, model))
     grads = {name: p.grad for name, p in model.named_parameters()}
     if case.batches:
         scale = ("sum", "mean")[case.seed % 2]
         found["fit"] = asked(lambda: check_fit(true, model, scale))
-    if not case.batch_axis and case.one_call and not case.autocast:
+    alone = case.outputs == 1 and case.one_call and not case.batch_axis
+    if alone and not case.autocast:
         found |= check_products(true, model)
     if any(p.grad is not grads[name] for name, p in model.named_parameters()):
         found["fit and products"] = Outcome(FAILURE, "p.grad is another one afterwards")
@@ -62,23 +66,27 @@ def check(case: Case) -> dict[str, Outcome]:
 
 
 def check_quantities(true: Truth, model: nn.Module) -> dict[str, Outcome | None]:
-    """The exact ones together; each alone if that was refused or wrong."""
-    memory = true.case.memory
-    together = asked(lambda: check_collect(true, model, *EXACT, memory=memory))
+    """The exact ones together; each alone if that was refused or wrong, or a loss is signed."""
+    together = None
+    if not true.case.signed:
+        together = asked(lambda: check_collect(true, model, *EXACT))
     if together is not None and together.kind not in (REFUSED, FAILURE):
         return dict.fromkeys(EXACT, together)
-    found = {
-        name: asked(lambda name=name: check_collect(true, model, name, memory=memory))
-        for name in EXACT
-    }
+    found = {name: asked(lambda name=name: check_collect(true, model, name)) for name in EXACT}
     if together is not None and together.kind == FAILURE:
         found["together"] = together
     return found
 
 
-def check_collect(true: Truth, model: nn.Module, *names: str, **options: Any) -> None:
-    """Backward passes of a case with nnj. Errors: `Wrong`."""
+def check_collect(
+    true: Truth, model: nn.Module, *names: str, inside: str = "", **options: Any
+) -> None:
+    """Backward passes of a case with nnj; `inside`: a module, at which alone. Errors: `Wrong`."""
     case, error = true.case, None
+    signed = case.signed and "batch_grad" not in names
+    options = {"memory": case.memory, "signed": signed} | options
+    if inside:
+        options["modules"] = [model.get_submodule(inside)]
     losses = [nnj.extend(loss) for loss in case.losses()]
     model.zero_grad(set_to_none=True)
     try:
@@ -97,17 +105,37 @@ def check_collect(true: Truth, model: nn.Module, *names: str, **options: Any) ->
     if error is not None:
         raise error
     for name in names:
-        compare_attributes(true, model, name)
+        compare_attributes(true, model, name, inside)
 
 
-def compare_attributes(true: Truth, model: nn.Module, quantity: str) -> None:
-    """One quantity at all parameters or modules. Errors: `Wrong`."""
+def check_modules(true: Truth, model: nn.Module) -> bool:
+    """At one of its modules alone; False where no module owns a parameter that is trained."""
+    owners = [
+        path
+        for path, m in model.named_modules()
+        if path and any(p.requires_grad for p in m.parameters())
+    ]
+    if not owners:
+        return False
+    inside = random.Random(true.case.seed).choice(owners)
+    check_collect(true, model, "ggn_diag", "ggn_block", inside=inside)
+    return True
+
+
+def compare_attributes(true: Truth, model: nn.Module, quantity: str, inside: str = "") -> None:
+    """One quantity at all parameters or modules of one, or of the model. Errors: `Wrong`."""
     reached = {name for name, grad in true.grads.items() if grad is not None}
+    here = set(model.get_submodule(inside).parameters())
+    there = {name for name, p in model.named_parameters() if p not in here}
+    for name, p in model.named_parameters():
+        if name in there and hasattr(p, quantity):
+            raise Wrong(f"{quantity} is at {name}, outside of modules=")
     if quantity == "ggn_block":
-        found, expected = blocks(true, model, reached)
+        found, expected = blocks(true, model, reached, inside)
     else:
         of = true.batch_grad if quantity == "batch_grad" else true.diag
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters()
+        trained = {name: p for name, p in named if p.requires_grad and name not in there}
         found = {name: getattr(p, quantity, "not there") for name, p in trained.items()}
         expected = {name: of(name) if name in reached else None for name in trained}
     scale = max((largest(t) for t in expected.values() if t is not None), default=0.0)
@@ -119,12 +147,14 @@ def compare_attributes(true: Truth, model: nn.Module, quantity: str) -> None:
 
 
 def blocks(
-    true: Truth, model: nn.Module, reached: set[str]
+    true: Truth, model: nn.Module, reached: set[str], inside: str
 ) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
     """By the paths of modules: what nnj has left there, and what is true."""
     names = {p: name for name, p in model.named_parameters()}
     found, expected = {}, {}
     for path, module in model.named_modules():
+        if not (path == inside or path.startswith(f"{inside}." if inside else "")):
+            continue
         own = [names[p] for p in module.parameters(recurse=False) if p.requires_grad]
         if own:
             found[path] = getattr(module, "ggn_block", "not there")
@@ -162,7 +192,7 @@ def check_estimate(true: Truth, model: nn.Module) -> bool:
     """ggn_diag_mc is ggn_diag where the signs are orthogonal; False where they cannot be."""
     with orthogonal_signs() as asked_for:
         try:
-            check_collect(true, model, "ggn_diag_mc", samples=DRAWS)
+            check_collect(true, model, "ggn_diag_mc", samples=DRAWS, memory=2**28)
         except Wrong:
             if max(asked_for, default=0) > DRAWS:
                 return False

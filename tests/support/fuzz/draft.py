@@ -127,9 +127,9 @@ class Draft:
             if isinstance(m := getattr(self.holder, name), nn.Module) and fits(m)
         ]
 
-    def finish(self, result: str) -> None:
-        """Forget the lines and parts that the result does not need."""
-        needed = {result}
+    def finish(self, *results: str) -> None:
+        """Forget the lines and parts that the results do not need."""
+        needed = set(results)
         for line in reversed(self.lines):
             if line.name in needed:
                 needed |= set(re.findall(r"\bv\d+", line.code))

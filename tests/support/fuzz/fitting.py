@@ -25,15 +25,17 @@ def check_fit(true: Truth, model: nn.Module, scale: str) -> bool:
     rows = [size * term.rows for size in case.batches]
     loader = zip(x.split(case.batches, case.batch_axis), y.split(rows), strict=True)
     given = lambda z: eval(term.output, case.names | {"z": z})
+    quantities = EXACT[:2] if case.signed else EXACT
     result = nnj.fit(
         model,
         case.loss(term.source()),
         loader,
-        *EXACT,
+        *quantities,
         scale=scale,
         forward=lambda model, batch: given(model(batch[0])),
         target=lambda batch: batch[1],
         memory=case.memory,
+        signed=case.signed,
         **({} if term.reduction else {"reduction": term.whole}),
     )
     loss, factor = as_one_batch(case, term, scale)
@@ -58,7 +60,8 @@ def compare_fit(true: Truth, model: nn.Module, result: nnj.Fit, loss: Any, facto
     names = {p: name for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            for quantity, of in (("ggn_diag", expected.diag), ("batch_grad", expected.batch_grad)):
+            for quantity in ("ggn_diag", "batch_grad")[: 1 if case.signed else 2]:
+                of = expected.diag if quantity == "ggn_diag" else expected.batch_grad
                 what = f"{quantity} of {name} in fit"
                 scale = max(largest(t) for t in result[quantity].values())
                 compare(case, what, result[quantity].get(name), factor * of(name), scale)

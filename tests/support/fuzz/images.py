@@ -15,6 +15,8 @@ def convolution(d: Draft, x: str) -> str:
     k = d.rng.randint(1, min(3, least))
     options = [f"groups={groups}", f"bias={d.flag(0.8)}"]
     options += [d.pick("", "stride=2"), d.pick("", f"padding={k // 2}", "padding=1")]
+    if d.flag(0.1):
+        options[2:] = ["padding='same'"]
     if least > 2:
         options += [d.pick("", "", "dilation=2, padding=2")] if "padding" not in options[-1] else []
     if "padding=1" in options[-1] and least > 1 and dims < 3:
@@ -44,6 +46,7 @@ def pooling(d: Draft, x: str) -> str | None:
         f"nn.AdaptiveAvgPool{dims}d(2)",
         f"nn.AdaptiveMaxPool{dims}d(1)",
         f"nn.LPPool{dims}d(2, 2)" if dims < 3 else f"nn.AvgPool{dims}d(2)",
+        f"nn.Dropout{dims}d(0.5)",
     )
     return d.let(f"{d.part(source)}({x})", d.kinds[x])
 
@@ -54,6 +57,7 @@ def other_places(d: Draft, x: str) -> str:
     code = d.pick(
         f"F.pad({x}, (1, 0))",
         f"F.interpolate({x}, scale_factor=2)",
+        f"{d.part('nn.Upsample(scale_factor=2)')}({x})",
         f"{x}.flip(-1)",
         f"{x}[..., : {max(last - 1, 1)}]",
         f"{x}[..., ::2]",

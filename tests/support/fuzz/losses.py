@@ -5,7 +5,8 @@ enters the scalar with.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Term:
         whole: "sum" or "mean", for a loss of a user: what it does with the rows of its input.
         rows: how many rows of the target a sample has, one behind the other; 0 if rows are not in
             the order of the samples.
+        more: further arguments.
     """
 
     loss: str
@@ -35,6 +37,7 @@ class Term:
     around: str
     whole: str
     rows: int
+    more: str = ""
 
     def source(self, reduction: str = "") -> str:
         return self.loss.format(reduction=repr(reduction or self.reduction))
@@ -167,7 +170,7 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
     shape = tuple(z.shape)
     real, bits = f"torch.randn({shape}, dtype=D)", f"torch.randint(2, {shape}).to(D)"
     spread = f"3 * {real}"
-    per_class = literal(torch.linspace(0.4, 1.6, shape[-1]))
+    per_class = literal(torch.linspace(0.4, 1.6, shape[-1]) if len(shape) > 1 else torch.ones(1))
     options = [
         ("nn.MSELoss(reduction={reduction})", "{}", real),
         ("nn.MSELoss(reduction={reduction})", "{}", real),
@@ -177,6 +180,7 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
         (f"nn.BCEWithLogitsLoss(reduction={{reduction}}, pos_weight={per_class})", "{}", bits),
         (f"nn.BCEWithLogitsLoss(reduction={{reduction}}, weight={per_class})", "{}", bits),
         ("nn.PoissonNLLLoss(reduction={reduction})", "{}", f"torch.randint(4, {shape}).to(D)"),
+        ("nn.GaussianNLLLoss(reduction={reduction})", "{}", real),
         ("nn.SoftMarginLoss(reduction={reduction})", "{}", f"2 * {bits} - 1"),
         ("nn.L1Loss(reduction={reduction})", "{}", spread),
         ("quartic", "{}", real),
@@ -187,8 +191,17 @@ def of_entries(rng: random.Random, z: Tensor, rows: bool) -> tuple[str, str, str
     return rng.choice(options)
 
 
-def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
-    """A loss of the output z of a model."""
+def draw_term(
+    rng: random.Random, z: Tensor, kind: str, n: int, signed: bool = False, name: str = "z"
+) -> Term:
+    """A loss of the output z of a model; `signed`: it need not be convex, nor its factor positive.
+
+    Args:
+        name: what z is called.
+    """
+    if name != "z":
+        term = draw_term(rng, z, kind, n, signed)
+        return replace(term, output=re.sub(r"\bz\b", name, term.output))
     glue, rows, apart = draw_glue(rng, z, kind, n)
     given = eval(glue, NAMES | {"z": z})
     probable = bool(((given > 0) & (given < 1)).all()) and rng.random() < 0.2
@@ -200,6 +213,10 @@ def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
     else:
         loss, made, target = of_entries(rng, given, apart)
     around = rng.choice(["{}"] * 6 + ["0.5 * {}", "{} / 3", "2.5 * {}", "({} + {}) / 4"])
+    if signed and rng.random() < 0.6:
+        loss, made, target = "wavy", "{}", f"torch.randn({tuple(given.shape)}, dtype=D)"
+    elif signed:
+        around = "-0.7 * {}"
     if "reduction" not in loss:
         whole = "mean" if loss == "log_cosh" else "sum"
         return Term(loss, "", made.format(glue), target, around, whole, rows)
@@ -208,4 +225,7 @@ def draw_term(rng: random.Random, z: Tensor, kind: str, n: int) -> Term:
         reduction = "batchmean"
     if reduction == "none":
         around = around.replace("{}", rng.choice(["{}.sum()", "{}.mean()", "(0.3 * {}).sum()"]))
-    return Term(loss, reduction, made.format(glue), target, around, "", rows)
+    gaussian = loss.startswith("nn.Gaussian")
+    more = f", torch.full({tuple(given.shape)}, 0.7, dtype=D)" if gaussian else ""
+    rows = 0 if gaussian else rows
+    return Term(loss, reduction, made.format(glue), target, around, "", rows, more)

@@ -120,6 +120,13 @@ def soft_max(z: Tensor, y: Tensor) -> Tensor:
     return ((2 * z).flatten(1).logsumexp(1) - (z * y).flatten(1).sum(1)).sum()
 
 
+# -- and one that is not --------------------------------------------------------------------------
+
+
+def wavy(z: Tensor, y: Tensor) -> Tensor:
+    return (1.5 * z + y).sin().sum()
+
+
 NAMES = {
     "torch": torch,
     "nn": nn,
@@ -139,4 +146,5 @@ NAMES = {
     "log_cosh": log_cosh,
     "of_differences": of_differences,
     "soft_max": soft_max,
+    "wavy": wavy,
 }

@@ -57,13 +57,15 @@ def attention(d: Draft, x: str) -> str:
     e, t = width(d, x), d.shape(x)[1]
     heads = d.divisor(e)
     causal = f", attn_mask=torch.triu(torch.ones({t}, {t}, dtype=torch.bool), 1)"
+    padding = f", key_padding_mask=(torch.arange({t}) == {t - 1}).expand(len({x}), {t})"
+    masks = d.pick("", causal, padding) if t > 1 else ""
     mha = f"nn.MultiheadAttention({e}, {heads}, bias={d.flag(0.8)}, batch_first=True)"
     encoder = (
         f"nn.TransformerEncoderLayer({e}, {heads}, {d.size(3)}, batch_first=True, "
         f"norm_first={d.flag()}, activation={d.pick('relu', 'gelu')!r})"
     )
     code = d.pick(
-        f"{d.part(mha)}({x}, {x}, {x}, need_weights={d.flag()}{d.pick('', causal)})[0]",
+        f"{d.part(mha)}({x}, {x}, {x}, need_weights={d.flag()}{masks})[0]",
         f"{d.part(encoder)}({x})",
         by_hand(d, x),
     )

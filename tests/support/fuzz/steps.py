@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import torch
 from torch import Tensor, nn
 
 import tests.support.fuzz.images
@@ -42,7 +41,7 @@ def draw_input(rng: random.Random, n: int, kind: str) -> str:
         return f"torch.randn({(*shape[:-1], 2 * shape[-1])}, dtype=D)[..., ::2]"
     if layout < 0.3 and kind == "img":
         return f"torch.randn({shape}, dtype=D).contiguous(memory_format=torch.channels_last)"
-    return f"torch.randn({shape}, dtype=D)"
+    return f"torch.randn({shape}, dtype=D" + (", requires_grad=True)" if layout > 0.95 else ")")
 
 
 def take(d: Draft, x: str) -> str:
@@ -63,8 +62,8 @@ def take(d: Draft, x: str) -> str:
     return x
 
 
-def draw_model(rng: random.Random, x: Tensor, kind: str) -> tuple[Draft, str]:
-    """A model and the variable that it returns.
+def draw_model(rng: random.Random, x: Tensor, kind: str) -> tuple[Draft, list[str]]:
+    """A model and the variables that it returns: mostly one.
 
     Errors: `Unfit` if it has no parameter, or more outputs than the oracle is to take.
     """
@@ -73,12 +72,16 @@ def draw_model(rng: random.Random, x: Tensor, kind: str) -> tuple[Draft, str]:
     for _ in range(rng.randint(1, 6)):
         found = take(d, found)
     found = finish(d, found)
-    d.finish(found)
-    if d.values[found].numel() > MOST * d.n:
+    results = [found]
+    inner = [v for v in d.values if v not in ("x", found) and d.kinds[v] in ("vec", "seq", "img")]
+    if inner and kind != "first" and d.flag(0.08):
+        results.append(rng.choice(inner))
+    d.finish(*results)
+    if sum(d.values[v].numel() for v in results) > MOST * d.n:
         raise Unfit("too many outputs")
     if not any(True for _ in d.holder.parameters()):
         raise Unfit("no parameters")
-    return d, found
+    return d, results
 
 
 def finish(d: Draft, x: str) -> str:
@@ -116,6 +119,3 @@ def frozen(rng: random.Random, model: nn.Module) -> list[str]:
     else:
         found = rng.sample(names, rng.randint(1, len(names) - 1))
     return found if len(found) < len(names) else []
-
-
-__all__ = ["KINDS", "Unfit", "draw_input", "draw_model", "frozen", "torch"]

@@ -15,14 +15,25 @@ from tests.support.oracle import Dense, dense
 
 
 class Recorded:
-    """A model that notes what it gives, or gives what it is told to."""
+    """A model that notes what it gives, or gives what it is told to, some tensors at a time."""
 
-    def __init__(self, model: Callable[..., Tensor] | None, give: list[Tensor] | None = None):
-        self.model, self.give, self.outputs = model, list(give or ()), []
+    def __init__(
+        self, model: Callable[..., Any] | None, give: list[Tensor] | None = None, several: int = 1
+    ):
+        self.model, self.give, self.several = model, list(give or ()), several
+        self.outputs: list[Tensor] = []
+        self.calls: list[int] = []  # for each output, of which call it is
 
-    def __call__(self, *args: Any) -> Tensor:
-        out = self.model(*args) if self.model is not None else self.give.pop(0)
-        self.outputs.append(out)
+    def __call__(self, *args: Any) -> Any:
+        if self.model is not None:
+            out = self.model(*args)
+        else:
+            given = tuple(self.give.pop(0) for _ in range(self.several))
+            out = given if self.several > 1 else given[0]
+        call = self.calls[-1] + 1 if self.calls else 0
+        for t in out if isinstance(out, tuple) else (out,):
+            self.outputs.append(t)
+            self.calls.append(call)
         return out
 
 
@@ -47,21 +58,20 @@ class Truth:
             self.values.append(value.detach())
         self.grads = {name: p.grad for name, p in plain.named_parameters()}
 
-    def _pass(self, number: int, losses: list[Any] | None = None) -> Dense:
-        """One backward pass; `losses` in place of the case's own."""
+    def _pass(self, number: int) -> Dense:
+        """One backward pass."""
         case, data = self.case, self.case.data(number, torch.float64)
-        losses = case.losses(torch.float64) if losses is None else losses
-        run = case.names["run"]
+        losses, run = case.losses(torch.float64), case.names["run"]
 
-        def call(model: Any) -> list[Tensor]:
+        def noted(model: Any) -> Recorded:
             notes = Recorded(model)
             run(notes, losses, *data)
-            return notes.outputs
+            return notes
 
-        scalar = lambda outs: run(Recorded(None, outs), losses, *data)
         with torch.no_grad():
-            outs = call(self.model)
-        return dense(self.model, call, scalar, samples_of(outs, case.output_axis))
+            samples = samples_of(noted(self.model), case.output_axis)
+        scalar = lambda outs: run(Recorded(None, outs, case.outputs), losses, *data)
+        return dense(self.model, lambda model: noted(model).outputs, scalar, samples)
 
     def fault(self) -> str:
         """What is wrong with the oracle itself: its gradient is not that of plain torch."""
@@ -98,9 +108,10 @@ class Truth:
         given = lambda z: eval(term.output, case.names | {"z": z})
         call = lambda model: [model(data[0])]
         scalar = lambda outs: loss(given(outs[0]), data[1])
+        notes = Recorded(self.model)
         with torch.no_grad():
-            outs = call(self.model)
-        return dense(self.model, call, scalar, samples_of(outs, case.output_axis))
+            notes(data[0])
+        return dense(self.model, call, scalar, samples_of(notes, case.output_axis))
 
     # -- of products -------------------------------------------------------------------------------
 
@@ -120,14 +131,13 @@ class Truth:
         return torch.cat([j.reshape(self.case.n, -1, j[0].numel()) for j in jacobian], 2)
 
 
-def samples_of(outs: list[Tensor], axis: int) -> Tensor:
+def samples_of(notes: Recorded, axis: int) -> Tensor:
     """The sample of each entry: those of later calls come after those of earlier ones."""
-    found, start = [], 0
-    for t in outs:
+    found, first = [], {0: 0}
+    for t, call in zip(notes.outputs, notes.calls, strict=True):
         n = t.shape[axis]
-        index = torch.arange(start, start + n)
-        shape = [1] * t.dim()
-        shape[axis] = n
+        first[call + 1] = first[call] + n
+        shape = [n if k == axis else 1 for k in range(t.dim())]
+        index = torch.arange(first[call], first[call] + n)
         found.append(index.reshape(shape).expand(t.shape).flatten())
-        start += n
     return torch.cat(found)
