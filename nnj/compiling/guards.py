@@ -99,6 +99,9 @@ class State:
             self._table(vars(holder), path)
 
     def _visit_module(self, m: nn.Module, path: str) -> None:
+        if isinstance(m, torch.jit.ScriptModule):
+            self._refuse(f"{path} is a scripted module, whose attributes nobody can read")
+            return
         own = m.__dict__
         self._table(own, path, _KEPT_BY_TORCH)
         for name in _TABLES:

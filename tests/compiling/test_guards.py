@@ -137,6 +137,7 @@ def test_nan_is_itself_and_results_are_ignored():
         (lambda m: m.weight.register_hook(lambda g: g), "has a hook"),
         (lambda m: m.weight.register_post_accumulate_grad_hook(lambda p: None), "has a hook"),
         (lambda m: setattr(m, "kept", m.weight * 2), "was computed before"),
+        (lambda m: m.add_module("part", torch.jit.script(nn.ReLU())), "scripted"),
         (lambda m: setattr(m, "kept", torch.eye(2).to_sparse()), "layout"),
         (lambda m: setattr(m, "kept", m.__dict__.setdefault("nest", nested(20))), "in containers"),
     ],
