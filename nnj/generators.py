@@ -8,6 +8,7 @@ import torch
 from typing_extensions import Self
 
 SEED = 0x6E6E6A
+_own: set[int] = set()  # where those that are alive are in memory
 
 
 class OwnGenerator(torch.Generator):
@@ -20,4 +21,19 @@ class OwnGenerator(torch.Generator):
         """A new one at the beginning of its numbers."""
         found = cls("cpu")
         found.manual_seed(seed)
+        _own.add(place_of(found))
         return found
+
+    def __del__(self) -> None:
+        _own.discard(place_of(self))
+
+
+def place_of(generator: torch.Generator) -> int:
+    """Where a generator is in memory: torch hands it on as another object of Python."""
+    place: int = generator._cdata  # type: ignore[attr-defined]
+    return place
+
+
+def is_own(generator: torch.Generator) -> bool:
+    """Whether a generator is one of ours."""
+    return place_of(generator) in _own

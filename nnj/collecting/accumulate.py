@@ -246,7 +246,7 @@ class Accumulator:
         if value is None:
             return None
         value = value if factor == 1 else value * factor
-        return value.to(_dtype_of(holder) or value.dtype)
+        return value.to(dtype_of(holder) or value.dtype)
 
     def _is_like_parameters(self, name: str) -> bool:
         return not self._quantities[name].of_modules and all(
@@ -268,7 +268,7 @@ def _by_samples(contributions: Iterable[Contribution]) -> list[Contribution]:
     return groups
 
 
-def _dtype_of(holder: Holder) -> torch.dtype | None:
+def dtype_of(holder: Holder) -> torch.dtype | None:
     """Of a parameter, or of the first of a module's own; None if it has none."""
     if isinstance(holder, Tensor):
         return holder.dtype

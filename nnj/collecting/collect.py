@@ -4,6 +4,7 @@ modules.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self, override
 
-from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.accumulate import Accumulator, Contribution, Holder, dtype_of
 from nnj.collecting.passes import Collection
 from nnj.collecting.request import Request
 
@@ -236,6 +237,46 @@ class collect(Collection):  # noqa: N801
             holders |= self.accumulator.modules
             for holder, value in self.accumulator.values(name):
                 vars(holder)[name] = value
+
+
+class PassByPass:
+    """Results of single passes as attributes: those of a pass take the place of those before."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self._holders: dict[str, weakref.WeakSet[nn.Module]] = {}
+        self._last: list[Holder] = []
+
+    def publish(self, contributions: list[Contribution]) -> None:
+        """Set the attributes to what one pass has added."""
+        if not self._again(contributions):
+            with collect.of(self.request) as alone:
+                alone.add_pass(contributions)
+            self._holders, self._last = alone._holders, _places(contributions)
+
+    def _again(self, contributions: list[Contribution]) -> bool:
+        """The same for the same places as the last time, if nothing else has been collected since:
+        nothing is to be taken away, and nothing to be added up.
+        """
+        thread, holders = threading.get_ident(), self._holders
+        if len(contributions) != 1 or not holders:
+            return False
+        if any(_published.get((thread, name)) is not holders[name] for name in holders):
+            return False
+        places = _places(contributions)
+        same = len(places) == len(self._last) and all(map(operator.is_, places, self._last))
+        for name in holders if same else ():
+            for holder, value in contributions[0].values(name).items():
+                vars(holder)[name] = value.to(dtype_of(holder) or value.dtype)
+        return same
+
+
+def _places(contributions: list[Contribution]) -> list[Holder]:
+    """Where one contribution may have values, and where it has."""
+    if len(contributions) != 1:
+        return []
+    (found,) = contributions
+    return [*found.holders, *(holder for name in found.names() for holder in found.values(name))]
 
 
 def _withdraw(name: str) -> None:

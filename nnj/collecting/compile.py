@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from nnj.collecting.accumulate import Contribution
 from nnj.collecting.batches import call, read, scalar
-from nnj.collecting.collect import collect
+from nnj.collecting.collect import PassByPass
 from nnj.collecting.loss_reduction import name_of
-from nnj.collecting.pass_program import Passed, PassProgram, names_of_results
+from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
 from nnj.collecting.passes import Collection, open_collections
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
@@ -124,7 +124,7 @@ def compile(
         verify,
         names_of_results(),
         is_own_hook,
-        "under tol= the number of columns follows the data" if request.tol else None,
+        why_never(request),
     )
     return Step(model, request, cases)
 
@@ -139,6 +139,7 @@ class Step:
 
     def __init__(self, model: nn.Module, request: Request, cases: Cases[Passed]):
         self.model, self.request, self._cases = model, request, cases
+        self._alone: dict[frozenset[str], PassByPass] = {}
 
     @property
     def reasons(self) -> list[str]:
@@ -185,8 +186,10 @@ class Step:
             collection.add_pass([c.of_quantities(names) for c in found])
             rest -= names.keys()
         if rest:
-            with collect.of(self.request.part(rest)) as alone:
-                alone.add_pass([c.of_quantities(rest) for c in found])
+            mine = self._alone.get(frozenset(rest))
+            if mine is None:
+                mine = self._alone[frozenset(rest)] = PassByPass(self.request.part(rest))
+            mine.publish([c.of_quantities(rest) for c in found])
 
 
 class Results(Mapping[str, dict[str, Tensor]]):

@@ -18,10 +18,17 @@ from torch.utils.data import Dataset, IterableDataset
 from nnj.collecting.batches import call, length, moved, read, scalar
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
+from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
 from nnj.collecting.passes import Collection, is_collecting
 from nnj.collecting.request import Request
+from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
-from nnj.recording.extend import batch_axis_of, check_hookable, temporarily_extended
+from nnj.recording.extend import (
+    batch_axis_of,
+    check_hookable,
+    is_own_hook,
+    temporarily_extended,
+)
 
 
 def fit(
@@ -35,6 +42,7 @@ def fit(
     target: str | Callable[[Any], Any] | None = None,
     progress: bool = False,
     modules: Iterable[nn.Module] | None = None,
+    compile: bool | str = False,
     **options: Any,
 ) -> Fit:
     """Quantities of a data set, exactly those of one backward pass over all of it as one batch, in
@@ -64,6 +72,9 @@ def fit(
         target: the key of the target in a batch that is a dict, or `target(batch)`.
         progress: show a bar, if tqdm is installed.
         modules, options: as in `nnj.collect`, such as tol=.
+        compile: replay the pass of a batch as a graph, as `nnj.compile` does, from the third batch
+            of a shape on: True, or the name of a backend. It pays where there are many batches of
+            few shapes.
 
     Returns:
         A `nnj.Fit`. Parameters that no sample reached have zeros; those that do not require grad
@@ -97,6 +108,7 @@ def fit(
             "is then that of the loader of each process"
         )
     run = _Run(model, Request.by_name(quantities, modules=modules, **options), scale)
+    backend = compile if isinstance(compile, str) else "inductor"
     device, axis = next(model.parameters()).device, batch_axis_of(model)
     with (
         temporarily_extended(model),
@@ -105,14 +117,50 @@ def fit(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
+        evaluate = _Evaluate(model, loss, forward, target, axis)
+        cases = _cases(run, evaluate, backend) if compile else None
         for given in _bar(loader, progress):
             batch = moved(given, device)
             inputs, wanted = read(batch, forward, target)
             n = length(inputs, axis)
-            if n > 0:
-                output = forward(model, batch) if forward else call(model, inputs)
-                run.add(loss, output, wanted, n)
+            if n > 0 and cases is not None:
+                run.add_replayed(loss, cases(batch), wanted, n)
+            elif n > 0:
+                run.add(loss, evaluate.output(batch), wanted, n)
     return run.result(loss.name)
+
+
+class _Evaluate:
+    """The scalar of a batch of which the sum over batches is that of the data set."""
+
+    def __init__(self, model: nn.Module, loss: SummedLoss | GivenLoss, *how: Any):
+        self.model, self.loss = model, loss
+        self.forward, self.target, self.axis = how
+
+    def output(self, batch: Any) -> Any:
+        """Of the model."""
+        if self.forward:
+            return self.forward(self.model, batch)
+        return call(self.model, read(batch, None, self.target)[0])
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Any]:
+        """The scalar, and the output of the model."""
+        inputs, wanted = read(batch, self.forward, self.target)
+        output, n = self.output(batch), length(inputs, self.axis)
+        value = scalar(self.loss.module(output, wanted), self.loss.name)
+        return self.loss.factor(n) * value, output
+
+
+def _cases(run: _Run, evaluate: _Evaluate, backend: str) -> Cases[Passed]:
+    program = PassProgram(evaluate, [run.model, evaluate.loss.module], run.request, gradients=False)
+    return Cases(
+        program,
+        backend,
+        verify=run.request.verify,
+        ignored=names_of_results(),
+        is_own=is_own_hook,
+        never=why_never(run.request),
+    )
 
 
 class _Run:
@@ -149,7 +197,19 @@ class _Run:
         before = self.collection.accumulator.samples
         with self.collection:
             torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
-        rows = self.collection.accumulator.samples - before
+        self._ended(loss, self.collection.accumulator.samples - before, n, total)
+
+    def add_replayed(
+        self, loss: SummedLoss | GivenLoss, passed: Passed, target: Any, n: int
+    ) -> None:
+        """The same, of a pass that was run already."""
+        loss.weight(passed.more, target, n)  # which refuses what does not add up
+        total = loss.total(passed.more, target, n) if self.scale == "mean" else 0.0
+        before = self.collection.accumulator.samples
+        self.collection.add_pass(passed.contributions)
+        self._ended(loss, self.collection.accumulator.samples - before, n, total)
+
+    def _ended(self, loss: SummedLoss | GivenLoss, rows: int, n: int, total: float) -> None:
         if (
             isinstance(loss, GivenLoss)
             and rows != n

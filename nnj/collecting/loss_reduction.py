@@ -84,6 +84,10 @@ class SummedLoss:
         copied.reduction = reduction
         return retract(copied).to(device)
 
+    def factor(self, n: int) -> int:
+        """What makes a sum of the loss of n samples."""
+        return 1
+
     def weight(self, output: Any, target: Any, n: int) -> int:
         """1. Errors: `NNJError` for a target that torch would broadcast, since then a sample meets
         the targets of others.
@@ -130,6 +134,10 @@ class GivenLoss:
         self.module, self.reduction, self.axis = loss, reduction, axis
         self._before: _Batch | None = None
 
+    def factor(self, n: int) -> int:
+        """What makes a sum of the loss of n samples."""
+        return n if self.reduction == "mean" else 1
+
     def weight(self, output: Any, target: Any, n: int) -> int:
         """What makes a sum of it.
 
@@ -163,7 +171,7 @@ class GivenLoss:
                     f"batches of {before.n} and {n}, one behind the other,",
                     joined,
                 )
-        return n if self.reduction == "mean" else 1
+        return self.factor(n)
 
     def _may_be_cut(self, batch: _Batch) -> bool:
         """Whether all tensors have the samples along one axis, and it is known which."""

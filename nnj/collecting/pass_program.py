@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from typing_extensions import override
 
 from nnj.collecting.accumulate import Contribution, ExactColumns, Holder
@@ -24,12 +25,12 @@ class Passed(NamedTuple):
 
     Attributes:
         value: the scalar, without its graph.
-        more: what else the pass was asked for.
+        more: what else the pass was asked for, without its graph.
         contributions: those of its losses.
     """
 
     value: Tensor
-    more: list[Tensor]
+    more: Any
     contributions: list[Contribution]
 
 
@@ -37,7 +38,7 @@ class PassProgram(Program[Passed]):
     """`evaluate(batch).backward()`, and what a request collects in it.
 
     Args:
-        evaluate: gives the scalar of a batch, and tensors that are wanted beside it.
+        evaluate: gives the scalar of a batch, and what is wanted beside it.
         modules: the model and the loss.
         request: what is collected.
         gradients: whether the pass adds to `.grad`.
@@ -45,7 +46,7 @@ class PassProgram(Program[Passed]):
 
     def __init__(
         self,
-        evaluate: Callable[[Any], tuple[Tensor, list[Tensor]]],
+        evaluate: Callable[[Any], tuple[Tensor, Any]],
         modules: Sequence[nn.Module],
         request: Request,
         gradients: bool = True,
@@ -62,6 +63,7 @@ class PassProgram(Program[Passed]):
             else:
                 leaves = [p for m in self.modules for p in m.parameters() if p.requires_grad]
                 torch.autograd.grad(value, leaves, allow_unused=True)
+        more = tree_map_only(Tensor, torch.detach, more)
         return Passed(value.detach(), more, capture.contributions)
 
     @override
@@ -71,20 +73,22 @@ class PassProgram(Program[Passed]):
         with Capture(self.request.trusted()).alone() as capture:
             found = torch.autograd.grad(value, [inputs[i] for i in leaves], allow_unused=True)
         grads = list[Tensor]()
-        layout = _Layout(capture.contributions, inputs, len(more))
+        leaves_of_more, spec = tree_flatten(more)
+        layout = _Layout(capture.contributions, inputs, leaves_of_more, spec)
         for i, g in zip(leaves, found, strict=True) if self.gradients else ():
             if g is not None:
                 layout.grads.append(i)
                 grads.append(_laid_out_as(inputs[i], g))
-        return [value, *more, *grads, *layout.values(capture.contributions)], layout
+        beside = [t for t in leaves_of_more if isinstance(t, Tensor)]
+        return [value, *beside, *grads, *layout.values(capture.contributions)], layout
 
     @override
     def take(self, results: Sequence[Tensor], layout: Any, inputs: Sequence[Tensor]) -> Passed:
-        start = 1 + layout.more
+        start = 1 + layout.beside
         end = start + len(layout.grads)
         _add_gradients([inputs[i] for i in layout.grads], results[start:end])
         contributions = layout.contributions(results[end:], inputs)
-        return Passed(results[0], list(results[1:start]), contributions)
+        return Passed(results[0], layout.more(results[1:start]), contributions)
 
 
 def _laid_out_as(p: Tensor, g: Tensor) -> Tensor:
@@ -126,12 +130,21 @@ class _Layout:
     """Where the results of a pass belong.
 
     Attributes:
-        more: how many tensors come with the scalar.
+        beside: how many tensors come with the scalar.
         grads: the numbers of the leaves that have a gradient.
     """
 
-    def __init__(self, contributions: Sequence[Contribution], inputs: Sequence[Tensor], more: int):
-        self.more, self.grads = more, list[int]()
+    def __init__(
+        self,
+        contributions: Sequence[Contribution],
+        inputs: Sequence[Tensor],
+        more: list[Any],
+        spec: Any,
+    ):
+        self.grads, self._spec = list[int](), spec
+        self.beside = sum(isinstance(t, Tensor) for t in more)
+        self._more = [None if isinstance(t, Tensor) else t for t in more]
+        self._tensors = [i for i, t in enumerate(more) if isinstance(t, Tensor)]
         number = {id(t): i for i, t in enumerate(inputs)}
 
         def place(holder: Holder) -> int | nn.Module:
@@ -147,6 +160,13 @@ class _Layout:
             )
             for c in contributions
         ]
+
+    def more(self, results: Sequence[Tensor]) -> Any:
+        """What comes with the scalar, with other tensors."""
+        leaves = list(self._more)
+        for i, t in zip(self._tensors, results, strict=True):
+            leaves[i] = t
+        return tree_unflatten(leaves, self._spec)
 
     def values(self, contributions: Sequence[Contribution]) -> list[Tensor]:
         """All values, in the order of the layout."""
@@ -168,6 +188,11 @@ class _Layout:
                     new.add(name, inputs[h] if isinstance(h, int) else h, next(given))
             found.append(new)
         return found
+
+
+def why_never(request: Request) -> str | None:
+    """Why passes of a request cannot be traced; None if they may be."""
+    return "under tol= the number of columns follows the data" if request.tol else None
 
 
 def names_of_results() -> frozenset[str]:

@@ -24,6 +24,7 @@ from nnj.compiling.backends import Run, check_backend, compiled
 from nnj.compiling.guards import State, surroundings, unusual
 from nnj.compiling.program import Program, Untraceable
 from nnj.errors import NNJError
+from nnj.generators import place_of
 
 if TYPE_CHECKING:
     from nnj.compiling.trace import Traced
@@ -65,12 +66,13 @@ class Cases(Generic[T]):
         self.program, self.backend, self.limit, self.verify = program, backend, limit, verify
         self.reasons: list[str] = []
         self.replays = 0
-        self._ignored, self._is_own, self._never = ignored, is_own, never
+        self._ignored, self._is_own, self.never = ignored, is_own, never
+        self._changes: list[str] = []  # how passes have changed what they read
         self._cases: list[_Case] = []
 
     def __call__(self, batch: Any) -> T:
         """Run the program on a batch."""
-        reason = self._never or unusual()
+        reason = self._never() or unusual()
         if reason is not None:
             return self._eagerly(batch, reason)
         leaves, spec = tree_flatten(batch)
@@ -91,6 +93,12 @@ class Cases(Generic[T]):
             self.reasons.append(reason)
             warnings.warn(f"nnj.compile runs eagerly: {reason}", stacklevel=4)
         return self.program.eager(batch)
+
+    def _never(self) -> str | None:
+        """Why no case is traced: as the program says, or since its passes go on changing what they
+        read. (The first one may fill something that later ones find.)
+        """
+        return self.never or (self._changes[-1] if len(self._changes) > 2 else None)
 
     # -- the life of a case ------------------------------------------------------------------------
 
@@ -116,9 +124,21 @@ class Cases(Generic[T]):
         inputs = case.state.tensors
         before = [t._version for t in inputs]
         found = self.program.eager(batch)
-        case.look(before, inputs, leaves)
+        self._look(case, before, inputs, leaves)
         case.state.tensors = []  # others may stand in their places
         return found
+
+    def _look(
+        self, case: _Case, before: list[int], inputs: Sequence[Tensor], leaves: list[Any]
+    ) -> None:
+        """Refuse what a run has changed."""
+        for i, (t, version) in enumerate(zip(inputs, before, strict=True)):
+            if t._version != version:
+                case.reason = f"a pass writes into {case.state.name(i)}, and a graph would not"
+        changed = case.state.difference(inputs, leaves, case.arguments)
+        if changed is not None:
+            self._changes.append(f"a pass changes {changed}, and a graph would not")
+            self._cases.remove(case)  # which is none that comes again
 
     def _trace(self, case: _Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
         layouts: list[Any] = []
@@ -140,7 +160,7 @@ class Cases(Generic[T]):
             known = isinstance(error, Untraceable)
             case.reason = str(error) if known else f"{type(error).__name__}: {error}"
             return found
-        case.look(before, inputs, leaves)
+        self._look(case, before, inputs, leaves)
         if case.reason is None:
             case.keep(traced, layouts[0])
             case.compile(inputs, self.backend)
@@ -201,16 +221,6 @@ class _Case:
             return None
         return self.state.now(leaves, self.arguments)
 
-    def look(self, before: list[int], inputs: Sequence[Tensor], leaves: list[Any]) -> None:
-        """Refuse what a run has changed."""
-        for i, (t, version) in enumerate(zip(inputs, before, strict=True)):
-            if t._version != version:
-                name = self.state.name(i)
-                self.reason = f"a pass writes into {name}, and a graph would not"
-        changed = self.state.difference(inputs, leaves, self.arguments)
-        if changed is not None:
-            self.reason = f"a pass changes {changed}, and a graph would not"
-
     def keep(self, traced: Traced, layout: Any) -> None:
         self.traced, self.layout = traced, layout
         self.confirmed = False
@@ -256,9 +266,8 @@ class _Case:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             found.append(torch.cuda.default_generators[torch.cuda.current_device()])
         if self.traced is not None:
-            found += {
-                id(d.kwargs["generator"]): d.kwargs["generator"] for d in self.traced.draws
-            }.values()
+            users = [draw.kwargs["generator"] for draw in self.traced.draws]
+            found += {place_of(g): g for g in users}.values()
         self._saved = [(g, g.get_state()) for g in found]
 
     def rewind(self) -> None:

@@ -8,7 +8,9 @@ reads from globals, closures and files is nowhere in them."""
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
@@ -31,6 +33,8 @@ _OPAQUE = (
     types.ModuleType,
     torch.Generator,
 )
+_HOLDERS = ("types", "argparse", "collections", "__main__")
+_DEEPEST = 16
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -72,6 +76,11 @@ class State:
     def finish(self) -> None:
         """No tensor is to be added any more."""
         self._signs = [sign_of(t) for t in self.tensors]
+        tables = self._tables
+        self._sizes = [(t.table, len(t.table), t) for t in tables if t.length is not None]
+        self._values = [(t.table, name, value, t) for t in tables for name, value in t.values]
+        self._slots = [(t.table, name, number) for t in tables for name, number in t.tensors]
+        self._contents = [(t.table, name, was) for t in tables for name, was in t.contents]
 
     def name(self, number: int) -> str:
         """Where a tensor stands first."""
@@ -90,6 +99,9 @@ class State:
             self._table(vars(holder), path)
 
     def _visit_module(self, m: nn.Module, path: str) -> None:
+        if isinstance(m, torch.jit.ScriptModule):
+            self._refuse(f"{path} is a scripted module, whose attributes nobody can read")
+            return
         own = m.__dict__
         self._table(own, path, _KEPT_BY_TORCH)
         for name in _TABLES:
@@ -125,7 +137,7 @@ class State:
             if isinstance(value, Tensor):
                 found.tensors.append((name, self.tensor(value, f"{path}.{name}")))
                 self._check_tensor(value, f"{path}.{name}")
-            elif type(value) in _CONTAINERS or _is_buffer(value):
+            elif isinstance(value, (*_CONTAINERS, functools.partial)) or _is_buffer(value):
                 found.contents.append((name, self.frozen(value, f"{path}.{name}")))
             else:
                 found.values.append((name, value))
@@ -135,7 +147,9 @@ class State:
     def _look_into(self, value: Any, path: str) -> None:
         if isinstance(value, types.MethodType):
             self._look_into(value.__self__, path)
-        elif not isinstance(value, (*_PLAIN, *_OPAQUE)):
+        elif not isinstance(value, (*_PLAIN, *_OPAQUE)) and (
+            isinstance(value, nn.Module) or not _is_of_a_library(type(value))
+        ):
             self._visit(value, path)
 
     def tensor(self, t: Tensor, path: str) -> int:
@@ -158,17 +172,24 @@ class State:
     def _refuse(self, reason: str) -> None:
         self.refused = self.refused or reason
 
-    def frozen(self, value: Any, path: str = "") -> Any:
+    def frozen(self, value: Any, path: str = "", depth: int = 0) -> Any:
         """A container as something to compare: its types, plain values, and which tensors."""
         kind = type(value)
+        if depth > _DEEPEST:
+            self._refuse(f"{path} has containers in containers, more than {_DEEPEST}")
+            return (kind, _Exactly(value))
+        inside: Callable[[Any], Any] = lambda v: self.frozen(v, path, depth + 1)
         if isinstance(value, Tensor):
+            self._check_tensor(value, path)
             return (Tensor, self.tensor(value, path))
-        if kind is dict:
-            return (kind, *((k, self.frozen(v, path)) for k, v in value.items()))
-        if kind in (set, frozenset):
+        if isinstance(value, functools.partial):
+            return (kind, inside(_parts(value)))
+        if isinstance(value, dict):
+            return (kind, *((k, inside(v)) for k, v in value.items()))
+        if isinstance(value, (set, frozenset)):
             return (kind, frozenset(value))
-        if kind in _CONTAINERS:
-            return (kind, *(self.frozen(v, path) for v in value))
+        if isinstance(value, _CONTAINERS):
+            return (kind, *map(inside, value))
         if _is_buffer(value):
             return (kind, getattr(value, "dtype", None), memoryview(value).tobytes())
         self._look_into(value, path)
@@ -185,13 +206,31 @@ class State:
         found: list[Tensor | None] = [None] * len(self._signs)
         if not _holds(arguments, were, found):
             return None
-        for table in self._tables:
-            if table.difference(found) is not None:
-                return None
+        if not self._is_same(found):
+            return None
         for t, sign in zip(found, self._signs, strict=True):
             if t is None or sign_of(t) != sign:
                 return None
+        if len(set(map(id, found))) < len(found):  # one tensor where there were two
+            return None
         return found  # type: ignore[return-value]
+
+    def _is_same(self, found: list[Tensor | None]) -> bool:
+        """Whether no entry of any table is another one; tensors are put in their places. In one
+        loop for each kind of entry, since this is asked before each replay.
+        """
+        for table, length, whole in self._sizes:
+            if len(table) != length and whole.size() != whole.length:
+                return False
+        for table, name, value, _ in self._values:
+            now = table.get(name, _GONE)
+            if now is not value and not _same(now, value):
+                return False
+        for table, name, number in self._slots:
+            now = table.get(name)
+            if not isinstance(now, Tensor) or not _put(found, number, now):
+                return False
+        return all(_holds(table.get(n, _GONE), was, found) for table, n, was in self._contents)
 
     def difference(
         self, tensors: Sequence[Tensor], arguments: Any = (), were: Any = (tuple,)
@@ -227,12 +266,12 @@ class _Table:
     ):
         self.table, self.path, self.ignored = table, path, ignored
         self.names = [n for n in table if n not in skipped and n not in ignored]
-        self.length = None if names is not None else self._size()
+        self.length = None if names is not None else self.size()
         self.tensors: list[tuple[Any, int]] = []
         self.values: list[tuple[Any, Any]] = []
         self.contents: list[tuple[Any, Any]] = []
 
-    def _size(self) -> int:
+    def size(self) -> int:
         """How many entries there are that are no results."""
         found = len(self.table)
         for name in self.ignored:
@@ -245,7 +284,7 @@ class _Table:
         their places.
         """
         table = self.table
-        if self.length is not None and self._size() != self.length:
+        if self.length is not None and self.size() != self.length:
             known = set(self.names)
             return str(next((n for n in table if n not in known and n not in self.ignored), "?"))
         for name, value in self.values:
@@ -305,14 +344,16 @@ def _holds(value: Any, was: Any, tensors: list[Tensor | None]) -> bool:
         return was[0] is Tensor and _put(tensors, was[1], value)
     if was[0] is not kind:
         return False
-    if kind is dict:
+    if isinstance(value, functools.partial):
+        return _holds(_parts(value), was[1], tensors)
+    if isinstance(value, dict):
         return len(value) == len(was) - 1 and all(
             k == key and type(k) is type(key) and _holds(v, kept, tensors)
             for (k, v), (key, kept) in zip(value.items(), was[1:], strict=True)
         )
-    if kind in (set, frozenset):
+    if isinstance(value, (set, frozenset)):
         return bool(value == was[1])
-    if kind in _CONTAINERS:
+    if isinstance(value, _CONTAINERS):
         return len(value) == len(was) - 1 and all(
             _holds(v, kept, tensors) for v, kept in zip(value, was[1:], strict=True)
         )
@@ -320,6 +361,18 @@ def _holds(value: Any, was: Any, tensors: list[Tensor | None]) -> bool:
         same = getattr(value, "dtype", None) == was[1]
         return bool(same and memoryview(value).tobytes() == was[2])
     return _same(value, was[1].value)
+
+
+def _parts(function: functools.partial[Any]) -> list[Any]:
+    return [function.func, function.args, function.keywords]
+
+
+def _is_of_a_library(cls: type) -> bool:
+    """Whether the objects of a class are torch's or Python's own, such as locks and loggers; those
+    that hold what a user has put in are not meant.
+    """
+    top = cls.__module__.split(".")[0]
+    return top == "torch" or (top in sys.stdlib_module_names and top not in _HOLDERS)
 
 
 def _is_buffer(value: Any) -> bool:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nnj.checks import is_saying
 from nnj.compiling.program import Untraceable
-from nnj.generators import OwnGenerator
+from nnj.generators import is_own
 
 _aten = torch.ops.aten
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -183,7 +183,7 @@ class Questions(TorchDispatchMode):
     # -- random numbers ----------------------------------------------------------------------------
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
-        own = isinstance(kwargs["generator"], OwnGenerator)
+        own = is_own(kwargs["generator"])
         if any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs))):
             if not own or any(map(self.depends, filter(_is_tensor, tree_leaves(args)))):
                 raise self.refuse(f"draws random numbers into a tensor ({func})")

@@ -76,12 +76,15 @@ def _apart(found: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Each result in memory of its own, and as no constant of the graph."""
     mode = get_innermost_proxy_mode()
     assert mode is not None
-    taken = {t.untyped_storage().data_ptr() for t in inputs if t.layout == torch.strided}
+    tracer: Any = mode.tracer
+    constants = [t for t in vars(tracer.root).values() if isinstance(t, Tensor)]
+    known_to_others = [t for t in (*inputs, *constants) if t.layout == torch.strided]
+    taken = {t.untyped_storage().data_ptr() for t in known_to_others}
     results = []
     for t in found:
+        known = get_proxy_slot(t, tracer, None) is not None
         t = t.detach()
         storage = t.untyped_storage()
-        known = get_proxy_slot(t, mode.tracer, None) is not None
         if not known or storage.data_ptr() in taken or storage.nbytes() != t.nbytes:
             t = t.clone()
         taken.add(t.untyped_storage().data_ptr())

@@ -90,7 +90,7 @@ class PackedColumns(ColumnSelection):
     def _nonzero(self) -> Tensor:
         """The index of all columns of the blocks that are not zero."""
         size, rank = self.hessian.diagonal().sum(-1), self.hessian.rank  # (R, D)
-        alive = self._by_sample((size > 0).to(size.dtype))
+        alive = self._by_sample((size > 0).long())
         order = alive.argsort(dim=1, descending=True, stable=True)  # blocks, those not zero first
         blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
         columns = torch.arange(rank, device=order.device)

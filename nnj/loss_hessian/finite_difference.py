@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nnj.generators import OwnGenerator
+
 _OWN = re.compile(r"(Backward\d+|AccumulateGrad|CopySlices|CopyBackwards|UndefinedGrad|GraphRoot)$")
 
 
@@ -63,7 +65,7 @@ def is_differentiated(at: Callable[[list[Tensor]], Any], outputs: Sequence[Tenso
         at: gives for outputs something with `gradient` (n, entries) and `product(v)`.
         outputs: in the dtype in which the Hessian is taken.
     """
-    seed = torch.Generator("cpu").manual_seed(0)
+    seed = OwnGenerator.seeded(0)
     double = outputs[0].dtype == torch.float64
     tolerance, amounts = (1e-4, (1e-3, 1e-4, 1e-5)) if double else (2e-2, (1e-1, 3e-2, 1e-2))
     seen = False

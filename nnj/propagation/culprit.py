@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
+from nnj.generators import OwnGenerator
 from nnj.graph.acceptance import call_vjp
 from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import own_task, sum_to
@@ -21,8 +22,6 @@ from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge
 from nnj.recording.records import Edge
 from nnj.registry.blame import at_work, blame
-
-SEED = 0x6E6E6A
 
 
 class Tangents(NamedTuple):
@@ -77,7 +76,7 @@ class _Search:
 
     def __init__(self, sweep: Sweep, leaves: Sequence[Tensor], eps: float):
         self.sweep, self.graph, self.leaves, self.eps = sweep, sweep.graph, leaves, eps
-        self.generator = torch.Generator().manual_seed(SEED)
+        self.generator = OwnGenerator.seeded()
 
     def facts(self, tangents: Tangents) -> Iterator[str]:
         """What is wrong, likeliest first."""

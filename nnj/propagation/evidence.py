@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from nnj.errors import Coupled
+from nnj.generators import OwnGenerator
 from nnj.graph.builder import Graph
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleAxis, SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.plan import device_of
 from nnj.recording.records import CallMark, Edge, Record, storage_of
-
-SEED = 0x6E6E6A  # of generators of our own
 
 
 class Evidence(NamedTuple):
@@ -100,7 +99,7 @@ def _found_among(rows: Tensor, pool: Tensor, samples: Tensor) -> Tensor | None:
     """The sample of the row of the pool that each row is equal to, -1 where several samples have
     that row; None if a row is not among them. Rows are compared by one random combination.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = OwnGenerator.seeded()
     mix = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
     keys, order = (pool.to(torch.float64) * mix).sum(1).sort()
     samples = samples[order.cpu()]
@@ -163,7 +162,7 @@ def touched(graph: Graph, edge: Edge, mark: CallMark, n: int) -> Tensor | None:
     if not known or not shape:
         return None
     sweep = Sweep(graph, 1, dict.fromkeys(graph.roots, SampleIndex(1)))
-    generator = torch.Generator().manual_seed(SEED)
+    generator = OwnGenerator.seeded()
     cotangent = (torch.rand(shape, generator=generator) + 0.5).to(device, dtype)
     rows = shape[0]
     found = torch.zeros(rows, n, dtype=torch.long, device=device)

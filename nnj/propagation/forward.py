@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from nnj.generators import OwnGenerator
 from nnj.graph.nodes import edge_dtype, edge_shape, own_task
 from nnj.graph.step import Step
 from nnj.propagation.backward import Sweep
@@ -248,7 +249,7 @@ class Forward:
     def _sends(self, step: Step, operands: list[int]) -> bool:
         """Whether a node sends anything to some of its operands."""
         args: list[Tensor | None] = [None] * len(step.node._input_metadata)
-        seed = torch.Generator().manual_seed(0x6E6E6A)
+        seed = OwnGenerator.seeded()
         for _, nr in step.into:
             m = step.node._input_metadata[nr]
             args[nr] = torch.randn(1, *m.shape, generator=seed).to(m.device, m.dtype)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from typing_extensions import TypeVar
 
 from nnj.errors import NNJError, complex_parameter
+from nnj.generators import OwnGenerator
 from nnj.graph.builder import Graph
 from nnj.graph.refusals import refuse_tensor
 from nnj.jacobians.sample_index import SampleIndex
@@ -25,7 +26,6 @@ from nnj.propagation.verification import verify
 from nnj.recording.extend import temporarily_extended
 from nnj.recording.records import Edge, edge_of
 
-SEED = 0x6E6E6A
 Slot = Literal["input", "weight"]
 S = TypeVar("S", bound=Sweep, default=Sweep)
 
@@ -184,7 +184,7 @@ def _check_apart(graph: Graph, root: Edge, n: int, assume: Assumptions) -> None:
     """Errors: `Coupled` if a column of one sample comes to the rows of others, where columns come
     to the input one for each sample, and each is taken for that sample's row alone.
     """
-    u = torch.rand(graph.shapes[root], generator=torch.Generator().manual_seed(SEED)) + 0.5
+    u = torch.rand(graph.shapes[root], generator=OwnGenerator.seeded()) + 0.5
     columns = u[None].to(device_of(root), graph.dtypes[root])
     sweep = Sweep(graph, n, {root: SampleIndex(n)}, assume)
     sweep.run({root: columns}, 1, lambda leaf, factor: None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnj.errors import Coupled
+from nnj.generators import OwnGenerator
 from nnj.jacobians.sample_index import SampleIndex
 
 
@@ -25,7 +26,7 @@ class Probe:
         self.bits = max(1, math.ceil(math.log2(n)))
         self.n = n
         # one for all roots, so that they do not cancel
-        self.generator = torch.Generator().manual_seed(0x6E6E6A)
+        self.generator = OwnGenerator.seeded()
 
     def columns(self, sample_index: SampleIndex, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The columns that start at one root edge, (2 * bits * DRAWS, *shape)."""

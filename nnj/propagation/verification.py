@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
+from nnj.generators import OwnGenerator
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
@@ -29,7 +30,6 @@ from nnj.recording.records import Edge
 
 MODE = "NNJ_VERIFY"
 KEPT = 256  # structures that are remembered for each model
-SEED = 0x6E6E6A
 AGAIN = 0.7  # a factor by which rounding becomes another
 
 # by model, the structures that were found right; the rules are held, so that none has their place
@@ -223,7 +223,7 @@ def _rounding(one: _At, again: _At) -> float:
 
 
 def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
+    return OwnGenerator.seeded()
 
 
 def _tangents(sweep: Sweep, rows: dict[Edge, SampleIndex]) -> Tangents | None:
