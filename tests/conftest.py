@@ -1,4 +1,8 @@
-"""One thread a worker: the models are tiny."""
+"""One thread a worker: the models are tiny. What is imported is left out of garbage collection: a
+verification looks at every object of the process.
+"""
+
+import gc
 
 import pytest
 import torch
@@ -6,6 +10,12 @@ import torch
 from tests.support.distributions import fakes  # noqa: F401
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Called when all test files are imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
