@@ -172,6 +172,7 @@ class _Search(Generic[S]):
     ):
         self.graph, self.glue, self.kind, self.rows, self.check = graph, glue, kind, rows, check
         self.refusal: Coupled | None = None
+        self.by_loss = False  # whether the loss couples what was declared to be samples
 
     def first(
         self, readings: Sequence[Reading], cuts: Iterable[bool] = (False, True)
@@ -189,6 +190,8 @@ class _Search(Generic[S]):
 
     def doubt(self, planned: Planned[S], reading: Reading, family: Sequence[Reading]) -> str:
         """Why it is not known which sample is which; "" if nothing else may be."""
+        if self.by_loss:
+            return TOGETHER
         if planned.n == 1 or (
             reading.trust == Trust.ALIKE and _is_straight(planned.sweep, reading)
         ):
@@ -223,6 +226,7 @@ class _Search(Generic[S]):
             roots, group = self.glue.roots(reading)
         if group is not None:
             if self.rows > 1 and not bool(group.any()):
+                self.by_loss = self.by_loss or reading.trust <= Trust.ALIKE
                 raise Coupled.at("what the loss is given")
             at = regrouped(at, self.graph.shapes, group)
         n = reading.n if group is None else int(group.max()) + 1

@@ -15,59 +15,26 @@ import nnj
 from nnj.propagation.backward import Sweep
 from nnj.propagation.glue import Glue
 from tests.support.cases import MLP, Do, do, linear
-from tests.support.cases.models import Block
-from tests.support.whose_rows import Model, Run
+from tests.support.whose_rows import (
+    BARE,
+    EACH,
+    GRU,
+    MIXED,
+    Model,
+    Run,
+    classes,
+    entropy,
+    entropy_in_the_last_axis,
+    frozen_first,
+    numbers,
+    r,
+    squares,
+)
 
 ALL = ("ggn_diag", "ggn_block", "batch_grad")
 REFUSED = r"batch_grad: .*\. .*([Gg]ive|Call|Let|Extend).*; sums over samples"
 
 
-def r(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def classes(*shape: int) -> Tensor:
-    return torch.randint(3, shape, generator=torch.Generator().manual_seed(5))
-
-
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def entropy(z: Tensor, ext: Any) -> Tensor:
-    """Cross entropy with classes in axis 1."""
-    return ext(nn.CrossEntropyLoss())(z, classes(len(z), *z.shape[2:]))
-
-
-def squares(z: Tensor, ext: Any) -> Tensor:
-    return ext(nn.MSELoss())(z, numbers(*z.shape))
-
-
-def in_the_last_axis(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.flatten(0, -2), y.flatten())
-
-
-def entropy_in_the_last_axis(z: Tensor, ext: Any) -> Tensor:
-    return ext(in_the_last_axis)(z, classes(*z.shape[:-1]))
-
-
-def frozen_first(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def made() -> nn.Module:
-        model = make()
-        model.one.requires_grad_(False)
-        return model
-
-    return made
-
-
-def bare(s: Any, x: Tensor) -> Tensor:
-    return F.linear(torch.tanh(F.linear(x, s.w, s.b)), s.v)
-
-
-BARE = do(bare, w=lambda: r(5, 4), b=lambda: r(5), v=lambda: r(3, 5))
-EACH = do(lambda s, x: s.head(torch.tanh(s.one(x))), one=linear(4, 4), head=linear(4, 3))
-MIXED = do(lambda s, x: s.head(s.block(s.one(x))), one=linear(4, 4), block=Block, head=linear(4, 3))
-GRU = do(lambda s, x: s.head(s.cell(x)[0]), cell=lambda: nn.GRU(4, 3), head=linear(3, 3))
 WAYS: dict[str, Any] = {
     "layers": EACH,
     "frozen-first": frozen_first(EACH),
@@ -163,6 +130,18 @@ def test_sequences(model):
     for glue in (PLACES["masked"], PLACES["as-many-masked"], PLACES["samples-last"]):
         run = lambda m, x, ext, glue=glue: squares(glue(m(x)), ext)
         assert SEQUENCES[model].wrong(run, *ALL) == []
+
+
+@pytest.mark.parametrize("model", ["layers-3", "frozen-first-3", "bare-3"])
+def test_a_mean_over_samples_does_not_make_samples_of_tokens(model):
+    """As many tokens as samples: sums are exact by tokens, where nothing is known to the
+    contrary.
+    """
+    run = lambda m, x, ext: squares(m(x).mean(0), ext)
+    with pytest.raises(nnj.NNJError, match=f"{REFUSED}|seen at what the loss is given"):
+        SEQUENCES[model].collected(run, "batch_grad")
+    if model == "frozen-first-3":
+        assert SEQUENCES[model].wrong(run, "ggn_diag", "ggn_block") == []
 
 
 # -- (T, N, C), and other axes ---------------------------------------------------------------------
