@@ -59,6 +59,8 @@ def contribute(
         planned = _planned(graph, columns, requests)
         n = columns.rows if planned is None else planned.n
         _open(targets, graph, reached | empty.keys(), roots, n)
+        for target in targets:
+            target.found.given = frozenset() if planned is None else planned.calls
         _check_met(graph, requests, met | empty.keys())
         if planned is not None:
             _Pass(call, columns, planned, targets, wanted).run()

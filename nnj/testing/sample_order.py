@@ -39,8 +39,8 @@ def samples_of_entries(model: nn.Module, x: Any, output: Tensor, axis: int) -> t
     if permuted:
         raise AssertionError(
             "the model gives its samples in another order than it was given them: what sample "
-            f"{permuted[0]} gives alone is row {permuted[1]} among the others, and there batch_grad "
-            "has it. Undo the permutation in the model"
+            f"{permuted[0]} gives alone is row {permuted[1]} among the others, which batch_grad "
+            "takes for another sample. Undo the permutation in the model"
         )
     raise AssertionError(
         "samples influence one another: among the others they give something else than alone, off "

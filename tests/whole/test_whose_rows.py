@@ -248,6 +248,40 @@ def test_the_same_samples_twice(model):
     assert EIGHT[model].wrong(run, *ALL) == []
 
 
+def test_a_loss_on_one_part_and_one_on_all():
+    """Rows of samples would be there twice."""
+
+    def run(m, x, ext):
+        a, b = m(x[:6]), m(x[6:])
+        return squares(a, ext) + entropy(torch.cat([a, b]), ext)
+
+    model = EIGHT["layers"]
+    assert model.wrong(run, "ggn_diag", "ggn_block") == []
+    with pytest.raises(nnj.NNJError, match=r"more calls.*torch\.cat"):
+        model.collected(run, "batch_grad")
+
+
+def test_parts_behind_a_model_that_is_called_once():
+    """What the parts have in common tells that they are parts."""
+    torch.manual_seed(0)
+    body, head = nnj.extend(nn.Linear(4, 3).double()), nnj.extend(nn.Linear(3, 3).double())
+    loss, x, y = nnj.extend(nn.CrossEntropyLoss(reduction="sum")), r(8, 4), classes(8)
+
+    def outputs() -> Tensor:
+        h = torch.tanh(body(x))
+        return torch.cat([head(h[:4]), head(h[4:])])
+
+    for run in (
+        lambda: loss(outputs(), y),
+        lambda: (lambda h: loss(head(h[:6]), y[:6]) + loss(head(h[6:]), y[6:]))(body(x).tanh()),
+    ):
+        with nnj.collect("batch_grad"):
+            run().backward()
+        for i in range(8):
+            (g,) = torch.autograd.grad(F.cross_entropy(outputs()[i], y[i]), body.weight)
+            torch.testing.assert_close(body.weight.batch_grad[i], g)
+
+
 def test_a_state_that_goes_from_call_to_call():
     torch.manual_seed(0)
     cell = nnj.extend(nn.Linear(3, 3).double())
