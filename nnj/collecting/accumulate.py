@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Container, Iterable, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj.collecting.quantity import Quantity, failed
+from nnj.errors import NNJError
 
 Holder: TypeAlias = "nn.Module | Tensor"
 
@@ -50,14 +51,20 @@ class Contribution:
     Args:
         calls: the forward calls of models that made the samples.
         n: how many samples there are.
+        given: those of the calls whose outputs the loss is given, itself or what is made of them.
 
     Attributes:
         holders: every parameter and module that may hold a result, reached or not.
         exact: its exact columns.
     """
 
-    def __init__(self, calls: frozenset[int] = frozenset(), n: int = 0):
-        self.calls, self.n = calls, n
+    def __init__(
+        self,
+        calls: frozenset[int] = frozenset(),
+        n: int = 0,
+        given: frozenset[int] = frozenset(),
+    ):
+        self.calls, self.n, self.given = calls, n, given
         self.holders: dict[Holder, None] = {}
         self.exact = ExactColumns()
         self._values: dict[str, dict[Holder, Any]] = {}
@@ -101,6 +108,7 @@ class Contribution:
     def absorb(self, other: Contribution, factor: int = 1) -> None:
         """Add `factor` times another contribution of the same samples."""
         self.calls |= other.calls
+        self.given |= other.given
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
         for name, values in other._values.items():
@@ -186,8 +194,14 @@ class Accumulator:
         }
 
     def add_pass(self, contributions: list[Contribution]) -> None:
-        """Take in what the losses of one backward pass have added."""
+        """Take in what the losses of one backward pass have added.
+
+        Errors: `NNJError` for rows of samples where one loss is given some of the calls of another.
+        """
         groups = _by_samples(contributions)
+        for name, quantity in self._quantities.items():
+            if quantity.per_sample:
+                _check_apart(name, groups)
         for group in groups:
             self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
         starts = [self.samples]
@@ -266,6 +280,17 @@ def _by_samples(contributions: Iterable[Contribution]) -> list[Contribution]:
         else:
             group.absorb(part)
     return groups
+
+
+def _check_apart(name: str, groups: Sequence[Contribution]) -> None:
+    """Errors: `NNJError` if some samples of one group are among those of another."""
+    for i, group in enumerate(groups):
+        if any(group.given & other.given for other in groups[:i]):
+            raise NNJError(
+                f"{name}: one loss is given the outputs of more calls of the model than another "
+                "one, so that their samples are not the same. Give both the outputs of all calls, "
+                "or call the model once, on torch.cat of its inputs"
+            )
 
 
 def dtype_of(holder: Holder) -> torch.dtype | None:

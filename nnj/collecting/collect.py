@@ -118,13 +118,23 @@ class collect(Collection):  # noqa: N801
         - A ggn_block beyond `block_limit`.
 
     What a sample is
-        A row in axis 0 of the model's input; for sequence-first models say
-        `nnj.extend(model, batch_axis=1)`. A loss over k N rows (`logits.view(-1, V)`) has k rows
-        for each sample. Inside the model samples are followed from axis to axis; where the names
-        of autograd's nodes do not tell whose an entry is, a probe finds out (2 log2 N columns,
-        twice). Where a model rearranges its input before its first layer, and the loss has another
-        number of rows than there are samples, nobody can tell whose the rows are: sums over
-        samples are exact all the same, and batch_grad is refused.
+        A row of the batch axis of the extended model's output, in the order of its input: axis 0,
+        or what `nnj.extend(model, batch_axis=1)` says, of outputs (T, N, C) of sequence-first
+        models; not a row of the loss. What the loss is given may be any view, permutation,
+        selection or repetition of it (`logits.view(-1, V)`, `z[mask]`, `torch.cat([z, z[order]])`):
+        names of autograd's nodes tell whose its entries are, or else a probe does (2 log2 N columns
+        or tangents, twice), as inside of the model.
+
+        - An output with no axis of N entries is read in every way in which samples do not influence
+          one another: sums over samples are the same in each. Where several are left, and what the
+          first layer was given does not tell, batch_grad is refused.
+        - A model that is called on parts of a batch (of 6 and 2) has 8 samples, in the order of the
+          calls. Two parts of as many may be the same samples or others: batch_grad is refused.
+        - A loss that compares samples in pairs takes these together: sums are exact, each one's
+          share of the gradient is its own. One that takes all of them together is refused.
+        - Inputs and outputs of one axis each, which is not that of a batch, are one sample.
+        - That a model permutes its samples, and never undoes it, nobody can see:
+          `nnj.testing.check_model` runs them one by one, and finds it.
 
     What it costs
         - One column for each degree of freedom of the loss (C - 1 for cross entropy with C

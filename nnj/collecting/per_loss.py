@@ -61,6 +61,8 @@ def contribute(
         planned = _planned(graph, columns, requests)
         n = columns.rows if planned is None else planned.n
         _open(targets, graph, reached | empty.keys(), scope, n)
+        for target in targets:
+            target.found.given = frozenset() if planned is None else planned.calls
         _check_met(graph, requests, met | empty.keys())
         check_replaced(graph, wanted, met | empty.keys(), scope.paths)
         if planned is not None:

@@ -17,7 +17,7 @@ from nnj.propagation.backward import Sweep
 from nnj.propagation.forward import Forward
 from nnj.propagation.outputs import Outputs, Reading
 from nnj.propagation.plan import device_of
-from nnj.propagation.probe import Probe
+from nnj.propagation.probe import Probe, filled
 from nnj.propagation.sample_axes import carried
 from nnj.recording.records import Edge
 
@@ -119,26 +119,51 @@ class Glue:
     # -- by numbers --------------------------------------------------------------------------------
 
     def _asked(self, reading: Reading) -> Found:
+        """As `Probe`, forward, and a bit of the numbers at a time."""
         forward = Forward(Sweep(self.graph, 1, dict.fromkeys(self.graph.roots, SampleIndex(1))))
-        probe = Probe(reading.n)
-        seeds = {
-            edge: probe.columns(index, self.graph.shapes[edge], self._like(edge))
-            for edge, index in reading.at.items()
-        }
-        tangents = forward.through(self.steps, seeds, 2 * probe.bits * probe.DRAWS)
-        found: dict[Edge, SampleIndex] = {}
-        for root in self.ends:
-            index = reading.at.get(root)
-            if index is None:
-                there = tangents.get(root)
-                if there is None or there.dim() < 2:  # it is nobody's, or a number
+        open_roots = [root for root in self.ends if root not in reading.at]
+        if any(len(self.graph.shapes[root]) == 0 for root in open_roots):
+            return self._together(reading, forward)
+        number: dict[Edge, Tensor] = {}
+        for bit in range(Probe(reading.n).bits):
+            seen = self._bit(bit, reading, forward)
+            for root in open_roots:
+                if root not in seen:  # it depends on no sample
                     return self._together(reading, forward)
-                try:
-                    index = probe.sample_index(there, "the loss").tidy()
-                except Coupled:
+                one, zero = seen[root]
+                if bool((one & zero).any()):
                     return self._together(reading, forward)
-            found[root] = index
-        return found, None
+                so_far = number.get(root, torch.zeros((), dtype=torch.long, device=one.device))
+                # an entry that no sample touched is nobody's
+                told = (one | zero) & (so_far >= 0)
+                number[root] = torch.where(told, so_far + (one.long() << bit), -1)
+        return {
+            root: reading.at[root]
+            if root in reading.at
+            else SampleIndex(reading.n, filled(number[root])).tidy()
+            for root in self.ends
+        }, None
+
+    def _bit(
+        self, bit: int, reading: Reading, forward: Forward
+    ) -> dict[Edge, tuple[Tensor, Tensor]]:
+        """Which entries of the roots depend on samples whose number has a bit, and which on others.
+
+        Two random tangents, since an entry is nobody's only if it is zero for each.
+        """
+        probe, found = Probe(reading.n), dict[Edge, tuple[Tensor, Tensor]]()
+        for _ in range(probe.DRAWS):
+            seeds = {}
+            for edge, index in reading.at.items():
+                shape = self.graph.shapes[edge]
+                u = probe.cotangent(shape, self._like(edge))
+                of = entries_of(index, shape, u.device)
+                has = (of >> bit) & 1 == 1
+                seeds[edge] = torch.stack([u * (has & (of >= 0)), u * (~has & (of >= 0))])
+            for root, there in forward.through(self.steps, seeds, 2).items():
+                one, zero = found.get(root, (False, False))
+                found[root] = one | (there[0] != 0), zero | (there[1] != 0)
+        return found
 
     def _like(self, edge: Edge) -> Tensor:
         return torch.empty((), dtype=self.graph.dtypes[edge], device=device_of(edge))

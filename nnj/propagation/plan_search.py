@@ -55,6 +55,7 @@ class Planned(Generic[S]):
         at: the same at the model's outputs.
         groups: whether samples were taken together.
         unknown: why what is asked of each sample cannot be had; "" where it can.
+        calls: the numbers of the calls whose outputs come first.
     """
 
     sweep: S
@@ -63,6 +64,7 @@ class Planned(Generic[S]):
     at: Roots
     groups: bool = False
     unknown: str = ""
+    calls: frozenset[int] = frozenset()
 
     def together(self, group: Tensor) -> Planned[S]:
         """The same, with samples (or groups of them) taken together.
@@ -104,6 +106,7 @@ def plan(graph: Graph, rows: int, per_sample: bool) -> Planned:
             found = search.first(readings)
             if found is not None:
                 reading, planned = found
+                planned.calls = frozenset(mark.order for mark in outputs.calls)
                 if per_sample and reading.trust > Trust.DECLARED:
                     planned.unknown = planned.unknown or search.doubt(planned, reading, family)
                 return planned
@@ -172,6 +175,7 @@ class _Search(Generic[S]):
     ):
         self.graph, self.glue, self.kind, self.rows, self.check = graph, glue, kind, rows, check
         self.refusal: Coupled | None = None
+        self.by_loss = False  # whether the loss couples what was declared to be samples
 
     def first(
         self, readings: Sequence[Reading], cuts: Iterable[bool] = (False, True)
@@ -189,9 +193,10 @@ class _Search(Generic[S]):
 
     def doubt(self, planned: Planned[S], reading: Reading, family: Sequence[Reading]) -> str:
         """Why it is not known which sample is which; "" if nothing else may be."""
-        if planned.n == 1 or (
-            reading.trust == Trust.ALIKE and _is_straight(planned.sweep, reading)
-        ):
+        if self.by_loss:
+            return TOGETHER
+        straight = reading.trust == Trust.ALIKE and _is_straight(planned.sweep, reading)
+        if planned.n == 1 or straight or _is_of_one_call(planned.sweep, reading):
             return ""
         if reading.mark is not None:
             told = evidence_of(self.graph, reading.mark, planned.n)
@@ -223,6 +228,7 @@ class _Search(Generic[S]):
             roots, group = self.glue.roots(reading)
         if group is not None:
             if self.rows > 1 and not bool(group.any()):
+                self.by_loss = self.by_loss or reading.trust <= Trust.ALIKE
                 raise Coupled.at("what the loss is given")
             at = regrouped(at, self.graph.shapes, group)
         n = reading.n if group is None else int(group.max()) + 1
@@ -266,10 +272,23 @@ def _is_straight(sweep: Sweep, reading: Reading) -> bool:
     return bool(first) and all(_is_along(sweep, edge, along) for edge in first)
 
 
+def _is_of_one_call(sweep: Sweep, reading: Reading) -> bool:
+    """Whether the samples of several calls are, in order, those of one that came before."""
+    if reading.mark is not None:
+        return False
+    return any(
+        edge not in reading.at
+        and sweep.n in mark.sizes
+        and edge in sweep.state
+        and _is_along(sweep, edge, SampleAxis(mark.batch_axis, 1))
+        for edge, mark in sweep.graph.outputs.items()
+    )
+
+
 def _is_along(sweep: Sweep, edge: Edge, along: SampleAxis) -> bool:
     """Whether the samples on an edge are along an axis."""
     index, shape = sweep.state[edge], sweep.shapes[edge]
-    if index is None or index.by_column or len(shape) <= along.axis:
+    if index is None or index.by_column or shape[along.axis : along.axis + 1] != (sweep.n,):
         return False
     of = entries_of(index, shape, device_of(edge))
     wanted = SampleIndex.by_axis(sweep.n, shape, along, device_of(edge))

@@ -62,10 +62,10 @@ class Probe:
         number = torch.where(every_bit_seen, (one * weights).sum(0), -1)
         if number.dim() == 0 or number.numel() == 0:
             return SampleIndex(self.n, number)
-        return SampleIndex(self.n, _filled(number))
+        return SampleIndex(self.n, filled(number))
 
 
-def _filled(number: Tensor) -> Tensor:
+def filled(number: Tensor) -> Tensor:
     """Entries of nobody (-1) get the number of the others in their row, where these have one."""
     rows = number[..., None].flatten(1)
     largest = rows.amax(1, keepdim=True)

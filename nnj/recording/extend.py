@@ -64,7 +64,8 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
             (output, target, ...), which comes back as a module.
         loss: True for a module of your own that is a loss; by default torch's losses and those with
             a loss rule are.
-        batch_axis: where the samples are in the model's first input; 1 for sequence-first models.
+        batch_axis: where the samples are in the model's inputs and, where these have it, in its
+            outputs; 1 for sequence-first models.
 
     What is a loss
         - torch's losses, those with a loss rule, plain functions, and what `loss=True` was said of.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nnj.collecting.collect import collect
 from nnj.errors import NNJError
@@ -21,10 +20,11 @@ from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
 from nnj.testing.check_layer import check_layer
 from nnj.testing.compare import double
 from nnj.testing.describe import Line, call_with, lines, text
+from nnj.testing.sample_order import NEAR, samples_of_entries
 
 DRAWS = 2
 LARGEST_BLOCK = 2000  # parameters of a module whose full block is compared
-EXACT, NEAR = 1e-8, 1e-9  # of the entry, and of the largest one
+EXACT = 1e-8  # of the entry; NEAR of the largest one
 # what may be left of a zero, of the largest entry anywhere; where J is squared, so is this
 ROUNDING = 1e-13
 Row = tuple[str, str, Any, Tensor]  # quantity, path, parameter or module, brute force
@@ -88,7 +88,8 @@ def check_model(
     Returns: a report with the rule of each module, to be printed.
 
     Errors: AssertionError naming the quantity, the parameter or module, the size of the error, and
-    each layer whose rule does not pass `check_layer`; or samples that influence one another.
+    each layer whose rule does not pass `check_layer`; or samples that influence one another, or
+    that the model gives in another order.
     `NNJError` where nnj refuses the model (`ggn_diag`; what else it refuses is in the report)."""
 
     axis = batch_axis_of(model)
@@ -197,7 +198,7 @@ class _BruteForce:
         self.output = out.detach()
         single = out.dtype != torch.float64
         self.rounding = torch.finfo(out.dtype).eps ** 0.5 if single else 0.0
-        self.n, self.sample = _samples(model, x, self.output, axis)
+        self.n, self.sample = samples_of_entries(model, x, self.output, axis)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.j = _jacobian(out, params)
         self._differentiate(lambda z: scalar_of(z.reshape(out.shape)))
@@ -271,68 +272,6 @@ def _large(module: nn.Module) -> bool:
         sum(p.numel() for p in m.parameters(recurse=False)) > LARGEST_BLOCK
         for m in module.modules()
     )
-
-
-def _samples(model: nn.Module, x: Any, output: Tensor, axis: int) -> tuple[int, Tensor]:
-    """The number of samples, and the sample of each entry of the output, found by running every
-    sample alone.
-
-    Errors: AssertionError if no order of rows explains what they give alone.
-    """
-    n = next(
-        t.shape[min(axis, t.dim() - 1)]
-        for t in tree_leaves(x)
-        if isinstance(t, Tensor) and t.dim() > 0
-    )
-    alone, nearest = _alone(model, x, output, n, axis), float("inf")
-    for place, order in _orders(output, n):
-        parts = [output.index_select(place, (order == m).nonzero()[:, 0]) for m in range(n)]
-        if any(a.shape != b.shape for a, b in zip(parts, alone, strict=True)):
-            continue
-        off = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
-        if off <= NEAR * max(1.0, float(output.abs().max())):
-            by_row = order.reshape(-1, *[1] * (output.dim() - place - 1))
-            return n, by_row.expand(output.shape).flatten()
-        nearest = min(nearest, off)
-    raise AssertionError(
-        "samples influence one another: among the others they give something else than alone, off "
-        f"by {nearest:.3g}. Batch norm in training mode does this; use model.eval()"
-    )
-
-
-def _alone(model: nn.Module, x: Any, output: Tensor, n: int, axis: int) -> list[Tensor]:
-    """What each sample gives alone."""
-    with torch.no_grad():
-        again = call_with(model, x)
-        assert torch.allclose(again, output, rtol=NEAR, atol=NEAR), (
-            "the model gives another output when it is called again: it draws random numbers, or "
-            "keeps a state. Use model.eval()"
-        )
-        try:
-            return [
-                call_with(model, tree_map(lambda t, m=m: _part(t, n, m, axis), x)) for m in range(n)
-            ]
-        except (RuntimeError, ValueError) as error:
-            raise AssertionError(
-                f"samples influence one another, or the model does not take one alone: {error}"
-            ) from error
-
-
-def _orders(output: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
-    """Along which axis n samples may lie, and the sample of each of its entries: those of a sample
-    together, or every n-th one.
-    """
-    numbers = torch.arange(n)
-    for axis, size in enumerate(output.shape):
-        if size % n == 0:
-            yield axis, numbers.repeat_interleave(size // n)
-            yield axis, numbers.repeat(size // n)
-
-
-def _part(t: Any, n: int, m: int, axis: int) -> Any:
-    """Sample m of an argument that has n samples."""
-    has = isinstance(t, Tensor) and t.dim() > 0 and t.shape[min(axis, t.dim() - 1)] == n
-    return t.narrow(min(axis, t.dim() - 1), m, 1) if has else t
 
 
 def _faults(found: nn.Module, x: Any, rules: list[Line]) -> list[str]:

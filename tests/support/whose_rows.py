@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, jacrev
 
 import nnj
+from tests.support.cases import do, linear
+from tests.support.cases.models import Block
 from tests.support.oracle import Dense, close
 
 Run = Callable[..., Any]  # from a model, its input and a function that makes losses, to a scalar
@@ -67,13 +70,14 @@ class Model:
         z, j, samples = self.dense
         _, x = self.built()
 
-        def scalar(flat: Tensor) -> Tensor:
+        def scalar(flat: Tensor, ext: Any) -> Tensor:
             whole = flat.reshape(z.shape)
-            return run(lambda part: _part(whole, x, part), x, lambda loss: loss)
+            return run(lambda part: _part(whole, x, part), x, ext)
 
-        flat = z.flatten()
-        h, g = hessian(scalar, flat), jacobian(scalar, flat)
-        return Dense(j, h, g, samples, int(samples.max()) + 1)
+        flat, loss = z.flatten(), lambda flat: scalar(flat, lambda loss: loss)
+        # less the curvature of what stands between output and loss
+        h = hessian(loss, flat) - hessian(lambda flat: scalar(flat, _linear), flat)
+        return Dense(j, h, jacobian(loss, flat), samples, int(samples.max()) + 1)
 
     def collected(self, run: Run, *quantities: str, **options: Any) -> nn.Module:
         """The model after one backward pass of that scalar."""
@@ -100,9 +104,74 @@ class Model:
         return found
 
 
+def _linear(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss in the place of which its derivative stands."""
+
+    def linear(*args: Tensor) -> Tensor:
+        given = [a for a in args if a.requires_grad]
+        grads = torch.autograd.grad(loss(*args), given, retain_graph=True)
+        return sum(
+            ((g.detach() * a).sum() for g, a in zip(grads, given, strict=True)),
+            given[0].new_zeros(()),
+        )
+
+    return linear
+
+
 def _part(z: Tensor, x: Tensor, part: Tensor) -> Tensor:
     """What the model gives for some rows of x."""
     if part is x:
         return z
     same = (x[:, None] == part[None]).flatten(2).all(2)
     return z[same.to(torch.uint8).argmax(0)]
+
+
+# -- models of vectors and of sequences, and losses ------------------------------------------------
+
+
+def r(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def classes(*shape: int) -> Tensor:
+    return torch.randint(3, shape, generator=torch.Generator().manual_seed(5))
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+def entropy(z: Tensor, ext: Any) -> Tensor:
+    """Cross entropy with classes in axis 1."""
+    return ext(nn.CrossEntropyLoss())(z, classes(len(z), *z.shape[2:]))
+
+
+def squares(z: Tensor, ext: Any) -> Tensor:
+    return ext(nn.MSELoss())(z, numbers(*z.shape))
+
+
+def in_the_last_axis(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, -2), y.flatten())
+
+
+def entropy_in_the_last_axis(z: Tensor, ext: Any) -> Tensor:
+    return ext(in_the_last_axis)(z, classes(*z.shape[:-1]))
+
+
+def frozen_first(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        model = make()
+        model.one.requires_grad_(False)
+        return model
+
+    return made
+
+
+def bare(s: Any, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, s.w, s.b)), s.v)
+
+
+BARE = do(bare, w=lambda: r(5, 4), b=lambda: r(5), v=lambda: r(3, 5))
+EACH = do(lambda s, x: s.head(torch.tanh(s.one(x))), one=linear(4, 4), head=linear(4, 3))
+MIXED = do(lambda s, x: s.head(s.block(s.one(x))), one=linear(4, 4), block=Block, head=linear(4, 3))
+GRU = do(lambda s, x: s.head(s.cell(x)[0]), cell=lambda: nn.GRU(4, 3), head=linear(3, 3))

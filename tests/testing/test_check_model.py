@@ -297,3 +297,16 @@ def test_logits_in_single_precision():
             check_model(Single(), nn.CrossEntropyLoss(), X, Y)
     finally:
         nnj.PatchMatmul.factor = own
+
+
+def test_samples_in_another_order():
+    """A permutation that a model never undoes is seen by nothing but running samples alone."""
+
+    class Shuffled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).roll(1, 0)
+
+    model, x, y = nn.Sequential(Shuffled(4, 3)), torch.randn(3, 4), torch.tensor([0, 2, 1])
+    with pytest.raises(AssertionError, match="in another order.*sample 0.*is row 1"):
+        check_model(model, nn.CrossEntropyLoss(), x, y)
+    assert check_model(nn.Linear(4, 3), nn.CrossEntropyLoss(), x, y).samples == 3

@@ -15,59 +15,26 @@ import nnj
 from nnj.propagation.backward import Sweep
 from nnj.propagation.glue import Glue
 from tests.support.cases import MLP, Do, do, linear
-from tests.support.cases.models import Block
-from tests.support.whose_rows import Model, Run
+from tests.support.whose_rows import (
+    BARE,
+    EACH,
+    GRU,
+    MIXED,
+    Model,
+    Run,
+    classes,
+    entropy,
+    entropy_in_the_last_axis,
+    frozen_first,
+    numbers,
+    r,
+    squares,
+)
 
 ALL = ("ggn_diag", "ggn_block", "batch_grad")
 REFUSED = r"batch_grad: .*\. .*([Gg]ive|Call|Let|Extend).*; sums over samples"
 
 
-def r(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def classes(*shape: int) -> Tensor:
-    return torch.randint(3, shape, generator=torch.Generator().manual_seed(5))
-
-
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def entropy(z: Tensor, ext: Any) -> Tensor:
-    """Cross entropy with classes in axis 1."""
-    return ext(nn.CrossEntropyLoss())(z, classes(len(z), *z.shape[2:]))
-
-
-def squares(z: Tensor, ext: Any) -> Tensor:
-    return ext(nn.MSELoss())(z, numbers(*z.shape))
-
-
-def in_the_last_axis(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.flatten(0, -2), y.flatten())
-
-
-def entropy_in_the_last_axis(z: Tensor, ext: Any) -> Tensor:
-    return ext(in_the_last_axis)(z, classes(*z.shape[:-1]))
-
-
-def frozen_first(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def made() -> nn.Module:
-        model = make()
-        model.one.requires_grad_(False)
-        return model
-
-    return made
-
-
-def bare(s: Any, x: Tensor) -> Tensor:
-    return F.linear(torch.tanh(F.linear(x, s.w, s.b)), s.v)
-
-
-BARE = do(bare, w=lambda: r(5, 4), b=lambda: r(5), v=lambda: r(3, 5))
-EACH = do(lambda s, x: s.head(torch.tanh(s.one(x))), one=linear(4, 4), head=linear(4, 3))
-MIXED = do(lambda s, x: s.head(s.block(s.one(x))), one=linear(4, 4), block=Block, head=linear(4, 3))
-GRU = do(lambda s, x: s.head(s.cell(x)[0]), cell=lambda: nn.GRU(4, 3), head=linear(3, 3))
 WAYS: dict[str, Any] = {
     "layers": EACH,
     "frozen-first": frozen_first(EACH),
@@ -163,6 +130,18 @@ def test_sequences(model):
     for glue in (PLACES["masked"], PLACES["as-many-masked"], PLACES["samples-last"]):
         run = lambda m, x, ext, glue=glue: squares(glue(m(x)), ext)
         assert SEQUENCES[model].wrong(run, *ALL) == []
+
+
+@pytest.mark.parametrize("model", ["layers-3", "frozen-first-3", "bare-3"])
+def test_a_mean_over_samples_does_not_make_samples_of_tokens(model):
+    """As many tokens as samples: sums are exact by tokens, where nothing is known to the
+    contrary.
+    """
+    run = lambda m, x, ext: squares(m(x).mean(0), ext)
+    with pytest.raises(nnj.NNJError, match=f"{REFUSED}|seen at what the loss is given"):
+        SEQUENCES[model].collected(run, "batch_grad")
+    if model == "frozen-first-3":
+        assert SEQUENCES[model].wrong(run, "ggn_diag", "ggn_block") == []
 
 
 # -- (T, N, C), and other axes ---------------------------------------------------------------------
@@ -267,6 +246,40 @@ def test_the_same_samples_twice(model):
     """By the same tensor, and by what another call has made of it."""
     run = lambda m, x, ext: entropy(m(x) + 2 * m(x), ext)
     assert EIGHT[model].wrong(run, *ALL) == []
+
+
+def test_a_loss_on_one_part_and_one_on_all():
+    """Rows of samples would be there twice."""
+
+    def run(m, x, ext):
+        a, b = m(x[:6]), m(x[6:])
+        return squares(a, ext) + entropy(torch.cat([a, b]), ext)
+
+    model = EIGHT["layers"]
+    assert model.wrong(run, "ggn_diag", "ggn_block") == []
+    with pytest.raises(nnj.NNJError, match=r"more calls.*torch\.cat"):
+        model.collected(run, "batch_grad")
+
+
+def test_parts_behind_a_model_that_is_called_once():
+    """What the parts have in common tells that they are parts."""
+    torch.manual_seed(0)
+    body, head = nnj.extend(nn.Linear(4, 3).double()), nnj.extend(nn.Linear(3, 3).double())
+    loss, x, y = nnj.extend(nn.CrossEntropyLoss(reduction="sum")), r(8, 4), classes(8)
+
+    def outputs() -> Tensor:
+        h = torch.tanh(body(x))
+        return torch.cat([head(h[:4]), head(h[4:])])
+
+    for run in (
+        lambda: loss(outputs(), y),
+        lambda: (lambda h: loss(head(h[:6]), y[:6]) + loss(head(h[6:]), y[6:]))(body(x).tanh()),
+    ):
+        with nnj.collect("batch_grad"):
+            run().backward()
+        for i in range(8):
+            (g,) = torch.autograd.grad(F.cross_entropy(outputs()[i], y[i]), body.weight)
+            torch.testing.assert_close(body.weight.batch_grad[i], g)
 
 
 def test_a_state_that_goes_from_call_to_call():
