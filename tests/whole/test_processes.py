@@ -70,6 +70,26 @@ def test_results_are_those_of_the_loss_of_each_process(trained, name):
                     assert close(found["batch_grad"][key], expected.batch_grad(key)) == ""
 
 
+def test_the_mean_of_all_processes_is_that_of_the_loss_behind_the_gradients(trained):
+    """As the docstring of collect says: of the mean of all losses."""
+    way, steps = WAYS["plain"], [trained[rank]["plain"][1] for rank in range(SIZE)]
+    batches = [batch(rank, 0) for rank in range(SIZE)]
+    expected = dense(
+        of(way),
+        lambda run: [run(x) for x, _ in batches],
+        lambda z: sum(
+            0.5 * nn.CrossEntropyLoss()(o, y) / SIZE for o, (_, y) in zip(z, batches, strict=True)
+        ),
+        torch.arange(6 * SIZE).repeat_interleave(3),
+    )
+    for key, g in steps[0][0]["grad"].items():
+        found = [step[0]["ggn_diag"][key] for step in steps]
+        assert close(sum(found) / SIZE, expected.diag(key)) == ""
+        shares = torch.cat([step[0]["batch_grad"][key] for step in steps]) / SIZE
+        assert close(shares, expected.batch_grad(key)) == ""
+        assert close(shares.sum(0), g) == ""
+
+
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.products])
 def test_products_of_a_model_under_it(trained, name):
     for rank in range(SIZE):
