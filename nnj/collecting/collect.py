@@ -81,8 +81,17 @@ class collect(Collection):  # noqa: N801
           variance 1.
         - Terms that no extended loss made, such as weight decay, have no part in it.
 
+    Several processes
+        Under `torch.nn.parallel.DistributedDataParallel` (extend the model before it is wrapped, or
+        after) the results of each process are those of its own loss, on its own part of the batch;
+        nothing is reduced over processes, as `p.grad` is. Gradients are bit for bit those without
+        nnj, in all of its modes. DDP averages gradients over W processes: the loss behind them is
+        1 / W times the sum of all, so that its ggn_diag and ggn_block are 1 / W times the sums of
+        those of the processes (`dist.all_reduce`), and its batch_grad is that of each, over W.
+
     What is refused
-        By `NNJError`, which says what to do; `p.grad` is intact then.
+        By `NNJError`, which says what to do; `p.grad` is intact then: the error is raised at the
+        end of the pass, when DDP has reduced the gradients, and training may go on.
 
         - What makes the samples of a batch influence one another: BatchNorm in training mode
           (use `model.eval()`), contrastive losses.
@@ -103,8 +112,12 @@ class collect(Collection):  # noqa: N801
         - A hook that changes gradients (of tensors, modules, parameters): columns do not go
           through it.
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
-        - Models under `torch.compile` or `torch.jit` (extend and use the model that was given to
-          it), and `torch.utils.checkpoint` with `use_reentrant=True`.
+        - Models, losses and steps under `torch.compile` or `torch.jit` (extend and use what was
+          given to it), and `torch.utils.checkpoint` with `use_reentrant=True`.
+        - Parameters that are sharded or distributed (FSDP, `fully_shard`, DTensor, tensor
+          parallelism), DistributedDataParallel with `mixed_precision=`, and DataParallel on several
+          devices: they train on as without nnj. `SyncBatchNorm` in training mode.
+        - Models on the device "meta", and nested tensors.
         - Parameters that are others at the time of the backward pass than in the call, and would
           be left without a result: `torch.func.functional_call` with others for all or some of
           them, also inside a model. What is made of the parameters themselves (a mask times p) is

@@ -57,9 +57,10 @@ def refuse_model(module: nn.Module) -> None:
 
 def refuse_leaf(leaf: Tensor) -> None:
     """Errors: `NNJError` for what holds a part of a parameter, or many of them."""
-    if "_is_flat_param" in vars(leaf) or "_fsdp_flattened" in vars(leaf):
+    own = leaf.__dict__
+    if "_is_flat_param" in own or "_fsdp_flattened" in own:
         raise _sharded("the model")
-    if "_mp_param" in vars(leaf):
+    if "_mp_param" in own:
         raise NNJError(
             "the model is under DistributedDataParallel with mixed_precision=, which puts other "
             "data into its parameters for a while. Use torch.autocast"

@@ -58,8 +58,9 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
 
     Errors: `NNJError` where samples influence one another (BatchNorm in training: use
     `model.eval()`), for complex parameters, a reentrant checkpoint, a model under `torch.compile`,
-    and arguments of another shape, dtype or device than they should have; `PluginError` with the
-    name of the plugin whose rule is broken; `TypeError` for what is no module.
+    one that is sharded or distributed or on the device "meta", nested tensors, and arguments of
+    another shape, dtype or device than they should have; `PluginError` with the name of the plugin
+    whose rule is broken; `TypeError` for what is no module.
     """
     return linearize(module, x, slot_of(wrt)).dense()
 

@@ -218,11 +218,6 @@ def train(way: Way, rank: int, collecting: bool) -> list[dict[str, Any]]:
     return steps
 
 
-def all_ways(rank: int) -> dict[str, tuple[Any, Any]]:
-    """Of each way the steps without and with nnj."""
-    return {name: (train(way, rank, False), train(way, rank, True)) for name, way in WAYS.items()}
-
-
 def refused(rank: int) -> dict[str, str]:
     """What nnj says of what it does not take under DistributedDataParallel."""
     x, y = batch(rank, 0)
@@ -243,3 +238,9 @@ def refused(rank: int) -> dict[str, str]:
             call()
         found[name] = str(said.value)
     return found
+
+
+def all_of_it(rank: int) -> dict[str, Any]:
+    """Of each way the steps without and with nnj, and what is refused."""
+    ways = {name: (train(way, rank, False), train(way, rank, True)) for name, way in WAYS.items()}
+    return {"ways": ways, "refused": refused(rank)}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SIZE = 2
 
 
-def together(job: str, seconds: float = 240) -> list[Any]:
+def together(job: str, seconds: float = 600) -> list[Any]:
     """What each process of a group of gloo gives for a job.
 
     Args:
@@ -68,7 +68,7 @@ def _work(job: str, rank: int, folder: Path) -> None:
         init_method=(folder / "store").as_uri(),
         rank=rank,
         world_size=SIZE,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     found = getattr(importlib.import_module(module), function)(rank)
     torch.save(found, folder / f"{rank}.pt")

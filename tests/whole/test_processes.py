@@ -1,13 +1,13 @@
-"""Two processes: what is collected is that of the loss of each, and p.grad is that of plain
-DistributedDataParallel.
+"""Two processes: what is collected is that of the loss of each, and they train on as without nnj.
+
+One test for each group of processes, since these take seconds to start; it lists all that is wrong.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,27 +17,13 @@ from tests.support.processes import SIZE, together
 from tests.support.sharded import CASES, SHARDED
 
 
-@pytest.fixture(scope="module")
-def trained() -> list[dict[str, Any]]:
-    return together("tests.support.data_parallel:all_ways")
-
-
 def same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_training_goes_on_as_without_nnj(trained, name):
-    for rank in range(SIZE):
-        plain, collected = trained[rank][name]
-        assert len(plain) == len(collected) == STEPS
-        for step, (one, other) in enumerate(zip(plain, collected, strict=True)):
-            for kind in ("state", "grad"):
-                assert one[kind].keys() == other[kind].keys()
-                for key, t in one[kind].items():
-                    assert same(t, other[kind][key]), f"{kind} of {key}, step {step}, rank {rank}"
-    for one, other in zip(trained[0][name][1], trained[1][name][1], strict=True):
-        assert all(torch.equal(t, other["state"][k]) for k, t in one["state"].items())
+def halved(z: Tensor, y: Tensor) -> Tensor:
+    """The scalar of a step."""
+    return 0.5 * nn.functional.cross_entropy(z, y)
 
 
 def truth(way: Way, rank: int, step: int, state: dict[str, Tensor]) -> Dense:
@@ -47,58 +33,105 @@ def truth(way: Way, rank: int, step: int, state: dict[str, Tensor]) -> Dense:
     return dense(
         model,
         lambda run: [way.pick(run(x), rank)],
-        lambda z: 0.5 * nn.CrossEntropyLoss()(z[0], y),
+        lambda z: halved(z[0], y),
         torch.arange(len(x)).repeat_interleave(3),
     )
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_results_are_those_of_the_loss_of_each_process(trained, name):
-    way = WAYS[name]
-    for rank in range(SIZE):
-        for step, found in enumerate(trained[rank][name][1]):
-            if (step, rank) in way.refused:
-                assert "not linear in this loss" in found["error"]
-                continue
-            assert "error" not in found, found["error"]
-            expected = truth(way, rank, step, found["state"])
-            for key, j in expected.jacobian.items():
-                if not j.any():  # the loss of this rank does not reach it
-                    assert found["ggn_diag"][key] is found["batch_grad"][key] is None
-                else:
-                    assert close(found["ggn_diag"][key], expected.diag(key)) == ""
-                    assert close(found["batch_grad"][key], expected.batch_grad(key)) == ""
+def wrong_training(plain: list[Any], collected: list[Any]) -> Iterator[str]:
+    """What is not bit for bit what it is without nnj."""
+    assert len(plain) == len(collected) == STEPS
+    for step, (one, other) in enumerate(zip(plain, collected, strict=True)):
+        for kind in ("state", "grad"):
+            if one[kind].keys() != other[kind].keys():
+                yield f"step {step}: {kind} has other names"
+            for key, t in one[kind].items():
+                if not same(t, other[kind][key]):
+                    yield f"step {step}: {kind} of {key} is another"
 
 
-@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.products])
-def test_products_of_a_model_under_it(trained, name):
-    for rank in range(SIZE):
-        for one, other in zip(*trained[rank][name], strict=True):
-            assert close(other["jacobian"], one["jacobian"]) == ""
+def wrong_results(way: Way, rank: int, steps: list[Any]) -> Iterator[str]:
+    """What is not that of the loss of a rank."""
+    for step, found in enumerate(steps):
+        if (step, rank) in way.refused:
+            if "not linear in this loss" not in found.get("error", ""):
+                yield f"step {step} is not refused: {found.get('error')}"
+            continue
+        if "error" in found:
+            yield f"step {step} is refused: {found['error']}"
+            continue
+        expected = truth(way, rank, step, found["state"])
+        for key, j in expected.jacobian.items():
+            diag, shares = found["ggn_diag"][key], found["batch_grad"][key]
+            if not j.any():  # the loss of this rank does not reach it
+                said = "" if diag is shares is None else "is not None"
+            else:
+                said = close(diag, expected.diag(key)) or close(shares, expected.batch_grad(key))
+            if said:
+                yield f"step {step}: {key} {said}"
 
 
-@pytest.fixture(scope="module")
-def sharded() -> list[dict[Any, Any]]:
-    return together("tests.support.sharded:all_ways")
+def wrong_mean(steps: list[list[Any]]) -> Iterator[str]:
+    """Where the docstring of collect is wrong about the loss behind the gradients, which is the
+    mean over processes.
+    """
+    batches = [batch(rank, 0) for rank in range(SIZE)]
+    expected = dense(
+        of(WAYS["plain"]),
+        lambda run: [run(x) for x, _ in batches],
+        lambda z: sum(halved(o, y) for o, (_, y) in zip(z, batches, strict=True)) / SIZE,
+        torch.arange(6 * SIZE).repeat_interleave(3),
+    )
+    first = [of_rank[0] for of_rank in steps]
+    for key, g in first[0]["grad"].items():
+        diag = sum(found["ggn_diag"][key] for found in first) / SIZE
+        shares = torch.cat([found["batch_grad"][key] for found in first]) / SIZE
+        for said in (
+            close(diag, expected.diag(key)),
+            close(shares, expected.batch_grad(key)),
+            close(shares.sum(0), g),
+        ):
+            if said:
+                yield f"{key} {said}"
 
 
-@pytest.mark.parametrize("way", CASES, ids=" ".join)
-def test_a_sharded_or_distributed_model_is_refused_and_trains_on(sharded, way):
-    for rank in range(SIZE):
-        for plain, refused in zip(*sharded[rank][way], strict=True):
-            assert torch.equal(plain[0], refused[0])
-            assert any(g is not None for g in plain[1])
-            assert all(same(g, h) for g, h in zip(plain[1], refused[1], strict=True))
-            assert re.search(
-                r"is sharded by FSDP" if way[1] in SHARDED else r"^a parameter is a DTensor",
-                refused[2],
-            )
-            assert "under DistributedDataParallel" in refused[2]
-
-
-def test_what_is_refused():
-    for said in together("tests.support.data_parallel:refused"):
+def test_distributed_data_parallel():
+    ranks, wrong = together("tests.support.data_parallel:all_of_it"), list[str]()
+    for name, way in WAYS.items():
+        for rank in range(SIZE):
+            plain, collected = ranks[rank]["ways"][name]
+            found = [*wrong_training(plain, collected), *wrong_results(way, rank, collected)]
+            if way.products:
+                found += [
+                    said
+                    for one, other in zip(plain, collected, strict=True)
+                    if (said := close(other["jacobian"], one["jacobian"]))
+                ]
+            wrong += [f"{name}, rank {rank}: {said}" for said in found]
+        for one, other in zip(*(ranks[rank]["ways"][name][1] for rank in range(SIZE)), strict=True):
+            if not all(torch.equal(t, other["state"][key]) for key, t in one["state"].items()):
+                wrong.append(f"{name}: replicas differ")
+    wrong += wrong_mean([ranks[rank]["ways"]["plain"][1] for rank in range(SIZE)])
+    assert not wrong, "\n".join(wrong)
+    for of_rank in ranks:
+        said = of_rank["refused"]
         assert said["fit"].startswith("the model is under DistributedDataParallel")
         assert "model.module" in said["fit"]
         assert "mixed_precision=" in said["mixed_precision"]
         assert "torch.autocast" in said["mixed_precision"]
+
+
+def test_sharded_and_distributed_models_are_refused_and_train_on():
+    ranks, wrong = together("tests.support.sharded:all_ways"), list[str]()
+    for way in CASES:
+        expected = "is sharded by FSDP" if way[1] in SHARDED else "a parameter is a DTensor"
+        for rank in range(SIZE):
+            for step, (plain, refused) in enumerate(zip(*ranks[rank][way], strict=True)):
+                where = f"{', '.join(way)}, rank {rank}, step {step}"
+                if not torch.equal(plain[0], refused[0]):
+                    wrong.append(f"{where}: the value is another")
+                if all(g is None for g in plain[1]) or not all(map(same, plain[1], refused[1])):
+                    wrong.append(f"{where}: gradients are others")
+                if expected not in refused[2] or "under DistributedDataParallel" not in refused[2]:
+                    wrong.append(f"{where}: it says {refused[2]!r}")
+    assert not wrong, "\n".join(wrong)
