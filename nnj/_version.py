@@ -16,7 +16,7 @@ def check_torch(found: str) -> None:
     if numbers(found) < numbers(OLDEST_TORCH):
         raise ImportError(
             f"nnj {__version__} needs torch {OLDEST_TORCH} or newer, and torch {found} is "
-            f"installed: pip install 'torch>={OLDEST_TORCH}'"
+            "installed. Upgrade it from the index that it came from"
         )
 
 

@@ -87,15 +87,18 @@ class CalledWith:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """As `model.modules()`, which takes several times as long."""
+    """As `model.modules()`, which takes several times as long; without scripted ones, for which
+    nothing can stand in.
+    """
     seen: set[nn.Module] = set()
     stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
         if module is not None and module not in seen:
             seen.add(module)
-            yield module
-            stack += module.__dict__["_modules"].values()
+            if isinstance(module.__dict__["_parameters"], dict):
+                yield module
+                stack += module.__dict__["_modules"].values()
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:
