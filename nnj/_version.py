@@ -15,11 +15,12 @@ def check_torch(found: str) -> None:
     if _numbers(found) < _numbers(OLDEST_TORCH):
         raise ImportError(
             f"nnj {__version__} needs torch {OLDEST_TORCH} or newer, and torch {found} is "
-            f"installed: pip install 'torch>={OLDEST_TORCH}'"
+            "installed. Upgrade it from the index that it came from"
         )
 
 
 def _numbers(version: str) -> list[int]:
+    """The first two numbers."""
     return [int(n) for n in re.findall(r"\d+", version)[:2]]
 
 

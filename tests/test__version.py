@@ -17,8 +17,8 @@ from nnj._version import OLDEST_TORCH, check_torch
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = "2.5.1+cpu"
 SENTENCE = (
-    f"nnj {nnj.__version__} needs torch {OLDEST_TORCH} or newer, and torch {FOUND} is installed: "
-    f"pip install 'torch>={OLDEST_TORCH}'"
+    f"nnj {nnj.__version__} needs torch {OLDEST_TORCH} or newer, and torch {FOUND} is installed. "
+    "Upgrade it from the index that it came from"
 )
 
 

@@ -133,9 +133,9 @@ def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> I
     cuda = [d.index or 0 for d in dict.fromkeys(devices) if d.type == "cuda"]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        if buffers:
-            keep: Any = torch.autograd
-            stack.enter_context(keep._unsafe_preserve_version_counter(tuple(buffers)))
+        keep: Any = torch.autograd
+        for b in buffers:  # older torch takes one at a time
+            stack.enter_context(keep._unsafe_preserve_version_counter(b))
         try:
             yield
         finally:

@@ -56,6 +56,8 @@ class CalledWith:
         self._data: list[tuple[Tensor, Tensor]] = []  # each with another tensor on the same numbers
         for module in modules_of(model):
             own = module.__dict__
+            if not isinstance(own["_parameters"], dict):
+                continue  # scripted: nothing can stand in for its parameters
             if own["_parameters"]:
                 table = own["_parameters"].copy()
                 self._tables.append((module, table))

@@ -43,7 +43,7 @@ def lengths(monkeypatch, model: nn.Module, x: torch.Tensor, memory: int) -> list
     with monkeypatch.context() as patch:
         patch.setattr(per_loss, "columns_at_once", noting)
         with nnj.collect("ggn_diag", memory=memory):
-            nnj.extend(nn.MSELoss())(nnj.extend(model)(x), torch.zeros(len(x), 6)).backward()
+            nnj.extend(nn.MSELoss())(nnj.extend(model)(x), x.new_zeros(len(x), 6)).backward()
     return seen
 
 
