@@ -154,6 +154,7 @@ class Cases(Generic[T]):
         case.save()
         try:
             traced = trace(run, inputs)
+            case.check_draws(traced, inputs)
         except Exception as error:
             case.rewind()
             found = self.program.eager(batch)  # raises what there is to raise
@@ -164,7 +165,9 @@ class Cases(Generic[T]):
         if case.reason is None:
             case.keep(traced, layouts[0])
             case.compile(inputs, self.backend)
-        return self.program.take(traced.results, layouts[0], inputs)
+        results = list(traced.results)
+        traced.results.clear()  # which the graph needs no more
+        return self.program.take(results, layouts[0], inputs)
 
     def _confirm(self, case: _Case, batch: Any, inputs: list[Tensor]) -> T:
         """Replay and run."""
@@ -208,7 +211,7 @@ class _Case:
         self.state, self.around, self.kept = state, around, len(state.tensors)
         self.arguments = state.frozen(leaves, "the batch")
         state.finish()
-        self.reason = state.refused or _refused(leaves)
+        self.reason = _refused(leaves) or state.refused
         self.traced: Traced | None = None
         self.layout: Any = None
         self.run: Run | None = None
@@ -250,6 +253,26 @@ class _Case:
         return results
 
     # -- random numbers ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_draws(self, traced: Traced, inputs: list[Tensor]) -> None:
+        """Errors: `Untraceable` where a pass sets a generator back, as checkpoints do, to draw the
+        same numbers twice: a graph would draw others.
+        """
+        if not traced.random:
+            return
+        after = [(g, g.get_state()) for g, _ in self._saved]
+        self.rewind()
+        with _plainly(inputs):
+            traced.graph.forward(*inputs, *(draw.value for draw in traced.draws))
+        same = all(torch.equal(g.get_state(), state) for g, state in after)
+        for g, state in after:
+            g.set_state(state)
+        if not same:
+            raise Untraceable(
+                "a pass sets a random generator back (as torch.utils.checkpoint does), and a graph "
+                "would draw other numbers"
+            )
 
     @contextmanager
     def generators(self) -> Iterator[None]:

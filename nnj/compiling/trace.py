@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     get_innermost_proxy_mode,
@@ -58,7 +60,9 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
         return found
 
     try:
-        graph = make_fx(run, _disable_torch_fn_metadata_mode=True)(*inputs)
+        # one fake mode for the shapes that make_fx notes, which else makes one for each operator
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            graph = make_fx(run, _disable_torch_fn_metadata_mode=True)(*inputs)
     except Exception as error:
         if questions.refused is not None:
             raise Untraceable(questions.refused) from error
@@ -66,10 +70,22 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     if questions.refused is not None:  # somebody caught it, and went another way
         raise Untraceable(questions.refused)
     _tidy(graph)
+    _refuse_leaves(graph)
     if len(graph.graph.nodes) > LARGEST:
         raise Untraceable(f"the pass has more than {LARGEST} operators")
     asks = bool(questions.changed)
     return Traced(graph, results, questions.draws, questions.random, asks)
+
+
+def _refuse_leaves(module: GraphModule) -> None:
+    """Errors: `Untraceable` for a constant whose gradient a backward pass would fill."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        t = getattr(module, str(node.target))
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise Untraceable(
+                f"a tensor of shape {tuple(t.shape)} that requires grad is read from a closure or "
+                "a global, and is no part of the model or the loss"
+            )
 
 
 def _apart(found: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -348,3 +348,48 @@ def test_a_refusal_of_collect_comes_through():
     with pytest.raises(nnj.NNJError, match="sample"):
         nnj.fit(model, nn.MSELoss(), [(X, REAL)], "ggn_diag")
     assert not vars(model[0].weight) and model.training
+
+
+# -- compiled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_compiled_is_what_eager_is(scale):
+    x, y = torch.randn(22, 4).double(), torch.randint(3, (22,))
+    model, names = mlp(), ("ggn_diag", "batch_grad", "ggn_block")
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double())
+    found, expected = (
+        nnj.fit(model, loss, batches(x, y, 4), *names, scale=scale, compile=how)
+        for how in ("aot", False)
+    )
+    assert (found.samples, found.total) == (expected.samples, expected.total)
+    for name in names:
+        agree(found[name], expected[name])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_passes_are_replayed(monkeypatch):
+    from nnj.compiling.cases import Cases
+
+    made, init = [], Cases.__init__
+    monkeypatch.setattr(
+        Cases, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k)
+    )
+    x, y = torch.randn(22, 4).double(), torch.randint(3, (22,))
+    nnj.fit(mlp(), nn.CrossEntropyLoss(), batches(x, y, 4), "ggn_diag", compile="aot")
+    (cases,) = made
+    assert cases.replays == 2 and cases.reasons == []  # of 5 batches of 4, and one of 2
+
+
+def test_compiled_the_reduction_is_looked_into():
+    def total(output, target):
+        return (output - target).square().sum()
+
+    x, y = torch.randn(24, 4).double(), torch.randn(24, 3).double()
+    given = batches(x, y, 4)
+    options = {"reduction": "mean", "compile": "aot"}
+    with pytest.raises(nnj.NNJError, match="is not the mean"):
+        nnj.fit(mlp(), total, given, "ggn_diag", **options)
+    options["reduction"] = "sum"
+    found = nnj.fit(mlp(), total, given, "ggn_diag", **options)
+    agree(found["ggn_diag"], nnj.fit(mlp(), total, given, "ggn_diag", reduction="sum")["ggn_diag"])

@@ -248,6 +248,31 @@ def test_dropout_draws_anew_as_the_eager_pass_does():
     assert cases.replays == 3 and len(set(found)) > 1
 
 
+def test_numbers_that_are_drawn_twice_from_a_generator_that_is_set_back():
+    """As a checkpoint does, which computes a part again."""
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            state = torch.get_rng_state()
+            first = nn.functional.dropout(x, 0.5)
+            torch.set_rng_state(state)
+            return first + nn.functional.dropout(x, 0.5)
+
+    _, cases = started(Twice(), 5, verify=False)
+    assert cases.replays == 0 and "sets a random generator back" in cases.reasons[0]
+
+
+def test_another_model_in_a_closure():
+    other = nn.Linear(2, 2)
+
+    class Reads(nn.Module):
+        def forward(self, x):
+            return other(x)
+
+    _, cases = started(Reads(), 5)
+    assert cases.replays == 0 and "closure or a global" in cases.reasons[0]
+
+
 def test_generators_of_users():
     class Noise(nn.Module):
         def __init__(self):

@@ -1,0 +1,51 @@
+"""Every model of the table, compiled: traced at other numbers, replayed at its own, against
+torch.func. Those that run eagerly say why.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.support.cases import CASES
+from tests.support.collecting import QUANTITIES
+from tests.support.replaying import replayed
+
+EAGER: dict[str, str] = {
+    "scripted-part": "is a scripted module",
+}
+ALL = (
+    "linear",
+    "mlp",
+    "cnn-pooling",
+    "transformer",
+    "embedding-bag",
+    "lora",
+    "sequence-lstm-first",
+)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="inductor needs a C++ compiler on a CPU",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replayed(name):
+    faults, reasons = replayed(CASES[name], "ggn_diag", "batch_grad")
+    assert faults == []
+    if name in EAGER:
+        assert EAGER[name] in reasons[0]
+    else:
+        assert reasons == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_quantities(name):
+    assert replayed(CASES[name], *QUANTITIES) == ([], [])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["mlp", "cnn-pooling"])
+def test_inductor(name):
+    assert replayed(CASES[name], "ggn_diag", "batch_grad", backend="inductor") == ([], [])
