@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nnj.errors import Coupled, NNJError
 from nnj.graph.traverse import children, reachable
+from nnj.recording.scope import modules_of
 
 
 def refuse_node(node: Any) -> None:
@@ -48,11 +49,14 @@ def refuse_node(node: Any) -> None:
 
 def refuse_model(module: nn.Module) -> None:
     """Errors: `NNJError` for a model that is sharded or distributed."""
-    for kind in {type(part) for part in module.modules()}:
+    parts = modules_of(module)
+    for kind in set(map(type, parts)):
         if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
             raise _sharded(kind.__name__)
-    for p in module.parameters():
-        refuse_leaf(p)
+    for part in parts:
+        for p in part._parameters.values() if part._parameters else ():
+            if p is not None:
+                refuse_leaf(p)
 
 
 def refuse_leaf(leaf: Tensor) -> None:
