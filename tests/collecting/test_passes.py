@@ -14,7 +14,7 @@ from tests.support.collecting import X, Y, pair
 queue = torch.autograd.Variable._execution_engine.queue_callback
 
 
-@pytest.mark.parametrize("depth", [1, 2, LAPS])
+@pytest.mark.parametrize("depth", [1, 2, 4, LAPS + 1])
 def test_what_others_have_queued_is_done_before(depth):
     """As DDP does it: a hook queues what queues what writes p.grad."""
     model, loss = pair()
