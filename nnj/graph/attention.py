@@ -43,38 +43,43 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     """Cotangents (K, N, H, T, d) of the output to those of Q, K and V. None where heads are
     grouped.
 
-    With P the softmax and dP = g V^T:  dV = P^T g,  dS = s P o (dP - sum(g o O)),  dQ = dS K,
-    dK = dS^T Q, where sum(g o O) = sum(P o dP). Some heads and columns at a time, since what is
+    With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(g o O)),  dQ = dS s K,
+    dK = dS^T s Q, where sum(g o O) = sum(P o dP). Some heads and columns at a time, since what is
     between, of (K, N, H, T, S), is the largest tensor of a transformer."""
     saved = _Saved(node)
     q, k, v = saved.q, saved.k, saved.v
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
-    found = [_like(t, len(g)) for t in (q, k, v)]
+    dq, dk, dv = (_like(t, len(g)) for t in (q, k, v))
+    q, k, every = q * saved.scale, k * saved.scale, slice(None)
     for heads in _groups(q.shape[0], q.shape[1], q.shape[2] * k.shape[2], q.device):
-        p = saved.probabilities(heads)
+        p, of_heads = saved.probabilities(heads), g[(every, *heads)]
+        dv[(every, *heads)] = _transposed(p, of_heads)
+        delta = (of_heads * (p @ v[heads])).sum(-1, keepdim=True)
         fits = max(1, _at_once(q.device) // max(1, p.numel()))
         for a in range(0, len(g), fits):
-            at = (slice(a, a + fits), *heads)
-            parts = _of_heads(p, q[heads], k[heads], v[heads], saved.scale, g[at])
-            for whole, part in zip(found, parts, strict=True):
-                whole[at] = part.movedim(2, 0)
-    return [*found]
+            part = slice(a, a + fits)
+            at = (part, *heads)
+            ds = _scores(p, v[heads], of_heads[part], delta[part])
+            dq[at] = (ds.flatten(2, 3) @ k[heads]).unflatten(2, ds.shape[2:4]).movedim(2, 0)
+            dk[at] = (ds.mT @ q[heads][:, :, None]).movedim(2, 0)
+    return [dq, dk, dv]
 
 
-def _of_heads(
-    p: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for some heads and columns: g of (K, n, h, T, d), results of (n, h, K, T or S,
-    d).
+def _transposed(p: Tensor, g: Tensor) -> Tensor:
+    """P^T g of g (K, n, h, T, d); columns are folded into rows, so that P is not copied for each
+    of them.
     """
-    columns, t = len(g), p.shape[-2]
-    g = g.movedim(0, 2)  # columns are folded into rows, so that nothing is copied for each of them
-    dv = (p.mT @ g.transpose(2, 3).flatten(3)).unflatten(3, (columns, -1)).transpose(2, 3)
-    delta = (g * (p @ v)[:, :, None]).sum(-1, keepdim=True)
-    ds = (g.flatten(2, 3) @ v.mT).unflatten(2, (columns, t))
-    ds = ds.sub_(delta).mul_((p * scale)[:, :, None])
-    return (ds.flatten(2, 3) @ k).unflatten(2, (columns, t)), ds.mT @ q[:, :, None], dv
+    columns = g.movedim(0, 3).flatten(3)  # (n, h, T, K d)
+    found: Tensor = (p.mT @ columns).unflatten(3, (len(g), g.shape[-1])).movedim(3, 0)
+    return found
+
+
+def _scores(p: Tensor, v: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+    """dS = P o (g V^T - delta) of g (K, n, h, T, d), as (n, h, K, T, S)."""
+    rows = g.movedim(0, 2)
+    ds: Tensor = (rows.flatten(2, 3) @ v.mT).unflatten(2, rows.shape[2:4])
+    return ds.sub_(delta.movedim(0, 2)).mul_(p[:, :, None])
 
 
 def _like(t: Tensor, columns: int) -> Tensor:

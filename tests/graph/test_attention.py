@@ -55,14 +55,15 @@ def test_columns_are_those_of_autograd(
 def test_scores_of_some_heads_are_there_at_once(monkeypatch: Any) -> None:
     """Not those of all columns, samples and heads."""
     largest = 0
-    of_heads = attention._of_heads
+    scores_of = attention._scores
 
-    def noting(p: Tensor, *rest: Any) -> Any:
+    def noting(*given: Tensor) -> Tensor:
         nonlocal largest
-        largest = max(largest, p.numel() * len(rest[-1]))
-        return of_heads(p, *rest)
+        found = scores_of(*given)
+        largest = max(largest, found.numel())
+        return found
 
-    monkeypatch.setattr(attention, "_of_heads", noting)
+    monkeypatch.setattr(attention, "_scores", noting)
     for scores in (1, T * S, 2 * T * S, 5 * T * S, 1000):
         monkeypatch.setattr(attention, "SCORES", scores)
         _, y = attend(True)
