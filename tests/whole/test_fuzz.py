@@ -22,8 +22,10 @@ from nnj_plugins.layers.linear import linear, through
 from nnj_plugins.quantities.batch_grad import BatchGrad
 from tests.support.fuzz.__main__ import main
 from tests.support.fuzz.case import draw
+from tests.support.fuzz.check import check
 from tests.support.fuzz.compare import FAILURE, REFUSED, Outcome
 from tests.support.fuzz.report import Report, outcomes, quietly, report
+from tests.support.fuzz.shrink import LINE, shrink
 
 SEEDS, GROUP = 300, 15
 # A part of the seeds of a group may be refused, each for a reason that the report counts.
@@ -185,3 +187,12 @@ def test_refusals_are_counted_by_their_reason():
 
 def refusal(words: str) -> Outcome:
     return Outcome(REFUSED, words)
+
+
+def test_a_program_is_made_shorter_and_stays_wrong():
+    with quietly(), dies():
+        case = draw(0)
+        shorter = shrink(case)
+        assert {o.kind for o in check(shorter).values()} >= {FAILURE}
+    code = lambda case: [line for _, line in LINE.findall(case.source)]
+    assert sum(map(len, code(shorter))) < sum(map(len, code(case)))
