@@ -6,5 +6,5 @@ python -m tests.support.fuzz --seed 17 -v      the program of one seed, and what
 pieces.py: what programs call beside torch; draft.py: a model that is being written; anywhere.py,
 sequences.py, images.py: the steps of which models are made; steps.py: how they are strung together;
 losses.py: what is made of outputs; case.py: the program of a seed; truth.py: the oracle; check.py:
-what is asked of nnj; report.py: what came of many seeds.
+what is asked of nnj; report.py: what came of many seeds; shrink.py: a shorter program.
 """

@@ -197,13 +197,13 @@ def check_plain(case: Case) -> None:
     """Errors: `Unfit` unless plain torch makes something finite of it, with a gradient."""
     model, losses = case.model(), case.losses()
     try:
-        value = case.run(model, losses, case.data())
-        value.backward()
+        values = [case.run(model, losses, case.data(k)) for k in range(case.passes)]
+        sum(values[1:], values[0]).backward()
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise Unfit(f"torch: {error}") from error
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not grads or not all(bool(g.isfinite().all()) for g in (value, *grads)):
-        raise Unfit("nothing finite, or no gradient")
+    if not grads or not all(bool(t.isfinite().all()) for t in (*values, *grads)):
+        raise Unfit("no gradient, or none that is finite")
 
 
 def source_of(draft: Draft, results: list[str], x: str, terms: list[Term], cut: int) -> str:
