@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nnj.checks import enough
 from nnj.loss_hessian.base import LossHessian
 
 
@@ -71,6 +72,10 @@ class PackedColumns(ColumnSelection):
         # a table (n + 1, slots): where a sample has fewer rows than others, slots are empty
         self.table = (n + 1, int(self.slot.max()) + 1 if len(sample) else 1)
         super().__init__(hessian, 0)
+        # which row has a slot; one behind the last where none has
+        number = torch.arange(len(sample), device=sample.device)
+        empty = torch.full(self.table, len(sample), device=sample.device)
+        self.row = empty.index_put((self.sample, self.slot), number)
         # (k, n + 1): of each packed column and sample, the number of one of the sample's columns,
         # which are counted by slot, place and column of the block
         self.index = self._largest(tol) if tol > 0 else self._nonzero()
@@ -86,7 +91,8 @@ class PackedColumns(ColumnSelection):
         size, rank = self.hessian.diagonal().sum(-1), self.hessian.rank  # (R, D)
         alive = self._by_sample((size > 0).long())
         order = alive.argsort(dim=1, descending=True, stable=True)  # blocks, those not zero first
-        blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
+        count = alive.sum(1)
+        blocks = max(1, enough(count.max(), alive.shape[1])) if alive.numel() else 0
         columns = torch.arange(rank, device=order.device)
         return (order[:, :blocks, None] * rank + columns).flatten(1).mT
 
@@ -102,15 +108,17 @@ class PackedColumns(ColumnSelection):
         return order[:, :k].mT
 
     def columns(self, start: int, stop: int) -> Tensor:
-        h = self.hessian
-        number = self.index[start:stop, self.sample]  # (k, R): among all columns of the sample
+        h, number = self.hessian, self.index[start:stop]  # among all columns of a sample
         j, block = number % h.rank, number // h.rank
-        # a row takes part where the block is one of its own
-        k, row = (block // h.places == self.slot).nonzero(as_tuple=True)
-        place = block[k, row] % h.places
-        out = torch.zeros(len(number), h.rows, h.places, h.block, dtype=h.dtype, device=h.device)
-        out[k, row, place] = h.columns_at(row, place, j[k, row])
-        return out
+        slot, place = block // h.places, block % h.places
+        sample = torch.arange(number.shape[1], device=h.device)
+        row, k = self.row[sample, slot], torch.arange(len(number), device=h.device)[:, None]
+        size = len(number) * h.rows * h.places
+        # a sample that has no such row writes behind the last entry
+        at = torch.where(row < h.rows, (k * h.rows + row) * h.places + place, size).flatten()
+        found = h.columns_at(row.clamp(max=h.rows - 1).flatten(), place.flatten(), j.flatten())
+        out = torch.zeros(size + 1, h.block, dtype=h.dtype, device=h.device)
+        return out.index_put_((at,), found)[:size].view(len(number), h.rows, h.places, h.block)
 
 
 def _number_within(group: Tensor) -> Tensor:
