@@ -69,6 +69,7 @@ class Cases(Generic[T]):
         self._ignored, self._is_own, self.never = ignored, is_own, never
         self._changes: list[str] = []  # how passes have changed what they read
         self._cases: list[_Case] = []
+        self._full: str | None = None
 
     def __call__(self, batch: Any) -> T:
         """Run the program on a batch."""
@@ -82,7 +83,7 @@ class Cases(Generic[T]):
             if inputs is not None:
                 return self._run(case, batch, leaves, inputs)
         if len(self._cases) >= self.limit:
-            return self._eagerly(batch, f"there are more than limit={self.limit} cases")
+            return self._eagerly(batch, self._too_many(leaves))
         case = _Case(State(self.program.modules, self._ignored, self._is_own), leaves, around)
         self._cases.append(case)
         return self._first(case, batch, leaves)
@@ -99,6 +100,14 @@ class Cases(Generic[T]):
         read. (The first one may fill something that later ones find.)
         """
         return self.never or (self._changes[-1] if len(self._changes) > 2 else None)
+
+    def _too_many(self, leaves: list[Any]) -> str:
+        """Why there is no room for another case: what the first one too many has changed."""
+        if self._full is None:
+            what = self._cases[-1].changed(leaves) if self._cases else None
+            said = f", of which the last is another by {what}" if what else ""
+            self._full = f"there are more than limit={self.limit} cases{said}"
+        return self._full
 
     # -- the life of a case ------------------------------------------------------------------------
 
@@ -119,13 +128,12 @@ class Cases(Generic[T]):
 
     def _first(self, case: _Case, batch: Any, leaves: list[Any]) -> T:
         """Run eagerly, and see whether that changes what it reads."""
+        inputs, case.state.tensors = case.state.tensors, []  # others may stand in their places
         if case.reason is not None:
             return self._eagerly(batch, case.reason)
-        inputs = case.state.tensors
         before = [t._version for t in inputs]
         found = self.program.eager(batch)
         self._look(case, before, inputs, leaves)
-        case.state.tensors = []  # others may stand in their places
         return found
 
     def _look(
@@ -223,6 +231,10 @@ class _Case:
         if around != self.around:
             return None
         return self.state.now(leaves, self.arguments)
+
+    def changed(self, leaves: list[Any]) -> str | None:
+        """What is not as it is in this case, beside tensors; None if that is not known."""
+        return self.state.difference(None, leaves, self.arguments)
 
     def keep(self, traced: Traced, layout: Any) -> None:
         self.traced, self.layout = traced, layout

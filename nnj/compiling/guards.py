@@ -233,20 +233,25 @@ class State:
         return all(_holds(table.get(n, _GONE), was, found) for table, n, was in self._contents)
 
     def difference(
-        self, tensors: Sequence[Tensor], arguments: Any = (), were: Any = (tuple,)
+        self, tensors: Sequence[Tensor] | None, arguments: Any = (), were: Any = (tuple,)
     ) -> str | None:
         """The attribute that is not what it was; None if all are. A tensor that is another one than
-        that of the list is a difference here, too.
+        that of the list, if there is one, is a difference here, too; else one of another shape,
+        dtype or device.
         """
         found: list[Tensor | None] = [None] * len(self._signs)
         if not _holds(arguments, were, found):
-            return "an argument"
+            return "the batch"
         for table in self._tables:
             name = table.difference(found)
             if name is not None:
                 return f"{table.path}.{name}"
-        for number, (t, was) in enumerate(zip(found, tensors, strict=True)):
-            if t is not was:
+        for number, t in enumerate(found):
+            if tensors is None:
+                same = t is not None and sign_of(t) == self._signs[number]
+            else:
+                same = t is tensors[number]
+            if not same:
                 return self.name(number)
         return None
 
