@@ -78,15 +78,17 @@ def passes(
     return [eager, *(lambda step=step: replay(step) for step in steps)]
 
 
-def measure(runs: list[Callable[[], None]], repeats: int) -> list[float]:
+def measure(
+    runs: list[Callable[[], None]], repeats: int, clock: Callable[[], float]
+) -> list[float]:
     """Seconds of each, taken by turns: medians."""
     rounds = []
     for _ in range(repeats):
         times = []
         for run in runs:
-            start = time.perf_counter()
+            start = clock()
             run()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         rounds.append(times)
     return [statistics.median(one) for one in zip(*rounds, strict=True)]
 
@@ -99,17 +101,26 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["inductor", "aot"])
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: what this process has used, where other programs disturb",
+    )
     args = parser.parse_args()
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     torch.set_num_threads(args.threads)
     names = [f"{name} [ms] | ÷ eager" for name in args.backends]
     print(f"| network | quantity | eager [ms] | {' | '.join(names)} |")
     print("|---" * (3 + 2 * len(names)) + "|")
     for number in args.cases:
         name, (make, quantity) = next(islice(CASES.items(), number, None))
-        eager, *others = measure(passes(make, quantity, args.backends), args.repeats)
+        eager, *others = measure(passes(make, quantity, args.backends), args.repeats, clock)
         cells = [f"{1e3 * t:.3g} | {t / eager:.2g}" for t in others]
         print(f"| {name} | {quantity} | {1e3 * eager:.3g} | {' | '.join(cells)} |", flush=True)
-    print(f"\n{where(args.threads)}; medians of {args.repeats} rounds, by turns.")
+    print(
+        f"\n{where(args.threads)}; medians of {args.repeats} rounds, by turns; {args.clock} time."
+    )
 
 
 if __name__ == "__main__":

@@ -455,7 +455,7 @@ def test_a_replayed_pass_asks_one_question(monkeypatch):
 
     asked = []
     _, step = replaying()
-    monkeypatch.setattr("nnj.compiling.guards.torch._C._len_torch_dispatch_stack", lambda: 0)
+    monkeypatch.setattr("nnj.compiling.surroundings.torch._C._len_torch_dispatch_stack", lambda: 0)
 
     class Asking(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
