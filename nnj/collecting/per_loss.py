@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnj.collecting.accumulate import Contribution, ExactColumns
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.request import EXACT, Request
-from nnj.collecting.targets import ChunkSink, Target, owned_by_several
+from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.linearity import check_arguments
@@ -26,6 +26,7 @@ from nnj.propagation.plan_search import on_roots, plan, plan_by_axis
 from nnj.propagation.verification import verify
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
+from nnj.recording.scope import Paths, Scope, owned_by_several
 
 
 def contribute(
@@ -45,19 +46,18 @@ def contribute(
 
     Errors: `NNJError` wherever a number would not be exact.
     """
-    roots = extended_roots()
-    targets = [Target(request, roots) for request in requests]
+    scope = Scope(extended_roots())
+    targets = [Target(request, scope) for request in requests]
     wanted: set[Tensor] = set().union(*(target.params for target in targets))
     check_arguments(call, node, wanted)
     if call.edges:
-        paths = {m: name for root in roots for name, m in root.named_modules()}
-        _check_modules(requests, paths)
-        graph, met = _graph(call, wanted, paths)
+        _check_modules(requests, scope)
+        graph, met = _graph(call, wanted, scope.paths)
         reached, empty = _reached(graph), graph.without_entries()
         for target in targets:
-            target.reach(reached | empty.keys() if empty else reached, paths)
+            target.reach(reached | empty.keys() if empty else reached, scope.paths)
         sweep, sample_index = _planned(graph, columns, requests, scale.device)
-        _open(targets, graph, reached | empty.keys(), roots, sample_index.n)
+        _open(targets, graph, reached | empty.keys(), scope, sample_index.n)
         _check_met(graph, requests, met | empty.keys())
         if sweep is not None:
             if any(request.verify for request in requests):
@@ -71,10 +71,10 @@ def contribute(
 # -- the graph, and whose the rows are -------------------------------------------------------------
 
 
-def _check_modules(requests: Sequence[Request], paths: dict[nn.Module, str]) -> None:
+def _check_modules(requests: Sequence[Request], scope: Scope) -> None:
     """Errors: `NNJError` for a module of modules= that is part of no extended model."""
     for top in [top for request in requests for top in request.modules or ()]:
-        if not any(m in paths for m in top.modules()):
+        if not any(m in scope.own for m in top.modules()):
             raise NNJError(
                 f"modules= names a module ({type(top).__name__}) that is part of no extended "
                 "model. Extend the model that it is in, or name modules of that one"
@@ -98,20 +98,17 @@ def _check_met(graph: Graph, requests: Sequence[Request], met: set[Tensor]) -> N
             )
 
 
-def _graph(
-    call: LossCall, wanted: set[Tensor], paths: dict[nn.Module, str]
-) -> tuple[Graph, set[Tensor]]:
+def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, set[Tensor]]:
     """Autograd's graph from the outputs of the loss to the wanted parameters that this backward
     pass reaches, and all wanted ones that were met.
     """
     executed: dict[Tensor, bool] = {}
 
     def is_wanted(p: Tensor) -> bool:
-        if p not in wanted:
-            return False
-        if p not in executed:
-            executed[p] = _executed(p)
-        return executed[p]
+        known = executed.get(p)
+        if known is None and p in wanted:
+            known = executed[p] = _executed(p)
+        return bool(known)
 
     graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths)
     return graph, set(executed)
@@ -167,7 +164,7 @@ def _open(
     targets: Sequence[Target],
     graph: Graph,
     reached: set[Tensor],
-    roots: Sequence[nn.Module],
+    scope: Scope,
     n: int,
 ) -> None:
     """Begin the contributions: the samples, and all parameters and modules of the models that took
@@ -177,10 +174,15 @@ def _open(
     """
     calls = frozenset(mark.order for mark in graph.marks)
     called = {mark.module for mark in graph.marks}
-    tops = [r for r in roots if r in called or any(p in reached for p in r.parameters())]
+    took_part = [
+        m
+        for root, modules in scope.modules.items()
+        if root in called or any(p in reached for m in modules for p in scope.own[m])
+        for m in modules
+    ]
     for target in targets:
         target.found.calls, target.found.n = calls, n
-        target.hold(tops)
+        target.hold(took_part)
     if not graph.marks and not any(target.found.holders for target in targets):
         raise NNJError(
             "the loss reaches no parameter of an extended model. Extend the model, too: model = "
@@ -228,7 +230,8 @@ def _last_layer(
     memory: int,
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
-    last = LastLayerColumns(sweep, columns.hessian, owned_by_several(targets), selection)
+    several = owned_by_several(m for target in targets for m in target.own)
+    last = LastLayerColumns(sweep, columns.hessian, several, selection)
     if not last.useful:
         return None
     last.narrow(memory)

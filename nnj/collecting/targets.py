@@ -15,6 +15,7 @@ from nnj.collecting.quantity import failed
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.recording.scope import Scope
 from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
@@ -24,19 +25,17 @@ class Target:
     """One request at one loss.
 
     Args:
-        roots: the extended models, at which it collects if it names no modules.
+        scope: the extended models, at which it collects if it names no modules.
 
     Attributes:
-        modules, own, params: where it collects: modules, the own parameters of each, and all of
-            them (a dict as an ordered set).
+        own, params: where it collects: the own parameters of each module, and all of them (a dict
+            as an ordered set).
         found: what it has collected.
     """
 
-    def __init__(self, request: Request, roots: Sequence[nn.Module]):
+    def __init__(self, request: Request, scope: Scope):
         self.request, self.found = request, Contribution()
-        tops = roots if request.modules is None else request.modules
-        self.modules = list(dict.fromkeys(m for top in tops for m in top.modules()))
-        self.own = {m: own_params(m) for m in self.modules}
+        self.own = scope.own if request.modules is None else scope.of(request.modules)
         self.params = dict.fromkeys(p for own in self.own.values() for p in own)
         asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
         self._points = [wanted for wanted in asked_for if not wanted[1].of_modules]
@@ -52,7 +51,7 @@ class Target:
         Errors: `NNJError` for what cannot be collected there.
         """
         self._refuse_complex(reached, paths)
-        for m in self.modules if self._blocks else ():
+        for m in self.own if self._blocks else ():
             count = sum(p in reached for p in self.own[m])
             if count:
                 self._expected[m] = count
@@ -67,21 +66,21 @@ class Target:
         squared = [name for name, source in sources if source is not GRADIENT]
         found = {p for p in self.params if p.is_complex() and p in reached} if squared else set()
         if found:
-            m = next(m for m in self.modules if not found.isdisjoint(self.own[m]))
+            m = next(m for m in self.own if not found.isdisjoint(self.own[m]))
             raise complex_parameter(
                 f"{squared[0]}: a parameter of '{paths.get(m, '') or type(m).__name__}'"
             )
 
-    def hold(self, tops: Sequence[nn.Module]) -> None:
-        """Note all that may hold a result: what is in models that took part, reached or not."""
+    def hold(self, modules: Iterable[nn.Module]) -> None:
+        """Note all that may hold a result, reached or not: of the models that took part if it names
+        no modules.
+        """
         holders = self.found.holders
-        for top in tops if self.request.modules is None else self.request.modules:
-            for m in top.modules():
-                own = self.own[m]
-                if own:
-                    holders[m] = None
-                for p in own:
-                    holders[p] = None
+        for m in modules if self.request.modules is None else self.own:
+            own = self.own[m]
+            if own:
+                holders[m] = None
+                holders.update(dict.fromkeys(own))
 
     # -- the columns of one chunk ------------------------------------------------------------------
 
@@ -184,21 +183,3 @@ def _check_name(name: str, m: nn.Module, path: str) -> None:
             f"the quantity {name!r}{by} would overwrite the {name} of '{path or type(m).__name__}'."
             " Register it under another name"
         )
-
-
-def own_params(m: nn.Module) -> list[nn.Parameter]:
-    """Each once, in order; torch's own iterators take much longer."""
-    return list(
-        dict.fromkeys(p for p in m._parameters.values() if p is not None and p.requires_grad)
-    )
-
-
-def owned_by_several(targets: Sequence[Target]) -> set[Tensor]:
-    """The parameters that several modules own."""
-    seen: set[Tensor] = set()
-    several: set[Tensor] = set()
-    for m in dict.fromkeys(m for target in targets for m in target.modules):
-        own = {p for p in m._parameters.values() if p is not None}
-        several |= own & seen
-        seen |= own
-    return several

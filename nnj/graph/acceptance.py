@@ -5,6 +5,7 @@ does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Accepted(NamedTuple):
     dtype: torch.dtype
 
 
-def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | Declined:
+def accept(node: Any, number: int, paths: Mapping[nn.Module, str]) -> Accepted | Declined:
     """The record at output `number` of a node, or why autograd's nodes speak for that output.
 
     Args:
@@ -60,7 +61,7 @@ def accept(node: Any, number: int, paths: dict[nn.Module, str]) -> Accepted | De
     if point is None:
         return Declined("its parameters are narrower than its tensors")
     x, y = point
-    said = ask_rule(record.entry, record.module, x, y, paths.get(record.module, ""))
+    said = ask_rule(record.entry, record.module, x, y, paths)
     if isinstance(said, Declined):
         return said
     if record.edge is not None and "input" not in said.jacobians:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Graph:
         self,
         roots: list[Edge],
         wanted: Callable[[Tensor], bool],
-        paths: dict[nn.Module, str],
+        paths: Mapping[nn.Module, str],
         batched: Tensor | None = None,
         products: bool = True,
     ):

@@ -6,7 +6,7 @@ refused with its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ _SINGLE = ELEMENTWISE | {"Sum", "Mean"}
 
 
 def squared_backward(
-    step: Step, m: Columns, k: int, paths: dict[nn.Module, str], other: Step | None = None
+    step: Step, m: Columns, k: int, paths: Mapping[nn.Module, str], other: Step | None = None
 ) -> Columns:
     """(J o J')^T m of a node. Errors: `NNJError` with the name of an operation whose squares nnj
     does not know.

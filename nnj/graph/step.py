@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,7 @@ class Step:
     saved_input: SavedInput | None = None
 
 
-def describe(step: Step, paths: dict[nn.Module, str]) -> str:
+def describe(step: Step, paths: Mapping[nn.Module, str]) -> str:
     """The name of a step for a sentence."""
     if step.record is not None:
         return f"layer '{paths.get(step.record.module, '') or step.name}'"

@@ -4,7 +4,7 @@ own between the same edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ def culprit(sweep: Sweep, tangents: Tangents, leaves: Sequence[Tensor], eps: flo
     )
 
 
-def _name(leaf: Tensor, paths: dict[nn.Module, str]) -> str:
+def _name(leaf: Tensor, paths: Mapping[nn.Module, str]) -> str:
     for module, path in paths.items():
         for name, p in module._parameters.items():
             if p is leaf:

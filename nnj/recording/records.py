@@ -5,6 +5,7 @@ of a loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
 from nnj.registry.claim import Entry
+from nnj.registry.layer_rules import parameters_by_name
 
 RECORD, MARK = "nnj.record", "nnj.call"
 Edge = tuple[Any, int]  # (grad_fn, output_nr)
@@ -122,7 +124,7 @@ class Record:
         """
         x, y = self.x.tensor(), self.y.tensor()
         dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
-        own = {p.dtype for p in self.module.parameters()}
+        own = {p.dtype for p in parameters_by_name(self.module).values()}
         for other in own:
             dtype = torch.promote_types(dtype, other)
         if own - {dtype}:
@@ -200,6 +202,8 @@ def _changed(before: Any, now: Any) -> bool:
     """Whether an element of a layer's state is another."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return before is not now if isinstance(before, Tensor) else bool(before != now)
+    if len(before) == len(now) and all(map(is_, before.values(), now.values())):
+        return False  # nothing has been assigned
     options = [
         {k: v for k, v in own.items() if k[0] != "_" and isinstance(v, _PLAIN)}
         for own in (before, now)

@@ -4,6 +4,8 @@ answers are checked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +125,16 @@ class RuleLookup:
 
 
 def ask_rule(
-    entry: Entry, module: nn.Module, x: Tensor, y: Tensor, path: str = ""
+    entry: Entry,
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    paths: Mapping[nn.Module, str] = MappingProxyType({}),
 ) -> Described | Declined:
     """The Jacobians of a module at a point, or why the rule cannot be taken there.
+
+    Args:
+        paths: the names of modules, for errors.
 
     Errors: `PluginError` for anything but Jacobians of the right shapes under "input" and names of
     parameters; `NNJError` with the path of the layer if the rule refuses."""
@@ -141,22 +150,23 @@ def ask_rule(
     except NotImplementedError as error:
         return Declined(str(error) or "its rule declines")
     except NNJError as error:  # a refusal, not a fault: say where
-        error.args = (f"layer '{path or type(module).__name__}': {error}",)
+        error.args = (f"layer '{paths.get(module) or type(module).__name__}': {error}",)
         raise
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # one that exits would take the user's program with it
-        raise rule_failed(blame(entry, module, path), entry, error) from error
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+        raise rule_failed(blame(entry, module, paths.get(module, "")), entry, error) from error
+    parameters = parameters_by_name(module)
     fault = _fault(jacobians, module, parameters, x, y)
     if isinstance(fault, Declined):
         return fault
     if fault is not None:
-        raise PluginError(f"{blame(entry, module, path)}: {fault}")
-    known = {parameters[slot] for slot in jacobians if slot != "input"}
-    unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
-    if unknown:
-        return Declined(f"its rule does not know {', '.join(unknown)}")
+        raise PluginError(f"{blame(entry, module, paths.get(module, ''))}: {fault}")
+    if any(p.requires_grad and name not in jacobians for name, p in parameters.items()):
+        known = {parameters[slot] for slot in jacobians if slot != "input"}  # under another name
+        unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
+        if unknown:
+            return Declined(f"its rule does not know {', '.join(unknown)}")
     return Described(jacobians, parameters)
 
 
@@ -188,6 +198,15 @@ def _fault(
         if j.like.is_meta:  # a rule that reads neither x nor y knows no device
             j.like = x if y.is_meta and x.is_floating_point() else y
     return None
+
+
+def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """`named_parameters(remove_duplicate=False)`, without torch's generators for a layer that has
+    no parts.
+    """
+    if module._modules:
+        return dict(module.named_parameters(remove_duplicate=False))
+    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def _shape_of(t: Tensor) -> Any:

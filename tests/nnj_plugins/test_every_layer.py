@@ -50,7 +50,7 @@ def slots_of(module, x):
     with torch.no_grad():
         kept = x.clone()
         y = module(x)
-        said = ask_rule(find_rule(module), module, kept, y, "net.layer")
+        said = ask_rule(find_rule(module), module, kept, y, {module: "net.layer"})
         return None if isinstance(said, Declined) else said.jacobians
 
 

@@ -182,7 +182,7 @@ def test_an_answer_that_is_none(rules, rule, message):
     rules(Squash, rule)
     module, x = Squash(), torch.randn(5, 4)
     with pytest.raises(nnj.PluginError) as caught:
-        ask_rule(find_rule(module), module, x, module(x), "head")
+        ask_rule(find_rule(module), module, x, module(x), {module: "head"})
     assert str(caught.value) == f"plugin 'nnj-squash' (layer 'head'): {message}"
     with pytest.raises(
         nnj.PluginError, match=re.escape(f"plugin 'nnj-squash' (layer 'Squash'): {message}")

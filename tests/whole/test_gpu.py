@@ -1,0 +1,149 @@
+"""The table of models, the layers, the products and fit on a GPU: what is exact on a CPU is exact
+there.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import nnj
+from nnj.testing import check_layer
+from tests.support.cases import CASES, Case
+from tests.support.collecting import gradients, wrong
+from tests.support.fitting import CLASSES, LOADER, C, X, agree, expected, mlp
+from tests.support.layers import CASES as LAYERS
+from tests.support.oracle import build, data_of, losses_of, run, truth
+from tests.support.products import MODELS, SLOTS, case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+EXACT = ("ggn_diag", "ggn_block", "batch_grad")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A fixed seed."""
+    torch.manual_seed(0)
+
+
+def there(value: Any) -> Any:
+    """Tensors and modules on the GPU, in any container."""
+    move = lambda t: t.to(DEVICE) if isinstance(t, Tensor | nn.Module) else t
+    return tree_map(move, value)
+
+
+def ran(case: Case, model: nn.Module, losses: tuple[Any, ...]) -> Tensor:
+    """The user's code on the GPU; skipped where that is written for a CPU, or draws other random
+    numbers there.
+    """
+    try:
+        value = run(case, model, losses, there(data_of(case)))
+    except (RuntimeError, TypeError) as error:
+        if "same device" in str(error) or "numpy" in str(error):
+            pytest.skip("its code makes tensors on the CPU")
+        raise
+    if not torch.allclose(value.detach().cpu(), truth(case.name).value, rtol=1e-6):
+        pytest.skip("it draws other random numbers on a GPU")
+    return value
+
+
+def check_torch(case: Case, model: nn.Module) -> None:
+    """Skips a case of which torch's own gradient on a GPU is not as exact as the comparison (the
+    norm of weight_norm is summed in float32).
+    """
+    _, grads = gradients(case)
+    for name, p in model.named_parameters():
+        expected = grads[name]
+        if expected is not None and p.grad is not None:
+            largest = float(expected.abs().max())
+            if not torch.allclose(p.grad.cpu(), expected, rtol=1e-9, atol=1e-12 * largest):
+                pytest.skip("torch's own gradient is another on a GPU")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_model(name):
+    case = CASES[name]
+    plain, losses = there(build(case)), there(losses_of(case))
+    ran(case, plain, losses).backward()
+    check_torch(case, plain)
+    model = nnj.extend(there(build(case)), batch_axis=case.batch_axis)
+    with nnj.collect(*EXACT):
+        ran(case, model, tuple(nnj.extend(l) for l in there(losses_of(case)))).backward()
+    grads = {n: None if p.grad is None else p.grad.cpu() for n, p in plain.named_parameters()}
+    for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), n
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+    assert wrong(case, on_cpu(model), EXACT, grads) == []
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Its results where those of the table are."""
+    for holder in [*model.modules(), *model.parameters()]:
+        for name in EXACT:
+            found = getattr(holder, name, None)
+            if isinstance(found, Tensor):
+                assert found.device.type == DEVICE
+                setattr(holder, name, found.cpu())
+    return model
+
+
+@pytest.mark.parametrize("module, x", [pytest.param(*case[1:], id=case[0]) for case in LAYERS])
+def test_every_layer(module, x):
+    check_layer(module().to(DEVICE), x().to(DEVICE))
+
+
+@pytest.mark.parametrize("wrt", SLOTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product(name, wrt):
+    on_cpu, x, j = case(name, wrt)
+    model, x = copy.deepcopy(on_cpu).to(DEVICE), x.to(DEVICE)
+    n, out, d = j.shape
+    u, v, w = (torch.randn(*s).double() for s in ((n, out), (n, d), (n, d, d)))
+    j, u, v, w = j.to(DEVICE), u.to(DEVICE), v.to(DEVICE), w.to(DEVICE)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    close(nnj.jacobian(model, x, wrt), j)
+    close(nnj.vjp(model, x, u, wrt), torch.einsum("no,nod->nd", u, j))
+    close(nnj.jvp(model, x, v, wrt), torch.einsum("nod,nd->no", j, v))
+    close(nnj.jmjTp(model, x, w, wrt), j @ w @ j.mT)
+
+
+def test_draws_and_truncated_columns():
+    """Estimates have the right mean, and what `tol` cuts off is a lower bound."""
+    model, loss = nnj.extend(mlp().eval().to(DEVICE)), nnj.extend(nn.CrossEntropyLoss())
+    x, y = X.to(DEVICE), CLASSES.to(DEVICE)
+
+    def collected(name: str, **options: Any) -> list[Tensor]:
+        with nnj.collect(name, **options):
+            loss(model(x), y).backward()
+        return [getattr(p, name) for p in model.parameters()]
+
+    exact = collected("ggn_diag")
+    draws = collected("ggn_diag_mc", samples=4000, generator=torch.Generator(DEVICE))
+    lower = collected("ggn_diag", tol=0.5)
+    for e, m, b in zip(exact, draws, lower, strict=True):
+        torch.testing.assert_close(m, e, rtol=0.2, atol=0.05 * float(e.max()))
+        assert bool((b <= e * (1 + 1e-9)).all())
+
+
+def test_fit_and_mixed_precision():
+    fit = nnj.fit(
+        mlp().to(DEVICE), nn.CrossEntropyLoss(weight=torch.ones(C).double()), LOADER, "ggn_diag"
+    )
+    agree({name: t.cpu() for name, t in fit["ggn_diag"].items()}, expected())
+    model, loss = nnj.extend(mlp().eval().float().to(DEVICE)), nnj.extend(nn.CrossEntropyLoss())
+    x, y = X.float().to(DEVICE), CLASSES.to(DEVICE)
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    full = [p.ggn_diag.clone() for p in model.parameters()]
+    with nnj.collect("ggn_diag"), torch.autocast(DEVICE, torch.bfloat16):
+        loss(model(x), y).backward()
+    for p, f in zip(model.parameters(), full, strict=True):
+        assert p.ggn_diag.dtype == p.dtype
+        torch.testing.assert_close(p.ggn_diag, f, rtol=0.1, atol=0.05 * float(f.max()))
