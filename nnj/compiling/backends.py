@@ -17,9 +17,14 @@ BACKENDS = ("inductor", "aot", "cudagraphs")
 
 
 def check_backend(name: str) -> None:
-    """Errors: `NNJError` for one that is not known."""
+    """Errors: `NNJError` for one that is not known, or that cannot be here."""
     if name not in BACKENDS:
         raise NNJError(f"backend={name!r}: known are {', '.join(map(repr, BACKENDS))}")
+    if name == "cudagraphs" and not torch.cuda.is_available():
+        raise NNJError(
+            "backend='cudagraphs' replays the work of a GPU, and torch sees none. Use 'inductor' "
+            "or 'aot'"
+        )
 
 
 def compiled(graph: GraphModule, inputs: Sequence[Tensor], kept: int, backend: str) -> Run:

@@ -12,22 +12,19 @@ fails) is thrown away, and the pass run eagerly, which raises what there is to r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from nnj.compiling.backends import Run, check_backend, compiled
-from nnj.compiling.guards import State, surroundings, unusual
+from nnj.compiling.backends import check_backend
+from nnj.compiling.case import Case
+from nnj.compiling.guards import State
 from nnj.compiling.program import Program, Untraceable
+from nnj.compiling.surroundings import surroundings, unusual
 from nnj.errors import NNJError
-from nnj.generators import place_of
-
-if TYPE_CHECKING:
-    from nnj.compiling.trace import Traced
 
 T = TypeVar("T")
 
@@ -68,7 +65,8 @@ class Cases(Generic[T]):
         self.replays = 0
         self._ignored, self._is_own, self.never = ignored, is_own, never
         self._changes: list[str] = []  # how passes have changed what they read
-        self._cases: list[_Case] = []
+        self._cases: list[Case] = []
+        self._full: str | None = None
 
     def __call__(self, batch: Any) -> T:
         """Run the program on a batch."""
@@ -82,8 +80,8 @@ class Cases(Generic[T]):
             if inputs is not None:
                 return self._run(case, batch, leaves, inputs)
         if len(self._cases) >= self.limit:
-            return self._eagerly(batch, f"there are more than limit={self.limit} cases")
-        case = _Case(State(self.program.modules, self._ignored, self._is_own), leaves, around)
+            return self._eagerly(batch, self._too_many(leaves))
+        case = Case(State(self.program.modules, self._ignored, self._is_own), leaves, around)
         self._cases.append(case)
         return self._first(case, batch, leaves)
 
@@ -100,9 +98,17 @@ class Cases(Generic[T]):
         """
         return self.never or (self._changes[-1] if len(self._changes) > 2 else None)
 
+    def _too_many(self, leaves: list[Any]) -> str:
+        """Why there is no room for another case: what the first one too many has changed."""
+        if self._full is None:
+            what = self._cases[-1].changed(leaves) if self._cases else None
+            said = f", of which the last is another by {what}" if what else ""
+            self._full = f"there are more than limit={self.limit} cases{said}"
+        return self._full
+
     # -- the life of a case ------------------------------------------------------------------------
 
-    def _run(self, case: _Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
+    def _run(self, case: Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
         if case.reason is not None:
             return self._eagerly(batch, case.reason)
         if case.traced is None:
@@ -117,19 +123,18 @@ class Cases(Generic[T]):
             case.rewind()
         return self._again(case, batch)
 
-    def _first(self, case: _Case, batch: Any, leaves: list[Any]) -> T:
+    def _first(self, case: Case, batch: Any, leaves: list[Any]) -> T:
         """Run eagerly, and see whether that changes what it reads."""
+        inputs, case.state.tensors = case.state.tensors, []  # others may stand in their places
         if case.reason is not None:
             return self._eagerly(batch, case.reason)
-        inputs = case.state.tensors
         before = [t._version for t in inputs]
         found = self.program.eager(batch)
         self._look(case, before, inputs, leaves)
-        case.state.tensors = []  # others may stand in their places
         return found
 
     def _look(
-        self, case: _Case, before: list[int], inputs: Sequence[Tensor], leaves: list[Any]
+        self, case: Case, before: list[int], inputs: Sequence[Tensor], leaves: list[Any]
     ) -> None:
         """Refuse what a run has changed."""
         for i, (t, version) in enumerate(zip(inputs, before, strict=True)):
@@ -140,7 +145,7 @@ class Cases(Generic[T]):
             self._changes.append(f"a pass changes {changed}, and a graph would not")
             self._cases.remove(case)  # which is none that comes again
 
-    def _trace(self, case: _Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
+    def _trace(self, case: Case, batch: Any, leaves: list[Any], inputs: list[Tensor]) -> T:
         layouts: list[Any] = []
 
         def run() -> list[Tensor]:
@@ -169,7 +174,7 @@ class Cases(Generic[T]):
         traced.results.clear()  # which the graph needs no more
         return self.program.take(results, layouts[0], inputs)
 
-    def _confirm(self, case: _Case, batch: Any, inputs: list[Tensor]) -> T:
+    def _confirm(self, case: Case, batch: Any, inputs: list[Tensor]) -> T:
         """Replay and run."""
         case.save()
         found = case.replay(inputs, exactly=True)
@@ -187,7 +192,7 @@ class Cases(Generic[T]):
         case.confirmed = True
         return self.program.take([t.detach() for t in expected], layout, inputs)
 
-    def _again(self, case: _Case, batch: Any) -> T:
+    def _again(self, case: Case, batch: Any) -> T:
         """Something was answered otherwise than while tracing."""
         found = self.program.eager(batch)
         case.missed += 1
@@ -195,132 +200,6 @@ class Cases(Generic[T]):
         if case.missed > self.limit:
             case.reason = f"what it asks of its tensors was answered otherwise {case.missed} times"
         return found
-
-
-class _Case:
-    """What the modules and a batch are, beside the numbers in their tensors.
-
-    Attributes:
-        reason: why there is no graph for it; None if there is one, or may be.
-        traced: its graph, once it is there.
-        missed: how often a graph was thrown away.
-        confirmed: whether the graph was compared with the eager run.
-    """
-
-    def __init__(self, state: State, leaves: list[Any], around: Any):
-        self.state, self.around, self.kept = state, around, len(state.tensors)
-        self.arguments = state.frozen(leaves, "the batch")
-        state.finish()
-        self.reason = _refused(leaves) or state.refused
-        self.traced: Traced | None = None
-        self.layout: Any = None
-        self.run: Run | None = None
-        self.missed, self.confirmed = 0, False
-        self._saved: list[tuple[Any, Tensor]] = []
-
-    def inputs(self, leaves: list[Any], around: Any) -> list[Tensor] | None:
-        """All tensors as they are now; None if it is another case."""
-        if around != self.around:
-            return None
-        return self.state.now(leaves, self.arguments)
-
-    def keep(self, traced: Traced, layout: Any) -> None:
-        self.traced, self.layout = traced, layout
-        self.confirmed = False
-
-    @torch.no_grad()
-    def compile(self, inputs: list[Tensor], backend: str) -> None:
-        """Have the graph run by a backend."""
-        assert self.traced is not None
-        given = [*inputs, *(draw.value for draw in self.traced.draws)]
-        with _plainly(inputs):
-            self.run = compiled(self.traced.graph, given, self.kept, backend)
-
-    @torch.no_grad()
-    def replay(self, inputs: list[Tensor], exactly: bool = False) -> Sequence[Tensor] | None:
-        """What the graph gives; None where its flag says that it is not to be trusted.
-
-        Args:
-            exactly: draw the random numbers that the eager run would.
-        """
-        assert self.traced is not None and self.run is not None
-        draws = [draw.again() for draw in self.traced.draws]
-        run = self.traced.graph.forward if exactly and self.traced.random else self.run
-        with _plainly(inputs):
-            results = list(run(*inputs, *draws))
-        if self.traced.asks and bool(results.pop()):
-            return None
-        return results
-
-    # -- random numbers ----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def check_draws(self, traced: Traced, inputs: list[Tensor]) -> None:
-        """Errors: `Untraceable` where a pass sets a generator back, as checkpoints do, to draw the
-        same numbers twice: a graph would draw others.
-        """
-        if not traced.random:
-            return
-        after = [(g, g.get_state()) for g, _ in self._saved]
-        self.rewind()
-        with _plainly(inputs):
-            traced.graph.forward(*inputs, *(draw.value for draw in traced.draws))
-        same = all(torch.equal(g.get_state(), state) for g, state in after)
-        for g, state in after:
-            g.set_state(state)
-        if not same:
-            raise Untraceable(
-                "a pass sets a random generator back (as torch.utils.checkpoint does), and a graph "
-                "would draw other numbers"
-            )
-
-    @contextmanager
-    def generators(self) -> Iterator[None]:
-        """Note where generators stand, where the graph draws from any."""
-        assert self.traced is not None
-        self._saved = []
-        if self.traced.random or self.traced.draws:
-            self.save()
-        yield
-
-    def save(self) -> None:
-        """Note where generators stand."""
-        found: list[Any] = [torch.default_generator]
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            found.append(torch.cuda.default_generators[torch.cuda.current_device()])
-        if self.traced is not None:
-            users = [draw.kwargs["generator"] for draw in self.traced.draws]
-            found += {place_of(g): g for g in users}.values()
-        self._saved = [(g, g.get_state()) for g in found]
-
-    def rewind(self) -> None:
-        """Generators stand where they stood."""
-        for g, state in self._saved:
-            g.set_state(state)
-
-
-@contextmanager
-def _plainly(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Without autocast, whose casts are in the graph."""
-    kinds = {t.device.type for t in inputs if torch.is_autocast_enabled(t.device.type)}
-    if not kinds:
-        yield
-        return
-    with torch.autocast(kinds.pop(), enabled=False):
-        yield
-
-
-def _refused(leaves: list[Any]) -> str | None:
-    """Why a batch cannot be an input of a graph."""
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.requires_grad:
-                return "a tensor of the batch requires grad, and its gradient would be lost"
-            if type(leaf) is not Tensor or leaf.layout != torch.strided:
-                return f"the batch has a {type(leaf).__name__} of layout {leaf.layout}"
-        elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
-            return f"the batch has a {type(leaf).__name__}, which nobody can compare"
-    return None
 
 
 def _gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:

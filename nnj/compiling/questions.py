@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nnj.checks import is_saying
+from nnj.checks import is_said, most
 from nnj.compiling.program import Untraceable
 from nnj.generators import is_own
 
@@ -114,9 +114,16 @@ class Questions(TorchDispatchMode):
     def _number(self, t: Tensor) -> Any:
         """bool(t), int(t), t.item()."""
         answer = really(t.item)
-        if self.depends(t) and not is_saying():
-            if t.is_floating_point() or t.is_complex():
-                raise self.refuse("asks a tensor for a number that is another one each time")
+        if is_said() or not self.depends(t):
+            return answer
+        if t.is_floating_point() or t.is_complex():
+            raise self.refuse("asks a tensor for a number that is another one each time")
+        largest = most()
+        if largest is not None:
+            steps = max(1, largest // 8)
+            answer = min(largest, -(-answer // steps) * steps)
+            self._ask(t > answer)
+        else:
             self._ask(_differs(t, answer))
         return answer
 

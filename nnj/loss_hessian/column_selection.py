@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nnj.checks import enough
 from nnj.loss_hessian.base import LossHessian
 
 
@@ -76,6 +77,10 @@ class PackedColumns(ColumnSelection):
         # a table (n + 1, slots): where a sample has fewer rows than others, slots are empty
         self.table = (n + 1, int(self.slot.max()) + 1 if len(sample) else 1)
         super().__init__(hessian, 0)
+        # which row has a slot; one behind the last where none has
+        number = torch.arange(len(sample), device=sample.device)
+        empty = torch.full(self.table, len(sample), device=sample.device)
+        self.row = empty.index_put((self.sample, self.slot), number)
         # (k, n + 1): of each packed column and sample, the number of one of the sample's columns,
         # which are counted by slot, place and column of the block
         self.index = self._largest(tol) if tol > 0 else self._nonzero()
@@ -92,7 +97,8 @@ class PackedColumns(ColumnSelection):
         size, rank = self.hessian.diagonal().sum(-1), self.hessian.rank  # (R, D)
         alive = self._by_sample((size > 0).long())
         order = alive.argsort(dim=1, descending=True, stable=True)  # blocks, those not zero first
-        blocks = max(1, int(alive.sum(1).max())) if alive.numel() else 0
+        count = alive.sum(1)
+        blocks = max(1, enough(count.max(), alive.shape[1])) if alive.numel() else 0
         columns = torch.arange(rank, device=order.device)
         return (order[:, :blocks, None] * rank + columns).flatten(1).mT
 
@@ -108,17 +114,19 @@ class PackedColumns(ColumnSelection):
         return order[:, :k].mT
 
     def columns(self, start: int, stop: int) -> Tensor:
-        h = self.hessian
-        number = self.index[start:stop, self.sample]  # (k, R): among all columns of the sample
+        h, number = self.hessian, self.index[start:stop]  # among all columns of a sample
         j, block = number % h.rank, number // h.rank
-        # a row takes part where the block is one of its own
-        k, row = (block // self.places == self.slot).nonzero(as_tuple=True)
-        j = j[k, row]
-        place = block[k, row] % self.places + row % self.split
-        row = row // self.split
-        out = torch.zeros(len(number), h.rows, h.places, h.block, dtype=h.dtype, device=h.device)
-        out[k, row, place] = h.columns_at(row, place, j)
-        return out
+        slot, place = block // self.places, block % self.places
+        sample = torch.arange(number.shape[1], device=h.device)
+        row, k = self.row[sample, slot], torch.arange(len(number), device=h.device)[:, None]
+        # a sample that has no such row writes behind the last entry
+        size, missing = len(number) * h.rows * h.places, row >= len(self.sample)
+        row = row.clamp(max=len(self.sample) - 1)
+        row, place = row // self.split, place + row % self.split
+        at = torch.where(missing, size, (k * h.rows + row) * h.places + place).flatten()
+        found = h.columns_at(row.flatten(), place.flatten(), j.flatten())
+        out = torch.zeros(size + 1, h.block, dtype=h.dtype, device=h.device)
+        return out.index_put_((at,), found)[:size].view(len(number), h.rows, h.places, h.block)
 
 
 def _number_within(group: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import number
+from nnj.checks import enough, number
 from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
@@ -110,7 +110,8 @@ class BlockHessian(LossHessian):
         size = largest_of(values).clamp(min=scale)
         _refuse_negative(values, size * b**0.5, dtype, name)
         noise = b * torch.finfo(matrix.dtype).eps * values.amax(-1, keepdim=True)
-        rank = max(1, int((values > noise.clamp(min=0)).sum(-1).max())) if values.numel() else 1
+        count = (values > noise.clamp(min=0)).sum(-1)
+        rank = max(1, enough(count.max(), b)) if values.numel() else 1
         s = (vectors * values.clamp(min=0).sqrt()[..., None, :])[..., -rank:].flip(-1)
         super().__init__(shapes, matrix.new_empty(0, dtype=dtype), b, rank, matrix.shape[0])
         self.s = s.movedim(-1, 0).to(dtype).contiguous()

@@ -155,6 +155,19 @@ def test_inside_a_collect_results_add_up():
     assert len(model.one.weight.batch_grad) == 3 * N
 
 
+def test_inside_a_collect_from_the_first_pass_on():
+    """Eager, traced, compared and replayed passes add up alike."""
+    model, step = compiled()
+    expected = [eager(model, nn.CrossEntropyLoss(), *batch(i))[2] for i in range(5)]
+    with nnj.collect("ggn_diag", "batch_grad") as both:
+        for i in range(5):
+            step(*batch(i))
+    assert (both.samples, both.passes, step.replays) == (5 * N, 5, 2)
+    for n, p in model.named_parameters():
+        assert close(p.ggn_diag, sum(one["ggn_diag"][n] for one in expected)) == ""
+        assert close(p.batch_grad, torch.cat([one["batch_grad"][n] for one in expected])) == ""
+
+
 def test_inside_a_collect_the_sum_is_exact():
     model, step = replaying()
     with nnj.collect("ggn_diag", "batch_grad"):
@@ -442,7 +455,7 @@ def test_a_replayed_pass_asks_one_question(monkeypatch):
 
     asked = []
     _, step = replaying()
-    monkeypatch.setattr("nnj.compiling.guards.torch._C._len_torch_dispatch_stack", lambda: 0)
+    monkeypatch.setattr("nnj.compiling.surroundings.torch._C._len_torch_dispatch_stack", lambda: 0)
 
     class Asking(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnj.compiling.backends import compiled
+from nnj.compiling.backends import check_backend, compiled
 from nnj.errors import NNJError
 
 X = torch.tensor([1.0, -2.0, 3.0])
@@ -39,6 +39,12 @@ def test_where_inductor_fails_operators_are_replayed_after_a_warning(monkeypatch
     with pytest.warns(UserWarning, match="RuntimeError: no compiler"):
         run = compiled(GRAPH, [X], 0, "inductor")
     assert torch.equal(run(X)[1], X.sum())
+
+
+def test_cuda_graphs_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NNJError, match="torch sees none"):
+        check_backend("cudagraphs")
 
 
 def test_cuda_graphs_of_what_is_on_a_cpu():

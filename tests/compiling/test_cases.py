@@ -122,12 +122,20 @@ def test_a_plain_value_in_the_batch():
 
 def test_beyond_the_limit_it_is_eager():
     program, cases = started(Net(), limit=1)
-    with pytest.warns(UserWarning, match="more than limit=1 cases"):
+    with pytest.warns(UserWarning, match="more than limit=1 cases.*another by the batch"):
         cases((X[:1],))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cases((X[:1],))
     assert len(cases.reasons) == 1 and program.eagerly == 3
+
+
+def test_the_attribute_that_makes_too_many_cases_is_named():
+    net = Net()
+    _, cases = started(net, limit=1)
+    net.temperature = 2.0
+    with pytest.warns(UserWarning, match=r"another by Net\.temperature"):
+        cases((X,))
 
 
 class Branch(nn.Module):

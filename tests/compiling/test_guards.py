@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import nnj
-from nnj.compiling.guards import State, surroundings, unusual
+from nnj.compiling.guards import State
 
 
 class Part(nn.Module):
@@ -169,17 +169,3 @@ def test_the_difference_is_named():
     whole.part.steps = 3
     whole.part.mask = torch.ones(2)
     assert state.difference(tensors).endswith("mask")
-
-
-def test_surroundings_and_what_is_unusual():
-    before = surroundings()
-    with torch.autocast("cpu"):
-        assert surroundings() != before
-    with torch.no_grad():
-        assert "gradients" in unusual()
-    assert unusual() is None
-    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    assert "hooks" in unusual()
-    handle.remove()
-    with torch.overrides.TorchFunctionMode():
-        assert "mode" in unusual()

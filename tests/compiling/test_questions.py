@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnj.checks import number
+from nnj.checks import enough, number
 from nnj.compiling.program import Untraceable
 from nnj.compiling.trace import trace
 from nnj.generators import OwnGenerator
@@ -96,6 +96,15 @@ def test_what_is_written_into_a_view_depends_on_the_inputs():
 def test_a_number_in_a_sentence_is_no_question():
     found = traced(lambda x: x + (number(x.max()) > 5), X)
     assert not found.asks
+
+
+def test_a_number_that_need_only_be_enough_serves_smaller_ones():
+    x = torch.arange(-5.0, 20.0)
+    found = traced(lambda x: x[: enough((x > 0).sum(), 25)] * 2, x)
+    assert len(found.results[0]) == 21  # of 19, by steps of 3
+    assert not changed(found, x - 10) and not changed(found, x + 2)
+    assert changed(found, x + 3)
+    assert enough((x > 0).sum(), 25) == 19
 
 
 def test_hooks_on_tensors_are_refused():
