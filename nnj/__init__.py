@@ -12,7 +12,8 @@ from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError, PluginError
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
-from nnj.jacobians.outer_product import OuterProduct, Patches
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.square_sum import SquareSum
 from nnj.jacobians.views import View, ViewJacobian

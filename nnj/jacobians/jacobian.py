@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import DenseFactor, Factor
-from nnj.jacobians.outer_product import Patches
+from nnj.jacobians.patches import Patches
 from nnj.jacobians.sample_index import SampleIndex
 
 

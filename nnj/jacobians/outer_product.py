@@ -4,55 +4,18 @@ factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
+from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.square_sum import SquareSum
 
 # entries of all kernels of one parameter: a chunk that adds to more goes through main memory
 KERNELS = 1 << 22
-
-
-def outer(v: Tensor, u: Tensor) -> Tensor:
-    """V U^T, (K, N, G, O, I); by column, since a broadcast product would copy U for each."""
-    if v.shape[-1] == 1:
-        return v * u.mT
-    if len(v) < 2:
-        return (v[0] @ u.mT)[None] if len(v) else v @ u.mT
-    return torch.stack([column @ u.mT for column in v])
-
-
-class Patches:
-    """U of (N, G, I, L), made for some samples when it is asked for: of all of a batch it is often
-    the largest tensor there is.
-
-    Args:
-        make: U of the samples in a slice.
-        n, inputs: N and I.
-    """
-
-    def __init__(self, make: Callable[[slice], Tensor], n: int, inputs: int):
-        self.make, self.n, self.inputs = make, n, inputs
-
-    @classmethod
-    def of(cls, u: Tensor) -> Patches:
-        """Those that stand in memory already."""
-        return cls(lambda rows: u[rows], u.shape[0], u.shape[2])
-
-    def __call__(self, rows: slice = slice(None)) -> Tensor:
-        return self.make(rows)
-
-    def to(self, dtype: torch.dtype) -> Patches:
-        return Patches(lambda rows: self.make(rows).to(dtype), self.n, self.inputs)
-
-    def parts(self, entries: int) -> list[slice]:
-        """All samples in parts of which a tensor of so many entries for each sample is small."""
-        step = max(1, CHUNK // max(1, entries))
-        return [slice(a, min(a + step, self.n)) for a in range(0, self.n, step)]
 
 
 class OuterProduct(Factor):

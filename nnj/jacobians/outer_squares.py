@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nnj.jacobians.outer_product import Patches
+from nnj.jacobians.patches import Patches
 
 # Entries of B that are formed and squared at a time: what the caches of a CPU serve, and enough
 # for a GPU to be busy.

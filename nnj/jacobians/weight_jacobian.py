@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.outer_product import OuterProduct, Patches, outer
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.sample_index import SampleIndex, is_cyclic
 

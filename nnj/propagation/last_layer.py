@@ -16,7 +16,8 @@ from torch import Tensor
 from nnj.graph.nodes import edge_dtype
 from nnj.graph.step import Step
 from nnj.jacobians.factor import Factor
-from nnj.jacobians.outer_product import OuterProduct, Patches
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.patches import Patches
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sink, Sweep

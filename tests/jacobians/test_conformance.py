@@ -14,8 +14,10 @@ from torch import Tensor
 import nnj
 from nnj.jacobians import factor as factor_file
 from nnj.jacobians import outer_product, outer_squares
+from nnj.jacobians import patches as patches_file
 from nnj.jacobians.factor import DenseFactor, Factor, ScaledFactor, SumFactor, merge_uses
-from nnj.jacobians.outer_product import OuterProduct, Patches
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.views import View, ViewFactor
 from nnj.propagation.last_layer import LastLayerFactor
@@ -272,7 +274,7 @@ def check_pair(f: Factor, g: Factor) -> None:
 def chunks(request: Any, monkeypatch: Any) -> str:
     """With chunks of a few entries, every factor is taken in parts."""
     if request.param:
-        for file in (factor_file, outer_product):
+        for file in (factor_file, outer_product, patches_file):
             monkeypatch.setattr(file, "CHUNK", 30)
         monkeypatch.setattr(outer_squares, "SQUARED", 30)
     return request.param

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnj.jacobians import outer_squares
-from nnj.jacobians.outer_product import Patches
 from nnj.jacobians.outer_squares import explicit_squares
+from nnj.jacobians.patches import Patches
 
 pytestmark = pytest.mark.usefixtures("seeded")
 N, K, O, I, L = 8, 6, 4, 5, 7
