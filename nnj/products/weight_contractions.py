@@ -75,7 +75,7 @@ def diagonal_pulled_back(
         if other is not None:
             _meet(at, u, other, _times(u, m), add)
         elif m is None or m.dim() == 2:
-            c = None if m is None else (u.flatten(2) * m).sum(-1)
+            c = None if m is None else (_flat(u) * m).sum(-1)
             _meet_itself(at, u, c, add)
         else:
             _meet(at, u, at, _times(u, m), add)
@@ -120,6 +120,11 @@ def _times(u: Tensor, m: Tensor | None) -> Tensor:
     """Rows u of the identity, (k, N, *outputs), times M."""
     if m is None:
         return u
-    flat = u.flatten(2)
+    flat = _flat(u)
     found = flat * m if m.dim() == 2 else (flat.transpose(0, 1) @ m).transpose(0, 1)
     return found.reshape(u.shape)
+
+
+def _flat(u: Tensor) -> Tensor:
+    """Cotangents as (k, N, out); outputs without axes are one number."""
+    return u.flatten(2) if u.dim() > 2 else u[..., None]

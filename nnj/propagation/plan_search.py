@@ -264,12 +264,20 @@ def _order(
 
 
 def _is_straight(sweep: Sweep, reading: Reading) -> bool:
-    """Whether the samples are, at all first layers, along the declared axis."""
+    """Whether all first layers are on something with the leading axes of what was given to the
+    model, and the samples are along the declared axis there.
+    """
     if reading.mark is None:
         return False
-    along = SampleAxis(reading.mark.batch_axis, 1)
-    first = [s.into[0] for s in sweep.graph.steps if s.record is not None and s.record.edge is None]
-    return bool(first) and all(_is_along(sweep, edge, along) for edge in first)
+    axis, inputs = reading.mark.batch_axis, reading.mark.inputs
+    along = SampleAxis(axis, 1)
+    first = [s for s in sweep.graph.steps if s.record is not None and s.record.edge is None]
+    lead: Callable[[torch.Size], torch.Size] = lambda shape: shape[: axis + 1]
+    alike = all(
+        any(len(x.shape) >= t.dim() > axis and lead(x.shape) == lead(t.shape) for t in inputs)
+        for x in (s.record.x for s in first if s.record is not None)
+    )
+    return bool(first) and alike and all(_is_along(sweep, s.into[0], along) for s in first)
 
 
 def _is_of_one_call(sweep: Sweep, reading: Reading) -> bool:

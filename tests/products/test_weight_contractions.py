@@ -101,3 +101,15 @@ def test_factors_of_a_linearization_are_thin() -> None:
     assert set(found) == set(model.parameters())
     assert not any(isinstance(factor, DenseFactor) for factor in found.values())
     at.factors(at.basis()[:0], lambda p, factor: pytest.fail("nothing was sent"))
+
+
+@pytest.mark.parametrize("wrt", ["input", "weight"])
+def test_outputs_without_axes(wrt: Any) -> None:
+    """A model of one number for each sample, (N,)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)).double()
+    x, m = r(N, 3), r(N, 1)
+    j = nnj.jacobian(model, x, wrt)
+    expected = torch.einsum("nod,no->nd", j**2, m)
+    same(nnj.jTmjp(model, x, m, wrt, from_diag=True, to_diag=True), expected)
+    same(nnj.jTmjp(model, x, m[..., None], wrt, to_diag=True), expected)

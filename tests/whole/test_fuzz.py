@@ -30,52 +30,12 @@ from tests.support.fuzz.shrink import LINE, shrink
 SEEDS, GROUP = 300, 15
 # A part of the seeds of a group may be refused, each for a reason that the report counts.
 REFUSALS = 6
-# Whose batch_grad is wrong until the samples are the rows of the model's output, whatever lies
-# between it and the loss. What has become right is to leave the list.
-OPEN = {
-    5,
-    9,
-    15,
-    25,
-    33,
-    40,
-    64,
-    72,
-    81,
-    87,
-    98,
-    99,
-    113,
-    114,
-    117,
-    157,
-    158,
-    162,
-    174,
-    186,
-    191,
-    202,
-    203,
-    208,
-    210,
-    212,
-    227,
-    231,
-    251,
-    255,
-    260,
-    264,
-    290,
-    293,
-    296,
-}
 
 
 @pytest.mark.parametrize("start", range(0, SEEDS, GROUP))
 def test_seeds(start):
     found = report(range(start, start + GROUP))
-    failed = {seed for seed, _, _ in found.failures}
-    assert failed == OPEN & set(range(start, start + GROUP)), f"\n{found}"
+    assert not found.failures, f"\n{found}"
     refused = {seed for seeds in found.refused.values() for seed in seeds}
     assert len(refused) <= REFUSALS, f"\n{found}"
     assert found.seeds == GROUP
@@ -193,7 +153,6 @@ def caught(question: str) -> bool:
     return any(
         (found := outcomes(seed).get(question)) is not None and found.kind == FAILURE
         for seed in range(GROUP)
-        if seed not in OPEN
     )
 
 

@@ -169,13 +169,13 @@ def blocks(
 def orthogonal_signs() -> Iterator[list[int]]:
     """Rows of a Hadamard matrix in place of random signs.
 
-    Any two columns of S have orthogonal signs over DRAWS draws: the mean of (S e)(S e)^T is then
-    S S^T, and the estimate equals what it estimates. Gives how many signs were asked for at once.
+    Any two columns of T have orthogonal signs over DRAWS draws: the mean of (T e)(T e)^T is then
+    T T^T, and the estimate equals what it estimates. Gives how many signs were asked for at once.
     """
     asked_for: list[int] = []
 
     def signs(self: LossHessian, count: int, generator: Any = None) -> Tensor:
-        shape = (self.rank, self.rows, self.places)
+        shape = (self.mixed, self.rows, self.places)
         asked_for.append(math.prod(shape))
         size = 1 << max(count - 1, math.prod(shape) - 1, 1).bit_length()
         matrix = torch.ones(1, 1)
