@@ -13,6 +13,7 @@ from tests.support.collecting import QUANTITIES
 from tests.support.replaying import replayed
 
 EAGER: dict[str, str] = {
+    "mlp-input-requires-grad": "requires grad, and its gradient would be lost",
     "scripted-part": "is a scripted module",
 }
 ALL = (
