@@ -28,7 +28,8 @@ pip install -e '.[benchmarks]' && python examples/benchmarks/compare.py --out re
 Without `--page` a benchmark leaves its table, figure and raw numbers in the folder that `--out`
 names. `--device cuda` measures `compare.py` and `scaling.py` on a GPU (no such table was made yet).
 `products.py` sets `nnj.vjp`, `nnj.jvp` and a diagonal by `diag_backprop=True` beside torch's own
-products and one gradient, and prints a table of its own.
+products and one gradient, and prints a table of its own. `compiled.py` sets passes replayed by
+`nnj.compile` beside eager ones.
 """
 # name -> heading, what is measured, and what the picture shows
 PARTS = {

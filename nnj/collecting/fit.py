@@ -72,7 +72,7 @@ def fit(
         target: the key of the target in a batch that is a dict, or `target(batch)`.
         progress: show a bar, if tqdm is installed.
         modules, options: as in `nnj.collect`, such as tol=.
-        compile: replay the pass of a batch as a graph, as `nnj.compile` does, from the third batch
+        compile: replay the pass of a batch as a graph, as `nnj.compile` does, from the fourth batch
             of a shape on: True, or the name of a backend. It pays where there are many batches of
             few shapes.
 

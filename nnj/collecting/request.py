@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from nnj.collecting.quantity import Quantity
@@ -133,7 +133,7 @@ class Request:
         return (
             mine is not None
             and type(mine) is type(wanted)
-            and vars(mine) == vars(wanted)
+            and _has_same_options(mine, wanted)
             and self.modules == other.modules
             and (self.tol, self.signed) == (other.tol, other.signed)
         )
@@ -175,6 +175,17 @@ class Request:
                 "tol= gives a lower bound, but under signed=True the difference of two, which is "
                 "none. Leave one out"
             )
+
+
+def _has_same_options(one: Quantity, other: Quantity) -> bool:
+    """Whether two quantities of one class were made with the same; a tensor or a generator is the
+    same only as itself.
+    """
+    mine, others = vars(one), vars(other)
+    return mine.keys() == others.keys() and all(
+        value is others[name] or (not isinstance(value, Tensor) and bool(value == others[name]))
+        for name, value in mine.items()
+    )
 
 
 def _number(tol: Any) -> float:

@@ -4,8 +4,8 @@ graph that stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,8 @@ class Case:
         self.layout: Any = None
         self.run: Run | None = None
         self.missed, self.confirmed = 0, False
+        # autocast that is on in this case
+        self._kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
         self._saved: list[tuple[Any, Tensor]] = []
 
     def inputs(self, leaves: list[Any], around: Any) -> list[Tensor] | None:
@@ -60,7 +62,7 @@ class Case:
         """Have the graph run by a backend."""
         assert self.traced is not None
         given = [*inputs, *(draw.value for draw in self.traced.draws)]
-        with _plainly(inputs):
+        with self._plainly():
             self.run = compiled(self.traced.graph, given, self.kept, backend)
 
     @torch.no_grad()
@@ -73,11 +75,20 @@ class Case:
         assert self.traced is not None and self.run is not None
         draws = [draw.again() for draw in self.traced.draws]
         run = self.traced.graph.forward if exactly and self.traced.random else self.run
-        with _plainly(inputs):
+        with self._plainly():
             results = list(run(*inputs, *draws))
         if self.traced.asks and bool(results.pop()):
             return None
         return results
+
+    def _plainly(self) -> AbstractContextManager[Any]:
+        """Without autocast, whose casts are in the graph."""
+        if not self._kinds:
+            return nullcontext()
+        stack = ExitStack()
+        for kind in self._kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     # -- random numbers ----------------------------------------------------------------------------
 
@@ -90,7 +101,7 @@ class Case:
             return
         after = [(g, g.get_state()) for g, _ in self._saved]
         self.rewind()
-        with _plainly(inputs):
+        with self._plainly():
             traced.graph.forward(*inputs, *(draw.value for draw in traced.draws))
         same = all(torch.equal(g.get_state(), state) for g, state in after)
         for g, state in after:
@@ -101,14 +112,12 @@ class Case:
                 "would draw other numbers"
             )
 
-    @contextmanager
-    def generators(self) -> Iterator[None]:
+    def save_drawn(self) -> None:
         """Note where generators stand, where the graph draws from any."""
         assert self.traced is not None
         self._saved = []
         if self.traced.random or self.traced.draws:
             self.save()
-        yield
 
     def save(self) -> None:
         """Note where generators stand."""
@@ -124,17 +133,6 @@ class Case:
         """Generators stand where they stood."""
         for g, state in self._saved:
             g.set_state(state)
-
-
-@contextmanager
-def _plainly(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Without autocast, whose casts are in the graph."""
-    kinds = {t.device.type for t in inputs if torch.is_autocast_enabled(t.device.type)}
-    if not kinds:
-        yield
-        return
-    with torch.autocast(kinds.pop(), enabled=False):
-        yield
 
 
 def _refused(leaves: list[Any]) -> str | None:

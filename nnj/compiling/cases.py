@@ -115,13 +115,13 @@ class Cases(Generic[T]):
             return self._trace(case, batch, leaves, inputs)
         if self.verify and not case.confirmed:
             return self._confirm(case, batch, inputs)
-        with case.generators():
-            results = case.replay(inputs)
-            if results is not None:
-                self.replays += 1
-                return self.program.take(results, case.layout, inputs)
+        case.save_drawn()
+        results = case.replay(inputs)
+        if results is None:
             case.rewind()
-        return self._again(case, batch)
+            return self._again(case, batch)
+        self.replays += 1
+        return self.program.take(results, case.layout, inputs)
 
     def _first(self, case: Case, batch: Any, leaves: list[Any]) -> T:
         """Run eagerly, and see whether that changes what it reads."""

@@ -281,6 +281,16 @@ def test_another_model_in_a_closure():
     assert cases.replays == 0 and "closure or a global" in cases.reasons[0]
 
 
+def test_autocast_is_another_case_and_its_casts_are_in_the_graph():
+    net = nn.Linear(2, 2)
+    _, cases = started(net, 3)
+    with torch.autocast("cpu"):
+        for _ in range(5):
+            found = cases((X,))
+            assert torch.equal(found.detach(), net(X).sum().detach())
+    assert cases.replays == 2 and found.dtype == torch.bfloat16
+
+
 def test_generators_of_users():
     class Noise(nn.Module):
         def __init__(self):

@@ -314,3 +314,15 @@ def test_the_cost_of_extending():
     plain, extended, ratio = map(float, row[1:])
     # which is longer, a busy machine does not say
     assert plain > 0 and ratio == pytest.approx(extended / plain, rel=0.01)
+
+
+def test_what_compiling_saves():
+    options = ["--cases", "0", "--backends", "aot", "--repeats", "1"]
+    command = [sys.executable, str(FOLDER / "compiled.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = [
+        line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| MLP")
+    ]
+    eager, replayed, ratio = map(float, row[2:])
+    assert eager > 0 and ratio == pytest.approx(replayed / eager, rel=0.05)

@@ -13,7 +13,10 @@ from tests.support.collecting import QUANTITIES
 from tests.support.replaying import replayed
 
 EAGER: dict[str, str] = {
+    "mlp-input-requires-grad": "requires grad, and its gradient would be lost",
     "scripted-part": "is a scripted module",
+    "autograd-function-numpy": "reads a tensor as numbers of Python",
+    "checkpoint-dropout": "sets a random generator back",
 }
 ALL = (
     "linear",
