@@ -112,8 +112,8 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
     """Its products with tangents, cotangents, matrices and metrics, and those of its square."""
     n, out, into = dense.shape
     who = f"{entry_layer} '{slot}'"
-    v = torch.randn(3, n, *j.inputs, dtype=dense.dtype)
-    u = torch.randn(3, n, *j.outputs, dtype=dense.dtype)
+    v = torch.randn(3, n, *j.inputs, dtype=dense.dtype).to(dense)
+    u = torch.randn(3, n, *j.outputs, dtype=dense.dtype).to(dense)
 
     def jvp(t: Tensor) -> Tensor:
         whole = t.reshape(3, -1, into).expand(3, n, into)
@@ -131,7 +131,7 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
         same(f"{who}: jvp of a shared direction", j.jvp(v[:, :1]), jvp(v[:, :1]))
     same(f"{who}: dense", j.dense(), dense)
     for name, op, matrix in (("", j, dense), ("square().", j.square(), dense.square())):
-        a, b = (torch.randn(n, d, d, dtype=dense.dtype) for d in (into, out))
+        a, b = (torch.randn(n, d, d, dtype=dense.dtype).to(dense) for d in (into, out))
         same(f"{who}: {name}jmp", _jmp(op, a[..., :2]), matrix @ a[..., :2])
         same(f"{who}: {name}mjp", _mjp(op, b[:, :2]), b[:, :2] @ matrix)
         same(f"{who}: {name}jmjTp", _jmp(op, _jmp(op, a).mT).mT, matrix @ a @ matrix.mT)
@@ -153,8 +153,8 @@ def _mjp(j: Jacobian, m: Tensor) -> Tensor:
 def _check_pullback(who: str, j: Jacobian, dense: Tensor) -> None:
     """B = V J under every sample index, and with a column for each sample."""
     n = dense.shape[0]
-    u = torch.randn(4, n, *j.outputs, dtype=dense.dtype)
-    for way, (sample_index, of) in sample_indices(n, j.outputs).items():
+    u = torch.randn(4, n, *j.outputs, dtype=dense.dtype).to(dense)
+    for way, (sample_index, of) in sample_indices(n, j.outputs, dense.device).items():
         per = [torch.where(of == s, u, 0.0).reshape(4, n, -1) for s in range(sample_index.n)]
         expected = torch.stack([torch.einsum("noi,kno->ki", dense, p) for p in per], 1)
         name = f"{who}: pullback ({way})"

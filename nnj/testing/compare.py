@@ -34,13 +34,15 @@ def same(name: str, found: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"{name} is wrong: {error}") from None
 
 
-def sample_indices(n: int, outputs: tuple[int, ...]) -> dict[str, tuple[SampleIndex, Tensor]]:
+def sample_indices(
+    n: int, outputs: tuple[int, ...], device: torch.device
+) -> dict[str, tuple[SampleIndex, Tensor]]:
     """Ways in which the entries of (n, *outputs) can belong to samples, each with the sample of
     every entry written out.
     """
     by_row = (n, *[1] * len(outputs))
-    samples, order = max(1, n // 2), torch.arange(n)
-    token_major, ragged = (order % samples).reshape(by_row), torch.randint(-1, 3, (n,))
+    samples, order = max(1, n // 2), torch.arange(n, device=device)
+    token_major, ragged = (order % samples).reshape(by_row), torch.randint(-1, 3, (n,)).to(device)
     ways = {"one row a sample": (SampleIndex(n), order.reshape(by_row))}
     if n % 2 == 0:
         ways["sample-major"] = (SampleIndex(n // 2), (order // 2).reshape(by_row))
@@ -49,6 +51,6 @@ def sample_indices(n: int, outputs: tuple[int, ...]) -> dict[str, tuple[SampleIn
     for axis, size in enumerate(outputs, start=1):
         shape = [1] * (len(outputs) + 1)
         shape[axis] = size
-        along = torch.randint(-1, 2, (size,)).reshape(shape)
+        along = torch.randint(-1, 2, (size,)).to(device).reshape(shape)
         ways[f"samples along axis {axis}"] = (SampleIndex(2, along), along)
     return {name: (index, of.expand(n, *outputs)) for name, (index, of) in ways.items()}

@@ -94,9 +94,31 @@ def on_cpu(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("module, x", [pytest.param(*case[1:], id=case[0]) for case in LAYERS])
-def test_every_layer(module, x):
-    check_layer(module().to(DEVICE), x().to(DEVICE))
+@pytest.mark.parametrize("name, module, x", [pytest.param(*case, id=case[0]) for case in LAYERS])
+def test_every_layer(name, module, x):
+    check_layer(module().to(DEVICE), x().to(DEVICE), fallback=name.startswith("fallback"))
+
+
+@pytest.mark.parametrize("backend", ["aot", "cudagraphs"])
+@pytest.mark.parametrize("quantity", ["ggn_diag", "batch_grad"])
+def test_compiled(backend, quantity):
+    model, loss = nnj.extend(mlp().eval().to(DEVICE)), nn.CrossEntropyLoss()
+    step = nnj.compile(model, loss, quantity, backend=backend)
+    x, y = X.to(DEVICE), CLASSES.to(DEVICE)
+    for _ in range(6):
+        model.zero_grad()
+        step(x.flip(0), y)
+        step(x, y)
+    assert not step.reasons
+    found = [(p.grad, getattr(p, quantity)) for p in model.parameters()]
+    model.zero_grad()
+    loss = nnj.extend(loss)
+    loss(model(x.flip(0)), y).backward()
+    with nnj.collect(quantity):
+        loss(model(x), y).backward()
+    for p, (grad, value) in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(getattr(p, quantity), value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("wrt", SLOTS)
