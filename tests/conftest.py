@@ -12,6 +12,11 @@ from tests.support.distributions import fakes  # noqa: F401
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    """Called when pytest starts."""
+    parser.addoption("--whole-table", action="store_true", help="compile all models of the table")
+
+
 def pytest_collection_finish():
     """Called when all test files are imported."""
     gc.collect()
