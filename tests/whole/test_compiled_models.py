@@ -1,5 +1,5 @@
-"""Models of the table, compiled: traced at other numbers, replayed at their own, against torch.func.
-Those that run eagerly say why.
+"""Models of the table, compiled: traced at other numbers, replayed at their own, against
+torch.func. Those that run eagerly say why.
 
 Tracing takes a second or more each: so these are every seventh model, and with `--whole-table`, as
 CI has it, all of them."""
