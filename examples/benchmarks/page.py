@@ -48,6 +48,13 @@ under `vmap`; "by sample" is our own best writing of it, one sample at a time.""
         "`scaling.py` measures an MLP, one of its sizes at a time.",
         "Time and memory against C, N, width and depth",
     ),
+    "compiled": (
+        "Compiled passes",
+        """\
+`nnj.compile` replays a pass as one graph. Gradient and quantity of one batch, cross entropy; exact
+results were compared first. `compiled.py` measures the backends beside an eager pass.""",
+        "",
+    ),
     "tolerance": (
         "What a tolerance saves",
         """\
