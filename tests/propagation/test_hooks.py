@@ -336,6 +336,28 @@ def test_a_hook_that_mixes_samples(hook, where):
         collected(model)
 
 
+def test_a_hook_that_removes_itself():
+    """As those of deep equilibria do, whose solver comes by them again: it is there for .grad."""
+
+    class Once(Net):
+        def hooked(self, t: Tensor, hook: Hook | None) -> Tensor:
+            def once(g: Tensor) -> Any:
+                self.handle.remove()
+                return hook(g) if hook is not None else g
+
+            if hook is not None:
+                self.handle = t.register_hook(once)
+            return t
+
+    model = Once(LINEAR["a factor"])
+    expected = gradients(model)
+    model.zero_grad()
+    with pytest.raises(nnj.NNJError, match="gradient hook"):
+        collected(model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, expected[name])
+
+
 def test_of_two_hooks_the_one_at_fault_is_named():
     model = Net(LINEAR["a factor"], NOT_LINEAR["clamped"]())
     with pytest.raises(nnj.NNJError, match="on the output of layer 'three' is not linear"):
