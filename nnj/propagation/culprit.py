@@ -4,7 +4,7 @@ own between the same edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +44,18 @@ class Tangents(NamedTuple):
         return {edge: torch.stack([u, self.half[edge]]) for edge, u in self.whole.items()}
 
 
-def culprit(sweep: Sweep, tangents: Tangents, leaves: Sequence[Tensor], eps: float) -> NNJError:
-    """The error for a sweep that differs from autograd: it names the first step that does."""
+def culprit(
+    sweep: Sweep,
+    tangents: Tangents,
+    leaves: Sequence[Tensor],
+    eps: float,
+    give_back: Callable[[], None],
+) -> NNJError:
+    """The error for a sweep that differs from autograd: it names the first step that does.
+    `give_back` is that of `unharmed`.
+    """
     graph = sweep.graph
-    for fact in _Search(sweep, leaves, eps).facts(tangents):
+    for fact in _Search(sweep, leaves, eps, give_back).facts(tangents):
         return NNJError(fact)
     reached = {leaf for step in graph.steps for leaf in (step.leaf, *(p for _, p in step.params))}
     for leaf in leaves:
@@ -75,8 +83,15 @@ def _name(leaf: Tensor, paths: Mapping[nn.Module, str]) -> str:
 class _Search:
     """Goes over the steps in the order of the sweep."""
 
-    def __init__(self, sweep: Sweep, leaves: Sequence[Tensor], eps: float):
+    def __init__(
+        self,
+        sweep: Sweep,
+        leaves: Sequence[Tensor],
+        eps: float,
+        give_back: Callable[[], None],
+    ):
         self.sweep, self.graph, self.leaves, self.eps = sweep, sweep.graph, leaves, eps
+        self.give_back = give_back
         self.generator = OwnGenerator.seeded()
         self.hooks = sweep.hooks or NONE  # those through which columns go
 
@@ -126,9 +141,10 @@ class _Search:
         return f"on the output of {describe(step, self.graph.paths)}"
 
     def _hook_at(self, edge: Edge, where: str) -> Iterator[str]:
-        hook = EdgeMap(edge)
+        hook = EdgeMap(edge, self.give_back)
         u = hook.random(self.generator)
         found = _engine({edge: u}, [edge])
+        self.give_back()
         if found is None or not self._differ(u, found[0]):
             return
         try:

@@ -8,7 +8,7 @@ signs, and what comes of it is compared with autograd afterwards (`verification`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from nnj.generators import OwnGenerator
 from nnj.graph.builder import Graph
 from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.propagation.plan import device_of
-from nnj.propagation.unharmed import leaf_edge, retaining
+from nnj.propagation.unharmed import leaf_edge
 from nnj.recording.records import Edge
 
 LARGE = 1024.0  # how much larger, and how much smaller, a gradient is with which a hook is asked
@@ -32,15 +32,15 @@ class EdgeMap:
 
     Args:
         edge: where they are.
+        give_back: that of `unharmed`, called after each time that they were.
 
     Attributes:
         scale: d, of the shape of the edge, where h(v) = d v; None where h is another map.
-        retaining: tensors whose .grad is to stay what it is, since the engine would write it."""
+    """
 
-    def __init__(self, edge: Edge):
-        self.edge = edge
+    def __init__(self, edge: Edge, give_back: Callable[[], None]):
+        self.edge, self.give_back = edge, give_back
         self.scale: Tensor | None = None
-        self.retaining: Sequence[Tensor] = ()
         meta = edge[0]._input_metadata[edge[1]]
         self.shape, self.dtype = tuple(meta.shape), meta.dtype
 
@@ -51,21 +51,19 @@ class EdgeMap:
         if self.scale is not None:
             return columns * self.scale.to(columns.dtype)
         rows = columns.reshape(-1, *self.shape).to(self.dtype)
-        grads = [(t, t.grad) for t in self.retaining]
-        try:
-            found = [self.engine(row) for row in rows]
-        finally:
-            for t, grad in grads:
-                t.grad = grad
-        if not found:
+        if not len(rows):
             return columns
-        return torch.stack(found).to(columns.dtype).reshape(columns.shape)
+        return (
+            torch.stack([self.engine(row) for row in rows]).to(columns.dtype).reshape(columns.shape)
+        )
 
     def engine(self, v: Tensor) -> Tensor:
         """h(v), as autograd's engine runs it."""
         at = GradientEdge(*self.edge)
-        # a hook may write over what it is given
-        (found,) = torch.autograd.grad([at], [at], [v.clone()], retain_graph=True)
+        try:  # a hook may write over what it is given
+            (found,) = torch.autograd.grad([at], [at], [v.clone()], retain_graph=True)
+        finally:
+            self.give_back()
         return found.to_dense() if found.is_sparse else found
 
     def find_scale(self, generator: torch.Generator) -> None:
@@ -157,15 +155,26 @@ class Hooks(NamedTuple):
 NONE = Hooks({}, {})
 
 
-def find_hooks(graph: Graph, leaves: Iterable[Tensor]) -> Hooks:
+def find_hooks(graph: Graph, leaves: Iterable[Tensor], give_back: Callable[[], None]) -> Hooks:
     """The hooks on the edges between the steps of a graph and at some leaves, as far as they change
     gradients; `NONE` where one of them is not linear.
 
     To be called where whatever hooks do does no harm (`unharmed`)."""
     generator = OwnGenerator.seeded()
+
+    def changing(edge: Edge) -> EdgeMap | None:
+        """What hooks on an edge do; None where they leave a gradient as it is, and where autograd
+        cannot be asked.
+        """
+        try:
+            hook = EdgeMap(edge, give_back)
+            return None if hook.is_identity(generator) else hook
+        except (RuntimeError, TypeError):
+            return None
+
     edges = [e for step in graph.steps if step.leaf is None for e in step.into]
-    at_edges = {edge: h for edge in edges if (h := _changing(edge, generator)) is not None}
-    at_leaves = {p: h for p in leaves if (h := _changing(leaf_edge(p), generator)) is not None}
+    at_edges = {edge: h for edge in edges if (h := changing(edge)) is not None}
+    at_leaves = {p: h for p in leaves if (h := changing(leaf_edge(p))) is not None}
     found = [*at_edges.values(), *at_leaves.values()]
     try:
         if not all(h.is_linear(generator) for h in found):
@@ -174,19 +183,4 @@ def find_hooks(graph: Graph, leaves: Iterable[Tensor]) -> Hooks:
             h.find_scale(generator)
     except RuntimeError:  # of the hook, which does not take what may arrive
         return NONE
-    others = [h for h in found if h.scale is None]
-    alive = retaining() if others else []
-    for h in others:
-        h.retaining = alive
     return Hooks(at_edges, at_leaves)
-
-
-def _changing(edge: Edge, generator: torch.Generator) -> EdgeMap | None:
-    """What hooks on an edge do; None where they leave a gradient as it is, and where autograd
-    cannot be asked.
-    """
-    try:
-        hook = EdgeMap(edge)
-        return None if hook.is_identity(generator) else hook
-    except (RuntimeError, TypeError):
-        return None

@@ -113,11 +113,6 @@ class _Alive(NamedTuple):
         return list({id(table): table for ref in refs if (table := ref()) is not None}.values())
 
 
-def retaining() -> list[Tensor]:
-    """The tensors of the process that retain their .grad. Costs what `unharmed` does."""
-    return _Alive.now().retaining
-
-
 def _subclasses(kind: type) -> set[type]:
     found = {kind}
     below: type
@@ -127,16 +122,29 @@ def _subclasses(kind: type) -> set[type]:
 
 
 @contextmanager
-def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
+def unharmed(
+    modules: Iterable[nn.Module], devices: Iterable[torch.device]
+) -> Iterator[Callable[[], None]]:
     """Afterwards the `.grad` of tensors that retain it, the generators, removed hooks and,
     over the recomputation of a checkpoint, buffers with their versions are what they were.
 
     All objects of the process are looked at, 10 to 50 ms where 300,000 are alive: once for each
     structure.
+
+    Yields what gives hooks and `.grad` back in between: a hook that removes itself is there again.
     """
     alive = _Alive.now()
     grads = [(t, t.grad) for t in alive.retaining]
     hooks = [(table, dict(table)) for table in alive.hooks()]
+
+    def give_back() -> None:
+        for t, grad in grads:
+            t.grad = grad
+        for table, former in hooks:
+            if table.keys() != former.keys():
+                table.clear()
+                table.update(former)
+
     buffers: list[Tensor] = []
     if alive.checkpoints:
         buffers = list(
@@ -151,15 +159,10 @@ def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> I
         for b in buffers:  # older torch takes one at a time
             stack.enter_context(keep._unsafe_preserve_version_counter(b))
         try:
-            yield
+            yield give_back
         finally:
             random.setstate(state)
-            for t, grad in grads:
-                t.grad = grad
-            for table, former in hooks:
-                if table.keys() != former.keys():
-                    table.clear()
-                    table.update(former)
+            give_back()
             with torch.no_grad():
                 for b, version, value in before:
                     if b._version != version:

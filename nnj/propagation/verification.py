@@ -11,7 +11,7 @@ not linear, and what happens inside of the loss."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -147,6 +147,7 @@ class _Verification:
         self.leaves = [p for p in dict.fromkeys(wanted) if graph.wanted(p)]
         self.tangents = _tangents(sweep, rows)
         self.eps = coarsest(sweep)
+        self.give_back: Callable[[], None] = lambda: None  # that of `unharmed`
         self.devices = {device_of(edge) for edge in graph.roots}
 
     def run(self, hooks: bool, hooked: bool) -> None:
@@ -165,17 +166,17 @@ class _Verification:
         runs += 1
         unchecked = dict(sweep._unchecked)
         with (
-            unharmed(sweep.graph.paths, self.devices),
+            unharmed(sweep.graph.paths, self.devices) as self.give_back,
             torch.no_grad(),
             suppress(OnBothSides),  # nobody but the engine can say then what is right
         ):
             wrong = hooked or self._wrong(self.tangents)
             if wrong and hooks:
-                sweep.hooks = find_hooks(sweep.graph, self.leaves) or None
+                sweep.hooks = find_hooks(sweep.graph, self.leaves, self.give_back) or None
                 if hooked or sweep.hooks is not None:
                     wrong = self._wrong(self.tangents)
             if wrong:
-                raise culprit(sweep, self.tangents, self.leaves, self.eps)
+                raise culprit(sweep, self.tangents, self.leaves, self.eps, self.give_back)
         sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
 
     def _wrong(self, tangents: Tangents) -> bool:
@@ -210,7 +211,10 @@ class _Verification:
         factors: dict[Tensor, Factor] = {}
         self.sweep.run(tangents.stacked(), 2, factors.__setitem__)
         edges = [leaf_edge(leaf) for leaf in self.leaves]
-        answers = [engine_vjp(roots, edges) for roots in (tangents.whole, tangents.half)]
+        answers = []
+        for roots in (tangents.whole, tangents.half):
+            answers.append(engine_vjp(roots, edges))
+            self.give_back()
         return [
             _At(leaf, factors.get(leaf), [_plain(answer[i], leaf) for answer in answers])
             for i, leaf in enumerate(self.leaves)

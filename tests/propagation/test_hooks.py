@@ -336,26 +336,45 @@ def test_a_hook_that_mixes_samples(hook, where):
         collected(model)
 
 
-def test_a_hook_that_removes_itself():
-    """As those of deep equilibria do, whose solver comes by them again: it is there for .grad."""
+class Once(Net):
+    """A hook that removes itself, as those of deep equilibria do, whose solver comes by them."""
 
-    class Once(Net):
-        def hooked(self, t: Tensor, hook: Hook | None) -> Tensor:
-            def once(g: Tensor) -> Any:
-                self.handle.remove()
-                return hook(g) if hook is not None else g
+    def hooked(self, t: Tensor, hook: Hook | None) -> Tensor:
+        def once(g: Tensor) -> Any:
+            self.handle.remove()
+            return None if hook is None else hook(g)
 
-            if hook is not None:
-                self.handle = t.register_hook(once)
-            return t
+        if hook is not None:
+            self.handle = t.register_hook(once)
+        return t
 
-    model = Once(LINEAR["a factor"])
-    expected = gradients(model)
-    model.zero_grad()
-    with pytest.raises(nnj.NNJError, match="gradient hook"):
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_hook_that_removes_itself(name):
+    """It is there each time that nnj asks, and for .grad."""
+    model = Once(LINEAR[name])
+    grads = gradients(model)
+    for _ in range(2):
+        model.zero_grad()
         collected(model)
-    for name, p in model.named_parameters():
-        assert torch.equal(p.grad, expected[name])
+        check(model, truth(Net(LINEAR[name], written=True)))
+        assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_one_that_is_refused_is_there_for_the_gradient(name):
+    made = NOT_LINEAR[name]
+    torch.manual_seed(0)
+    model = Once(made())
+    torch.manual_seed(5)
+    grads = gradients(model)
+    model.hidden = made()
+    model.zero_grad()
+    torch.manual_seed(5)
+    with pytest.raises(nnj.NNJError, match="on the output of layer 'one' is not linear"):
+        collected(model)
+    if name != "counting":  # what it counts nobody can give back
+        assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters())
 
 
 def test_of_two_hooks_the_one_at_fault_is_named():
@@ -423,4 +442,4 @@ def test_complex_gradients():
     for hook, linear in ((lambda g: 1j * g, True), (lambda g: g.conj(), False)):
         y = w * 2
         y.register_hook(hook)
-        assert hooks.EdgeMap((y.grad_fn, 0)).is_linear(generator) == linear
+        assert hooks.EdgeMap((y.grad_fn, 0), lambda: None).is_linear(generator) == linear
