@@ -283,6 +283,8 @@ def _last_layer(
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
     several = owned_by_several(m for target in targets for m in target.own)
+    if sweep.hooks is not None:  # H at the last layer's parameters is not behind them
+        return None
     last = LastLayerColumns(sweep, columns.hessian, several, selection)
     if not last.useful:
         return None

@@ -53,8 +53,8 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
     of their own. What no rule describes (a class that overrides the `forward` of a layer, hooks,
     parametrizations, parameters without a layer) goes through autograd, which is as exact and
     mostly slower. The first time that a model's graph has a structure it is compared with autograd
-    as in `nnj.collect` (verify=): wrong rules, and hooks that change gradients, are refused. Under
-    autocast results are as precise as the forward pass.
+    as in `nnj.collect` (verify=): wrong rules, and all hooks that change gradients, are refused.
+    Under autocast results are as precise as the forward pass.
 
     Errors: `NNJError` where samples influence one another (BatchNorm in training: use
     `model.eval()`), for complex parameters, a reentrant checkpoint, a model under `torch.compile`,

@@ -18,6 +18,7 @@ from nnj.graph.step import Step, describe
 from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
+from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
 from nnj.recording.records import Edge, Record
@@ -68,6 +69,7 @@ class Sweep(Plan):
 
     Attributes:
         uses: at how many steps each parameter has a factor.
+        hooks: the user's hooks through which columns go; set by `verification`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Sweep(Plan):
         # what the probe said of edges at which nothing has arrived yet
         self._unchecked: dict[Edge, SampleIndex] = {}
         self.uses: dict[Tensor, int] = {}
+        self.hooks: Hooks | None = None
         for step in graph.steps:
             for _, p in step.params:
                 self.uses[p] = self.uses.get(p, 0) + 1
@@ -183,6 +186,8 @@ class Sweep(Plan):
         """
         values = Cotangents({edge: v.to(self.graph.dtypes[edge]) for edge, v in roots.items()})
         pending: dict[Tensor, list[Factor]] = {}
+        if self.hooks is not None:
+            sink = self._behind_hooks(sink, self.hooks)
 
         def use(p: Tensor, factor: Factor) -> None:
             if self.uses[p] == 1:
@@ -224,6 +229,9 @@ class Sweep(Plan):
         arrived = {e: values.take(e) for e in step.into if e in values}
         if not arrived:
             return
+        if self.hooks is not None:
+            at = self.hooks.at_edges
+            arrived = {e: at[e](v) if e in at else v for e, v in arrived.items()}
         if step in self.by_column:
             arrived = {e: self.sample_index(e, step, v).to_columns(v) for e, v in arrived.items()}
         if step.leaf is not None:
@@ -236,6 +244,11 @@ class Sweep(Plan):
                 self._bare(step, arrived, use)
             if not self._select(step, arrived, values):
                 self._node(step, arrived, values)
+
+    @staticmethod
+    def _behind_hooks(sink: Sink, hooks: Hooks) -> Sink:
+        """What is given the factors behind the hooks of parameters."""
+        return lambda p, factor: sink(p, hooks.factor(p, factor))
 
     def sample_index(self, edge: Edge, step: Step, v: Tensor | None = None) -> SampleIndex:
         """Whose the entries on an edge of a step are. Errors: `NNJError` if that was not found out,

@@ -4,7 +4,7 @@ own between the same edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from nnj.graph.nodes import own_task, sum_to
 from nnj.graph.step import Step, describe
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Cotangents, Sweep
+from nnj.propagation.hooks import NONE, EdgeMap
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge
 from nnj.recording.records import Edge
@@ -43,10 +44,18 @@ class Tangents(NamedTuple):
         return {edge: torch.stack([u, self.half[edge]]) for edge, u in self.whole.items()}
 
 
-def culprit(sweep: Sweep, tangents: Tangents, leaves: Sequence[Tensor], eps: float) -> NNJError:
-    """The error for a sweep that differs from autograd: it names the first step that does."""
+def culprit(
+    sweep: Sweep,
+    tangents: Tangents,
+    leaves: Sequence[Tensor],
+    eps: float,
+    give_back: Callable[[], None],
+) -> NNJError:
+    """The error for a sweep that differs from autograd: it names the first step that does.
+    `give_back` is that of `unharmed`.
+    """
     graph = sweep.graph
-    for fact in _Search(sweep, leaves, eps).facts(tangents):
+    for fact in _Search(sweep, leaves, eps, give_back).facts(tangents):
         return NNJError(fact)
     reached = {leaf for step in graph.steps for leaf in (step.leaf, *(p for _, p in step.params))}
     for leaf in leaves:
@@ -74,18 +83,25 @@ def _name(leaf: Tensor, paths: Mapping[nn.Module, str]) -> str:
 class _Search:
     """Goes over the steps in the order of the sweep."""
 
-    def __init__(self, sweep: Sweep, leaves: Sequence[Tensor], eps: float):
+    def __init__(
+        self,
+        sweep: Sweep,
+        leaves: Sequence[Tensor],
+        eps: float,
+        give_back: Callable[[], None],
+    ):
         self.sweep, self.graph, self.leaves, self.eps = sweep, sweep.graph, leaves, eps
+        self.give_back = give_back
         self.generator = OwnGenerator.seeded()
+        self.hooks = sweep.hooks or NONE  # those through which columns go
 
     def facts(self, tangents: Tangents) -> Iterator[str]:
         """What is wrong, likeliest first."""
         steps = self.graph.steps
-        for step in steps:
-            yield from self._hooks(step)
+        # of two hooks the one that is not linear is at fault
+        yield from sorted(self._hooks(), key=lambda fact: LINEAR in fact)
         for step in steps:
             yield from self._rule(step) if step.record is not None else self._node(step)
-        yield from self._own_hooks()
         yield from self._mixing(tangents)
 
     def _random(self, edge: Edge) -> Tensor:
@@ -109,27 +125,38 @@ class _Search:
 
     # -- hooks on tensors --------------------------------------------------------------------------
 
-    def _hooks(self, step: Step) -> Iterator[str]:
-        """Hooks on the tensors that a step gives: what goes in and out at the same edge."""
-        for edge in step.into:
-            u = self._random(edge)
-            found = _engine({edge: u}, [edge])
-            if found is not None and self._differ(u, found[0]):
-                what = "the output of " if step.leaf is None else ""
-                who = (
-                    describe(step, self.graph.paths)
-                    if step.leaf is None
-                    else _name(step.leaf, self.graph.paths)
-                )
-                yield _hook(f"on {what}{who}")
-
-    def _own_hooks(self) -> Iterator[str]:
-        """Hooks on parameters, of which autograd's own gradient is another."""
+    def _hooks(self) -> Iterator[str]:
+        """Hooks on the tensors that steps give and on parameters, but for those through which
+        columns go: what goes in and out at the same edge.
+        """
+        for step in self.graph.steps:
+            for edge in step.into if step.leaf is None else ():
+                if edge not in self.hooks.at_edges:
+                    yield from self._hook_at(edge, self._on(step))
         for leaf in self.leaves:
-            u = torch.ones_like(leaf, requires_grad=False).detach()
-            found = _engine({leaf_edge(leaf): u}, [leaf_edge(leaf)])
-            if found is not None and self._differ(u, found[0]):
-                yield _hook(f"on {_name(leaf, self.graph.paths)}")
+            if leaf not in self.hooks.at_leaves:
+                yield from self._hook_at(leaf_edge(leaf), f"on {_name(leaf, self.graph.paths)}")
+
+    def _on(self, step: Step) -> str:
+        return f"on the output of {describe(step, self.graph.paths)}"
+
+    def _hook_at(self, edge: Edge, where: str) -> Iterator[str]:
+        hook = EdgeMap(edge, self.give_back)
+        u = hook.random(self.generator)
+        found = _engine({edge: u}, [edge])
+        self.give_back()
+        if found is None or not self._differ(u, found[0]):
+            return
+        try:
+            linear = hook.is_linear(self.generator)
+        except RuntimeError:  # of the hook
+            linear = False
+        yield _hook(where) if linear else _hook_not_linear(where)
+
+    def _through(self, edge: Edge, v: Tensor) -> Tensor:
+        """What columns are behind the hooks of an edge."""
+        hook = self.hooks.at_edges.get(edge)
+        return v if hook is None else hook(v)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -139,7 +166,8 @@ class _Search:
         """
         record = step.record
         assert record is not None and step.dtype is not None
-        u = self._random(step.into[0])
+        given = self._random(step.into[0])
+        u = self._through(step.into[0], given)
         who = blame(record.entry, record.module, self.graph.paths.get(record.module, ""))
         walked = own_task(lambda: call_vjp(step.node, record, u))
         if walked is None:
@@ -168,8 +196,8 @@ class _Search:
                     f"autograd has another gradient at its {slot!r}",
                 )
         if back is not None and step.out[0] is not None:
-            found = _engine({step.into[0]: u}, [step.out[0]])
-            if found is not None and self._differ(back, found[0]):
+            found = _engine({step.into[0]: given}, [step.out[0]])
+            if found is not None and self._differ(self._through(step.out[0], back), found[0]):
                 yield _hook(f"in, or on the input of, {describe(step, self.graph.paths)}")
 
     def _node(self, step: Step) -> Iterator[str]:
@@ -179,8 +207,8 @@ class _Search:
             return
         given = {edge: self._random(edge) for edge in step.into}
         args: list[Tensor | None] = [None] * len(step.node._input_metadata)
-        for (_, number), u in given.items():
-            args[number] = u[None]
+        for into, u in given.items():
+            args[into[1]] = self._through(into, u)[None]
         answers = own_task(lambda: call_node(step.node, args, 1))
         found = _engine(given, edges)
         if found is None:
@@ -192,31 +220,39 @@ class _Search:
                 share = sum_to(back, self.graph.shapes[edge], 1)[0]
                 ours[edge] = ours[edge] + share if edge in ours else share
         for edge in edges:
-            if self._differ(ours.get(edge), theirs[edge]):
+            back = ours.get(edge)
+            back = None if back is None else self._through(edge, back)
+            if self._differ(back, theirs[edge]):
                 yield _hook(f"at {describe(step, self.graph.paths)}, or on what goes into it")
 
     # -- rows that mix -----------------------------------------------------------------------------
 
     def _mixing(self, tangents: Tangents) -> Iterator[str]:
         """The step behind which a cotangent on some samples is on others, too."""
-        seen: list[Step] = []
+        seen: list[str] = []
 
         def walk() -> None:
             values = Cotangents({edge: u[None] for edge, u in tangents.half.items()})
             for step in self.graph.steps:
+                for e in self.hooks.at_edges.keys() & values.keys() & set(step.into):
+                    if self._foreign(e, self._through(e, values[e]), tangents.samples):
+                        seen.append(
+                            f"by a gradient hook {self._on(step)}. Remove it while nnj collects"
+                        )
+                        return
                 self.sweep.cross(step, values, 1, None)
                 out = [e for e in step.out if e is not None and e in values]
                 if any(self._foreign(e, values[e], tangents.samples) for e in out):
-                    seen.append(step)
+                    seen.append(
+                        f"at {describe(step, self.graph.paths)}, whose name says that they do not: "
+                        "a function whose backward is not its forward's, or that is not what its "
+                        "name says. Give it another name, or take it out of the model"
+                    )
                     return
 
         own_task(walk)
-        for step in seen:
-            yield (
-                f"samples influence one another at {describe(step, self.graph.paths)}, whose name "
-                "says that they do not: a function whose backward is not its forward's, or that is "
-                "not what its name says. Give it another name, or take it out of the model"
-            )
+        for where in seen:
+            yield f"samples influence one another {where}"
 
     def _foreign(self, edge: Any, v: Tensor, samples: Tensor) -> bool:
         """Whether there is something at entries of other samples."""
@@ -247,9 +283,20 @@ def _engine(roots: dict[Any, Tensor], inputs: list[Any]) -> list[Tensor | None] 
         return None
 
 
+LINEAR = "changes the gradient"  # in what is said of hooks that could be taken elsewhere
+
+
+def _hook_not_linear(where: str) -> str:
+    return (
+        f"a gradient hook {where} is not linear in the gradient that it is given (it clamps or "
+        "normalises it, adds to it, draws random numbers, or keeps a state), so that columns "
+        "cannot go through it. Remove the hook while nnj collects"
+    )
+
+
 def _hook(where: str) -> str:
     return (
-        f"a gradient hook {where} changes the gradient, which columns do not go through. Write "
+        f"a gradient hook {where} {LINEAR}, which columns do not go through here. Write "
         "what it does as a function of the forward pass, or remove the hook while nnj collects"
     )
 

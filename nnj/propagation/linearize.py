@@ -107,7 +107,8 @@ class Linearization(Generic[S]):
             if batched is not None and any(step.leaf is batched for step in sweep.by_column):
                 _check_apart(graph, root, self.n, sweep.assume)
             if kind is Sweep:
-                verify(sweep, rows, self.leaves, self.module)
+                # hooks have no forward, and J is that of the function
+                verify(sweep, rows, self.leaves, self.module, hooks=False)
 
         # an operand cut off at the input would hide what other samples have to do with it
         cut = self.wrt == "weight"

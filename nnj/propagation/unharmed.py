@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from nnj.graph.nodes import refuse_freed
 from nnj.graph.traverse import reachable
@@ -87,22 +88,29 @@ def _autograd(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | No
 
 
 class _Alive(NamedTuple):
-    """What there is in the process: tensors that retain their .grad, and whether a checkpoint may
-    compute something anew.
+    """What there is in the process: tensors that retain their .grad, whether a checkpoint may
+    compute something anew, and hooks that may be removed, by themselves for instance.
     """
 
     retaining: list[Tensor]
     checkpoints: bool
+    handles: list[RemovableHandle]
 
     @classmethod
     def now(cls) -> _Alive:
         tensor = _subclasses(Tensor)
-        kinds = {_FRAME, *tensor}
+        kinds = {_FRAME, RemovableHandle, *tensor}
         everything = gc.get_objects()
         found = list(compress(everything, map(kinds.__contains__, map(type, everything))))
         with torch._C.DisableTorchFunctionSubclass():
             retaining = [t for t in found if type(t) in tensor and t.retains_grad]
-        return cls(retaining, any(type(thing) is _FRAME for thing in found))
+        handles = [thing for thing in found if type(thing) is RemovableHandle]
+        return cls(retaining, any(type(thing) is _FRAME for thing in found), handles)
+
+    def hooks(self) -> list[dict[Any, Any]]:
+        """The tables in which the hooks are."""
+        refs = [ref for h in self.handles for ref in (h.hooks_dict_ref, *h.extra_dict_ref)]
+        return list({id(table): table for ref in refs if (table := ref()) is not None}.values())
 
 
 def _subclasses(kind: type) -> set[type]:
@@ -114,15 +122,29 @@ def _subclasses(kind: type) -> set[type]:
 
 
 @contextmanager
-def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
-    """Afterwards the `.grad` of tensors that retain it, the generators and, over the recomputation
-    of a checkpoint, buffers with their versions are what they were.
+def unharmed(
+    modules: Iterable[nn.Module], devices: Iterable[torch.device]
+) -> Iterator[Callable[[], None]]:
+    """Afterwards the `.grad` of tensors that retain it, the generators, removed hooks and,
+    over the recomputation of a checkpoint, buffers with their versions are what they were.
 
     All objects of the process are looked at, 10 to 50 ms where 300,000 are alive: once for each
     structure.
+
+    Yields what gives hooks and `.grad` back in between: a hook that removes itself is there again.
     """
     alive = _Alive.now()
     grads = [(t, t.grad) for t in alive.retaining]
+    hooks = [(table, dict(table)) for table in alive.hooks()]
+
+    def give_back() -> None:
+        for t, grad in grads:
+            t.grad = grad
+        for table, former in hooks:
+            if table.keys() != former.keys():
+                table.clear()
+                table.update(former)
+
     buffers: list[Tensor] = []
     if alive.checkpoints:
         buffers = list(
@@ -137,11 +159,10 @@ def unharmed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> I
         for b in buffers:  # older torch takes one at a time
             stack.enter_context(keep._unsafe_preserve_version_counter(b))
         try:
-            yield
+            yield give_back
         finally:
             random.setstate(state)
-            for t, grad in grads:
-                t.grad = grad
+            give_back()
             with torch.no_grad():
                 for b, version, value in before:
                     if b._version != version:

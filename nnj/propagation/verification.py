@@ -1,16 +1,17 @@
 """sum_n B_n = dL/dp: the shares of samples at a parameter add up to autograd's own gradient, and
 without a cotangent on a sample there is no share of it.
 
-Both are asked once for each structure of graph, of a random cotangent on all rows and of one on a
-random half of the samples. So wrong rules, layers that do something else than their class says,
-hooks on gradients, functions that are not what their name says, and samples that influence one
-another are seen, whatever the reason. Not seen are the order of samples, a backward that is not
-linear, and what happens inside of the loss."""
+Both are asked once for each structure of graph (in each pass, where hooks change gradients), of a
+random cotangent on all rows and of one on a random half of the samples. So wrong rules, layers that
+do something else than their class says, hooks on gradients, functions that are not what their name
+says, and samples that influence one another are seen, whatever the reason. Hooks that are linear
+are taken (`hooks`), and it is asked again. Not seen are the order of samples, a backward that is
+not linear, and what happens inside of the loss."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.culprit import Tangents, culprit
+from nnj.propagation.hooks import find_hooks
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge, unharmed
 from nnj.recording.records import Edge
@@ -32,9 +34,23 @@ MODE = "NNJ_VERIFY"
 KEPT = 256  # structures that are remembered for each model
 AGAIN = 0.7  # a factor by which rounding becomes another
 
-# by model, the structures that were found right; the rules are held, so that none has their place
-_verified: WeakKeyDictionary[nn.Module, dict[Any, list[Any]]] = WeakKeyDictionary()
-_of_nobody: dict[Any, list[Any]] = {}
+
+class _Known(NamedTuple):
+    """What is kept of a structure.
+
+    Attributes:
+        rules: held, so that none has their place.
+        hooked: whether hooks have ever changed its gradients. What they do is no part of the
+            structure, and is found out, and verified, in each pass.
+    """
+
+    rules: list[Any]
+    hooked: bool
+
+
+# by model, the structures that were found right
+_verified: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
+_of_nobody: dict[Any, _Known] = {}
 runs = 0  # how many structures were verified in this process
 
 
@@ -43,8 +59,10 @@ def verify(
     rows: dict[Edge, SampleIndex],
     wanted: Iterable[Tensor],
     owner: nn.Module | None,
+    hooks: bool = True,
 ) -> None:
     """Compare a sweep with autograd, unless that was done for another one of the same structure.
+    One whose gradients linear hooks change is told of them, and compared in each pass.
 
     Args:
         sweep: which is to be trusted.
@@ -52,6 +70,7 @@ def verify(
         wanted: the leaves at which results will be taken.
         owner: the model, or a layer, with which what was verified is forgotten; None where no layer
             has a record.
+        hooks: whether columns may go through hooks.
 
     Errors: `NNJError` that names the culprit.
     """
@@ -62,12 +81,15 @@ def verify(
         raise NNJError(f"{MODE}={mode!r} in the environment, expected never, first or always")
     known = _of_nobody if owner is None else _verified.setdefault(owner, {})
     key = signature(sweep)
-    if mode == "first" and key in known:
+    there = known.get(key)
+    hooked = there is not None and there.hooked
+    if mode == "first" and there is not None and not hooked:
         return
-    _Verification(sweep, rows, wanted).run()
+    _Verification(sweep, rows, wanted).run(hooks, hooked)
     while len(known) >= KEPT:
         known.pop(next(iter(known)))
-    known[key] = [s.record.entry for s in sweep.graph.steps if s.record is not None]
+    rules = [s.record.entry for s in sweep.graph.steps if s.record is not None]
+    known[key] = _Known(rules, hooked or sweep.hooks is not None)
 
 
 def signature(sweep: Sweep) -> tuple[Any, ...]:
@@ -91,7 +113,9 @@ def signature(sweep: Sweep) -> tuple[Any, ...]:
         else:
             parts.append((step.name, step.leaf is None))
             parts += [None if route is None else route.way for route in sweep.routes[step]]
-        parts += [slot for slot, _ in step.params]
+        parts += [(slot, bool(p._backward_hooks)) for slot, p in step.params]
+        if step.leaf is not None:
+            parts.append(bool(step.leaf._backward_hooks))
     return tuple(parts)
 
 
@@ -123,10 +147,18 @@ class _Verification:
         self.leaves = [p for p in dict.fromkeys(wanted) if graph.wanted(p)]
         self.tangents = _tangents(sweep, rows)
         self.eps = coarsest(sweep)
+        self.give_back: Callable[[], None] = lambda: None  # that of `unharmed`
         self.devices = {device_of(edge) for edge in graph.roots}
 
-    def run(self) -> None:
-        """Errors: `NNJError` where the sweep is wrong."""
+    def run(self, hooks: bool, hooked: bool) -> None:
+        """Tell the sweep of hooks, if there are any that change gradients.
+
+        Args:
+            hooks: whether columns may go through them.
+            hooked: whether there were some at the last time.
+
+        Errors: `NNJError` where the sweep is wrong.
+        """
         global runs
         sweep = self.sweep
         if self.tangents is None or not self.leaves:
@@ -134,12 +166,17 @@ class _Verification:
         runs += 1
         unchecked = dict(sweep._unchecked)
         with (
-            unharmed(sweep.graph.paths, self.devices),
+            unharmed(sweep.graph.paths, self.devices) as self.give_back,
             torch.no_grad(),
             suppress(OnBothSides),  # nobody but the engine can say then what is right
         ):
-            if self._wrong(self.tangents):
-                raise culprit(sweep, self.tangents, self.leaves, self.eps)
+            wrong = hooked or self._wrong(self.tangents)
+            if wrong and hooks:
+                sweep.hooks = find_hooks(sweep.graph, self.leaves, self.give_back) or None
+                if hooked or sweep.hooks is not None:
+                    wrong = self._wrong(self.tangents)
+            if wrong:
+                raise culprit(sweep, self.tangents, self.leaves, self.eps, self.give_back)
         sweep._unchecked = unchecked  # what the user's columns have yet to be checked for
 
     def _wrong(self, tangents: Tangents) -> bool:
@@ -174,7 +211,10 @@ class _Verification:
         factors: dict[Tensor, Factor] = {}
         self.sweep.run(tangents.stacked(), 2, factors.__setitem__)
         edges = [leaf_edge(leaf) for leaf in self.leaves]
-        answers = [engine_vjp(roots, edges) for roots in (tangents.whole, tangents.half)]
+        answers = []
+        for roots in (tangents.whole, tangents.half):
+            answers.append(engine_vjp(roots, edges))
+            self.give_back()
         return [
             _At(leaf, factors.get(leaf), [_plain(answer[i], leaf) for answer in answers])
             for i, leaf in enumerate(self.leaves)

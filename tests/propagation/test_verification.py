@@ -213,9 +213,10 @@ class Hooked(MLP):
 
 
 def test_a_hook_on_a_tensor():
+    """Columns go through those that are linear (test_hooks.py)."""
     torch.manual_seed(0)
-    model = Hooked(lambda g: 2 * g).double()
-    refused(model, "a gradient hook on the output of layer 'one'")
+    model = Hooked(lambda g: g.clamp(-1e-3, 1e-3)).double()
+    refused(model, "a gradient hook on the output of layer 'one' is not linear")
 
 
 def test_a_full_backward_hook():
@@ -230,14 +231,6 @@ def test_a_full_backward_pre_hook():
     refused(model, "a gradient hook (at|on|in)")
 
 
-def test_a_hook_on_a_parameter():
-    model = net(nn.ReLU())
-    mask = torch.arange(12).reshape(3, 4) % 2
-    model[0].weight.register_hook(lambda g: g * mask)
-    with pytest.raises(nnj.NNJError, match="a gradient hook on parameter '0.weight'"):
-        backward(model, "batch_grad")
-
-
 def test_hooks_that_look_are_called_twice_more():
     seen: list[Tensor] = []
     torch.manual_seed(0)
@@ -249,28 +242,6 @@ def test_hooks_that_look_are_called_twice_more():
     with nnj.collect("ggn_diag", verify=False):
         loss(model(X), Y).backward()
     assert len(seen) == 5
-
-
-class Equilibrium(nn.Module):
-    """z = w z + x, with the gradient of the fixed point in a hook."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(0.5).double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.w.detach()
-        z = self.w * (x / (1 - w)) + x
-        z.register_hook(lambda g: g / (1 - w))
-        return z
-
-
-def test_a_deep_equilibrium_is_not_silently_wrong():
-    model, loss = nnj.extend(Equilibrium()), nnj.extend(nn.MSELoss(reduction="sum"))
-    x = torch.ones(3, 1).double()
-    with pytest.raises(nnj.NNJError, match="a gradient hook"), nnj.collect("ggn_diag"):
-        loss(model(x), torch.zeros_like(x)).backward()
-    assert model.w.grad == 48
 
 
 # -- functions -------------------------------------------------------------------------------------
