@@ -20,7 +20,9 @@ from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.views import View, ViewFactor
+from nnj.propagation.hooks import EdgeMap, HookedFactor
 from nnj.propagation.last_layer import LastLayerFactor
+from nnj.propagation.unharmed import leaf_edge
 from tests.support.subclasses import subclasses
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -50,6 +52,13 @@ class SparseStranger(Stranger):
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
+
+
+def hooked(shape: tuple[int, ...]) -> EdgeMap:
+    """A hook on a parameter that mixes its entries."""
+    p = normal(*shape).requires_grad_()
+    p.register_hook(lambda g: g.cumsum(-1))
+    return EdgeMap(leaf_edge(p), lambda: None)
 
 
 def outer(k: int, n: int, shape: tuple[int, ...], places: int = 1, groups: int = 1) -> OuterProduct:
@@ -128,6 +137,7 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
     ),
     "scaled": lambda k, n: ScaledFactor(outer(k, n, W, 2), normal(*W)),
     "scaled, by sample": lambda k, n: ScaledFactor(sparse(k, n, W), normal(n, *W)),
+    "hooked": lambda k, n: HookedFactor(outer(k, n, W, 2), hooked(W)),
     "no entries": lambda k, n: DenseFactor(normal(k, n, 0, 3)),
     "uses: outer": lambda k, n: merge_uses([outer(k, n, W, 2), outer(k, n, W)]),
     "uses: tables": lambda k, n: merge_uses([sparse(k, n, W), sparse(k, n, W)]),
