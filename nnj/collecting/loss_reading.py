@@ -117,7 +117,8 @@ def _is_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 def _near(one: Tensor, other: Tensor) -> Tensor:
     """The same of two tensors, as a tensor without axes: all of it is asked at once."""
     tolerance = torch.finfo(other.dtype).eps ** 0.75
-    one, other = one.double(), other.double()
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
     largest = torch.where(torch.isfinite(other), other, 0.0).abs().max()
     same = (one == other) | (one.isnan() & other.isnan())
     result: Tensor = (same | ((one - other).abs() <= tolerance * largest)).all()

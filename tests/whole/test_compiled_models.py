@@ -1,8 +1,8 @@
 """Models of the table, compiled: traced at other numbers, replayed at their own, against
 torch.func. Those that run eagerly say why.
 
-Tracing takes a second or more each: so these are every 16th model, and with `--whole-table`, as
-CI has it, all of them."""
+Tracing takes a second or more each: so these are every 16th model, and with `--whole-table` all of
+them."""
 
 from __future__ import annotations
 
