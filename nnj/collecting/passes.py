@@ -19,7 +19,12 @@ from nnj.collecting.request import Request
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
-from nnj.graph.refusals import refuse_tensor, under_compile
+from nnj.graph.refusals import (
+    IN_COMPILED,
+    refuse_compiled_step,
+    refuse_tensor,
+    under_compile,
+)
 from nnj.recording.loss_hook import listeners
 from nnj.recording.records import LossCall
 
@@ -119,6 +124,7 @@ class _Pass:
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
+            refuse_compiled_step(call.name)
             refuse_tensor(scale.is_nested, scale.device)
             with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
                 check_linear(call, node)
@@ -128,11 +134,7 @@ class _Pass:
         except Exception as error:
             why = f"the sweep failed with {type(error).__name__}: {error}"
             if under_compile(error, node, {end for end, _ in call.edges}):
-                why = (
-                    f"{call.name}: nnj cannot work in or through what torch.compile has compiled. "
-                    "Compile neither the loss nor the step around the backward pass, at least for "
-                    f"the passes that collect ({why})"
-                )
+                why = f"{call.name}: {IN_COMPILED} ({why})"
             self.error = NNJError(why)
             self.error.__cause__ = error
 

@@ -5,6 +5,7 @@ operators from the inputs to the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,12 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
+    TorchFunctionMetadataMode,
     get_innermost_proxy_mode,
     get_proxy_slot,
     make_fx,
 )
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 from nnj.compiling.program import Untraceable
 from nnj.compiling.questions import Draw, Questions, Readings
@@ -52,7 +55,7 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     questions, results = Questions(inputs), list[Tensor]()
 
     def run(*given: Tensor) -> list[Tensor]:
-        with questions, Readings(questions):
+        with _unnoted(), questions, Readings(questions):
             results.extend(_apart(function(), inputs))
             found = list(results)
             if questions.changed:
@@ -62,7 +65,7 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     try:
         # one fake mode for the shapes that make_fx notes, which else makes one for each operator
         with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-            graph = make_fx(run, _disable_torch_fn_metadata_mode=True)(*inputs)
+            graph = make_fx(run)(*inputs)
     except Exception as error:
         if questions.refused is not None:
             raise Untraceable(questions.refused) from error
@@ -75,6 +78,15 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
         raise Untraceable(f"the pass has more than {LARGEST} operators")
     asks = bool(questions.changed)
     return Traced(graph, results, questions.draws, questions.random, asks)
+
+
+def _unnoted() -> AbstractContextManager[Any]:
+    """Without the mode by which make_fx notes each call of a function of torch, which nobody reads;
+    by a keyword this can be had from newer ones only.
+    """
+    modes = _get_current_function_mode_stack()
+    noted = bool(modes) and isinstance(modes[-1], TorchFunctionMetadataMode)
+    return _pop_mode_temporarily() if noted else nullcontext()
 
 
 def _refuse_leaves(module: GraphModule) -> None:
@@ -109,18 +121,19 @@ def _apart(found: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _tidy(module: GraphModule) -> None:
-    """Placeholders first, in order; nothing that nobody reads; no detach, which says nothing
-    without autograd.
+    """Placeholders first, in order; nothing that nobody reads; no detach (by newer torch, alias),
+    which says nothing without autograd.
     """
     graph = module.graph
     last: Node | None = None
     for node in graph.find_nodes(op="placeholder"):
-        if last is not None:
+        if last is not None and last.next is not node:
             last.append(node)
         last = node
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
-        node.replace_all_uses_with(_operand(node))
-        graph.erase_node(node)
+    for target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(_operand(node))
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
 

@@ -92,6 +92,20 @@ def refuse_tensor(nested: bool, device: torch.device) -> None:
         )
 
 
+IN_COMPILED = (
+    "nnj cannot work in or through what torch.compile has compiled. Compile neither the loss nor "
+    "the step around the backward pass, at least for the passes that collect"
+)
+
+
+def refuse_compiled_step(who: str) -> None:
+    """Errors: `NNJError` where torch.compile would compile what runs now. What it makes of nnj may
+    write wrong things into tables of nnj, for good (of torch 2.15 into sets of weak references).
+    """
+    if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
+        raise NNJError(f"{who}: {IN_COMPILED}")
+
+
 def under_compile(error: Exception, loss: Any, ends: Container[Any]) -> bool:
     """Whether torch.compile is what an error comes from: it was about to compile what runs, or has
     compiled a loss.

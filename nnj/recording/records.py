@@ -290,10 +290,10 @@ def edge_of(t: Tensor) -> Edge | None:
 def inert() -> bool:
     """Whether there is no graph to write on: under no_grad, torch.func transforms and tracing."""
     return (
-        not torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # first: at what comes next it would stop, and no longer know
+        or not torch.is_grad_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
-        or torch.compiler.is_compiling()
     )
 
 
