@@ -4,7 +4,9 @@ operators from the inputs to the results.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +15,22 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
+    TorchFunctionMetadataMode,
     get_innermost_proxy_mode,
     get_proxy_slot,
     make_fx,
 )
+from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from nnj.compiling.program import Untraceable
 from nnj.compiling.questions import Draw, Questions, Readings
 
 LARGEST = 20_000  # operators of a graph, above which nobody would wait for a compiler
+
+# make_fx's own function mode only names the operators, and would be taken for one of the user.
+_WITHOUT_NAMES: dict[str, Any] = {"_disable_torch_fn_metadata_mode": True}
+if not _WITHOUT_NAMES.keys() <= inspect.signature(make_fx).parameters.keys():
+    _WITHOUT_NAMES = {}  # an older torch: the mode is taken off the stack
 
 
 class Traced(NamedTuple):
@@ -52,7 +61,7 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     questions, results = Questions(inputs), list[Tensor]()
 
     def run(*given: Tensor) -> list[Tensor]:
-        with questions, Readings(questions):
+        with _without_names(), questions, Readings(questions):
             results.extend(_apart(function(), inputs))
             found = list(results)
             if questions.changed:
@@ -62,7 +71,7 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     try:
         # one fake mode for the shapes that make_fx notes, which else makes one for each operator
         with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-            graph = make_fx(run, _disable_torch_fn_metadata_mode=True)(*inputs)
+            graph = make_fx(run, **_WITHOUT_NAMES)(*inputs)
     except Exception as error:
         if questions.refused is not None:
             raise Untraceable(questions.refused) from error
@@ -75,6 +84,11 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
         raise Untraceable(f"the pass has more than {LARGEST} operators")
     asks = bool(questions.changed)
     return Traced(graph, results, questions.draws, questions.random, asks)
+
+
+def _without_names() -> AbstractContextManager[Any]:
+    ours = isinstance(_get_current_function_mode(), TorchFunctionMetadataMode)
+    return _pop_mode_temporarily() if ours else nullcontext()
 
 
 def _refuse_leaves(module: GraphModule) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import nnj
 from tests.support.collecting import X, Y, net
 
-CE = nn.functional.cross_entropy
+
+def CE(z: Tensor, y: Tensor) -> Tensor:
+    """A function of Python: torch 2.6 compiles none of its own."""
+    return nn.functional.cross_entropy(z, y)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,11 @@ def model_given_to_compile(model: nn.Module) -> None:
 )
 def test_torch_compile(run):
     model, plain = nnj.extend(net()), net()
+    if run is model_given_to_compile and torch.__version__ < "2.7":
+        # its dynamo does not trace our hooks: each layer runs as it is, and the result is right
+        run(model)
+        _right(model, plain)
+        return
     with pytest.raises(nnj.NNJError, match=r"torch\.compile"):
         run(model)
     of_a_model(plain, CE)
@@ -108,6 +116,15 @@ def test_torch_compile(run):
         assert not hasattr(p, "ggn_diag")
         if run is not extended_compiled_loss:
             torch.testing.assert_close(p.grad, q.grad)
+
+
+def _right(model: nn.Module, plain: nn.Module) -> None:
+    found = [p.ggn_diag for p in model.parameters()]
+    with nnj.collect("ggn_diag"):
+        of_a_model(nnj.extend(plain), nnj.extend(nn.CrossEntropyLoss()))
+    for p, q, diag in zip(model.parameters(), plain.parameters(), found, strict=True):
+        torch.testing.assert_close(diag, q.ggn_diag)
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_a_model_without_numbers():
