@@ -1,5 +1,5 @@
 """Numbers that are asked of a tensor and decide little or nothing, so that a pass that is traced
-need not be traced again when they are others (`nnj.compiling.questions`).
+need not be traced again when they are others (`nnj.compiling.questions`); and whether it is traced.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from torch import Tensor
+from torch._guards import TracingContext
 
 
 class _Asking(threading.local):
@@ -23,6 +24,13 @@ class _Asking(threading.local):
 
 
 _asking = _Asking()
+
+
+def being_traced() -> bool:
+    """Whether a pass is being traced: then a loop over columns would be a graph as long as they are
+    many.
+    """
+    return TracingContext.try_get() is not None
 
 
 def is_said() -> bool:

@@ -81,8 +81,8 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
 
 
 def _unnoted() -> AbstractContextManager[Any]:
-    """Without the mode by which make_fx notes each call of a function of torch, which nobody reads;
-    by a keyword this can be had from newer ones only.
+    """Without the mode by which make_fx notes each call of a function of torch: it would be taken
+    for one of the user. Older torch has no keyword for that.
     """
     modes = _get_current_function_mode_stack()
     noted = bool(modes) and isinstance(modes[-1], TorchFunctionMetadataMode)

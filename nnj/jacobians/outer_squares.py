@@ -5,25 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnj.checks import being_traced
 from nnj.jacobians.patches import Patches
 
 # Entries of B that are formed and squared at a time: what the caches of a CPU serve, and enough
 # for a GPU to be busy.
 SQUARED = 1 << 19
 SQUARED_ON_GPU = 1 << 24
+# From so many entries of one column of one sample on, a CPU is busy with them alone.
+LARGE = 1 << 14
 
 
 def explicit_squares(v: Tensor, patches: Patches, per_sample: bool = False) -> Tensor:
     """The squares of V U^T, summed over columns and samples (G, O, I), or over the columns of each
-    sample (N, G, O, I): in few products, each of several samples and columns.
+    sample (N, G, O, I).
 
     Args:
         v: V, (K, N, G, O, L).
         patches: U, (N, G, I, L).
     """
-    (k, n, g, o, l), i = v.shape, patches.inputs
+    (_, n, g, o, _), i = v.shape, patches.inputs
     lead = (n,) if per_sample else ()
     total = torch.zeros(*lead, g, o, i, dtype=v.dtype, device=v.device)
+    if v.device.type == "cpu" and g * o * i >= LARGE and not being_traced():
+        _one_by_one(v, patches, total, per_sample)
+    else:
+        _together(v, patches, total, per_sample)
+    return total
+
+
+def _one_by_one(v: Tensor, patches: Patches, total: Tensor, per_sample: bool) -> None:
+    """Add the squares of one column of one sample after another: no copy of V, and B does not leave
+    the caches.
+    """
+    room = torch.empty_like(total[0, 0] if per_sample else total[0])
+    for s in range(v.shape[1]):
+        for group, u in enumerate(patches(slice(s, s + 1))[0].mT):
+            into = total[s, group] if per_sample else total[group]
+            for column in v[:, s, group]:
+                b = torch.mm(column, u, out=room)
+                into.addcmul_(b, b)
+
+
+def _together(v: Tensor, patches: Patches, total: Tensor, per_sample: bool) -> None:
+    """Add the squares in few products, each of several samples and columns."""
+    (k, n, g, o, l), i = v.shape, patches.inputs
     fits = max(1, (SQUARED if v.device.type == "cpu" else SQUARED_ON_GPU) // max(1, g * o * i))
     columns = max(1, min(k, fits))
     for a in range(0, n, fits // columns):
@@ -38,7 +64,6 @@ def explicit_squares(v: Tensor, patches: Patches, per_sample: bool = False) -> T
                 total[rows] += squares.sum(2)
             else:
                 total += squares.sum((0, 2))
-    return total
 
 
 def kernel_squares(kernel: Tensor, patches: Patches, per_sample: bool = False) -> Tensor:

@@ -72,6 +72,18 @@ def culprit(
     )
 
 
+def differs(
+    sweep: Sweep,
+    tangents: Tangents,
+    leaves: Sequence[Tensor],
+    eps: float,
+    give_back: Callable[[], None],
+) -> bool:
+    """Whether a step by itself differs from autograd's; the arguments are those of `culprit`."""
+    search = _Search(sweep, leaves, eps, give_back)
+    return next(search.facts(tangents), None) is not None
+
+
 def _name(leaf: Tensor, paths: Mapping[nn.Module, str]) -> str:
     for module, path in paths.items():
         for name, p in module._parameters.items():
@@ -202,7 +214,7 @@ class _Search:
 
     def _node(self, step: Step) -> Iterator[str]:
         """A node of autograd by itself, and as the engine runs it."""
-        edges = [e for e in step.out if e is not None]
+        edges = self._reached_once([e for e in step.out if e is not None])
         if step.leaf is not None or not edges:
             return
         given = {edge: self._random(edge) for edge in step.into}
@@ -224,6 +236,21 @@ class _Search:
             back = None if back is None else self._through(edge, back)
             if self._differ(back, theirs[edge]):
                 yield _hook(f"at {describe(step, self.graph.paths)}, or on what goes into it")
+
+    def _reached_once(self, edges: list[Edge]) -> list[Edge]:
+        """Those of a node to which no other one leads, as the branch of a residual layer leads to
+        its input: the engine would add up both ways.
+        """
+        if len(set(edges)) < 2:
+            return edges
+        below: dict[Edge, set[Edge]] = {}
+        for start in set(edges):
+            reached = {start}
+            for step in self.graph.steps:  # in the order of the sweep
+                if not reached.isdisjoint(step.into):
+                    reached |= {out for out in step.out if out is not None}
+            below[start] = reached
+        return [e for e in edges if not any(e in below[o] for o in below if o != e)]
 
     # -- rows that mix -----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from nnj.generators import OwnGenerator
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
-from nnj.propagation.culprit import Tangents, culprit
+from nnj.propagation.culprit import Tangents, culprit, differs
 from nnj.propagation.hooks import find_hooks
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge, unharmed
@@ -186,7 +186,8 @@ class _Verification:
         largest = max(sizes, default=0.0)
         # Below it nothing can be told from the rounding of the forward pass, which is the same for
         # every cotangent: a norm over one feature has J = 0, of which autograd has 1e-14.
-        least = self.eps**0.75 * (largest or 1.0)
+        least_of_all = self.eps**0.75
+        least = least_of_all * (largest or 1.0)
         off = [
             (i, gap)
             for i, at in enumerate(found)
@@ -194,13 +195,21 @@ class _Verification:
         ]
         if not off:
             return False
-        if any(gap > self.slack(largest) for _, gap in off):
-            return True
         # What would be zero without rounding, such as the gradient at the bias of keys, is told
         # from what is small by being computed again with other rounding.
         again = self._both(tangents.times(AGAIN))
         often = max(10.0, min(1e3, 0.1 * self.eps**-0.5))
-        return any(gap > often * _rounding(found[i], again[i]) for i, gap in off)
+        rounding = {i: _rounding(found[i], again[i]) for i, _ in off}
+        if any(gap > often * rounding[i] for i, gap in off):
+            return True
+        large = [i for i, gap in off if gap > self.slack(largest)]
+        if not large:
+            return False
+        # Nothing but rounding is left of any of them, as of all that a norm takes away, if every
+        # step by itself is right. The cotangents are about 1.
+        if max(rounding[i] for i in large) > least_of_all:
+            return True
+        return differs(self.sweep, tangents, self.leaves, self.eps, self.give_back)
 
     def slack(self, size: float) -> float:
         """How far numbers of a size may be from what they should be."""

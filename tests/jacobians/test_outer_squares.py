@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnj.jacobians import outer_squares
@@ -47,3 +48,25 @@ def test_as_many_at_a_time_as_are_small(
     b: Tensor = v @ u.mT
     torch.testing.assert_close(found, b.square().sum(0 if per_sample else (0, 1)))
     assert seen.count == launches and seen.largest <= max(squared, O * I) * groups
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_large_columns_go_one_by_one(monkeypatch: Any, groups: int, per_sample: bool) -> None:
+    monkeypatch.setattr(outer_squares, "LARGE", groups * O * I)
+    u, v = torch.randn(N, groups, I, L).double(), torch.randn(K, N, groups, O, L).double()
+    b: Tensor = v @ u.mT
+    for transposed in (False, True):  # a linear layer on sequences has its columns so
+        given = v.mT.contiguous().mT if transposed else v
+        with Products() as seen:
+            found = explicit_squares(given, Patches.of(u), per_sample)
+        torch.testing.assert_close(found, b.square().sum(0 if per_sample else (0, 1)))
+        assert seen.count == groups * K * N and seen.largest == O * I
+
+
+def test_a_traced_pass_has_no_loop_over_columns(monkeypatch: Any) -> None:
+    monkeypatch.setattr(outer_squares, "LARGE", 1)
+    u, v = torch.randn(N, 1, I, L), torch.randn(K, N, 1, O, L)
+    with tracing(TracingContext(None)), Products() as seen:
+        explicit_squares(v, Patches.of(u))
+    assert seen.count == 1

@@ -459,6 +459,67 @@ def test_a_jacobian_that_is_zero_but_for_rounding(norm):
         torch.testing.assert_close(model[2].weight.ggn_diag, expected.detach())
 
 
+def normed_and_averaged() -> nn.Sequential:
+    """What the norm takes away is all that the average would see: the Jacobian in x is zero."""
+    layers = [nn.InstanceNorm2d(2), nn.Conv2d(2, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_all_that_is_left_is_rounding(dtype):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x = normed_and_averaged().to(dtype), torch.randn(3, 2, 4, 4, dtype=dtype)
+        assert nnj.jacobian(model, x).abs().max() < 10 * torch.finfo(dtype).eps
+
+
+class Tiny(Scaling):
+    """Scaling by so little that it could be rounding."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.weight = nn.Parameter(torch.full((4,), 1e-13).double())
+
+
+def by_chance_and_tiny(m: Any, x: Tensor, y: Tensor) -> Any:
+    class Random(nnj.Jacobian):
+        def jvp(self, v: Tensor) -> Tensor:
+            return v * m.weight.detach() * torch.rand(4).double()
+
+        vjp = jvp
+
+    return {"input": Random((4,), (4,), x), "weight": nnj.Diagonal(x)}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_differs_each_time_is_no_rounding(first):
+    """However small it is."""
+    tiny = Tiny()
+    layers = [tiny, Scaling(4)] if first else [Scaling(4), tiny]
+    with rule_of(Tiny, by_chance_and_tiny):
+        with pytest.raises(nnj.NNJError, match="does not say what this call does"):
+            nnj.jacobian(nn.Sequential(*layers), X)
+
+
+def test_a_residual_layer_is_not_blamed():
+    """The engine adds up the branch and what goes past it; of neither is there a hook."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.branch = nn.Linear(4, 3), Scaling()
+            self.after = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.before(x)
+            return self.after(h + self.branch(h).tanh())
+
+    torch.manual_seed(0)
+    with rule_of(Scaling, twice):
+        with pytest.raises(nnj.NNJError, match="'branch'.*another gradient at its input"):
+            nnj.jacobian(Residual().double(), X)
+
+
 # -- when it is asked ------------------------------------------------------------------------------
 
 
