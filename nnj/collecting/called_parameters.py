@@ -54,18 +54,17 @@ def check_replaced(
     """Errors: `NNJError` for a wanted parameter in whose place another tensor was in the call, and
     that the loss does not reach otherwise: it would have no result.
     """
-    for mark in graph.marks:
-        for module, name, now in mark.called_with.replaced():
-            if now in wanted and now not in met:
-                where = paths.get(module, "")
-                raise NNJError(
-                    f"in the place of parameter '{where + '.' if where else ''}{name}' of "
-                    f"{type(module).__name__} was another tensor when the model was called (by "
-                    "torch.func.functional_call, or it was replaced since), and the loss does not "
-                    "reach the parameter itself, which would have no result. Call the model with "
-                    "its own parameter, freeze it (requires_grad_(False)), or name modules without "
-                    "it (modules=[...])"
-                )
+    for module, name, now in graph.replaced():
+        if now in wanted and now not in met:
+            where = paths.get(module, "")
+            raise NNJError(
+                f"in the place of parameter '{where + '.' if where else ''}{name}' of "
+                f"{type(module).__name__} was another tensor when the model was called (by "
+                "torch.func.functional_call, or it was replaced since), and the loss does not "
+                "reach the parameter itself, which would have no result. Call the model with its "
+                "own parameter, freeze it (requires_grad_(False)), or name modules without it "
+                "(modules=[...])"
+            )
 
 
 def _name(t: Tensor, paths: Mapping[nn.Module, str]) -> str:

@@ -17,7 +17,8 @@ from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import edge_shape, edges, leaf_of, own_task, sum_to
 from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian
-from nnj.recording.records import Edge, Record, check_parameters
+from nnj.recording.called_with import Replaced
+from nnj.recording.records import Edge, Record, check_parameters, replaced_in
 from nnj.registry.layer_rules import Declined, ask_rule
 
 LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
@@ -44,12 +45,14 @@ def accept(
     number: int,
     paths: Mapping[nn.Module, str],
     wanted: Callable[[Tensor], bool] = lambda p: False,
+    replaced: list[Replaced] | None = None,
 ) -> Accepted | Declined:
     """The record at output `number` of a node, or why autograd's nodes speak for that output.
 
     Args:
         paths: the names of modules, for errors.
         wanted: whether results may stand on a parameter.
+        replaced: takes in the parameters of the layer in whose place others were in the call.
 
     Errors: `PluginError` if the rule is broken, `NNJError` if it refuses the call.
     """
@@ -57,9 +60,9 @@ def accept(
     if record is None:
         return UNRECORDED
     if record.stale:
-        name = paths.get(record.module, "") or type(record.module).__name__
-        check_parameters(record, f"layer '{name}'", wanted)
-        return Declined("what its rule reads was written over in place")
+        return _stale(record, paths, wanted, replaced)
+    if not record.by_rows:
+        return UNRECORDED
     if record.entry.node and record.entry.node == node.name():
         if edges(node)[0] == record.edge:
             return Declined(BY_NODE)
@@ -76,6 +79,20 @@ def accept(
     if record.entry.is_fallback and not _confirmed(node, accepted, y):
         return Declined("for each sample alone it is not what autograd says")
     return accepted
+
+
+def _stale(
+    record: Record,
+    paths: Mapping[nn.Module, str],
+    wanted: Callable[[Tensor], bool],
+    replaced: list[Replaced] | None,
+) -> Declined:
+    """That something of a record is another by now; the arguments are those of `accept`."""
+    name = paths.get(record.module, "") or type(record.module).__name__
+    check_parameters(record, f"layer '{name}'", wanted)
+    if replaced is not None:
+        replaced += replaced_in(record)
+    return Declined("what its rule reads was written over in place")
 
 
 # -- the fallback, which assumes what only the graph of a call can confirm -------------------------

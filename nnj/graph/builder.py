@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nnj.graph.nodes import LEAF, edges, is_alive, leaf_of, node_name
 from nnj.graph.refusals import refuse_leaf, refuse_model, refuse_node, refuse_tensor
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
+from nnj.recording.called_with import Replaced
 from nnj.recording.records import MARK, CallMark, Edge
 
 
@@ -43,6 +44,7 @@ class Graph:
         self.outputs: dict[Edge, CallMark] = {}
         self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
         self.dtypes: dict[Edge, torch.dtype] = {}
+        self._replaced: list[Replaced] = []  # in calls of layers
         self._empty: list[Any] = []  # nodes of tensors without entries
         self._sizeless: list[Tensor] = []  # parameters without entries
         self._steps: dict[Edge, Step] = {}
@@ -112,6 +114,12 @@ class Graph:
         """Of the outermost calls that were met, each once, in their order."""
         return sorted(dict.fromkeys(self.outputs.values()), key=lambda mark: mark.order)
 
+    def replaced(self) -> Iterator[Replaced]:
+        """The parameters in whose place others were in the calls that were met."""
+        yield from self._replaced
+        for mark in self.marks:
+            yield from mark.called_with.replaced()
+
     def without_entries(self) -> dict[Tensor, None]:
         """The wanted parameters that are behind tensors without entries, or have none themselves:
         autograd gives them zeros, and no column ever comes to them from there.
@@ -125,7 +133,7 @@ class Graph:
         node, number = edge
         refuse_node(node)
         if type(node) is not LEAF:
-            said = accept(node, number, self.paths, self.wanted)
+            said = accept(node, number, self.paths, self.wanted, self._replaced)
             if isinstance(said, Accepted):
                 return self._from_record(node, said)
         step = self._raw[node] = self._from_node(node)

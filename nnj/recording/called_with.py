@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnj.recording.scope import modules_of
-
 Table = dict[str, Tensor | None]  # the own parameters of a module, by name
 
 
@@ -25,25 +23,32 @@ class Replaced(NamedTuple):
 
 
 class PartCalls:
-    """The own parameters with which parts of a model are called while it runs.
+    """What is noted of the parts of a model while it runs.
 
-    Each table once that is another than the one before: a cell may be called at every step."""
+    Attributes:
+        tables: the own parameters with which parts were called without a record. Each table once
+            that is another than the one before: a cell may be called at every step.
+        recorded: the layers without parts that were called with a record, which says with what
+            (`records.layer_state`).
+    """
 
-    __slots__ = ("tables",)
+    __slots__ = ("recorded", "tables")
 
     def __init__(self) -> None:
         self.tables: dict[nn.Module, list[Table]] = {}
+        self.recorded: set[nn.Module] = set()
 
     def note(self, part: nn.Module) -> None:
+        """A call of which there is no record."""
         own = part._parameters
-        if own:
+        if own or part._buffers:
             seen = self.tables.setdefault(part, [])
             if not seen or any(seen[-1].get(name) is not t for name, t in own.items()):
                 seen.append({**own})
 
 
 class CalledWith:
-    """What a model was called with.
+    """What a model was called with, beside what records say.
 
     Args:
         parts: what was noted of parts of it during the call.
@@ -51,27 +56,36 @@ class CalledWith:
 
     __slots__ = ("_data", "_tables")
 
-    def __init__(self, model: nn.Module, parts: PartCalls | None):
+    def __init__(self, model: nn.Module, parts: PartCalls):
         self._tables: list[tuple[nn.Module, Table]] = []
         self._data: list[tuple[Tensor, Tensor]] = []  # each with another tensor on the same numbers
-        for module in modules_of(model):
+        left, met = [model], parts.recorded - parts.tables.keys()
+        if model in met:
+            return
+        while left:
+            module = left.pop()
             own = module.__dict__
-            if not isinstance(own["_parameters"], dict):
-                continue  # scripted: nothing can stand in for its parameters
-            if own["_parameters"]:
-                table = own["_parameters"].copy()
-                self._tables.append((module, table))
-                self._hold(table, nn.Parameter)
-            if own["_buffers"]:
-                self._hold(own["_buffers"], Tensor)
-        if parts is not None:
+            if own["_parameters"] or own["_buffers"]:
+                self._note(module)
+            if own["_modules"]:
+                more = [m for m in own["_modules"].values() if m is not None and m not in met]
+                met.update(more)
+                left += more
+        if parts.tables:
             self._tables += [(m, table) for m, tables in parts.tables.items() for table in tables]
 
-    def _hold(self, table: Table, kind: type) -> None:
-        for t in table.values():
-            # of a subclass nobody knows what it answers
-            if t is not None and type(t) is kind and t.layout is torch.strided:
-                self._data.append((t, t.data))
+    def _note(self, module: nn.Module) -> None:
+        """The own parameters of a module, and where they and its buffers are."""
+        params, buffers = module._parameters, module._buffers
+        if not isinstance(params, dict):
+            return  # scripted: nothing can stand in for its parameters
+        if params:
+            self._tables.append((module, {**params}))
+        for table, kind in ((params, nn.Parameter), (buffers, Tensor)):
+            for t in table.values():
+                # of a subclass nobody knows what it answers
+                if t is not None and type(t) is kind:
+                    self._data.append((t, t.data))
 
     def replaced(self) -> Iterator[Replaced]:
         """The parameters in whose place others were in the call."""
@@ -86,13 +100,21 @@ class CalledWith:
         """The parameters and buffers that have other data now than in the call, with other numbers
         in it: `flatten_parameters` of a recurrent layer moves them as they are.
         """
-        elsewhere = [(t, then) for t, then in self._data if not _same_place(t, then)]
-        return {t for t, then in elsewhere if not _same_numbers(t.detach(), then)}
+        return {t for t, then in self._data if is_moved(t.detach(), then)}
+
+
+def is_moved(now: Tensor, then: Tensor) -> bool:
+    """Whether a tensor has other data than then, with other numbers in it. `then` holds the former
+    data, so that no others have come to their place in memory.
+    """
+    return not _same_place(now, then) and not _same_numbers(now, then)
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in memory, seen in the same way."""
-    return (
+    """Whether two tensors are the same numbers in memory, seen in the same way; of sparse ones
+    nobody knows.
+    """
+    return one.layout is not torch.strided or (
         one.data_ptr() == other.data_ptr()
         and one.stride() == other.stride()
         and one.shape == other.shape

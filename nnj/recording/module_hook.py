@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
@@ -145,16 +144,22 @@ class AfterCall(Hook):
             loss_hook.end(module, args, kwargs, output)
         if inert() or output is None:
             return
-        if frame.x is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            self._record(module, frame.x, output, (frame.edge, frame.version))
+        recorded = (
+            frame.x is not None
+            and isinstance(output, Tensor)
+            and output.grad_fn is not None
+            and self._record(module, frame.x, output, (frame.edge, frame.version))
+        )
+        parts = (frames[0] if frames else frame).parts
+        assert parts is not None
+        if recorded and not module._modules:
+            parts.recorded.add(module)
+        elif frames:
+            parts.note(module)
         if not frames:
-            self._mark(module, frame.given, output, frame.parts)
-        elif frames[0].parts is not None:
-            frames[0].parts.note(module)
+            self._mark(module, frame.given, output, parts)
 
-    def _mark(
-        self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls | None = None
-    ) -> None:
+    def _mark(self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls) -> None:
         """The end of an outermost call."""
         detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
         mark = CallMark(module, detached, self.batch_axis, next(_order), with_what)
@@ -170,14 +175,17 @@ class AfterCall(Hook):
         x: Tensor,
         y: Tensor,
         before: tuple[Edge | None, int] | None = None,
-    ) -> None:
+    ) -> bool:
+        """Whether there is a record of the call."""
         if before is not None and y is x and before[0] is not None and before[0][0] is y.grad_fn:
-            return  # the call has changed nothing
+            return False  # the call has changed nothing
         if not _sees_forward(module) or not (is_plain(x) and is_plain(y)):
-            return
+            return False
         entry = self.known.rule(module)
-        if entry is not None and (not entry.is_fallback or is_leaf_layer(module)):
-            write_record(module, entry, x, y, before)
+        if entry is None or (entry.is_fallback and not is_leaf_layer(module)):
+            return False
+        write_record(module, entry, x, y, before)
+        return True
 
 
 class AfterLeafCall(AfterCall):
@@ -191,7 +199,7 @@ class AfterLeafCall(AfterCall):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if output is None:
+        if output is None or inert():
             return
         frames = _calls.frames
         if frames:
@@ -201,10 +209,20 @@ class AfterLeafCall(AfterCall):
         # In place after all, since `inplace` was set later, or `forward` replaced: autograd's nodes
         # know what happened.
         there = isinstance(output, Tensor) and output.grad_fn is not None and output is not x
-        if isinstance(x, Tensor) and there and "forward" not in module.__dict__:
-            self._record(module, x, output)
-        if not frames and not inert():
-            self._mark(module, tensors(list(given)), output)
+        recorded = (
+            isinstance(x, Tensor)
+            and there
+            and "forward" not in module.__dict__
+            and self._record(module, x, output)
+        )
+        parts = frames[0].parts if frames else PartCalls()
+        assert parts is not None
+        if recorded:
+            parts.recorded.add(module)
+        elif frames:
+            parts.note(module)
+        if not frames:
+            self._mark(module, tensors(list(given)), output, parts)
 
 
 def _sees_forward(module: nn.Module) -> bool:
@@ -246,8 +264,6 @@ def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
     """Forget calls that ended without their hook being called (an interrupt by the keyboard):
     those whose frame is not among the callers of `python`.
     """
-    if torch.compiler.is_compiling():
-        return  # to older torch the frames are without end
     while frames:
         caller: FrameType | None = python
         last = frames[-1].python

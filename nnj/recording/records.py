@@ -4,7 +4,7 @@ of a loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
-from nnj.recording.called_with import CalledWith
+from nnj.recording.called_with import CalledWith, Replaced, is_moved
 from nnj.recording.engine import Edge as Edge
 from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
@@ -81,14 +81,11 @@ def write_record(
     module: nn.Module, entry: Entry, x: Tensor, y: Tensor, before: tuple[Edge | None, int] | None
 ) -> None:
     """Put what the backward pass needs of a call on the node of its output y, for `Record`. A
-    tuple, since making an object takes time that can be measured on small networks. Nothing where
-    there is no graph to write on.
+    tuple, since making an object takes time that can be measured on small networks.
 
     Args:
         before: the edge and the version that x had before the call, if that may have changed it.
     """
-    if inert():
-        return
     uses = entry.uses
     edge, version = (edge_of(x), x._version) if before is None else before
     node: Any = y.grad_fn
@@ -118,17 +115,15 @@ class Record:
 
     @staticmethod
     def of(node: Any, nr: int) -> Record | None:
-        """The record of the call that made output `nr` of a node; None if there is none, or x and y
-        have not the same number of rows.
-        """
+        """The record of the call that made output `nr` of a node; None if there is none."""
         noted = node.metadata.get((RECORD, nr))
-        record = None if noted is None else Record(noted)
-        rows = (
-            record is not None
-            and len(record.x.shape) > 0 < len(record.y.shape)
-            and record.x.shape[0] == record.y.shape[0]
-        )
-        return record if rows else None
+        return None if noted is None else Record(noted)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether x and y have the same number of rows."""
+        x, y = self.x.shape, self.y.shape
+        return len(x) > 0 < len(y) and x[0] == y[0]
 
     def working_point(self) -> tuple[Tensor, Tensor] | None:
         """x and y of the call in one dtype; where autocast has mixed precisions, the widest. None
@@ -170,20 +165,36 @@ def check_parameters(record: Record, who: str, wanted: Callable[[Tensor], bool])
                 "no parameter of the model. Call the model with its own parameters, and load other "
                 "values into them"
             )
-        if old is new and isinstance(old, nn.Parameter) and before[i + 2] != now[i + 2]:
+        if old is new and _changed(before[i + 2], now[i + 2]):
+            what = "parameter" if isinstance(old, nn.Parameter) else "buffer"
             raise NNJError(
-                f"{who}: the data of a parameter was replaced (by p.data = ..., or model.to(...)) "
+                f"{who}: the data of a {what} was replaced (by p.data = ..., or model.to(...)) "
                 "between its call and the backward pass, which computes with the new data, as "
                 ".grad does. Replace it after the backward pass"
             )
+
+
+def replaced_in(record: Record) -> Iterator[Replaced]:
+    """The parameters of a layer in whose place others were in its call."""
+    state, at, module = record.state, 0, record.module
+    if len(state) != len(layer_state(module)):
+        return
+    for part in module.modules() if module._modules else (module,):
+        at += 1
+        for name, now in part._parameters.items():
+            if now is not None:
+                if state[at] is not now:
+                    yield Replaced(part, name, now)
+                at += 3
+        at += 3 * sum(t is not None for t in part._buffers.values())
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def layer_state(module: nn.Module) -> list[Any]:
-    """What a rule reads of a layer beside x and y: its mode and options, its tensors and their
-    versions.
+    """What a rule reads of a layer beside x and y: its mode and options, its tensors, and their
+    versions and data.
     """
     found: list[Any] = []
     for part in module.modules() if module._modules else (module,):
@@ -192,10 +203,10 @@ def layer_state(module: nn.Module) -> list[Any]:
         for t in own["_parameters"].values():
             if t is not None:
                 # of a subclass nobody knows what it answers
-                found += (t, t._version, t.data_ptr() if type(t) is nn.Parameter else 0)
+                found += (t, t._version, (t.data,) if type(t) is nn.Parameter else None)
         for t in own["_buffers"].values():
             if t is not None:
-                found += (t, t._version)
+                found += (t, t._version, (t.data,) if type(t) is Tensor else None)
     return found
 
 
@@ -212,6 +223,8 @@ def is_changed(before: list[Any], module: nn.Module) -> bool:
 
 def _changed(before: Any, now: Any) -> bool:
     """Whether an element of a layer's state is another."""
+    if type(before) is type(now) is tuple:  # data
+        return is_moved(now[0], before[0])
     if not isinstance(before, dict) or not isinstance(now, dict):
         return before is not now if isinstance(before, Tensor) else bool(before != now)
     if len(before) == len(now) and all(map(is_, before.values(), now.values())):

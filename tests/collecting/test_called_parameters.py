@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nnj
+from nnj.recording.records import MARK
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
 T = torch.zeros(5, 3).double()
@@ -38,7 +39,9 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.one, self.two, self.tied = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
         self.tied.weight = self.two.weight
-        self.scale = Scale()
+        self.scale, self.norm = Scale(), nn.BatchNorm1d(3).eval()
+        for t in (self.norm.weight, self.norm.bias, self.norm.running_var):
+            nn.init.uniform_(t, 1, 2)
         self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
         self.bare = nn.Parameter(torch.randn(3, 3))
         self.square = nn.Parameter(torch.randn(3))
@@ -53,7 +56,7 @@ class Net(nn.Module):
         h = self.inside(self.two(self.one(x).tanh())) @ self.bare
         h = (h + self.fast * 0.1) * self.square * self.frozen
         h = self.attention(h[:, None], h[:, None], h[:, None], need_weights=False)[0][:, 0]
-        return self.tied(h)
+        return self.tied(self.norm(h))
 
 
 def loss_of(model: nn.Module) -> nn.Module:
@@ -177,6 +180,33 @@ def test_others_for_a_part_inside_of_the_call():
     assert torch.allclose(model.fast.ggn_diag, 2 * j.square().sum(0))
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("kind", [Tensor.clone, nn.Parameter])
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_others_for_a_layer(kind, requires_grad, all_of_it):
+    """Inside of the call, its own are back at the end of it."""
+    model, other = Net(), kind(torch.randn(3, 3).double()).requires_grad_(requires_grad)
+    model.layer = nn.Linear(3, 3).double()
+    if all_of_it:
+        model.inside = lambda x: model.layer(x)
+    else:
+        model.inside = lambda x: functional_call(model.layer, {"weight": other}, (x,))
+    loss, given = loss_of(model), {"layer.weight": other} if all_of_it else {}
+    message = r"^in the place of parameter 'layer\.weight' of Linear"
+    if kind is nn.Parameter and requires_grad:
+        message = "^layer 'layer': a parameter in its call was another tensor"
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn_diag"):
+        loss(functional_call(model, given, (X,)), T).backward()
+
+
+def test_layers_with_records_are_not_noted_once_more():
+    """Which a small network would feel in each forward pass."""
+    model = nnj.extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.BatchNorm1d(3).eval()).double())
+    y = model(X)
+    (mark,) = [m for key, m in y.grad_fn.metadata.items() if key[0] == MARK]
+    assert not mark.called_with._tables and not mark.called_with._data
+
+
 def test_others_in_a_part_that_is_not_extended():
     """Nothing was asked of it."""
     body, head = Net(), nn.Linear(3, 3).double()
@@ -209,7 +239,11 @@ def twice(p: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [transposed, twice])
 @pytest.mark.parametrize(
-    "name", ["bare", "square", "scale.w", "scale.c", "frozen", "attention.in_proj_weight"]
+    "name",
+    [
+        *("bare", "square", "scale.w", "scale.c", "frozen", "attention.in_proj_weight"),
+        *("one.weight", "norm.bias", "norm.running_var"),
+    ],
 )
 def test_data_replaced_before_the_backward_pass(name, change):
     """No version moves; autograd computes with the new data, too."""
@@ -219,7 +253,8 @@ def test_data_replaced_before_the_backward_pass(name, change):
     if name == "attention.in_proj_weight":
         change = twice  # it is not square
     message = (
-        rf"^(the data of (parameter|buffer) '{name}' of \w+|layer 'scale': the data of a parameter)"
+        rf"^(the data of (parameter|buffer) '{name}' of \w+|"
+        rf"layer '{name.partition('.')[0]}': the data of a (parameter|buffer))"
         r" was replaced \(by p\.data = \.\.\."
     )
     with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn_diag"):
