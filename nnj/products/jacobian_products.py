@@ -160,7 +160,9 @@ def jTmjp(
             of a layer vary together, and where a tensor is used twice, how its uses do: of the
             chain (J2 J1)o2 it takes J2o2 J1o2. Exact are the last layer, which the metric enters
             whole; within each layer the blocks of its parameters, and the matrix on the input
-            within the first.
+            within the first. Verified is J of the same steps, so wrong rules and hooks that change
+            gradients are refused; the squares of J, by a rule's `square` or of an operation, are
+            compared with nothing.
         joint: one matrix on all parameters in place of the blocks.
 
     Errors: `NNJError` for shapes that do not fit; for `joint` with wrt="input", to_diag or

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
@@ -94,11 +95,12 @@ def verify(
 
 def signature(sweep: Sweep) -> tuple[Any, ...]:
     """What two sweeps have in common of which one need not be verified: steps, rules, modules,
-    shapes, dtypes, how the steps are connected, and how columns cross them.
+    shapes, dtypes, how the steps are connected, how columns cross them, and which hooks there may
+    be.
     """
     graph, number = sweep.graph, dict[Edge, int]()
     shapes, dtypes = graph.shapes, graph.dtypes
-    parts: list[Any] = [sweep.n, sweep.assume, len(graph.roots)]
+    parts: list[Any] = [sweep.n, sweep.assume, len(graph.roots), *_hooks(sweep)]
     for edge in graph.roots:
         number.setdefault(edge, len(number))
     for step in graph.steps:
@@ -113,10 +115,22 @@ def signature(sweep: Sweep) -> tuple[Any, ...]:
         else:
             parts.append((step.name, step.leaf is None))
             parts += [None if route is None else route.way for route in sweep.routes[step]]
-        parts += [(slot, bool(p._backward_hooks)) for slot, p in step.params]
+        parts += [(slot, *(p._backward_hooks or ())) for slot, p in step.params]
         if step.leaf is not None:
-            parts.append(bool(step.leaf._backward_hooks))
+            parts.append((None, *(step.leaf._backward_hooks or ())))
     return tuple(parts)
+
+
+def _hooks(sweep: Sweep) -> list[Any]:
+    """How many hooks, on whatever, were registered since the calls of the models began: nobody says
+    which tensors of a graph have hooks. Of modules with hooks on gradients, which these are.
+    """
+    graph = sweep.graph
+    begun = [mark.hooks for mark in graph.outputs.values()]
+    found: list[Any] = [RemovableHandle.next_id - min(begun)] if begun else []
+    if any(step.name == "BackwardHookFunctionBackward" for step in graph.steps):
+        found += [(*m._backward_hooks, None, *m._backward_pre_hooks) for m in graph.paths]
+    return found
 
 
 class _At(NamedTuple):

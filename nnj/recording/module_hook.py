@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from nnj.recording import loss_hook
@@ -59,10 +60,11 @@ class _Frame:
             made of the call.
         given: the arguments of an outermost call.
         parts: what is noted of the calls in it, if it is an outermost call.
+        hooks: how many hooks had been registered in this process before it.
         python: the frame of Python that called the module.
     """
 
-    __slots__ = ("edge", "given", "module", "parts", "python", "version", "x")
+    __slots__ = ("edge", "given", "hooks", "module", "parts", "python", "version", "x")
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class _Frame:
         outermost: bool,
         python: FrameType,
     ):
-        self.module, self.python = module, python
+        self.module, self.python, self.hooks = module, python, RemovableHandle.next_id
         x = given[0] if layer and len(given) == 1 else None
         self.x = x if isinstance(x, Tensor) else None
         self.edge, self.version = (
@@ -157,12 +159,14 @@ class AfterCall(Hook):
         elif frames:
             parts.note(module)
         if not frames:
-            self._mark(module, frame.given, output, parts)
+            self._mark(module, frame.given, output, parts, frame.hooks)
 
-    def _mark(self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls) -> None:
+    def _mark(
+        self, module: nn.Module, given: list[Tensor], output: Any, parts: PartCalls, hooks: int
+    ) -> None:
         """The end of an outermost call."""
         detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
-        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what)
+        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks)
         EXTENDED.add(module)  # a copy of an extended model is known by its first call
         for t in tensors(output):
             edge = None if t.grad_fn is None else edge_of(t)
@@ -222,7 +226,7 @@ class AfterLeafCall(AfterCall):
         elif frames:
             parts.note(module)
         if not frames:
-            self._mark(module, tensors(list(given)), output, parts)
+            self._mark(module, tensors(list(given)), output, parts, RemovableHandle.next_id)
 
 
 def _sees_forward(module: nn.Module) -> bool:

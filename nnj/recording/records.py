@@ -238,13 +238,19 @@ def _changed(before: Any, now: Any) -> bool:
 
 @dataclass(eq=False, slots=True)
 class CallMark:
-    """An outermost call of an extended module: its batch says what a sample is."""
+    """An outermost call of an extended module: its batch says what a sample is.
+
+    Attributes:
+        inputs: its arguments, detached.
+        hooks: how many hooks had been registered in this process when it began, on whatever.
+    """
 
     module: nn.Module
-    inputs: list[Tensor]  # its arguments, detached
+    inputs: list[Tensor]
     batch_axis: int
     order: int
     called_with: CalledWith
+    hooks: int
 
     @property
     def sizes(self) -> list[int]:

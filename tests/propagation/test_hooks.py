@@ -245,6 +245,24 @@ def test_a_hook_on_a_tensor_changes_and_goes():
         check(model, truth(Net(hook, written=True)))
 
 
+def test_a_hook_on_a_tensor_of_a_structure_that_is_known():
+    """By how many hooks are registered from the call to the backward pass it is another one."""
+    torch.manual_seed(0)
+    model, loss = nnj.extend(Net()), nnj.extend(nn.CrossEntropyLoss())
+    before = verification.runs
+    for hook, runs in ((None, 1), (None, 1), (LINEAR["a factor"], 2), (None, 2)):
+        model.hidden = hook
+        model.zero_grad()
+        with nnj.collect(*QUANTITIES):
+            loss(model(X), Y).backward()
+        check(model, truth(Net(hook, written=True)))
+        assert verification.runs == before + runs
+    model.hidden, out = None, model(X)
+    out.register_hook(NOT_LINEAR["clamped"]())
+    with pytest.raises(nnj.NNJError, match="is not linear"), nnj.collect("ggn_diag"):
+        loss(out, Y).backward()
+
+
 def test_passes_add_up():
     model, loss = nnj.extend(Net(LINEAR["a mean"])), nnj.extend(nn.CrossEntropyLoss())
     with nnj.collect(*QUANTITIES):
@@ -429,6 +447,12 @@ def test_products_refuse_hooks(wrt):
     """A hook has no forward, and J is that of the function."""
     model = Net(LINEAR["a factor"])
     collected(model)  # also where it is known
+    for product in (nnj.jTmjp, nnj.jmjTp):
+        for given in ((model, X), (nn.Sequential(model), X)):  # known, and new
+            with pytest.raises(
+                nnj.NNJError, match="a gradient hook on the output of layer '(0.)?one"
+            ):
+                product(*given, wrt=wrt, diag_backprop=True)
     for product, size in ((nnj.vjp, OUT), (nnj.jvp, 4 if wrt == "input" else None)):
         count = sum(p.numel() for p in model.parameters()) if size is None else size
         with pytest.raises(nnj.NNJError, match="a gradient hook on the output of layer 'one'"):
