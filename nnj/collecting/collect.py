@@ -51,9 +51,10 @@ class collect(Collection):  # noqa: N801
             connections): two gradients of random cotangents, once. What a rule, a layer, a function
             or a hook does that is not what it seems is refused then. A user's hook on gradients
             that only looks is called twice more in that pass. Linear hooks are found by it, in
-            each pass of a structure that has them; without it they are not seen, as those are not
-            that come to a tensor of a structure after it was verified. NNJ_VERIFY=never, first or
-            always in the environment says it for the whole process.
+            each pass of a structure that has them; without it they are not seen. Another number of
+            hooks registered from the model's call on makes another structure; a hook on a tensor
+            that only looked, and begins to change gradients, is not seen. NNJ_VERIFY=never, first
+            or always in the environment says it for the whole process.
         options: keyword arguments of the quantities, such as samples= and generator= of
             ggn_diag_mc, block_limit= of ggn_block.
 
@@ -111,11 +112,12 @@ class collect(Collection):  # noqa: N801
           a loss of your own.
         - Complex parameters, except for batch_grad: hold their real and imaginary parts in real
           ones. Complex tensors between real parameters and a real output are exact.
-        - A hook on a tensor or a parameter that changes gradients and is not linear in them, draws
-          random numbers, keeps a state, or mixes samples; any backward hook of a module that
-          changes gradients, and hooks on nodes. Columns go through linear hooks on tensors and
-          parameters (factors, masks, implicit gradients): `batch_grad.sum(0)` is what arrives at
-          `.grad`, as far as this loss is concerned, and curvature is that of the J that autograd
+        - A hook on a tensor, a parameter or a layer that changes gradients and is not linear in
+          them, draws random numbers, keeps a state, or mixes samples; a full backward hook that
+          asks for the gradient of the output, backward hooks of modules that contain others, and
+          hooks on nodes. Columns go through linear hooks on tensors, parameters and layers that
+          a rule describes (factors, masks, implicit gradients): `batch_grad.sum(0)` is what arrives
+          at `.grad`, as far as this loss is concerned, and curvature is that of the J that autograd
           computes with them. Products refuse these, too, since a hook has no forward.
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
         - Models, losses and steps under `torch.compile` or `torch.jit` (extend and use what was

@@ -1,5 +1,5 @@
-"""Hooks that change gradients, on tensors and on parameters: what they do to columns, where that is
-linear.
+"""Hooks that change gradients, on tensors, parameters and layers: what they do to columns, where
+that is linear.
 
 A hook stands on an edge of autograd's graph, and is a map h of what arrives there. The engine runs
 it, and nothing else, where the gradient at an edge is asked of a gradient at the same edge. Nobody
@@ -9,7 +9,7 @@ signs, and what comes of it is compared with autograd afterwards (`verification`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from nnj.propagation.unharmed import leaf_edge
 from nnj.recording.records import Edge
 
 LARGE = 1024.0  # how much larger, and how much smaller, a gradient is with which a hook is asked
+OF_MODULE = "BackwardHookFunctionBackward"  # torch's node before and behind a module with hooks
 ROUNDINGS = 64  # so many may lie between two ways of computing one product
 
 
@@ -108,6 +109,65 @@ class EdgeMap:
         return found.to(device_of(self.edge), self.dtype)
 
 
+class ModuleMap(EdgeMap):
+    """What hooks of a module do to a gradient that has come through the hooks on an edge.
+
+    A node that torch puts before and behind a module runs them, with what the other of both has
+    noted: they are called here, and `verification` says whether that is what the engine does.
+
+    Args:
+        run: one hook of a module, (hook, (g,)) -> what it gives.
+    """
+
+    def __init__(
+        self,
+        edge: Edge,
+        give_back: Callable[[], None],
+        hooks: Iterable[Callable[..., Any]],
+        run: Callable[[Callable[..., Any], tuple[Tensor]], Any],
+    ):
+        super().__init__(edge, give_back)
+        self.hooks, self.run = list(hooks), run
+
+    @override
+    def engine(self, v: Tensor) -> Tensor:
+        given = (super().engine(v),)
+        for hook in self.hooks:
+            found = self.run(hook, given)
+            if found is None:
+                continue
+            if not isinstance(found, tuple) or len(found) != 1 or found[0] is None:
+                raise RuntimeError("a hook of a module gives something else than one gradient")
+            given = found
+        self.give_back()
+        return given[0]
+
+
+def _module_maps(
+    graph: Graph, generator: torch.Generator, give_back: Callable[[], None]
+) -> dict[Edge, EdgeMap]:
+    """Those of the hooks of layers with a record, at torch's nodes around them."""
+    found: dict[Edge, EdgeMap] = {}
+    around = {
+        edge: step for step in graph.steps if step.name == OF_MODULE for edge in step.out if edge
+    }
+    for step in graph.steps:
+        if step.record is None:
+            continue
+        module, inside = step.record.module, step.out[0]
+        for edge in step.into:
+            if edge in around and (hooks := module._get_backward_pre_hooks()):
+                run = lambda hook, given, m=module: hook(m, given)
+                (above,) = around[edge].into
+                found[above] = ModuleMap(above, give_back, hooks, run)
+        if inside is not None and graph.step_at(inside).name == OF_MODULE:
+            output = EdgeMap(step.into[0], give_back)
+            # of random gradients of the output, so that one that asks for these is not linear
+            last = lambda hook, given, m=module, y=output: hook(m, given, (y.random(generator),))
+            found[inside] = ModuleMap(inside, give_back, module._get_backward_hooks()[0], last)
+    return found
+
+
 class HookedFactor(Factor):
     """h of each row of another factor's B; of few columns at a time, as all chunks are.
 
@@ -155,25 +215,40 @@ class Hooks(NamedTuple):
 NONE = Hooks({}, {})
 
 
+def _taken(hook: EdgeMap, generator: torch.Generator) -> bool:
+    """Whether columns may go through the hooks of a module. If not, its other hooks are not at
+    fault.
+    """
+    try:
+        return hook.is_linear(generator)
+    except (RuntimeError, TypeError):
+        return False
+
+
 def find_hooks(graph: Graph, leaves: Iterable[Tensor], give_back: Callable[[], None]) -> Hooks:
     """The hooks on the edges between the steps of a graph and at some leaves, as far as they change
     gradients; `NONE` where one of them is not linear.
 
     To be called where whatever hooks do does no harm (`unharmed`)."""
     generator = OwnGenerator.seeded()
+    of_modules = _module_maps(graph, generator, give_back)
 
     def changing(edge: Edge) -> EdgeMap | None:
         """What hooks on an edge do; None where they leave a gradient as it is, and where autograd
         cannot be asked.
         """
         try:
-            hook = EdgeMap(edge, give_back)
+            hook = of_modules.get(edge) or EdgeMap(edge, give_back)
             return None if hook.is_identity(generator) else hook
         except (RuntimeError, TypeError):
             return None
 
     edges = [e for step in graph.steps if step.leaf is None for e in step.into]
-    at_edges = {edge: h for edge in edges if (h := changing(edge)) is not None}
+    at_edges = {
+        edge: h
+        for edge in edges
+        if (h := changing(edge)) is not None and (edge not in of_modules or _taken(h, generator))
+    }
     at_leaves = {p: h for p in leaves if (h := changing(leaf_edge(p))) is not None}
     found = [*at_edges.values(), *at_leaves.values()]
     try:

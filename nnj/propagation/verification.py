@@ -26,7 +26,7 @@ from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sweep
 from nnj.propagation.culprit import Tangents, culprit, differs
-from nnj.propagation.hooks import find_hooks
+from nnj.propagation.hooks import OF_MODULE, find_hooks
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge, unharmed
 from nnj.recording.records import Edge
@@ -128,7 +128,7 @@ def _hooks(sweep: Sweep) -> list[Any]:
     graph = sweep.graph
     begun = [mark.hooks for mark in graph.outputs.values()]
     found: list[Any] = [RemovableHandle.next_id - min(begun)] if begun else []
-    if any(step.name == "BackwardHookFunctionBackward" for step in graph.steps):
+    if any(step.name == OF_MODULE for step in graph.steps):
         found += [(*m._backward_hooks, None, *m._backward_pre_hooks) for m in graph.paths]
     return found
 

@@ -428,18 +428,82 @@ def test_a_hook_inside_of_a_layer():
     check(models[0], truth(models[1]))
 
 
-@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_hooks_of_modules_are_refused(kind):
+# -- hooks of modules ------------------------------------------------------------------------------
+
+KINDS = ("register_full_backward_hook", "register_full_backward_pre_hook")
+
+
+def hook_on(module: nn.Module, kind: str, hook: Hook) -> Any:
+    return getattr(module, kind)(lambda m, given, out=None: (hook(given[0]),))
+
+
+class Around(Net):
+    """A hook written as a function before or behind the layer in the middle."""
+
+    def __init__(self, kind: str, middle: Hook, hidden: Hook | None = None):
+        super().__init__(hidden, written=True)
+        layer, full = self.two.forward, kind == KINDS[0]
+        before = lambda x: layer(Written.apply(x, middle))
+        self.two.forward = before if full else lambda x: Written.apply(layer(x), middle)
+
+
+@pytest.mark.parametrize("memory", [2**28, 1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_hook_of_a_layer(name, kind, memory):
+    """Beside one on a tensor."""
+    model = Net(LINEAR["a mask"])
+    hook_on(model.two, kind, LINEAR[name])
+    grads = gradients(model)
+    collected(model, memory=memory)
+    check(model, truth(Around(kind, LINEAR[name], LINEAR["a mask"])))
+    assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_a_layer_come_change_and_go(kind):
+    """One that only looks, too; each is asked though the structure is known."""
+    torch.manual_seed(0)
+    model, loss = nnj.extend(Net()), nnj.extend(nn.CrossEntropyLoss())
+    for hook in (None, lambda g: g, LINEAR["a factor"], LINEAR["a matrix"], None):
+        handle = None if hook is None else hook_on(model.two, kind, hook)
+        model.zero_grad()
+        with nnj.collect(*QUANTITIES):
+            loss(model(X), Y).backward()
+        check(model, truth(Net() if hook is None else Around(kind, hook)))
+        if handle is not None:
+            handle.remove()
+
+
+def looks_at_the_output(m: nn.Module, given: Any, out: Any) -> Any:
+    return (given[0] + out[0] @ MIX,)
+
+
+def refused_hooks() -> dict[str, Callable[[Net], Any]]:
+    made: dict[str, Callable[[Net], Any]] = {
+        "of the output's gradient": lambda net: net.two.register_full_backward_hook(
+            looks_at_the_output
+        ),
+        "of a model": lambda net: hook_on(net, KINDS[1], LINEAR["a factor"]),
+    }
+    for kind in KINDS:
+        for hook in ("clamped", "noisy", "counting"):
+            made[f"{kind} {hook}"] = lambda net, kind=kind, hook=hook: hook_on(
+                net.two, kind, NOT_LINEAR[hook]()
+            )
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("put", refused_hooks().values(), ids=refused_hooks())
+def test_hooks_of_modules_that_are_refused(put):
     """Also where columns go through another one, which is not blamed."""
     model = Net(LINEAR["a factor"], LINEAR["a matrix"])
-    getattr(model.two, kind)(lambda m, given, out=None: (3 * given[0],))
+    put(model)
     model.one.weight.register_hook(OF_WEIGHTS["a mask"])
-    grads = gradients(model)
     with pytest.raises(nnj.NNJError, match="a gradient hook (at|on|in)") as caught:
         collected(model)
     assert all(f"'{name}'" not in str(caught.value) for name in ("one", "three", "one.weight"))
-    for name, p in model.named_parameters():
-        assert torch.equal(p.grad, grads[name])
 
 
 @pytest.mark.parametrize("wrt", ["input", "weight"])
