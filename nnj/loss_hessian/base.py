@@ -156,6 +156,17 @@ class LossHessian:
                     s = only
                 yield self.flat(s)
 
+    # -- may be overridden: H with other rows ------------------------------------------------------
+
+    def at_rows(self, block: Tensor) -> LossHessian | None:
+        """The same blocks, one at each of P rows, with an output of (P, B); None where that is not
+        to be had without forming them.
+
+        Args:
+            block: (P,) the number r D + d of the block of each row, -1 for zeros.
+        """
+        return None
+
     # -- layout ------------------------------------------------------------------------------------
 
     def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:
