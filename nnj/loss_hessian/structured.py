@@ -158,6 +158,12 @@ class SoftmaxHessian(LossHessian):
             return super().to_outputs(t)
         return (t.mT.reshape(len(t), *self.moved).movedim(2, self.axis + 1),)
 
+    def block_index(self) -> Tensor:
+        if self.axis <= 1:
+            return super().block_index()
+        number = torch.arange(self.rows * self.places, device=self.device)
+        return number.reshape(self.rows, *self.moved[2:]).unsqueeze(self.axis)
+
     def at_rows(self, block: Tensor) -> SoftmaxHessian:
         other, there = copy.copy(self), block.clamp(min=0)
         for cached in ("_sorted", "flat_diagonal"):

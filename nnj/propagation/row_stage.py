@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,30 +33,19 @@ from nnj.checks import enough
 from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
 from nnj.graph.builder import Graph
-from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import own_task
-from nnj.graph.op_names import ELEMENTWISE
 from nnj.graph.step import Step
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.sample_index import SampleAxis, SampleIndex
+from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns, numbered
 from nnj.propagation.backward import Cotangents, Sink, Sweep, uses_of
 from nnj.propagation.glue import entries_of
 from nnj.propagation.plan import NOTHING, Route, device_of
-from nnj.propagation.sample_axes import carried
+from nnj.propagation.row_index import ARRANGING, arranged, behind, leading
 from nnj.propagation.verification import KEPT, coarsest, signature
 from nnj.recording.records import Edge
 from nnj.registry.layer_rules import Declined, ask_rule
-
-# Nodes of one operand that only choose and arrange its entries.
-ARRANGING = frozenset(
-    """
-    Alias Clone Permute ReshapeAlias Select Slice Squeeze Swapaxes T Transpose UnsafeView Unsqueeze
-    View
-    """.split()
-)
 
 
 class RowSweep(Sweep):
@@ -77,16 +67,17 @@ class RowSweep(Sweep):
         self.n, self.assume, self.shapes = rows, NOTHING, whole.shapes
         self.in_order, self.column_each = SampleIndex(rows), SampleIndex(rows, by_column=True)
         self.rows_of, self.by_column, self.hooks = of, set(), None
-        self._unchecked, self.state = {}, {edge: self._index(index) for edge, index in of.items()}
+        self._unchecked, self.state = {}, {edge: self._index(edge) for edge in of}
         self.routes = {step: [self._route_to(edge) for edge in step.out] for step in steps}
         self.uses = uses_of(steps)
 
-    def _index(self, of: Tensor) -> SampleIndex:
+    def _index(self, edge: Edge) -> SampleIndex:
         """That of cotangents with the leading axes as one."""
+        of = self.rows_of[edge]
         flat = of.flatten()
         if torch.equal(flat, torch.arange(self.n, device=of.device)):
             return self.in_order
-        return SampleIndex(self.n, flat)
+        return SampleIndex(self.n, flat.reshape(-1, *[1] * (of.dim() - leading(of))))
 
     def _route_to(self, edge: Edge | None) -> Route | None:
         return None if edge is None else Route(self.state[edge], "together")
@@ -103,11 +94,6 @@ class RowSweep(Sweep):
         if step.out[0] is not None:
             back = self.operator(step, "input").vjp(v)
             self._send(step, 0, back.reshape(len(v), *step.record.x.shape), values)
-
-
-def leading(of: Tensor) -> int:
-    """How many axes tell the row of an entry: all others have length one."""
-    return max([1, *(axis + 1 for axis, size in enumerate(of.shape) if size > 1)])
 
 
 class RowStage:
@@ -140,8 +126,6 @@ class RowStage:
         if row.numel() == hessian.rows * hessian.places and hessian.block == self._entries:
             by_row = hessian.at_rows(_block_of(row, sweep.n))
         self.by_row = by_row
-        alive = hessian.diagonal().sum(-1) > 0
-        self.slot = self._slots(alive)
 
     @property
     def _entries(self) -> int:
@@ -153,10 +137,12 @@ class RowStage:
         """H, with rows in the place of those of the loss where its structure can be so."""
         return self.of_loss if self.by_row is None else self.by_row
 
-    def _slots(self, alive: Tensor) -> Tensor:
+    @cached_property
+    def slot(self) -> Tensor:
         """The number of each row among those of its sample in which H is not zero; -1 for all
         others.
         """
+        alive = self.of_loss.diagonal().sum(-1) > 0
         rows = torch.zeros(self.sweep.n, dtype=torch.bool, device=alive.device)
         rows = rows.index_put((self.row.flatten(),), alive.flatten(), accumulate=True)
         kept = rows & (self.sample >= 0)
@@ -166,7 +152,7 @@ class RowStage:
     @property
     def slots(self) -> int:
         """How many rows a sample has at most: so often each column goes on."""
-        if not self.behind or not self.slot.numel():
+        if not self.behind:
             return 0
         return max(1, enough(self.slot.max() + 1, len(self.slot)))  # one of zeros, if there is none
 
@@ -287,66 +273,64 @@ class _Search:
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """The row of each block of H, (R, D), and the sample of each row."""
-        number = self._to_start()
+        block = self._to_start()
         index, shape = self.whole.state.get(self.start), self.whole.shapes[self.start]
         if index is None or index.by_column:
             return None
-        sample = entries_of(index, shape, number.device).expand(shape)
-        blocks = self._blocks(number)
-        for lead in range(len(shape) - 1, 0, -1):
-            self.count = math.prod(shape[:lead])
-            row = self._row_of_blocks(blocks.reshape(self.count, -1))
-            mine = sample.reshape(self.count, -1)
-            if row is not None and bool((mine == mine[:, :1]).all()):
-                if self.count <= self.whole.n:
-                    return None
-                of = torch.arange(self.count, device=number.device)
-                self.of[self.start] = of.reshape(*shape[:lead], *[1] * (len(shape) - lead))
-                return row, mine[:, 0]
-        return None
+        lead = min(leading(block), len(shape) - 1)
+        while lead > 0:
+            found = self._row_of_blocks(block, shape, lead)
+            if found is not None:
+                break
+            lead -= 1
+        self.count = math.prod(shape[:lead])
+        sample = entries_of(index, shape, block.device)
+        if lead == 0 or self.count <= self.whole.n or leading(sample) > lead:
+            return None
+        of = torch.arange(self.count, device=block.device)
+        self.of[self.start] = of.reshape(*shape[:lead], *[1] * (len(shape) - lead))
+        ones = [1] * (len(shape) - lead)
+        assert found is not None
+        return found, sample.expand(*shape[:lead], *ones).flatten()
 
     def _to_start(self) -> Tensor:
-        """The number of the entry of the output at each entry of `start`, from 1 on; 0 where there
-        is none.
+        """Go behind the steps that only arrange the outputs of the loss: the index of blocks of H
+        there.
         """
-        shape = self.whole.shapes[self.start]
-        number = torch.arange(1, math.prod(shape) + 1, device=device_of(self.start))
-        number = number.double().reshape(shape)
+        block = self.hessian.block_index()
         for step in self.graph.steps:
-            if step.into != [self.start]:
-                break
             out = step.out[0] if len(step.out) == 1 else None
-            if out is None or step.record is not None or step.name not in ARRANGING:
+            if out is None or step.into != [self.start]:
                 break
-            if len(self.graph.step_at(out).into) > 1 or self._meets_others(step, out):
+            if step.record is not None or step.name not in ARRANGING or self._meets(step, out):
                 break
-            number = _arranged(step, number).reshape(self.whole.shapes[out])
-            self.start = out
+            shapes = self.whole.shapes
+            behind_it = arranged(step.node, block, shapes[self.start], shapes[out])
+            if behind_it is None:
+                break
+            block, self.start = behind_it, out
             self.before.append(step)
-        return number.round().long()
+        return block
 
-    def _meets_others(self, step: Step, edge: Edge) -> bool:
-        """Whether something else comes to an edge, too."""
-        return any(edge in other.out for other in self.graph.steps if other is not step)
+    def _meets(self, step: Step, edge: Edge) -> bool:
+        """Whether something else comes to an edge, too, or to another output of its node."""
+        return len(self.graph.step_at(edge).into) > 1 or any(
+            edge in other.out for other in self.graph.steps if other is not step
+        )
 
-    def _blocks(self, number: Tensor) -> Tensor:
-        """The block of H of each entry of `start`, -1 where there is none."""
-        h = self.hessian
-        count = torch.arange(h.rows * h.places, device=number.device)
-        count = count.reshape(1, h.rows, h.places, 1).expand(1, h.rows, h.places, h.block)
-        (block,) = h.to_outputs(count)
-        of = block.flatten()[(number - 1).clamp(min=0).flatten()]
-        return torch.where(number.flatten() > 0, of, -1)
-
-    def _row_of_blocks(self, blocks: Tensor) -> Tensor | None:
-        """The row of each block, (R, D), of (rows, entries); None where a block has entries in
-        several rows, or none.
+    def _row_of_blocks(self, block: Tensor, shape: tuple[int, ...], lead: int) -> Tensor | None:
+        """The row of each block, (R, D), where a row is one position of the leading axes; None
+        where a block has entries in several rows, or none.
         """
-        h, there = self.hessian, blocks >= 0
-        row = torch.arange(len(blocks), device=blocks.device)[:, None].expand_as(blocks)
-        first = torch.full((h.rows * h.places,), -1, device=blocks.device)
-        found = first.index_put((blocks[there],), row[there])
-        if bool((found < 0).any()) or not torch.equal(found[blocks[there]], row[there]):
+        h, count = self.hessian, math.prod(shape[:lead])
+        sizes = zip(shape[lead:], block.shape[lead:], strict=True)
+        rest = [there if size > 1 else 1 for there, size in sizes]
+        of = block.expand(*shape[:lead], *rest).reshape(count, -1)
+        there = of >= 0
+        row = torch.arange(count, device=of.device)[:, None].expand_as(of)
+        first = torch.full((h.rows * h.places,), -1, device=of.device)
+        found = first.index_put((of[there],), row[there])
+        if bool((found < 0).any()) or not torch.equal(found[of[there]], row[there]):
             return None
         return found.reshape(h.rows, h.places)
 
@@ -471,32 +455,8 @@ class _Search:
         return said.jacobians
 
     def _carried(self, step: Step, i: int, into: Edge, edge: Edge) -> Tensor | None:
-        """The row of each entry of an operand by the name of the node; None if it does not tell."""
-        of, out, below = self.of[into], self.whole.shapes[into], self.whole.shapes[edge]
-        if step.name in ELEMENTWISE:
-            return of if out == below else None
-        index: list[Tensor] = []
-        for axis, size in enumerate(of.shape):
-            if size == 1:
-                index.append(torch.zeros((), dtype=torch.long, device=of.device))
-                continue
-            at = carried(step.node, i, out, below, size, SampleAxis(axis, 1))
-            if at is None:
-                return None
-            entry = torch.arange(below[at.axis], device=of.device) // at.run % size
-            index.append(entry.reshape(-1, *[1] * (len(below) - at.axis - 1)))
-        return _with_axes(of[tuple(index)], len(below))
-
-
-def _arranged(step: Step, number: Tensor) -> Tensor:
-    """What a node that arranges entries makes of their numbers."""
-    (found,) = own_task(lambda: call_node(step.node, [number[None]], 1))
-    assert found is not None
-    return found[0]
-
-
-def _with_axes(of: Tensor, dims: int) -> Tensor:
-    return of.reshape(*[1] * (dims - of.dim()), *of.shape)
+        shapes = self.whole.shapes
+        return behind(step.node, i, self.of[into], shapes[into], shapes[edge])
 
 
 # -- trying it -------------------------------------------------------------------------------------
