@@ -19,11 +19,13 @@ from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.linearity import check_arguments
+from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.column_selection import ColumnSelection
-from nnj.propagation.backward import Sweep
+from nnj.propagation.backward import Sink, Sweep
 from nnj.propagation.chunking import columns_at_once, even
 from nnj.propagation.last_layer import LastLayerColumns
 from nnj.propagation.plan_search import Planned, plan
+from nnj.propagation.row_stage import RowStage, row_stage
 from nnj.propagation.verification import verify
 from nnj.recording.module_hook import extended_roots
 from nnj.recording.records import LossCall
@@ -255,13 +257,17 @@ class _Pass:
         sweep, columns, targets = planned.sweep, self.columns, self.targets
         at_most, about = columns_at_once(sweep, self.memory)
         selection, size, left = None, about, list(sources)
-        if EXACT in sources:
+        stage = self._stage(planned) if EXACT in sources else None
+        if stage is not None:
+            left.remove(EXACT)
+            self._propagate_by_row(stage)
+        elif EXACT in sources:
             selection = columns.select(sample, self.tol)
             exact = ExactColumns(selection.k, selection.trace, selection.dropped)
             for target in targets:
                 target.found.exact = exact
             last = _last_layer(
-                columns, sweep, targets, selection if self.tol else None, self.memory
+                columns.hessian, sweep, targets, selection if self.tol else None, self.memory
             )
             if last is None:
                 size = even(selection.k, at_most, about)
@@ -273,9 +279,58 @@ class _Pass:
             sweep.run(chunk.roots, chunk.k, sink.take)
             sink.end()
 
+    def _stage(self, planned: Planned) -> RowStage | None:
+        """The stages of the exact columns, where only sums over samples are made of them."""
+        requests = [target.request for target in self.targets]
+        each = [r for r in requests for name in r.per_sample if r.sources[name] is EXACT]
+        if each or planned.groups:
+            return None
+        own = [own for target in self.targets for own in target.own.values()]
+        calls = planned.sweep.graph.marks
+        owner = calls[-1].module if calls else None
+        return row_stage(planned.sweep, self.columns.hessian, own, owner)
+
+    def _propagate_by_row(self, stage: RowStage) -> None:
+        """All exact columns, by row as long as rows are apart, and then by sample."""
+        targets, sweep, memory = self.targets, stage.sweep, self.memory // 2
+        at_most, about = columns_at_once(sweep, memory)
+        at_most = max(1, min(at_most, memory // max(1, stage.bytes_of_column)))
+        selection, slots = stage.select(self.tol), stage.slots
+        exact = ExactColumns(selection.k * max(1, slots), selection.trace, selection.dropped)
+        for target in targets:
+            target.found.exact = exact
+        last, walks, edge, steps = None, selection.k, stage.start, sweep.graph.steps
+        if stage.by_row is not None:
+            chosen = selection if self.tol else None
+            last = _last_layer(stage.by_row, sweep, targets, chosen, memory)
+        if last is not None:
+            walks, edge, steps = last.walks, last.edge, steps[len(last.steps) :]
+            last.parameters(_all_of(targets, walks))
+        size = even(walks, at_most, about)
+        parts = stage.begun(selection, size) if last is None else last.walked(size)
+        later = columns_at_once(stage.whole, memory)
+        for v in parts:
+            sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), walks)})
+            arrived = stage.run(edge, v, sink.take, steps)
+            sink.end()
+            for roots in stage.chunks(arrived, even(len(v) * slots, *later)):
+                k = len(next(iter(roots.values())))
+                sink = ChunkSink(targets, {EXACT: Part(slice(0, k), walks * slots)})
+                stage.whole.run(roots, k, sink.take, stage.behind)
+                sink.end()
+
+
+def _all_of(targets: Sequence[Target], total: int) -> Sink:
+    """What is given factors with all exact columns in them."""
+
+    def take(p: Tensor, factor: Any) -> None:
+        ChunkSink(targets, {EXACT: Part(slice(0, factor.k), total)}).take(p, factor)
+
+    return take
+
 
 def _last_layer(
-    columns: LossColumns,
+    hessian: LossHessian,
     sweep: Sweep,
     targets: Sequence[Target],
     selection: ColumnSelection | None,
@@ -285,7 +340,7 @@ def _last_layer(
     several = owned_by_several(m for target in targets for m in target.own)
     if sweep.hooks is not None:  # H at the last layer's parameters is not behind them
         return None
-    last = LastLayerColumns(sweep, columns.hessian, several, selection)
+    last = LastLayerColumns(sweep, hessian, several, selection)
     if not last.useful:
         return None
     last.narrow(memory)
@@ -298,11 +353,7 @@ def _propagate_behind(
     """Exact columns from behind the last layers on, whose own parameters need none."""
 
     walks = last.walks
-
-    def take_whole(p: Tensor, factor: Any) -> None:
-        ChunkSink(targets, {EXACT: Part(slice(0, factor.k), walks)}).take(p, factor)
-
-    last.parameters(take_whole)
+    last.parameters(_all_of(targets, walks))
     steps = sweep.graph.steps[len(last.steps) :]
     for v in last.walked(size) if steps else ():
         sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), walks)})

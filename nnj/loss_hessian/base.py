@@ -156,6 +156,30 @@ class LossHessian:
                     s = only
                 yield self.flat(s)
 
+    # -- may be overridden: which block an entry is in, and H with other rows ----------------------
+
+    def block_index(self) -> Tensor:
+        """The number r D + d of the block of each entry of the only output, in a shape that
+        broadcasts to that of the output.
+        """
+        number, (shape,) = torch.arange(self.rows * self.places, device=self.device), self.shapes
+        if len(shape) > 1 and shape[:2] == (self.rows, self.block):
+            return number.reshape(self.rows, 1, *shape[2:])
+        if self.places == 1 and len(shape) and shape[0] == self.rows:
+            return number.reshape(-1, *[1] * (len(shape) - 1))
+        number = number.reshape(1, self.rows, self.places, 1)
+        (found,) = self.to_outputs(number.expand(1, self.rows, self.places, self.block))
+        return found[0]
+
+    def at_rows(self, block: Tensor) -> LossHessian | None:
+        """The same blocks, one at each of P rows, with an output of (P, B); None where that is not
+        to be had without forming them.
+
+        Args:
+            block: (P,) the number r D + d of the block of each row, -1 for zeros.
+        """
+        return None
+
     # -- layout ------------------------------------------------------------------------------------
 
     def to_outputs(self, t: Tensor) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ class PackedColumns(ColumnSelection):
         sample = sample.flatten()
         n = max(0, int(sample.max())) + 1 if len(sample) else 0
         self.sample = torch.where(sample < 0, n, sample)  # rows of nobody are those of one more
-        self.slot = _number_within(self.sample)  # which row of its sample a row is
+        self.slot = numbered(self.sample)  # which row of its sample a row is
         # a table (n + 1, slots): where a sample has fewer rows than others, slots are empty
         self.table = (n + 1, int(self.slot.max()) + 1 if len(sample) else 1)
         super().__init__(hessian, 0)
@@ -129,7 +129,7 @@ class PackedColumns(ColumnSelection):
         return out.index_put_((at,), found)[:size].view(len(number), h.rows, h.places, h.block)
 
 
-def _number_within(group: Tensor) -> Tensor:
+def numbered(group: Tensor) -> Tensor:
     """The number of each entry among those of its group, in order."""
     found, order = group.sort(stable=True)
     position = torch.arange(len(group), device=group.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -156,6 +157,23 @@ class SoftmaxHessian(LossHessian):
         if self.axis <= 1:
             return super().to_outputs(t)
         return (t.mT.reshape(len(t), *self.moved).movedim(2, self.axis + 1),)
+
+    def block_index(self) -> Tensor:
+        if self.axis <= 1:
+            return super().block_index()
+        number = torch.arange(self.rows * self.places, device=self.device)
+        return number.reshape(self.rows, *self.moved[2:]).unsqueeze(self.axis)
+
+    def at_rows(self, block: Tensor) -> SoftmaxHessian:
+        other, there = copy.copy(self), block.clamp(min=0)
+        for cached in ("_sorted", "flat_diagonal"):
+            other.__dict__.pop(cached, None)
+        other.p = self.p.flatten(0, 1)[there][:, None]
+        other.a = torch.where(block[:, None] < 0, 0.0, self.a.flatten(0, 1)[there])[:, None]
+        other.rows, other.places, other.axis, other.closed_form = len(block), 1, 1, True
+        other.shapes, other.moved = [(len(block), self.block)], torch.Size((len(block), self.block))
+        other.sizes = [self.block]
+        return other
 
     @staticmethod
     def axes(z: Tensor) -> list[int]:

@@ -83,13 +83,8 @@ class Sweep(Plan):
         super().__init__(graph, n, sample_indices, assume, outputs)
         # what the probe said of edges at which nothing has arrived yet
         self._unchecked: dict[Edge, SampleIndex] = {}
-        self.uses: dict[Tensor, int] = {}
         self.hooks: Hooks | None = None
-        for step in graph.steps:
-            for _, p in step.params:
-                self.uses[p] = self.uses.get(p, 0) + 1
-            if step.leaf is not None:
-                self.uses[step.leaf] = self.uses.get(step.leaf, 0) + 1
+        self.uses = uses_of(graph.steps)
         if self._has_to_ask():
             own_task(lambda: self._find_sample_indices(sample_indices))
 
@@ -419,6 +414,15 @@ class Sweep(Plan):
         if there is not None and there.by_column:
             sample_index = self.split_at(step, i)
         values.add(edge, v if sample_index is None else sample_index.to_columns(v))
+
+
+def uses_of(steps: list[Step]) -> dict[Tensor, int]:
+    """At how many steps each parameter has a factor."""
+    uses: dict[Tensor, int] = {}
+    for step in steps:
+        for p in [p for _, p in step.params] + ([] if step.leaf is None else [step.leaf]):
+            uses[p] = uses.get(p, 0) + 1
+    return uses
 
 
 def _count(arrived: dict[Edge, Tensor]) -> int:

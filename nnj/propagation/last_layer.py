@@ -91,24 +91,26 @@ class LastLayerColumns:
 
     def _take(self, step: Step) -> bool:
         """Go through one more step, if it is a linear map that all samples share."""
-        out = step.out[0] if step.record is not None else None
-        if out is None or step.into != [self.edge]:
+        if step.record is None or step.into != [self.edge]:
             return False
-        if self.sweep.state[out] is not self.sweep.in_order:
+        out = step.out[0]
+        if out is not None and self.sweep.state[out] is not self.sweep.in_order:
             return False
-        j = step.slots["input"]
-        if not j.same_for_rows or j.n != self.sweep.n:
+        j = step.slots.get("input")
+        if j is None or not j.same_for_rows or j.n != self.sweep.n:
             return False
         if step.dtype is None or step.dtype in (torch.float16, torch.bfloat16):
             return False
         factors = self._factors(step, step.dtype)
         if factors is None:
             return False
+        self.steps.append(step)
+        self.factors += factors
+        if out is None:  # nothing wanted is behind it
+            return False
         # the matrix of the first map is not made by sending the identity through it
         self.rows = j.shared_rows(step.dtype) if self.rows is None else j.vjp(self.rows)
         self.edge = out
-        self.steps.append(step)
-        self.factors += factors
         self.stages.append((out, self.rows))
         return True
 
@@ -148,6 +150,8 @@ class LastLayerColumns:
         """Go back to where columns are shortest, if they are worth recompressing there: `columns`
         are then as many as entries.
         """
+        if not self.stages:
+            return
         lengths = [rows[0].numel() for _, rows in self.stages]
         at = lengths.index(min(lengths))
         d, n, behind = lengths[at], self.sweep.n, self.sweep.graph.steps[at + 1 :]
@@ -164,7 +168,8 @@ class LastLayerColumns:
 
     def walked(self, size: int) -> Iterator[Tensor]:
         """What walks on from `edge`, (k, N, *shape), with k at most `size`."""
-        assert self.rows is not None
+        if self.rows is None:
+            return
         flat, source = self.rows.reshape(len(self.rows), -1), self.selection or self.hessian
         columns: Iterator[Tensor]
         if self.short is None:
