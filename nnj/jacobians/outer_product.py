@@ -32,6 +32,7 @@ class OuterProduct(Factor):
     """
 
     v: Tensor
+    origin: Tensor | None = None
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
@@ -90,6 +91,51 @@ class OuterProduct(Factor):
 
     def scale_rows(self, c: Tensor) -> Factor:
         return OuterProduct(self.patches, self.v * c[..., None, None, None], self.shape)
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        g, o, i = self.grid(left, right, self.form[0])
+        there = self._in_groups(g)
+        if there is None or there[1].shape[3] != o or there[0].inputs != i:
+            return super().rotate(left, right, shape)
+        patches, v = there
+        if left is not None:
+            v = left.mT @ v
+        if right is not None:
+            make, back = patches, right.mT
+            patches = Patches(lambda rows: back @ make(rows), self.n, right.shape[2])
+        return OuterProduct(patches, v, shape or (g * v.shape[3], patches.inputs))
+
+    def _in_groups(self, groups: int) -> tuple[Patches, Tensor] | None:
+        """U and V in some number of groups: a bias has one input, which is the same for all."""
+        (g, o, _), make = self.form, self.patches
+        if g == groups:
+            return make, self.v
+        if g != 1 or o % groups:
+            return None
+        spread = lambda rows: make(rows).expand(-1, groups, -1, -1)
+        v = self.v.unflatten(3, (groups, o // groups)).squeeze(2)
+        return Patches(spread, self.n, make.inputs), v
+
+    def beside(self, other: Factor) -> Factor | None:
+        if not isinstance(other, OuterProduct) or not self.same_v(other):
+            return None
+        there = other._in_groups(self.form[0])
+        if there is None:
+            return None
+        mine, theirs = self.patches, there[0]
+        join = lambda rows: torch.cat([mine(rows), theirs(rows)], 2)
+        patches = Patches(join, self.n, mine.inputs + theirs.inputs)
+        return self.with_patches(patches, (self.form[0] * self.form[1], patches.inputs))
+
+    def same_v(self, other: OuterProduct) -> bool:
+        """Whether both are known to have the same V, but for its groups."""
+        return self.origin is not None and self.origin is other.origin
+
+    def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
+        """V with another U."""
+        return OuterProduct(patches, self.v, shape, self.origin)
 
     def merge_key(self) -> Hashable:
         return (OuterProduct, *self.form[:2], self.patches.inputs)

@@ -101,6 +101,15 @@ class RowSparse(Factor):
         there = c[:, self.sample].reshape(*self.v.shape[:2], *[1] * (self.v.dim() - 2))
         return RowSparse(self.v * there, self.sample, self.row, self.n, self.shape)
 
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        if left is not None or right is None or len(right) > 1:
+            return super().rotate(left, right, shape)
+        shape = shape or (self.shape[0], right.shape[2])
+        v = (self._flat(self.v) @ right[0]).reshape(*self.v.shape[:2], *shape[1:])
+        return RowSparse(v, self.sample, self.row, self.n, shape)
+
     def square_sum(self, per_sample: bool = False) -> Tensor:
         return self.inner(self, per_sample)
 

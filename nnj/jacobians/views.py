@@ -153,6 +153,24 @@ class ViewFactor(Factor):
     def scale(self, d: Tensor) -> Factor:
         return ViewFactor([(view, part.scale(view.put(d))) for view, part in self.parts])
 
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        g, o, i = self.grid(left, right)
+        view, part = self.parts[0]
+        if g > 1 or self.shape != (o, i):
+            return super().rotate(left, right, shape)
+        if view == View.permuted((o, i), (i, o)):  # alone, and whole
+            p, q = (
+                size if side is None else side.shape[2] for side, size in ((left, o), (right, i))
+            )
+            turned = part.rotate(right, left, (q, p))
+            return ViewFactor([(View.permuted(shape or (p, q), (q, p), (p, q)), turned)])
+        if left is None or any(v != View.rows(v.shape, v.start, v.stop) for v, _ in self.parts):
+            return super().rotate(left, right, shape)
+        rows = [p.rotate(left[:, v.start : v.stop], right, shape) for v, p in self.parts]
+        return merge_uses(rows)
+
     def scale_rows(self, c: Tensor) -> Factor:
         return ViewFactor([(view, part.scale_rows(c)) for view, part in self.parts])
 

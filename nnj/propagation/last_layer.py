@@ -7,7 +7,7 @@ H itself is enough."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -49,6 +49,12 @@ class LastLayerFactor(OuterProduct):
 
     def to(self, dtype: torch.dtype) -> Factor:
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
+
+    def same_v(self, other: OuterProduct) -> bool:
+        return isinstance(other, LastLayerFactor) and other.hessian is self.hessian
+
+    def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
+        return LastLayerFactor(self.hessian, patches, tuple(shape), self.dtype)
 
     def kernels(self) -> Tensor:
         # added to in place, while the diagonal serves every parameter of the layer
