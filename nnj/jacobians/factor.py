@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nnj.jacobians.kron import Approx, Kron
 from nnj.jacobians.square_sum import SquareSum
 
 CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
@@ -157,6 +158,13 @@ class Factor:
         sample.
         """
         return ScaledFactor(self, d)
+
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        """The Kronecker factors of B^T B: of all of the parameter, or of each view of it that has
+        some. None where they mean nothing: at a scale or a bias by itself, and where B is not known
+        to be a sum over places of v u^T.
+        """
+        return None
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None

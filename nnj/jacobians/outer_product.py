@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
+from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.square_sum import SquareSum
@@ -39,7 +41,8 @@ class OuterProduct(Factor):
     ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
-        self.k, self.n, self.form = v.shape[0], v.shape[1], tuple(v.shape[2:])  # (G, O, L)
+        self.k, self.n, g, o, places = v.shape
+        self.form = g, o, places
         self.device, self.dtype = v.device, v.dtype
 
     @property
@@ -91,6 +94,13 @@ class OuterProduct(Factor):
 
     def scale_rows(self, c: Tensor) -> Factor:
         return OuterProduct(self.patches, self.v * c[..., None, None, None], self.shape)
+
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        g, o, _ = self.form
+        if len(self.shape) < 2 or self.shape[0] != g * o:
+            return None
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return [OuterKron(self.patches, lambda: self.v, self.form, like, approx)]
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None

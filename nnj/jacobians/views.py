@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor, Pairs, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
+from nnj.jacobians.kron import Approx, Kron
 from nnj.jacobians.sample_index import SampleIndex
 
 
@@ -152,6 +153,17 @@ class ViewFactor(Factor):
 
     def scale(self, d: Tensor) -> Factor:
         return ViewFactor([(view, part.scale(view.put(d))) for view, part in self.parts])
+
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        found: list[Kron] = []
+        for view, part in self.parts:
+            krons = part.kron(approx)
+            if krons is None or any(kron.view is not None for kron in krons):
+                return None
+            for kron in krons:
+                kron.view = view
+            found += krons
+        return found
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None

@@ -294,11 +294,13 @@ class TableRows(Jacobian):
         """u (K, R, *outputs) as rows of the table for each of n samples; None where a row of the
         table holds entries of several samples.
         """
-        u = u if self.keep is None else u * self._mask(u)
         sample = self._samples(u, sample_index)
         if sample is None:
             return None
-        v, sample = u.flatten(1, self.index.dim()), sample.expand(self.index.shape).reshape(-1)
+        sample = sample.expand(self.index.shape)
+        if self.keep is not None:  # padding reads no row: it is nobody's
+            sample = torch.where(self.keep, sample, -1)
+        v, sample = u.flatten(1, self.index.dim()), sample.reshape(-1)
         return RowSparse.build(v, sample, self.index.reshape(-1), sample_index.n, self.inputs)
 
     def _samples(self, u: Tensor, sample_index: SampleIndex) -> Tensor | None:
