@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.kron import Approx, Bias, Kron
 from nnj.jacobians.square_sum import SquareSum
 
 CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
@@ -165,6 +165,10 @@ class Factor:
         to be a sum over places of v u^T.
         """
         return None
+
+    def biases(self) -> list[Bias]:
+        """What of it is a sum of columns over places, as at a bias, for each view."""
+        return []
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None

@@ -7,11 +7,16 @@ with B^T B ~ S (x) A / count for each group (Martens and Grosse 2015; Eschenhage
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
 Approx = Literal["expand", "reduce"]
+
+
+# Of what columns V is a view: each object that holds them, and which of them.
+Columns: TypeAlias = Sequence[tuple[object, int, int]]
 
 
 class Arrangement(Protocol):
@@ -26,6 +31,18 @@ class Arrangement(Protocol):
         ...
 
 
+class Bias(NamedTuple):
+    """B that is the sum of columns over places, as that of a bias: u is one everywhere.
+
+    Attributes:
+        columns: which they are.
+        view: in which entries of the parameter; None is all of them.
+    """
+
+    columns: Columns
+    view: Arrangement | None = None
+
+
 class Kron:
     """The Kronecker factors of one factor, made when they are asked for.
 
@@ -38,10 +55,19 @@ class Kron:
         inputs_first: whether A stands on the left, A (x) S, as of a table, of which a row is an
             input.
         view: in which entries of the parameter; None is all of them, as they stand.
+        columns: of what V is a view, where it is known.
     """
 
     inputs_first: bool = False
     view: Arrangement | None = None
+    columns: Columns = ()
+
+    def takes(self, bias: Bias) -> bool:
+        """Whether a bias is of the same places: then u with a one at its end serves both."""
+        mine, theirs = self.columns, bias.columns
+        return len(mine) == len(theirs) > 0 and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(mine, theirs, strict=True)
+        )
 
     def outer_v(self) -> Tensor:
         """S, (G, O, O)."""

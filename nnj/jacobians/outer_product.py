@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
-from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.kron import Approx, Bias, Columns, Kron
 from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
@@ -31,10 +31,17 @@ class OuterProduct(Factor):
         shape: of the parameter, (G * O, ...).
         origin: the columns of which v is another view, so that what several parameters ask of
             them is computed once.
+
+    Attributes:
+        of: the columns of which each place of V is a view, or of whose places it is a sum, where
+            they are known.
+        is_bias: whether it is a sum over places of columns, and U is one.
     """
 
     v: Tensor
     origin: Tensor | None = None
+    of: Columns = ()
+    is_bias: bool = False
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
@@ -54,8 +61,17 @@ class OuterProduct(Factor):
         return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
 
     def columns(self, which: slice) -> Factor:
-        whole = which == slice(0, self.k)
-        return self if whole else OuterProduct(self.patches, self.v[which], self.shape)
+        if which == slice(0, self.k):
+            return self
+        found = OuterProduct(self.patches, self.v[which], self.shape)
+        found.of = [(u, a + which.start, a + which.stop) for u, a, _ in self.of]
+        found.is_bias = self.is_bias
+        return found
+
+    def made_of(self, u: object, is_bias: bool = False) -> OuterProduct:
+        """The same, of which it is known of what columns it is made."""
+        self.of, self.is_bias = [(u, 0, self.k)], is_bias
+        return self
 
     def to(self, dtype: torch.dtype) -> Factor:
         return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
@@ -100,7 +116,12 @@ class OuterProduct(Factor):
         if len(self.shape) < 2 or self.shape[0] != g * o:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return [OuterKron(self.patches, lambda: self.v, self.form, like, approx)]
+        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx)
+        kron.columns = self.of
+        return [kron]
+
+    def biases(self) -> list[Bias]:
+        return [Bias(self.of)] if self.is_bias and len(self.shape) == 1 else []
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
@@ -153,7 +174,11 @@ class OuterProduct(Factor):
     def merge(self, uses: Sequence[OuterProduct]) -> Factor:
         join = lambda rows: torch.cat([use.patches(rows) for use in uses], -1)
         patches = Patches(join, self.n, self.patches.inputs)
-        return OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
+        found = OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
+        if all(use.of for use in uses):
+            found.of = [columns for use in uses for columns in use.of]
+        found.is_bias = all(use.is_bias for use in uses)
+        return found
 
     # -- squares -----------------------------------------------------------------------------------
 

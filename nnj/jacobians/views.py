@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor, Pairs, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.kron import Approx, Bias, Kron
 from nnj.jacobians.sample_index import SampleIndex
 
 
@@ -164,6 +164,10 @@ class ViewFactor(Factor):
                 kron.view = view
             found += krons
         return found
+
+    def biases(self) -> list[Bias]:
+        every = [(view, bias) for view, part in self.parts for bias in part.biases()]
+        return [bias._replace(view=view) for view, bias in every if bias.view is None]
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None

@@ -157,8 +157,10 @@ class PatchMatmul(Jacobian):
     def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
-            return OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
-        return _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
+            found = OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
+            return found.made_of(u)
+        regrouped = _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
+        return None if regrouped is None else regrouped.made_of(u)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
@@ -242,7 +244,8 @@ class ScaleShift(Jacobian):
         plain = sample_index.of is None and sample_index.n == self.n
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
         ones = total.new_ones(sample_index.n, 1, 1, 1)
-        return OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        return found.made_of(u, is_bias=True) if self.m is None else found
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
         """v of (K, R, 1, D, L), summed over all places of each sample, (K, n, 1, D); None where a

@@ -45,6 +45,8 @@ class LastLayerFactor(OuterProduct):
         self.k, self.n = hessian.rank * hessian.places, hessian.rows
         self.form = (1, hessian.block * hessian.places, 1)
         self.device, self.dtype = hessian.device, dtype
+        self.of = [(hessian, 0, self.k)]
+        self.is_bias = len(self.shape) == 1
 
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
@@ -58,7 +60,9 @@ class LastLayerFactor(OuterProduct):
         if found is None:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return [LastLayerKron(self.hessian, self.patches, lambda: self.v, self.form, like, approx)]
+        kron = LastLayerKron(self.hessian, self.patches, lambda: self.v, self.form, like, approx)
+        kron.columns = self.of
+        return [kron]
 
     def same_v(self, other: OuterProduct) -> bool:
         return isinstance(other, LastLayerFactor) and other.hessian is self.hessian

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import nnj
 from nnj.jacobians import patches as patches_file
+from nnj.jacobians.factor import merge_uses
 from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.sample_index import SampleIndex
 
 pytestmark = pytest.mark.usefixtures("seeded")
 K, N, G, O, I, L = 3, 4, 2, 3, 5, 6
@@ -60,3 +63,19 @@ def test_what_has_none() -> None:
     ones = torch.ones(N, 1, 1, 1).double()
     assert OuterProduct(ones, normal(K, N, 1, 6, 1), (6,)).kron() is None
     assert OuterProduct(ones, normal(K, N, 1, 6, 1), (2, 3)).kron() is None
+
+
+def test_which_bias_is_that_of_the_same_places() -> None:
+    """Of the same columns, also of some of them and of two uses; not that of another layer."""
+    x, u, w = normal(N, L, I), normal(K, N, L, O), normal(K, N, L, O)
+    weight = nnj.PatchMatmul(lambda rows: x[rows].mT[:, None], (O, I), (L, O), x)
+    bias = nnj.ScaleShift((O,), (L, O), x)
+    scale = nnj.ScaleShift((O,), (L, O), x, m=lambda: normal(N, L, O))
+    at = lambda j, u: j.pullback(u, SampleIndex(N))
+    (kron,) = at(weight, u).kron()
+    (same,), (other,) = at(bias, u).biases(), at(bias, w).biases()
+    assert kron.takes(same) and not kron.takes(other) and at(scale, u).biases() == []
+    some, fewer = (at(j, u).columns(slice(1, 3)) for j in (weight, bias))
+    assert some.kron()[0].takes(fewer.biases()[0]) and not some.kron()[0].takes(same)
+    both, sums = (merge_uses([at(j, u), at(j, w)]) for j in (weight, bias))
+    assert both.kron()[0].takes(sums.biases()[0]) and not both.kron()[0].takes(same)
