@@ -3,7 +3,7 @@
 from nnj._version import __version__  # first: it says whether torch is too old for all the rest
 
 # isort: split
-from nnj import utils
+from nnj import matrices, utils
 from nnj.collecting.collect import collect
 from nnj.collecting.compile import compile
 from nnj.collecting.fit import fit
@@ -41,6 +41,7 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "jmjTp",
     "jmp",
     "jvp",
+    "matrices",
     "mjp",
     "retract",
     "utils",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"_version", "errors", "checks", "generators"},
     {"jacobians", "compiling"},
-    {"loss_hessian"},
+    {"loss_hessian", "matrices"},
     {"registry"},
     {"recording"},
     {"graph"},

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nnj.jacobians.kron import Approx, Bias, Kron
 from nnj.jacobians.square_sum import SquareSum
 
 CHUNK = 1 << 22  # entries of B that may stand in memory at once while it is being reduced
@@ -158,6 +159,40 @@ class Factor:
         """
         return ScaledFactor(self, d)
 
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        """The Kronecker factors of B^T B: of all of the parameter, or of each view of it that has
+        some. None where they mean nothing: at a scale or a bias by itself, and where B is not known
+        to be a sum over places of v u^T.
+        """
+        return None
+
+    def biases(self) -> list[Bias]:
+        """What of it is a sum of columns over places, as at a bias, for each view."""
+        return []
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        """B (left (x) right) for each group of a parameter that reshapes to (G, O, I): entries
+        sum_oi B[g, o, i] left[g, o, o'] right[g, i, i'] at a parameter of (G O', I').
+
+        Args:
+            left: (G, O, O'); None is the identity.
+            right: (G, I, I'); None is the identity.
+            shape: that the new parameter has, by default (G O', I').
+        """
+        g, o, i = self.grid(left, right)
+        b = self.dense().reshape(self.k, self.n, g, o, i)
+        b = b if left is None else left.mT @ b
+        b = b if right is None else b @ right
+        return DenseFactor(b.reshape(self.k, self.n, *(shape or (g * b.shape[3], b.shape[4]))))
+
+    def beside(self, other: Factor) -> Factor | None:
+        """B and another factor next to each other, as one at a parameter of (G O, I + I'), where
+        that is as thin as both: those of a weight and of its bias. None where it is not.
+        """
+        return None
+
     def scale_rows(self, c: Tensor) -> Factor:
         """diag(c) B: row (k, n) times c_kn, for c of (K, N)."""
         return DenseFactor(self.dense() * c.reshape(self.k, self.n, *[1] * len(self.shape)))
@@ -193,6 +228,14 @@ class Factor:
     def merge(self, uses: Sequence[Any]) -> Factor:
         """The sum of several factors, all with the key of this one, which is the first of them."""
         return SumFactor(uses)
+
+    def grid(
+        self, left: Tensor | None, right: Tensor | None, groups: int = 1
+    ) -> tuple[int, int, int]:
+        """G, O and I of the parameter, given what it is rotated by; G is `groups` if by nothing."""
+        some = right if left is None else left
+        g = groups if some is None else len(some)
+        return g, self.shape[0] // g if self.shape else 1, math.prod(self.shape[1:])
 
     def _zeros(self, per_sample: bool = False) -> Tensor:
         """(*shape), or (N, *shape)."""
@@ -300,6 +343,11 @@ class SumFactor(Factor):
 
     def scale_rows(self, c: Tensor) -> Factor:
         return SumFactor([part.scale_rows(c) for part in self.parts])
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        return merge_uses([part.rotate(left, right, shape) for part in self.parts])
 
     def to(self, dtype: torch.dtype) -> Factor:
         return SumFactor([part.to(dtype) for part in self.parts])

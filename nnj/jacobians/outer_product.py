@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
+from nnj.jacobians.kron import Approx, Bias, Columns, Kron
+from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.square_sum import SquareSum
@@ -29,16 +31,25 @@ class OuterProduct(Factor):
         shape: of the parameter, (G * O, ...).
         origin: the columns of which v is another view, so that what several parameters ask of
             them is computed once.
+
+    Attributes:
+        of: the columns of which each place of V is a view, or of whose places it is a sum, where
+            they are known.
+        is_bias: whether it is a sum over places of columns, and U is one.
     """
 
     v: Tensor
+    origin: Tensor | None = None
+    of: Columns = ()
+    is_bias: bool = False
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
     ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
-        self.k, self.n, self.form = v.shape[0], v.shape[1], tuple(v.shape[2:])  # (G, O, L)
+        self.k, self.n, g, o, places = v.shape
+        self.form = g, o, places
         self.device, self.dtype = v.device, v.dtype
 
     @property
@@ -50,8 +61,17 @@ class OuterProduct(Factor):
         return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
 
     def columns(self, which: slice) -> Factor:
-        whole = which == slice(0, self.k)
-        return self if whole else OuterProduct(self.patches, self.v[which], self.shape)
+        if which == slice(0, self.k):
+            return self
+        found = OuterProduct(self.patches, self.v[which], self.shape)
+        found.of = [(u, a + which.start, a + which.stop) for u, a, _ in self.of]
+        found.is_bias = self.is_bias
+        return found
+
+    def made_of(self, u: object, is_bias: bool = False) -> OuterProduct:
+        """The same, of which it is known of what columns it is made."""
+        self.of, self.is_bias = [(u, 0, self.k)], is_bias
+        return self
 
     def to(self, dtype: torch.dtype) -> Factor:
         return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
@@ -91,13 +111,74 @@ class OuterProduct(Factor):
     def scale_rows(self, c: Tensor) -> Factor:
         return OuterProduct(self.patches, self.v * c[..., None, None, None], self.shape)
 
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        g, o, _ = self.form
+        if len(self.shape) < 2 or self.shape[0] != g * o:
+            return None
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx)
+        kron.columns = self.of
+        return [kron]
+
+    def biases(self) -> list[Bias]:
+        return [Bias(self.of)] if self.is_bias and len(self.shape) == 1 else []
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        g, o, i = self.grid(left, right, self.form[0])
+        there = self._in_groups(g)
+        if there is None or there[1].shape[3] != o or there[0].inputs != i:
+            return super().rotate(left, right, shape)
+        patches, v = there
+        if left is not None:
+            v = left.mT @ v
+        if right is not None:
+            make, back = patches, right.mT
+            patches = Patches(lambda rows: back @ make(rows), self.n, right.shape[2])
+        return OuterProduct(patches, v, shape or (g * v.shape[3], patches.inputs))
+
+    def _in_groups(self, groups: int) -> tuple[Patches, Tensor] | None:
+        """U and V in some number of groups: a bias has one input, which is the same for all."""
+        (g, o, _), make = self.form, self.patches
+        if g == groups:
+            return make, self.v
+        if g != 1 or o % groups:
+            return None
+        spread = lambda rows: make(rows).expand(-1, groups, -1, -1)
+        v = self.v.unflatten(3, (groups, o // groups)).squeeze(2)
+        return Patches(spread, self.n, make.inputs), v
+
+    def beside(self, other: Factor) -> Factor | None:
+        if not isinstance(other, OuterProduct) or not self.same_v(other):
+            return None
+        there = other._in_groups(self.form[0])
+        if there is None:
+            return None
+        mine, theirs = self.patches, there[0]
+        join = lambda rows: torch.cat([mine(rows), theirs(rows)], 2)
+        patches = Patches(join, self.n, mine.inputs + theirs.inputs)
+        return self.with_patches(patches, (self.form[0] * self.form[1], patches.inputs))
+
+    def same_v(self, other: OuterProduct) -> bool:
+        """Whether both are known to have the same V, but for its groups."""
+        return self.origin is not None and self.origin is other.origin
+
+    def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
+        """V with another U."""
+        return OuterProduct(patches, self.v, shape, self.origin)
+
     def merge_key(self) -> Hashable:
         return (OuterProduct, *self.form[:2], self.patches.inputs)
 
     def merge(self, uses: Sequence[OuterProduct]) -> Factor:
         join = lambda rows: torch.cat([use.patches(rows) for use in uses], -1)
         patches = Patches(join, self.n, self.patches.inputs)
-        return OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
+        found = OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
+        if all(use.of for use in uses):
+            found.of = [columns for use in uses for columns in use.of]
+        found.is_bias = all(use.is_bias for use in uses)
+        return found
 
     # -- squares -----------------------------------------------------------------------------------
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import Factor, Pairs
+from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.table_kron import TableKron
 
 
 class RowSparse(Factor):
@@ -18,6 +20,9 @@ class RowSparse(Factor):
         v: (K, pairs, *shape[1:]).
         sample, row: (pairs,); every pair of them occurs once.
         n, shape: N, and the shape of the parameter.
+
+    Attributes:
+        places: (v, sample, row) of the places of which it is the sum, where pairs repeat.
     """
 
     sparse = True
@@ -26,6 +31,7 @@ class RowSparse(Factor):
         self.v, self.sample, self.row = v, sample, row
         self.k, self.n, self.shape = v.shape[0], n, tuple(shape)
         self.device, self.dtype = v.device, v.dtype
+        self.places = [(v, sample, row)]
 
     @classmethod
     def build(
@@ -37,7 +43,9 @@ class RowSparse(Factor):
         keep = (sample >= 0).nonzero()[:, 0]
         pair, where = torch.unique(sample[keep] * shape[0] + row[keep], return_inverse=True)
         total = v.new_zeros(v.shape[0], len(pair), *v.shape[2:]).index_add_(1, where, v[:, keep])
-        return cls(total, pair // shape[0], pair % shape[0], n, shape)
+        found = cls(total, pair // shape[0], pair % shape[0], n, shape)
+        found.places = [(v, sample, row)]
+        return found
 
     def dense(self) -> Tensor:
         out = self.v.new_zeros(self.k, self.n, *self.shape)
@@ -45,10 +53,32 @@ class RowSparse(Factor):
         return out
 
     def columns(self, which: slice) -> Factor:
-        return RowSparse(self.v[which], self.sample, self.row, self.n, self.shape)
+        return self._with(lambda v, sample, row: v[which])
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return RowSparse(self.v.to(dtype), self.sample, self.row, self.n, self.shape)
+        return self._with(lambda v, sample, row: v.to(dtype))
+
+    def _with(
+        self,
+        change: Callable[[Tensor, Tensor, Tensor], Tensor],
+        shape: tuple[int, ...] | None = None,
+    ) -> RowSparse:
+        """The same of `change(v, sample, row)` for v of (K, M, *shape[1:]), also at its places."""
+        v, shape = change(self.v, self.sample, self.row), self.shape if shape is None else shape
+        found = RowSparse(v, self.sample, self.row, self.n, shape)
+        found.places = [
+            (v if place[0] is self.v else change(*place), *place[1:]) for place in self.places
+        ]
+        return found
+
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        if len(self.shape) < 2 or not self.places:
+            return None
+        v, sample, row = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+            for parts, axis in zip(zip(*self.places, strict=True), (1, 0, 0), strict=True)
+        )
+        return [TableKron(v, sample, row, self.n, self.shape[0], approx)]
 
     def _theirs(self, other: Factor) -> Tensor:
         """The entries of another factor where this one is not zero, (K', pairs, *shape[1:])."""
@@ -95,11 +125,26 @@ class RowSparse(Factor):
         return self._zeros().index_add_(0, self.row, v)
 
     def scale(self, d: Tensor) -> Factor:
-        return RowSparse(self.v * self._there(d), self.sample, self.row, self.n, self.shape)
+        found = RowSparse(self.v * self._there(d), self.sample, self.row, self.n, self.shape)
+        found.places = []  # no rows of the identity any more
+        return found
 
     def scale_rows(self, c: Tensor) -> Factor:
-        there = c[:, self.sample].reshape(*self.v.shape[:2], *[1] * (self.v.dim() - 2))
-        return RowSparse(self.v * there, self.sample, self.row, self.n, self.shape)
+        def weighted(v: Tensor, sample: Tensor, row: Tensor) -> Tensor:
+            there = c[:, sample.clamp(min=0)]  # some are nobody's
+            return v * there.reshape(*v.shape[:2], *[1] * (v.dim() - 2))
+
+        return self._with(weighted)
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        whole = shape is None or shape[0] == self.shape[0]
+        if left is not None or right is None or len(right) > 1 or not whole:
+            return super().rotate(left, right, shape)
+        side, into = right[0], tuple(shape or (self.shape[0], right.shape[2]))
+        turn = lambda v, sample, row: (self._flat(v) @ side).reshape(*v.shape[:2], *into[1:])
+        return self._with(turn, into)
 
     def square_sum(self, per_sample: bool = False) -> Tensor:
         return self.inner(self, per_sample)
@@ -110,4 +155,6 @@ class RowSparse(Factor):
     def merge(self, uses: Sequence[RowSparse]) -> Factor:
         v = torch.cat([use.v for use in uses], 1)
         sample, row = torch.cat([use.sample for use in uses]), torch.cat([use.row for use in uses])
-        return RowSparse.build(v, sample, row, self.n, self.shape)
+        found = RowSparse.build(v, sample, row, self.n, self.shape)
+        found.places = [place for use in uses for place in use.places]
+        return found

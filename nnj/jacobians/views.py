@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor, Pairs, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
+from nnj.jacobians.kron import Approx, Bias, Kron
 from nnj.jacobians.sample_index import SampleIndex
 
 
@@ -152,6 +153,39 @@ class ViewFactor(Factor):
 
     def scale(self, d: Tensor) -> Factor:
         return ViewFactor([(view, part.scale(view.put(d))) for view, part in self.parts])
+
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        found: list[Kron] = []
+        for view, part in self.parts:
+            krons = part.kron(approx)
+            if krons is None or any(kron.view is not None for kron in krons):
+                return None
+            for kron in krons:
+                kron.view = view
+            found += krons
+        return found
+
+    def biases(self) -> list[Bias]:
+        every = [(view, bias) for view, part in self.parts for bias in part.biases()]
+        return [bias._replace(view=view) for view, bias in every if bias.view is None]
+
+    def rotate(
+        self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
+    ) -> Factor:
+        g, o, i = self.grid(left, right)
+        view, part = self.parts[0]
+        if g > 1 or self.shape != (o, i):
+            return super().rotate(left, right, shape)
+        if view == View.permuted((o, i), (i, o)):  # alone, and whole
+            p, q = (
+                size if side is None else side.shape[2] for side, size in ((left, o), (right, i))
+            )
+            turned = part.rotate(right, left, (q, p))
+            return ViewFactor([(View.permuted(shape or (p, q), (q, p), (p, q)), turned)])
+        if left is None or any(v != View.rows(v.shape, v.start, v.stop) for v, _ in self.parts):
+            return super().rotate(left, right, shape)
+        rows = [p.rotate(left[:, v.start : v.stop], right, shape) for v, p in self.parts]
+        return merge_uses(rows)
 
     def scale_rows(self, c: Tensor) -> Factor:
         return ViewFactor([(view, part.scale_rows(c)) for view, part in self.parts])

@@ -157,8 +157,10 @@ class PatchMatmul(Jacobian):
     def factor(self, u: Tensor, sample_index: SampleIndex) -> Factor | None:
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
-            return OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
-        return _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
+            found = OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
+            return found.made_of(u)
+        regrouped = _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
+        return None if regrouped is None else regrouped.made_of(u)
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
@@ -242,7 +244,8 @@ class ScaleShift(Jacobian):
         plain = sample_index.of is None and sample_index.n == self.n
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
         ones = total.new_ones(sample_index.n, 1, 1, 1)
-        return OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        return found.made_of(u, is_bias=True) if self.m is None else found
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
         """v of (K, R, 1, D, L), summed over all places of each sample, (K, n, 1, D); None where a
@@ -294,11 +297,13 @@ class TableRows(Jacobian):
         """u (K, R, *outputs) as rows of the table for each of n samples; None where a row of the
         table holds entries of several samples.
         """
-        u = u if self.keep is None else u * self._mask(u)
         sample = self._samples(u, sample_index)
         if sample is None:
             return None
-        v, sample = u.flatten(1, self.index.dim()), sample.expand(self.index.shape).reshape(-1)
+        sample = sample.expand(self.index.shape)
+        if self.keep is not None:  # padding reads no row: it is nobody's
+            sample = torch.where(self.keep, sample, -1)
+        v, sample = u.flatten(1, self.index.dim()), sample.reshape(-1)
         return RowSparse.build(v, sample, self.index.reshape(-1), sample_index.n, self.inputs)
 
     def _samples(self, u: Tensor, sample_index: SampleIndex) -> Tensor | None:

@@ -7,8 +7,9 @@ H itself is enough."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from nnj.graph.nodes import edge_dtype
 from nnj.graph.step import Step
 from nnj.jacobians.factor import Factor
+from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
 from nnj.loss_hessian.base import LossHessian
@@ -42,6 +45,8 @@ class LastLayerFactor(OuterProduct):
         self.k, self.n = hessian.rank * hessian.places, hessian.rows
         self.form = (1, hessian.block * hessian.places, 1)
         self.device, self.dtype = hessian.device, dtype
+        self.of = [(hessian, 0, self.k)]
+        self.is_bias = len(self.shape) == 1
 
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
@@ -50,9 +55,46 @@ class LastLayerFactor(OuterProduct):
     def to(self, dtype: torch.dtype) -> Factor:
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
 
+    def kron(self, approx: Approx = "expand") -> list[Kron] | None:
+        found = super().kron(approx)
+        if found is None:
+            return None
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        kron = LastLayerKron(self.hessian, self.patches, lambda: self.v, self.form, like, approx)
+        kron.columns = self.of
+        return [kron]
+
+    def same_v(self, other: OuterProduct) -> bool:
+        return isinstance(other, LastLayerFactor) and other.hessian is self.hessian
+
+    def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
+        return LastLayerFactor(self.hessian, patches, tuple(shape), self.dtype)
+
     def kernels(self) -> Tensor:
         # added to in place, while the diagonal serves every parameter of the layer
         return self.hessian.flat_diagonal[:, None, :, None, None].to(self.dtype, copy=True)
+
+
+class LastLayerKron(OuterKron):
+    """Of V that is all of S: sum v v^T is the sum of H over the samples, by some columns at a
+    time.
+    """
+
+    def __init__(self, hessian: LossHessian, *given: Any):
+        super().__init__(*given)
+        self.hessian = hessian
+
+    def outer_v(self) -> Tensor:
+        size = self.form[1]
+        total = self.like.new_zeros(1, size, size)
+        eye = torch.eye(size, dtype=self.like.dtype, device=self.like.device)
+        for v in self.hessian.columns_through(eye, 64):
+            flat = v.reshape(-1, size)
+            total[0].addmm_(flat.mT, flat)
+        return total
+
+    def alive(self) -> Tensor:
+        return (self.hessian.flat_diagonal != 0).any(-1, keepdim=True)
 
 
 class LastLayerColumns:

@@ -16,6 +16,8 @@ from nnj.jacobians import factor as factor_file
 from nnj.jacobians import outer_product, outer_squares
 from nnj.jacobians import patches as patches_file
 from nnj.jacobians.factor import DenseFactor, Factor, ScaledFactor, SumFactor, merge_uses
+from nnj.jacobians.kron import Kron
+from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
@@ -190,6 +192,8 @@ def check(f: Factor, b: Tensor) -> None:
     for which in [slice(0, f.k), *parts(f)]:
         torch.testing.assert_close(f.columns(which).dense(), b[which], **CLOSE)
     check_products(f, b)
+    check_rotated(f, b)
+    check_kron(f, b)
     check_squares(f, b)
     check_rows(f, b)
 
@@ -208,6 +212,60 @@ def check_products(f: Factor, b: Tensor) -> None:
         torch.testing.assert_close(scaled.dense(), b * d, **CLOSE)
         check_kernels(f, scaled, b, b * d)
         check_kernels(scaled, scaled, b * d, b * d)
+
+
+def check_rotated(f: Factor, b: Tensor) -> None:
+    """By a matrix on each side, or on one alone, for each group; and shaped as it is wanted."""
+    for g in {1, 2} if f.shape and f.shape[0] and f.shape[0] % 2 == 0 else {1}:
+        o, i = (f.shape[0] // g if f.shape else 1), math.prod(f.shape[1:])
+        grid = b.reshape(f.k, f.n, g, o, i)
+        for left in (None, normal(g, o, 3)):
+            for right in (None, normal(g, i, 2)):
+                if left is right is None and g > 1:
+                    continue
+                moved = grid if left is None else left.mT @ grid
+                moved = moved if right is None else moved @ right
+                moved = moved.reshape(f.k, f.n, g * moved.shape[3], moved.shape[4])
+                found = f.rotate(left, right)
+                assert found.shape == moved.shape[2:]
+                torch.testing.assert_close(found.dense(), moved, **CLOSE)
+                torch.testing.assert_close(found.square_sum(), moved.square().sum((0, 1)), **CLOSE)
+                whole = f.rotate(left, right, (math.prod(found.shape),))
+                torch.testing.assert_close(whole.dense(), moved.flatten(2), **CLOSE)
+
+
+def check_kron(f: Factor, b: Tensor) -> None:
+    """S adds up over chunks, A and the count are those of each; rows of one sample with one place
+    are their Kronecker product, at the entries of each view.
+    """
+    for approx in ("expand", "reduce"):
+        whole = f.kron(approx)
+        chunks = [f.columns(which).kron(approx) for which in parts(f)]
+        if whole is None:
+            assert all(found is None for found in chunks)
+            continue
+        for at, kron in enumerate(whole):
+            found = [chunk[at] for chunk in chunks] or whole[at : at + 1]  # of no columns
+            torch.testing.assert_close(sum(c.outer_v() for c in found), kron.outer_v(), **CLOSE)
+            alive = torch.stack([c.alive() for c in found]).any(0)
+            assert torch.equal(alive, kron.alive())
+            for c in found:
+                torch.testing.assert_close(c.outer_u(), kron.outer_u(), **CLOSE)
+                torch.testing.assert_close(c.count(), kron.count(), **CLOSE)
+            check_one_place(f, b, kron)
+
+
+def check_one_place(f: Factor, b: Tensor, kron: Kron) -> None:
+    if f.n != 1 or not isinstance(kron, OuterKron) or kron.form[2] != 1:
+        return
+    left, right = kron.outer_v(), kron.outer_u()
+    product = torch.block_diag(*(torch.kron(s, a) for s, a in zip(left, right, strict=True)))
+    seen = (b if kron.view is None else kron.view.put(b)).reshape(f.k, -1)
+    gram = seen.mT @ seen
+    if len(left) > 1:  # between groups it is said to be zero
+        group = torch.arange(len(gram)) // (len(gram) // len(left))
+        gram = gram * (group[:, None] == group)
+    torch.testing.assert_close(product, gram, **CLOSE)
 
 
 def check_kernels(f: Factor, g: Factor, b: Tensor, c: Tensor) -> None:

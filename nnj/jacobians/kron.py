@@ -1,0 +1,91 @@
+"""S = sum v v^T and A = sum u u^T over the places of a factor B = V U^T: its Kronecker factors,
+with B^T B ~ S (x) A / count for each group (Martens and Grosse 2015; Eschenhagen et al. 2023).
+
+    expand   each place counts for itself: v and u of (n, l), count = N L
+    reduce   v = sum_l v, u = mean_l u, count = N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+Approx = Literal["expand", "reduce"]
+
+
+# Of what columns V is a view: each object that holds them, and which of them.
+Columns: TypeAlias = Sequence[tuple[object, int, int]]
+
+
+class Arrangement(Protocol):
+    """In which entries of a parameter S (x) A stands: `nnj.View`."""
+
+    def put(self, t: Tensor) -> Tensor:
+        """The entries in which the product stands: (..., *shape) -> (..., *inner)."""
+        ...
+
+    def back(self, t: Tensor) -> Tensor:
+        """The rows of the parameter that they are: (..., *inner) -> (..., rows, *shape[1:])."""
+        ...
+
+
+class Bias(NamedTuple):
+    """B that is the sum of columns over places, as that of a bias: u is one everywhere.
+
+    Attributes:
+        columns: which they are.
+        view: in which entries of the parameter; None is all of them.
+    """
+
+    columns: Columns
+    view: Arrangement | None = None
+
+
+class Kron:
+    """The Kronecker factors of one factor, made when they are asked for.
+
+    Of several chunks of columns S adds up, while A and the count, in which no column is, are those
+    of any of them. A place is alive if some column, of all chunks, is not zero there.
+
+    Must define all methods.
+
+    Attributes:
+        inputs_first: whether A stands on the left, A (x) S, as of a table, of which a row is an
+            input.
+        view: in which entries of the parameter; None is all of them, as they stand.
+        columns: of what V is a view, where it is known.
+    """
+
+    inputs_first: bool = False
+    view: Arrangement | None = None
+    columns: Columns = ()
+
+    def takes(self, bias: Bias) -> bool:
+        """Whether a bias is of the same places: then u with a one at its end serves both."""
+        mine, theirs = self.columns, bias.columns
+        return len(mine) == len(theirs) > 0 and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def outer_v(self) -> Tensor:
+        """S, (G, O, O)."""
+        raise NotImplementedError(f"{type(self).__name__} must define outer_v")
+
+    def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
+        """A without the division by the count, (G, I, I); (G, I) if it is diagonal.
+
+        Args:
+            alive: the places that count; None is all of them.
+            ones: whether u has a one at its end, as a joint bias wants it: (G, I + 1, I + 1).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define outer_u")
+
+    def count(self, alive: Tensor | None = None) -> Tensor:
+        """How many terms A is a sum of, ()."""
+        raise NotImplementedError(f"{type(self).__name__} must define count")
+
+    def alive(self) -> Tensor:
+        """The places at which one of the columns is not zero: truth values, of any shape."""
+        raise NotImplementedError(f"{type(self).__name__} must define alive")

@@ -1,0 +1,77 @@
+"""The Kronecker factors of B = V U^T: S = sum v v^T, A = sum u u^T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nnj.jacobians.kron import Approx, Kron
+from nnj.jacobians.patches import Patches
+
+
+class OuterKron(Kron):
+    """Of B = V U^T.
+
+    Args:
+        patches: U, (N, G, I, L).
+        v: makes V, (K, N, G, O, L).
+        form: G, O and L.
+    """
+
+    def __init__(
+        self,
+        patches: Patches,
+        v: Callable[[], Tensor],
+        form: tuple[int, int, int],
+        like: Tensor,
+        approx: Approx,
+    ):
+        self.patches, self.v, self.form, self.like = patches, v, form, like
+        self.reduce = approx == "reduce"
+
+    def outer_v(self) -> Tensor:
+        g, o, _ = self.form
+        v = self.v()
+        if self.reduce:
+            v = v.sum(-1, keepdim=True)
+        if g == v.shape[-1] == 1:
+            flat = v.reshape(-1, o)
+            return (flat.mT @ flat)[None]
+        flat = v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
+        return flat @ flat.mT
+
+    def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
+        g, _, l = self.form
+        i = self.patches.inputs + ones
+        total = self.like.new_zeros(g, i, i)
+        for rows in self.patches.parts(g * i * max(l, i)):
+            u = self.patches(rows).to(total.dtype)
+            if ones:
+                u = torch.cat([u, u.new_ones(len(u), g, 1, l)], 2)
+            u = self._counted(u, None if alive is None else alive[rows])
+            flat = u.permute(1, 2, 0, 3).reshape(g, i, -1)
+            total += flat @ flat.mT
+        return total
+
+    def _counted(self, u: Tensor, alive: Tensor | None) -> Tensor:
+        """u at the places that count, or their mean."""
+        if alive is not None:
+            u = u * alive[:, None, None]
+        if not self.reduce:
+            return u
+        places: Tensor | int = u.shape[-1] if alive is None else alive.sum(-1)[:, None, None, None]
+        return u.sum(-1, keepdim=True) / (
+            places.clamp(min=1) if isinstance(places, Tensor) else max(places, 1)
+        )
+
+    def count(self, alive: Tensor | None = None) -> Tensor:
+        if alive is not None:
+            return (alive.any(-1) if self.reduce else alive).sum().to(self.like.dtype)
+        terms = self.patches.n * (1 if self.reduce else self.form[2])
+        return self.like.new_full((), terms)
+
+    def alive(self) -> Tensor:
+        found: Tensor = (self.v() != 0).flatten(2, 3).any(2).any(0)
+        return found
