@@ -60,7 +60,9 @@ class collect(Collection):  # noqa: N801
 
     Attributes:
         samples, passes: how many samples and backward passes there were so far.
-        columns: how many exact columns the loss that had most of them sent back.
+        columns: how many exact columns the loss that had most of them sent back. Of a loss of
+            tokens (or pixels) those of all tokens of a sample are counted, though they walk
+            together until tokens mix.
         trace: under `tol`, that of the Hessians in the outputs, over all backward passes so far.
         deficit: what was left out under `tol`, as a part of that trace.
 

@@ -30,7 +30,9 @@ class Quantity:
         degree: a loss that is c times as large has a result that is c**degree times as large;
             `nnj.fit` divides by it for a mean, and refuses a mean where it is None.
         per_sample: results have the samples in axis 0. Those of further samples are put behind
-            them, not added, and are zero for samples that did not reach the parameter.
+            them, not added, and are zero for samples that did not reach the parameter. Without it
+            they are sums over samples, and of exact columns a factor may have a sample for each row
+            of the loss (a token), of which no two are mixed at this parameter.
         of_modules: whether results are attributes of modules; follows from what is defined.
     """
 

@@ -221,13 +221,16 @@ def test_a_hook_on_a_tensor():
     refused(model, "a gradient hook on the output of layer 'one' is not linear")
 
 
-def test_a_full_backward_hook():
+def test_a_full_backward_hook(monkeypatch):
+    """Columns go through it (test_hooks.py), unless nobody looks for hooks."""
+    monkeypatch.setattr(verification, "find_hooks", lambda *given: None)
     model = net(nn.ReLU())
     model[1].register_full_backward_hook(lambda m, given, out: (3 * given[0],))
     refused(model, "a gradient hook (at|on|in)")
 
 
-def test_a_full_backward_pre_hook():
+def test_a_full_backward_pre_hook(monkeypatch):
+    monkeypatch.setattr(verification, "find_hooks", lambda *given: None)
     model = net(nn.ReLU())
     model[1].register_full_backward_pre_hook(lambda m, out: (3 * out[0],))
     refused(model, "a gradient hook (at|on|in)")
