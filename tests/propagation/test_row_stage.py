@@ -243,3 +243,19 @@ def test_a_rule_that_says_something_else_of_rows():
             nnj.extend(nn.CrossEntropyLoss())(*flat(model(IDS), Y)).backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.ggn_diag, expected[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(T).eval(), nn.GroupNorm(2, T), nn.Conv1d(T, T, 1)]
+)
+def test_a_rule_that_fails_for_rows(layer):
+    """One that takes the tokens for channels knows nothing of a call with rows for samples."""
+    torch.manual_seed(0)
+    model = Tokens().double()
+    model.norm = layer.double()
+    expected = oracle(model, flat, nn.CrossEntropyLoss())
+    nnj.extend(model)
+    with nnj.collect("ggn_diag"):
+        nnj.extend(nn.CrossEntropyLoss())(*flat(model(IDS), Y)).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.ggn_diag, expected[name], msg=name)
