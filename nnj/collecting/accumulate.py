@@ -1,7 +1,7 @@
-"""How values add up: over the losses of a backward pass, over passes, and so over the batches of a
-data set.
+"""How states come together: over the losses of a backward pass, over passes, and so over the
+batches of a data set.
 
-    sums over samples          are added;
+    sums over samples          are added, or merged as their quantity says;
     rows, one for each sample  are concatenated, with zeros for samples whose loss did
                                not reach the parameter.
 """
@@ -9,19 +9,16 @@ data set.
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
-from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj.collecting.quantity import Quantity, failed
+from nnj.collecting.quantity import Holder, Quantity, Whole, failed, of_dtype, times
 from nnj.errors import NNJError
-
-Holder: TypeAlias = "nn.Module | Tensor"
 
 
 class ExactColumns(NamedTuple):
@@ -55,6 +52,7 @@ class Contribution:
 
     Attributes:
         holders: every parameter and module that may hold a result, reached or not.
+        states: of each quantity, at each place that the loss has reached.
         exact: its exact columns.
     """
 
@@ -67,74 +65,77 @@ class Contribution:
         self.calls, self.n, self.given = calls, n, given
         self.holders: dict[Holder, None] = {}
         self.exact = ExactColumns()
-        self._values: dict[str, dict[Holder, Any]] = {}
+        self.states: dict[str, dict[Holder, Any]] = {}
 
-    def add(self, name: str, holder: Holder, value: Any) -> None:
-        """The share of one chunk of columns."""
-        mine = self._values.setdefault(name, {})
-        mine[holder] = mine[holder] + value if holder in mine else value
+    def end(self, quantities: Mapping[str, Quantity]) -> None:
+        """No chunk of columns is to come any more."""
+        for name, states in self.states.items():
+            for holder, state in states.items():
+                states[holder] = asked(name, quantities[name].end_pass, state)
 
-    def finish(self, quantities: Mapping[str, Quantity]) -> None:
-        """Make results of the sums over chunks."""
-        for name, values in self._values.items():
-            finish = quantities[name].finish
-            try:
-                for holder, value in values.items():
-                    values[holder] = finish(value)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # of a stranger, who may exit
-                raise failed(name, error) from error.__cause__ or error
-
-    def names(self) -> list[str]:
-        """The quantities that have values."""
-        return list(self._values)
-
-    def values(self, name: str) -> Mapping[Holder, Any]:
-        """The results of a quantity, where the loss reached something."""
-        return self._values.get(name, {})
+    def at(self, name: str) -> Mapping[Holder, Any]:
+        """The states of a quantity, where the loss reached something."""
+        return self.states.get(name, {})
 
     def of_quantities(self, names: Container[str]) -> Contribution:
         """The part of some quantities."""
         part = Contribution(self.calls, self.n)
         part.holders, part.exact = self.holders, self.exact
-        part._values = {name: values for name, values in self._values.items() if name in names}
+        part.states = {name: states for name, states in self.states.items() if name in names}
         return part
 
     def of_same_samples(self, other: Contribution) -> bool:
         """Whether another loss is one of the same samples."""
         return self.n == other.n and (bool(self.calls & other.calls) or self.calls == other.calls)
 
-    def absorb(self, other: Contribution, factor: int = 1) -> None:
+    def absorb(
+        self, other: Contribution, quantities: Mapping[str, Quantity], factor: int = 1
+    ) -> None:
         """Add `factor` times another contribution of the same samples."""
         self.calls |= other.calls
         self.given |= other.given
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
-        for name, values in other._values.items():
-            for holder, value in values.items():
-                self.add(name, holder, value if factor == 1 else factor * value)
+        for name, states in other.states.items():
+            mine, quantity = self.states.setdefault(name, {}), quantities[name]
+            for holder, state in states.items():
+                state = times(state, factor)
+                known = holder in mine
+                mine[holder] = (
+                    asked(name, quantity.merge_losses, mine[holder], state) if known else state
+                )
 
 
-class _Sum:
-    """The sum of the values that reached one holder."""
+def asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
+    """What a quantity makes of what it is given. Errors: `NNJError` that names it."""
+    try:
+        return ask(*given)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a stranger, who may exit
+        raise failed(name, error) from error.__cause__ or error
 
-    def __init__(self) -> None:
-        self._value: Tensor | None = None
 
-    def add(self, found: list[tuple[int, Tensor]]) -> None:
-        """Take in one pass: (the number of the first sample, value) for each group of samples."""
-        value = functools.reduce(operator.add, [value for _, value in found])
-        self._value = value if self._value is None else self._value + value
+class _Merged:
+    """The states that reached one holder, merged: of sums over samples."""
 
-    def value(self, samples: int) -> Tensor | None:
-        """The sum; None if nothing reached the holder."""
-        return self._value
+    def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
+        self._merge, self._state = merge, None
+
+    def add(self, found: list[tuple[int, Any]]) -> None:
+        """Take in one pass: (the number of the first sample, state) for each group of samples."""
+        states = [state for _, state in found]
+        states = states if self._state is None else [self._state, *states]
+        self._state = functools.reduce(self._merge, states)
+
+    def state(self, samples: int) -> Any:
+        """All of them; None if nothing reached the holder."""
+        return self._state
 
     @property
     def shape(self) -> torch.Size | None:
         """Of what one sample may add."""
-        return None if self._value is None else self._value.shape
+        return None if self._state is None else getattr(self._state, "shape", torch.Size())
 
 
 class _Rows:
@@ -153,7 +154,7 @@ class _Rows:
             self._parts.append(rows)
             self._length += len(rows)
 
-    def value(self, samples: int) -> Tensor | None:
+    def state(self, samples: int) -> Tensor | None:
         """(samples, ...); None if nothing reached the holder."""
         if not self._parts:
             return None
@@ -189,7 +190,7 @@ class Accumulator:
         self._quantities = quantities
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # by quantity and holder, which is held weakly: what is collected goes with its parameter
-        self._totals: dict[str, MutableMapping[Holder, _Sum | _Rows]] = {
+        self._totals: dict[str, MutableMapping[Holder, _Merged | _Rows]] = {
             name: WeakIdKeyDictionary() for name in quantities
         }
 
@@ -198,7 +199,7 @@ class Accumulator:
 
         Errors: `NNJError` for rows of samples where one loss is given some of the calls of another.
         """
-        groups = _by_samples(contributions)
+        groups = _by_samples(contributions, self._quantities)
         for name, quantity in self._quantities.items():
             if quantity.per_sample:
                 _check_apart(name, groups)
@@ -210,12 +211,12 @@ class Accumulator:
             self.exact = self.exact.plus(group.exact)
         for name in self._quantities:
             self._expect(name, groups)
-            found: dict[Holder, list[tuple[int, Tensor]]] = {}
+            found: dict[Holder, list[tuple[int, Any]]] = {}
             for start, group in zip(starts, groups, strict=False):
-                for holder, value in group.values(name).items():
-                    found.setdefault(holder, []).append((start, value))
-            for holder, values in found.items():
-                self._totals[name][holder].add(values)
+                for holder, state in group.at(name).items():
+                    found.setdefault(holder, []).append((start, state))
+            for holder, states in found.items():
+                asked(name, self._totals[name][holder].add, states)
         self.samples, self.passes = starts[-1], self.passes + 1
 
     def let_go(self) -> None:
@@ -229,24 +230,24 @@ class Accumulator:
         """Know all that may hold a result of the quantity, reached or not."""
         quantity, totals = self._quantities[name], self._totals[name]
         for group in groups:
-            for holder in group.holders:
-                if isinstance(holder, nn.Module) == quantity.of_modules and holder not in totals:
-                    totals[holder] = _Rows() if quantity.per_sample else _Sum()
+            for holder in [*group.holders, *group.at(name)]:
+                if isinstance(holder, quantity.place) and holder not in totals:
+                    totals[holder] = _Rows() if quantity.per_sample else _Merged(quantity.merge)
 
-    def values(self, name: str) -> list[tuple[Holder, Tensor | None]]:
-        """Each parameter or module that may hold the quantity, with its value so far."""
+    def values(self, name: str) -> list[tuple[Holder, Any]]:
+        """Each parameter or module that may hold the quantity, with its result so far."""
         totals = self._totals[name].items()
-        return [(holder, self._value(holder, total)) for holder, total in totals]
+        return [(holder, self._value(name, holder, total)) for holder, total in totals]
 
-    def value(self, name: str, holder: Holder, factor: float = 1.0) -> Tensor | None:
-        """`factor` times the value of a parameter or module so far, of its dtype, with the rows of
+    def value(self, name: str, holder: Holder, factor: float = 1.0) -> Any:
+        """`factor` times the result of a parameter or module so far, of its dtype, with the rows of
         all samples if there is one for each; None if nothing reached it.
         """
         total = self._totals[name].get(holder)
-        return None if total is None else self._value(holder, total, factor)
+        return None if total is None else self._value(name, holder, total, factor)
 
-    def value_or_zeros(self, name: str, p: Tensor, factor: float = 1.0) -> Tensor | None:
-        """The value of a parameter; if nothing reached it zeros, where the quantity is known to
+    def value_or_zeros(self, name: str, p: Tensor, factor: float = 1.0) -> Any:
+        """The result of a parameter; if nothing reached it zeros, where the quantity is known to
         have the shapes of parameters.
         """
         value = self.value(name, p, factor)
@@ -255,22 +256,45 @@ class Accumulator:
         rows = (self.samples,) if self._quantities[name].per_sample else ()
         return p.detach().new_zeros((*rows, *p.shape))
 
-    def _value(self, holder: Holder, total: _Sum | _Rows, factor: float = 1.0) -> Tensor | None:
-        value = total.value(self.samples)
-        if value is None:
+    def state(self, name: str, holder: Holder) -> Any:
+        """The state of a place so far; None if nothing reached it."""
+        total = self._totals[name].get(holder)
+        return None if total is None else total.state(self.samples)
+
+    def totals(self, name: str, loss_factor: float = 1.0) -> dict[str, Tensor]:
+        """What stands on the context of a quantity, as of a loss that is `loss_factor` times as
+        large.
+        """
+        every = {holder: self.state(name, holder) for holder in self._totals[name]}
+        states = {holder: state for holder, state in every.items() if state is not None}
+        found = asked(name, self._quantities[name].totals, states, self.samples)
+        return {key: times(value, loss_factor**degree) for key, (value, degree) in found.items()}
+
+    def _value(self, name: str, holder: Holder, total: _Merged | _Rows, factor: float = 1.0) -> Any:
+        state = total.state(self.samples)
+        if state is None:
             return None
-        value = value if factor == 1 else value * factor
-        return value.to(dtype_of(holder) or value.dtype)
+        return result(name, self._quantities[name], holder, state, self.samples, factor)
 
     def _is_like_parameters(self, name: str) -> bool:
-        return not self._quantities[name].of_modules and all(
+        return self._quantities[name].place is Tensor and all(
             total.shape in (None, holder.shape)
             for holder, total in self._totals[name].items()
             if isinstance(holder, Tensor)
         )
 
 
-def _by_samples(contributions: Iterable[Contribution]) -> list[Contribution]:
+def result(
+    name: str, quantity: Quantity, holder: Holder, state: Any, samples: int, factor: float = 1.0
+) -> Any:
+    """`factor` times what a quantity makes of the state of a place, of the place's dtype."""
+    value = times(asked(name, quantity.finish, state, samples), factor)
+    return of_dtype(value, dtype_of(holder))
+
+
+def _by_samples(
+    contributions: Iterable[Contribution], quantities: Mapping[str, Quantity]
+) -> list[Contribution]:
     """Those of the same samples added up, in the order of the forward calls that made them."""
     groups: list[Contribution] = []
     for part in sorted(contributions, key=lambda c: max(c.calls, default=0)):
@@ -278,7 +302,7 @@ def _by_samples(contributions: Iterable[Contribution]) -> list[Contribution]:
         if group is None:
             groups.append(part)
         else:
-            group.absorb(part)
+            group.absorb(part, quantities)
     return groups
 
 
@@ -297,4 +321,6 @@ def dtype_of(holder: Holder) -> torch.dtype | None:
     """Of a parameter, or of the first of a module's own; None if it has none."""
     if isinstance(holder, Tensor):
         return holder.dtype
+    if isinstance(holder, Whole):
+        return None
     return next((p.dtype for p in holder.parameters(recurse=False)), None)

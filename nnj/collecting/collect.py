@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from nnj.collecting.accumulate import Accumulator, Contribution, Holder, dtype_of
+from nnj.collecting.accumulate import Accumulator, Contribution, result
 from nnj.collecting.passes import Collection
+from nnj.collecting.quantity import Holder, Quantity
 from nnj.collecting.request import Request
 
 # By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
@@ -182,7 +183,7 @@ class collect(Collection):  # noqa: N801
 
     def __init__(
         self,
-        *quantities: str,
+        *quantities: str | Quantity,
         modules: Iterable[nn.Module] | None = None,
         memory: int = 2**28,
         tol: float = 0.0,
@@ -234,6 +235,7 @@ class collect(Collection):  # noqa: N801
         self.check_closed()
         self.accumulator = Accumulator(self.request.quantities)
         self._holders: dict[str, weakref.WeakSet[nn.Module]] = {}  # at which each was set
+        self._totals: dict[str, Tensor] | None = None  # of the context, once it is closed
         for name in self.request.quantities:
             _withdraw(name)
         return super().__enter__()
@@ -249,12 +251,33 @@ class collect(Collection):  # noqa: N801
             super().__exit__(kind, error, traceback)
             if kind is None and self._covered():
                 self._publish()
+            if kind is None:
+                self._totals = self._found_totals()
         finally:
             self.accumulator.let_go()
 
     @override
     def pass_ended(self) -> None:
         self._publish()
+
+    def __getattr__(self, name: str) -> Any:
+        """What belongs to all parameters together, such as `context.ggn`."""
+        if name.startswith("_") or "accumulator" not in vars(self):
+            raise AttributeError(name)
+        totals = vars(self).get("_totals")
+        totals = self._found_totals() if totals is None else totals
+        if name in totals:
+            return totals[name]
+        has = f"It has {', '.join(totals)}" if totals else "It has none of such results"
+        raise AttributeError(
+            f"nnj.collect of {', '.join(self.request.quantities)} has no {name!r}. {has}"
+        )
+
+    def _found_totals(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in self.request.quantities:
+            found |= self.accumulator.totals(name)
+        return found
 
     def _covered(self) -> bool:
         """Whether a collection within this one has taken away what this one has set."""
@@ -299,8 +322,9 @@ class PassByPass:
         places = _places(contributions)
         same = len(places) == len(self._last) and all(map(operator.is_, places, self._last))
         for name in holders if same else ():
-            for holder, value in contributions[0].values(name).items():
-                vars(holder)[name] = value.to(dtype_of(holder) or value.dtype)
+            quantity = self.request.quantities[name]
+            for holder, state in contributions[0].at(name).items():
+                vars(holder)[name] = result(name, quantity, holder, state, contributions[0].n)
         return same
 
 
@@ -309,7 +333,7 @@ def _places(contributions: list[Contribution]) -> list[Holder]:
     if len(contributions) != 1:
         return []
     (found,) = contributions
-    return [*found.holders, *(holder for name in found.names() for holder in found.values(name))]
+    return [*found.holders, *(holder for at in found.states.values() for holder in at)]
 
 
 def _withdraw(name: str) -> None:

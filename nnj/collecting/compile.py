@@ -14,6 +14,7 @@ from nnj.collecting.collect import PassByPass
 from nnj.collecting.loss_reduction import name_of
 from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
 from nnj.collecting.passes import Collection, open_collections
+from nnj.collecting.quantity import Holder, Quantity, Whole
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
@@ -23,7 +24,7 @@ from nnj.recording.extend import extend, is_own_hook
 def compile(
     model: nn.Module,
     loss_func: Any,
-    *quantities: str,
+    *quantities: str | Quantity,
     backend: str = "inductor",
     limit: int = 8,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -122,7 +123,7 @@ def compile(
         backend,
         limit,
         verify,
-        names_of_results(),
+        names_of_results(request),
         is_own_hook,
         why_never(request),
     )
@@ -192,23 +193,23 @@ class Step:
             mine.publish([c.of_quantities(rest) for c in found])
 
 
-class Results(Mapping[str, dict[str, Tensor]]):
+class Results(Mapping[str, Any]):
     """`results["ggn_diag"]["0.weight"]`: the quantities of one pass by the names of parameters, or
-    of modules, that it has reached.
+    of modules, that it has reached; what belongs to all parameters together is a tensor.
     """
 
     def __init__(self, model: nn.Module, request: Request, contributions: list[Contribution]):
         self._model, self._request, self._found = model, request, contributions
 
     @override
-    def __getitem__(self, quantity: str) -> dict[str, Tensor]:
+    def __getitem__(self, quantity: str) -> Any:
         alone = Collection(self._request.part({quantity}))
-        _ = alone.request.quantities[quantity]  # KeyError
+        place = alone.request.quantities[quantity].place  # KeyError
         alone.add_pass([c.of_quantities({quantity}) for c in self._found])
-        named = (
-            self._model.named_modules()
-            if alone.request.quantities[quantity].of_modules
-            else self._model.named_parameters()
+        if place is Whole:
+            return alone.accumulator.totals(quantity).get(quantity)
+        named: Iterable[tuple[str, Holder]] = (
+            self._model.named_modules() if place is nn.Module else self._model.named_parameters()
         )
         found = ((name, alone.accumulator.value(quantity, holder)) for name, holder in named)
         return {name: value for name, value in found if value is not None}

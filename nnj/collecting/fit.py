@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from nnj.collecting.batches import call, length, moved, read, scalar
 from nnj.collecting.fit_result import Fit
+from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
 from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
 from nnj.collecting.passes import Collection, is_collecting
+from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_simple
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
@@ -35,7 +37,7 @@ def fit(
     model: nn.Module,
     loss_func: Any,
     loader: Iterable[Any],
-    *quantities: str,
+    *quantities: str | Quantity,
     scale: str = "sum",
     reduction: str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -157,7 +159,7 @@ def _cases(run: _Run, evaluate: _Evaluate, backend: str) -> Cases[Passed]:
         program,
         backend,
         verify=run.request.verify,
-        ignored=names_of_results(),
+        ignored=names_of_results(run.request),
         is_own=is_own_hook,
         never=why_never(run.request),
     )
@@ -235,29 +237,53 @@ class _Run:
                 f"the mean of {loss} over this data set divides by {self.total:g}: all targets are "
                 "ignored, or of weight zero"
             )
+        made = {name: self._values(name) for name in quantities}
+        context: dict[str, Tensor] = {}
+        for name in quantities:
+            context |= accumulator.totals(name, self._of_loss)
         return Fit(
-            {name: self._values(name) for name in quantities},
+            {name: found for name, found in made.items() if quantities[name].place is not Whole},
+            quantities,
+            Names.of(self.model, self.params.values()),
+            {name: self._states(name) for name, q in quantities.items() if not is_simple(q)},
+            context,
             samples=accumulator.samples,
             scale=self.scale,
             total=self.total if self.scale == "mean" else 1.0,
             loss=loss,
-            per_sample=tuple(self.request.per_sample),
-            of_modules=tuple(name for name, q in quantities.items() if q.of_modules),
+            trace=accumulator.exact.trace,
             deficit=accumulator.exact.deficit,
         )
 
-    def _values(self, name: str) -> dict[str, Tensor]:
-        """A quantity by the names of parameters or modules, in their order."""
+    @property
+    def _of_loss(self) -> float:
+        """What the loss of the data set is of the sum over batches."""
+        return 1 / self.total if self.scale == "mean" else 1.0
+
+    def _places(self, name: str) -> Mapping[str, Holder]:
+        """Where results of a quantity may stand, by name and in order."""
+        place = self.request.quantities[name].place
+        if place is nn.Module:
+            return dict(self.model.named_modules())
+        return {"": WHOLE} if place is Whole else self.params
+
+    def _values(self, name: str) -> dict[str, Any]:
+        """The results of a quantity by the names of their places, in their order."""
         accumulator, quantity = self.collection.accumulator, self.request.quantities[name]
-        factor = self.total ** -(quantity.degree or 0) if self.scale == "mean" else 1.0
-        found = (
-            {path: accumulator.value(name, m, factor) for path, m in self.model.named_modules()}
-            if quantity.of_modules
-            else {
-                path: accumulator.value_or_zeros(name, p, factor) for path, p in self.params.items()
-            }
-        )
+        factor = self._of_loss ** (quantity.degree or 0)
+        found = {}
+        for path, holder in self._places(name).items():
+            if isinstance(holder, Tensor):
+                found[path] = accumulator.value_or_zeros(name, holder, factor)
+            else:
+                found[path] = accumulator.value(name, holder, factor)
         return {path: value for path, value in found.items() if value is not None}
+
+    def _states(self, name: str) -> dict[str, Any]:
+        """Those of a quantity by the names of their places."""
+        accumulator, places = self.collection.accumulator, self._places(name).items()
+        found = {path: accumulator.state(name, holder) for path, holder in places}
+        return {path: state for path, state in found.items() if state is not None}
 
 
 @contextmanager

@@ -1,119 +1,229 @@
 """What nnj.fit gives: quantities of a whole data set by the names of parameters and modules, to be
-kept, saved and flattened.
+kept, saved, merged, flattened and made matrices of.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnj.collecting import quantity_file
+from nnj.collecting.accumulate import asked
+from nnj.collecting.fit_merge import Both, check_alike
+from nnj.collecting.joint_matrix import Names, PlacedMatrix, joint_matrix
+from nnj.collecting.quantity import Quantity, is_simple
 from nnj.errors import NNJError
+from nnj.matrices.load import read_packed, unpacked
+from nnj.matrices.matrix import Matrix, packed
 
-_FORMAT = 1
+_FORMAT = 2
 _FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
     "samples": int,
     "scale": str,
     "total": (int, float),
     "loss": str,
-    "per_sample": (tuple, list),
-    "of_modules": (tuple, list),
+    "trace": (int, float),
     "deficit": (int, float),
 }
 
 
-class Fit(Mapping[str, dict[str, Tensor]]):
+class Fit(Mapping[str, Any]):
     """`fit["ggn_diag"]["0.weight"]`: quantities by name, each a dict from names of parameters, or
-    of modules, to tensors.
+    of modules, to tensors or matrices. `fit["ggn"]`, which belongs to all parameters together, is a
+    tensor.
 
     Parameters stand in the order of `model.named_parameters()`, and are those that require grad;
     modules stand in that of `model.named_modules()`.
+
+    Args:
+        values: of each quantity, results by the names of their places.
+        quantities: by name.
+        names: those of the parameters.
+        states: of the quantities that are more than sums or rows, what results are made of, by the
+            names of their places; "" is the place of all parameters together.
+        context: see below.
+        facts: see below.
 
     Attributes:
         samples: the number of samples.
         scale: "sum" or "mean".
         total: what the sum over samples was divided by: 1 for a sum.
         loss: the name of the loss.
-        per_sample: the quantities that have the samples in axis 0, in the order of the loader.
-        of_modules: the quantities that belong to modules.
-        deficit: what was left out under tol=, as a part of the trace of the Hessians in the
-            outputs.
+        context: by name, what belongs to all parameters together: tensors.
+        trace: under tol=, that of the Hessians in the outputs, of the sum over samples.
+        deficit: what was left out under tol=, as a part of that trace.
     """
+
+    samples: int
+    scale: str
+    total: float
+    loss: str
+    trace: float
+    deficit: float
 
     def __init__(
         self,
-        values: dict[str, dict[str, Tensor]],
-        *,
-        samples: int,
-        scale: str,
-        total: float = 1.0,
-        loss: str = "",
-        per_sample: tuple[str, ...] = (),
-        of_modules: tuple[str, ...] = (),
-        deficit: float = 0.0,
+        values: Mapping[str, dict[str, Any]],
+        quantities: Mapping[str, Quantity | dict[str, Any]],
+        names: Names,
+        states: Mapping[str, dict[str, Any]],
+        context: Mapping[str, Tensor],
+        **facts: Any,
     ):
-        self.values_of = values
-        self.samples, self.scale, self.total, self.loss = samples, scale, total, loss
-        self.per_sample, self.of_modules, self.deficit = (
-            tuple(per_sample),
-            tuple(of_modules),
-            deficit,
-        )
+        self.values_of, self.context = dict(values), dict(context)
+        self._quantities, self._names = dict(quantities), names
+        self._states = dict(states)
+        for name in _FACTS:
+            setattr(self, name, facts[name])
 
-    def __getitem__(self, quantity: str) -> dict[str, Tensor]:
-        return self.values_of[quantity]
+    def __getitem__(self, quantity: str) -> Any:
+        found = self.values_of.get(quantity)
+        return self.context[quantity] if found is None else found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values_of)
+        return iter(dict.fromkeys([*self.values_of, *self.context]))
 
     def __len__(self) -> int:
-        return len(self.values_of)
+        return len({*self.values_of, *self.context})
+
+    # -- what it is of -----------------------------------------------------------------------------
+
+    @property
+    def per_sample(self) -> tuple[str, ...]:
+        """The quantities that have the samples in axis 0, in the order of the loader."""
+        return tuple(name for name in self._quantities if self._kept(name)["per_sample"])
+
+    @property
+    def of_modules(self) -> tuple[str, ...]:
+        """The quantities that belong to modules."""
+        return tuple(n for n in self._quantities if self._kept(n)["place"] == "modules")
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        quantity = self._quantities[name]
+        return quantity if isinstance(quantity, dict) else quantity_file.written(quantity)
+
+    def _quantity(self, name: str) -> Quantity:
+        """Errors: `NNJError` for one that was not fitted, or whose class is not there."""
+        if name not in self._quantities:
+            raise NNJError(f"{name!r} was not fitted. Fitted: {', '.join(self._quantities)}")
+        quantity = self._quantities[name]
+        if isinstance(quantity, dict):
+            quantity = self._quantities[name] = quantity_file.read(name, quantity)
+        return quantity
+
+    # -- what is made of it ------------------------------------------------------------------------
 
     def vector(self, quantity: str) -> Tensor:
         """A quantity of parameters as one vector (P,), in the order of `model.parameters()`; (N, P)
         for one of each sample.
 
-        Errors: `NNJError` for a quantity that is not in it, or belongs to modules.
+        Errors: `NNJError` for a quantity that is not in it, or does not belong to parameters.
         """
         if quantity not in self.values_of:
             raise NNJError(f"{quantity!r} was not fitted. Fitted: {', '.join(self)}")
-        if quantity in self.of_modules:
+        kept = self._kept(quantity)
+        if kept["place"] != "parameters":
             raise NNJError(
-                f"{quantity!r} belongs to modules, and has no vector of parameters. Use "
+                f"{quantity!r} belongs to {kept['place']}, and has no vector of parameters. Use "
                 f"fit[{quantity!r}][name]"
             )
-        axis = 1 if quantity in self.per_sample else 0
+        axis = 1 if kept["per_sample"] else 0
         flat = [  # also of parameters without axes, or without entries
             t.reshape(*t.shape[:axis], math.prod(t.shape[axis:])) for t in self[quantity].values()
         ]
         return torch.cat(flat, axis)
 
+    def matrix(self, quantity: str) -> Matrix:
+        """A quantity as one matrix over all parameters in the order of `model.parameters()`: see
+        `nnj.matrices`. Those that no sample reached are zero.
+
+        Errors: `NNJError` for a quantity that is no matrix, or not in it.
+        """
+        asked_for = self._quantity(quantity)
+        if asked_for.place not in (Tensor, nn.Module):
+            found = asked_for.matrix(self.context[quantity], self._names.shapes)
+            return _is_matrix(quantity, found)
+        return _is_matrix(
+            quantity, matrix_of_places(asked_for, self.values_of[quantity], self._names)
+        )
+
+    @classmethod
+    def merge(cls, fits: Sequence[Fit]) -> Fit:
+        """That of all data that were fitted in parts, with one model and one loss: sums are added,
+        rows are put one behind the other, and Kronecker factors add their factors and counts.
+
+        Errors: `NNJError` for fits of other models, losses, scales or quantities.
+        """
+        fits = list(fits)
+        for fit in fits:
+            if not isinstance(fit, Fit):
+                raise NNJError(f"Fit.merge takes nnj.Fits, not {type(fit).__name__}")
+        if not fits:
+            raise NNJError("Fit.merge takes a list of at least one nnj.Fit")
+        return functools.reduce(Fit._merged, fits)
+
+    def _merged(self, other: Fit) -> Fit:
+        check_alike(self._facts_of_data(), other._facts_of_data())
+        samples = self.samples + other.samples
+        total = self.total + other.total if self.scale == "mean" else 1.0
+        both = Both((self.samples, other.samples), (self.total, other.total), total)
+        values, states, context = {}, {}, dict[str, Tensor]()
+        for name in self._quantities:
+            quantity = self._quantity(name)
+            if is_simple(quantity):
+                values[name] = both.simple(quantity, self.values_of[name], other.values_of[name])
+                continue
+            states[name] = both.states(name, quantity, self._states[name], other._states[name])
+            values[name], more = both.results(
+                name, quantity, states[name], self.values_of.get(name)
+            )
+            context |= more
+        trace = self.trace + other.trace
+        lost = self.deficit * self.trace + other.deficit * other.trace
+        facts = self._facts() | {"samples": samples, "total": total, "trace": trace}
+        facts["deficit"] = lost / trace if trace else 0.0
+        return Fit(values, self._quantities, self._names, states, context, **facts)
+
+    def _facts_of_data(self) -> dict[str, Any]:
+        """What fits of parts of one data set have in common."""
+        quantities = {name: self._kept(name) for name in self._quantities}
+        return {
+            "parameters": self._names.shapes,
+            "losses": self.loss,
+            "scales": self.scale,
+            "quantities": quantities,
+        }
+
+    # -- files -------------------------------------------------------------------------------------
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it to a file, which holds tensors and plain values alone."""
-        torch.save({"nnj.Fit": _FORMAT, "values": self.values_of, **self._facts()}, path)
+        kept = {
+            "nnj.Fit": _FORMAT,
+            "values": packed(self.values_of),
+            "context": self.context,
+            "states": self._states,
+            "quantities": {name: self._kept(name) for name in self._quantities},
+            "names": {"shapes": self._names.shapes, "own": self._names.own},
+        }
+        torch.save({**kept, **self._facts()}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], map_location: Any = None) -> Fit:
         """Read what `save` wrote; no code in the file is run. Errors: `NNJError` for a file of
         another kind.
         """
-        cause: Exception | None = None
-        try:
-            found = torch.load(path, map_location=map_location, weights_only=True)
-        except OSError:
-            raise  # no file, or one that may not be read
-        except Exception as error:  # a file of another kind: torch has many names for that
-            found, cause = None, error
-        if not _is_fit(found):
-            raise NNJError(
-                f"{os.fspath(path)} holds no nnj.Fit that this version can read. Write it with "
-                "Fit.save"
-            ) from cause
-        return cls(found["values"], **{name: found[name] for name in _FACTS})
+        found = read_packed(path, map_location, _is_fit, "nnj.Fit", "Fit.save")
+        facts = {name: found[name] for name in _FACTS}
+        names = Names(found["names"]["shapes"], found["names"]["own"])
+        values = unpacked(found["values"])
+        return cls(values, found["quantities"], names, found["states"], found["context"], **facts)
 
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _FACTS}
@@ -121,21 +231,53 @@ class Fit(Mapping[str, dict[str, Tensor]]):
     def __repr__(self) -> str:
         lines = [f"Fit({self.samples} samples, scale={self.scale!r}, loss={self.loss})"]
         width = max(map(len, self), default=0)
-        for name, found in self.items():
-            what = "modules" if name in self.of_modules else "parameters"
-            numbers = sum(t.numel() for t in found.values())
-            lines.append(f"  {name:{width}}  {numbers} numbers of {len(found)} {what}")
+        for name, found in self.values_of.items():
+            what = self._kept(name)["place"]
+            matrices = [m for m in found.values() if isinstance(m, Matrix)]
+            numbers = sum(t.numel() for t in found.values() if isinstance(t, Tensor))
+            of = f"{len(matrices)} matrices" if matrices else f"{numbers} numbers"
+            lines.append(f"  {name:{width}}  {of} of {len(found)} {what}")
+        for name, t in self.context.items():
+            if name not in self.values_of:
+                lines.append(f"  {name:{width}}  {t.numel()} numbers")
         return "\n".join(lines)
+
+
+def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names) -> Matrix | None:
+    """One matrix of the results at parameters or modules; None if they are none."""
+    placed, like = [], None
+    for path, value in values.items():
+        own = names.own[path] if quantity.place is nn.Module else {path: path}
+        shapes = {name: names.shapes[full] for name, full in own.items()}
+        found = asked(path, quantity.matrix, value, shapes)
+        if found is None:
+            return None
+        placed.append(PlacedMatrix(found, own))
+        like = torch.zeros(0, dtype=found.dtype, device=found.device)
+    return joint_matrix(names, placed, like)
+
+
+def _is_matrix(quantity: str, found: Matrix | None) -> Matrix:
+    if found is None:
+        raise NNJError(
+            f"{quantity!r} is no matrix over the parameters. ggn_diag, ggn_block, kfac, ekfac and "
+            "ggn are"
+        )
+    return found
 
 
 def _is_fit(found: Any) -> bool:
     """Whether what was read from a file is what `Fit.save` writes."""
     if not isinstance(found, dict) or found.get("nnj.Fit") != _FORMAT:
         return False
-    values = found.get("values")
+    tables = [found.get(part) for part in ("values", "context", "states", "quantities", "names")]
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    values, _, _, quantities, names = (dict[str, Any](table or {}) for table in tables)
     return (
-        isinstance(values, dict)
-        and all(isinstance(kept, dict) for kept in values.values())
-        and all(isinstance(t, Tensor) for kept in values.values() for t in kept.values())
+        all(isinstance(kept, dict) for kept in values.values())
+        and all(isinstance(t, (Tensor, dict)) for kept in values.values() for t in kept.values())
+        and all(map(quantity_file.is_written, quantities.values()))
+        and names.keys() == {"shapes", "own"}
         and all(isinstance(found.get(name), kind) for name, kind in _FACTS.items())
     )

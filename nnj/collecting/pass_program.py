@@ -4,17 +4,18 @@ add to the quantities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from typing_extensions import override
 
-from nnj.collecting.accumulate import Contribution, ExactColumns, Holder
+from nnj.collecting.accumulate import Contribution, ExactColumns
 from nnj.collecting.passes import Capture
+from nnj.collecting.quantity import Holder, Whole
 from nnj.collecting.request import Request
 from nnj.compiling.program import Program
 from nnj.registry.manager import manager
@@ -73,14 +74,15 @@ class PassProgram(Program[Passed]):
         with Capture(self.request.trusted()).alone() as capture:
             found = torch.autograd.grad(value, [inputs[i] for i in leaves], allow_unused=True)
         grads = list[Tensor]()
-        leaves_of_more, spec = tree_flatten(more)
-        layout = _Layout(capture.contributions, inputs, leaves_of_more, spec)
+        beside = _Form(more)
+        layout = _Layout(capture.contributions, inputs, beside)
         for i, g in zip(leaves, found, strict=True) if self.gradients else ():
             if g is not None:
                 layout.grads.append(i)
                 grads.append(_laid_out_as(inputs[i], g))
-        beside = [t for t in leaves_of_more if isinstance(t, Tensor)]
-        return [value, *beside, *grads, *layout.values(capture.contributions)], layout
+        results = [value, *beside.tensors, *grads, *layout.tensors(capture.contributions)]
+        beside.empty()
+        return results, layout
 
     @override
     def take(self, results: Sequence[Tensor], layout: Any, inputs: Sequence[Tensor]) -> Passed:
@@ -112,18 +114,44 @@ def _add_gradients(leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 @dataclass
 class _Kept:
-    """A contribution without its values.
+    """A contribution without its tensors.
 
     Attributes:
         holders: the numbers of tensors, and modules.
-        values: for each quantity, at which of them it has a value.
+        states: for each quantity, at which of them it has a state, and of what form, with the
+            plain values in it.
     """
 
     calls: frozenset[int]
     n: int
     exact: ExactColumns
-    holders: list[int | nn.Module]
-    values: dict[str, list[int | nn.Module]]
+    holders: list[Place]
+    states: dict[str, list[tuple[Place, _Form]]]
+
+
+Place: TypeAlias = "int | nn.Module | Whole"
+
+
+class _Form:
+    """What a value is without its tensors."""
+
+    def __init__(self, value: Any):
+        leaves, self._spec = tree_flatten(value)
+        self.tensors = [t for t in leaves if isinstance(t, Tensor)]
+        self._leaves = [None if isinstance(t, Tensor) else t for t in leaves]
+        self._at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+
+    def with_tensors(self, given: Iterator[Tensor]) -> Any:
+        """The value with other tensors, of which as many are taken as there were."""
+        leaves = list(self._leaves)
+        for i in self._at:
+            leaves[i] = next(given)
+        return tree_unflatten(leaves, self._spec)
+
+    def empty(self) -> _Form:
+        """The same, keeping no tensor."""
+        self.tensors = []
+        return self
 
 
 class _Layout:
@@ -135,19 +163,13 @@ class _Layout:
     """
 
     def __init__(
-        self,
-        contributions: Sequence[Contribution],
-        inputs: Sequence[Tensor],
-        more: list[Any],
-        spec: Any,
+        self, contributions: Sequence[Contribution], inputs: Sequence[Tensor], more: _Form
     ):
-        self.grads, self._spec = list[int](), spec
-        self.beside = sum(isinstance(t, Tensor) for t in more)
-        self._more = [None if isinstance(t, Tensor) else t for t in more]
-        self._tensors = [i for i, t in enumerate(more) if isinstance(t, Tensor)]
+        self.grads, self._more = list[int](), more
+        self.beside = len(more.tensors)
         number = {id(t): i for i, t in enumerate(inputs)}
 
-        def place(holder: Holder) -> int | nn.Module:
+        def place(holder: Holder) -> Place:
             return number[id(holder)] if isinstance(holder, Tensor) else holder
 
         self.kept = [
@@ -156,36 +178,38 @@ class _Layout:
                 c.n,
                 c.exact,
                 [place(holder) for holder in c.holders],
-                {name: [place(holder) for holder in c.values(name)] for name in c.names()},
+                {
+                    name: [(place(holder), _Form(state).empty()) for holder, state in at.items()]
+                    for name, at in c.states.items()
+                },
             )
             for c in contributions
         ]
 
     def more(self, results: Sequence[Tensor]) -> Any:
         """What comes with the scalar, with other tensors."""
-        leaves = list(self._more)
-        for i, t in zip(self._tensors, results, strict=True):
-            leaves[i] = t
-        return tree_unflatten(leaves, self._spec)
+        return self._more.with_tensors(iter(results))
 
-    def values(self, contributions: Sequence[Contribution]) -> list[Tensor]:
-        """All values, in the order of the layout."""
-        return [v for c in contributions for name in c.names() for v in c.values(name).values()]
+    def tensors(self, contributions: Sequence[Contribution]) -> list[Tensor]:
+        """All tensors of states, in the order of the layout."""
+        states = (state for c in contributions for at in c.states.values() for state in at.values())
+        return [t for state in states for t in _Form(state).tensors]
 
     def contributions(
         self, results: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> list[Contribution]:
-        """The contributions with other values, at what the numbers stand for now."""
+        """The contributions with other tensors, at what the numbers stand for now."""
+
+        def holder(place: Place) -> Holder:
+            return inputs[place] if isinstance(place, int) else place
+
         found, given = [], iter(results)
         for kept in self.kept:
             new = Contribution(kept.calls, kept.n)
             new.exact = kept.exact
-            new.holders = dict.fromkeys(
-                inputs[h] if isinstance(h, int) else h for h in kept.holders
-            )
-            for name, places in kept.values.items():
-                for h in places:
-                    new.add(name, inputs[h] if isinstance(h, int) else h, next(given))
+            new.holders = dict.fromkeys(holder(place) for place in kept.holders)
+            for name, forms in kept.states.items():
+                new.states[name] = {holder(p): form.with_tensors(given) for p, form in forms}
             found.append(new)
         return found
 
@@ -195,6 +219,6 @@ def why_never(request: Request) -> str | None:
     return "under tol= the number of columns follows the data" if request.tol else None
 
 
-def names_of_results() -> frozenset[str]:
+def names_of_results(request: Request) -> frozenset[str]:
     """The attributes in which results stand, which no forward pass reads."""
-    return frozenset(entry.key for entry in manager().entries("quantity"))
+    return frozenset([*(e.key for e in manager().entries("quantity")), *request.quantities])

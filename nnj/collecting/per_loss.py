@@ -237,17 +237,16 @@ class _Pass:
             self._propagate(planned, curvature, sample)
             self._propagate(self.planned, [GRADIENT], None)
         for target in self.targets:
-            target.found.finish(target.request.quantities)
+            target.found.end(target.request.quantities)
 
     def _check_apart(self) -> None:
         """Errors: `NNJError` for curvature of each sample, which the loss takes together."""
         for request in [target.request for target in self.targets]:
-            for name in request.per_sample:
-                if request.sources[name] is not GRADIENT:
-                    raise NNJError(
-                        f"{name}: {self.columns.name} takes samples together, so that none has a "
-                        "curvature of its own. Collect sums over samples, such as ggn_diag"
-                    )
+            for name in request.curvature_of_samples:
+                raise NNJError(
+                    f"{name}: {self.columns.name} takes samples together, so that none has a "
+                    "curvature of its own. Collect sums over samples, such as ggn_diag"
+                )
 
     def _propagate(
         self, planned: Planned, sources: Sequence[ColumnSource], sample: Tensor | None
@@ -282,8 +281,8 @@ class _Pass:
     def _stage(self, planned: Planned) -> RowStage | None:
         """The stages of the exact columns, where only sums over samples are made of them."""
         requests = [target.request for target in self.targets]
-        each = [r for r in requests for name in r.per_sample if r.sources[name] is EXACT]
-        if each or planned.groups:
+        each = [name for r in requests for name in r.exact_of_samples]
+        if each or planned.groups or any(target.together for target in self.targets):
             return None
         own = [own for target in self.targets for own in target.own.values()]
         calls = planned.sweep.graph.marks
@@ -338,6 +337,7 @@ def _last_layer(
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
     several = owned_by_several(m for target in targets for m in target.own)
+    several = several.union(*(target.together for target in targets))
     if sweep.hooks is not None:  # H at the last layer's parameters is not behind them
         return None
     last = LastLayerColumns(sweep, hessian, several, selection)

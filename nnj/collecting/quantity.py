@@ -1,26 +1,55 @@
-"""A quantity is a contraction of the factors B = S^T J at a parameter, or at the parameters of a
-module.
+"""A quantity is a contraction of the factors B = S^T J: at each parameter, at the parameters of
+each module, or at all parameters together.
+
+    parameter, module, joint   what one chunk of columns adds (one of them must be defined)
+    start, add                 the state of a place, chunk by chunk
+    end_pass                   what is kept of one loss in one backward pass
+    merge                      two passes, batches, ranks or files
+    finish, totals             results at a place, and over all places
+    matrix                     what matrix a result is
+
+States are tensors, or lists and dicts of tensors and plain values, so that they can be traced, kept
+in files and reduced over ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnj.errors import NNJError
 from nnj.jacobians.factor import Factor
+from nnj.matrices.matrix import Matrix
 from nnj.registry.manager import manager
+
+
+class Whole:
+    """The place of what belongs to all parameters together: results stand on the context."""
+
+
+WHOLE = Whole()
+Holder: TypeAlias = "nn.Module | Tensor | Whole"
+
+# By the method that a quantity defines: the class of its places.
+_PLACES: dict[str, type] = {"parameter": Tensor, "module": nn.Module, "joint": Whole}
 
 
 class Quantity:
     """One thing to collect.
 
-    Must define one of `parameter` (results are attributes of parameters) and `module` (of modules).
-    May override `finish` and `check`, and the attributes below. Options are the keyword arguments
-    of `__init__`; `nnj.collect` passes on those that it is given.
+    Must define one of `parameter` (results are attributes of parameters), `module` (of modules) and
+    `joint` (of the context of `nnj.collect`). May override the other methods, and the attributes
+    below, on the class or on the instance. Options are the keyword arguments of `__init__`;
+    `nnj.collect` passes on those that it is given.
 
     Attributes:
+        name: under which results stand where an instance is given to `nnj.collect`; by default the
+            name under which its class is installed, or that of the class in small letters.
         source: where its columns come from: "exact" (the factor S of the loss's Hessian), "signs"
             (`draws` random combinations of its columns, each an unbiased factor) or "gradient"
             (one column, the gradient of the loss).
@@ -33,21 +62,31 @@ class Quantity:
             them, not added, and are zero for samples that did not reach the parameter. Without it
             they are sums over samples, and of exact columns a factor may have a sample for each row
             of the loss (a token), of which no two are mixed at this parameter.
-        of_modules: whether results are attributes of modules; follows from what is defined.
+        sees_samples: whether it matters which rows are one sample though results are sums, as where
+            places of a sample are added up first.
+        quadratic: of "gradient", whether results are not linear in the gradient. Then those of two
+            losses of the same samples do not add up, and are refused.
+        place: the class of what holds results; follows from what is defined.
     """
 
-    source: ClassVar[str] = "exact"
-    per_sample: ClassVar[bool] = False
-    of_modules: ClassVar[bool] = False
-    degree: ClassVar[int | None] = None
+    name: str | None = None
+    source: str = "exact"
     draws: int = 1
     generator: Any = None
+    degree: int | None = None
+    per_sample: bool = False
+    sees_samples: bool = False
+    quadratic: bool = False
+    place: ClassVar[type] = Tensor
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if (cls.parameter is Quantity.parameter) == (cls.module is Quantity.module):
-            raise TypeError(f"{cls.__name__} must define either parameter or module")
-        cls.of_modules = cls.module is not Quantity.module
+        places = [
+            p for ask, p in _PLACES.items() if getattr(cls, ask) is not getattr(Quantity, ask)
+        ]
+        if len(places) != 1:
+            raise TypeError(f"{cls.__name__} must define one of {', '.join(_PLACES)}")
+        (cls.place,) = places
 
     # -- must define one ---------------------------------------------------------------------------
 
@@ -60,7 +99,7 @@ class Quantity:
                 contract them may be chosen.
 
         Returns:
-            Something that adds up over chunks with +, of which `finish` makes the result.
+            Something that adds up over chunks with +, of which `end_pass` makes a state.
         """
         raise NotImplementedError(f"{type(self).__name__} must define parameter")
 
@@ -73,22 +112,154 @@ class Quantity:
             params: the module's own parameters that require grad.
 
         Returns:
-            Something that adds up over chunks with +, of which `finish` makes the result.
+            Something that adds up over chunks with +, of which `end_pass` makes a state.
         """
         raise NotImplementedError(f"{type(self).__name__} must define module")
 
-    # -- may override ------------------------------------------------------------------------------
+    def joint(self, factors: list[Factor | None], params: list[nn.Parameter]) -> Any:
+        """The same at all parameters at which is collected, in the order of `parameters()`."""
+        raise NotImplementedError(f"{type(self).__name__} must define joint")
 
-    def finish(self, value: Any) -> Tensor:
-        """The result of one loss in one backward pass, from the sum over its chunks."""
-        result: Tensor = value
-        return result
+    # -- may override: one loss in one backward pass -----------------------------------------------
 
-    def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
-        """Called before any column is propagated, by quantities of modules alone.
+    def check(self, module: nn.Module | None, params: list[nn.Parameter], path: str) -> None:
+        """Called before any column is propagated, by quantities of modules for each of them, and by
+        joint ones once (then there is no module).
 
         Errors: `NNJError` for what cannot be collected there.
         """
+
+    def start(self, place: Holder, params: list[nn.Parameter]) -> Any:
+        """The state of a place before the first chunk."""
+        return None
+
+    def add(
+        self,
+        state: Any,
+        factors: list[Factor | None],
+        params: list[nn.Parameter],
+        total_columns: int,
+    ) -> Any:
+        """The state with one chunk of columns more: by default plus what `parameter`, `module` or
+        `joint` gives.
+        """
+        value: Any
+        if self.place is Tensor:
+            (factor,) = factors
+            assert factor is not None  # at a parameter to which columns came
+            value = self.parameter(factor, total_columns)
+        elif self.place is Whole:
+            value = self.joint(factors, params)
+        else:
+            value = self.module(factors, params)
+        return value if state is None else state + value
+
+    def end_pass(self, state: Any) -> Any:
+        """What is kept of one loss in one backward pass, when its last chunk was added."""
+        return state
+
+    # -- may override: several ---------------------------------------------------------------------
+
+    def merge(self, one: Any, other: Any) -> Any:
+        """The state of two backward passes, batches, ranks or files, of other samples: by default
+        tensors are added, and plain values must be equal. Rows of `per_sample` never come here.
+        """
+        return added(one, other)
+
+    def merge_losses(self, one: Any, other: Any) -> Any:
+        """The state of two losses of the same samples in one backward pass: by default tensors are
+        added.
+
+        Errors: `NNJError` where the quantity is `quadratic`.
+        """
+        if self.quadratic:
+            raise NNJError(
+                f"{named(self)}: two losses of the same samples are in one backward pass, and what "
+                "is quadratic in a sample's gradient is not the sum of theirs. Make one loss of "
+                "them: nnj.extend a function of all their outputs and targets"
+            )
+        return added(one, other)
+
+    # -- may override: results ---------------------------------------------------------------------
+
+    def finish(self, state: Any, samples: int) -> Any:
+        """The result at a place, a tensor or a matrix, of the state of all `samples`. It may be
+        asked for after each pass.
+        """
+        return state
+
+    def totals(self, states: Mapping[Any, Any], samples: int) -> dict[str, tuple[Tensor, int]]:
+        """What stands on the context, made of the states of all places that were reached: by name a
+        tensor and its degree. By default it is the result of a `joint` quantity.
+        """
+        if self.place is not Whole or WHOLE not in states:
+            return {}
+        return {named(self): (self.finish(states[WHOLE], samples), self.degree or 0)}
+
+    def matrix(self, result: Any, shapes: Mapping[str, Sequence[int]]) -> Matrix | None:
+        """The matrix that a result is, over the parameters of its place, whose shapes are given by
+        their names; None if it is none, or none of all of them.
+        """
+        return None
+
+
+def named(quantity: Quantity) -> str:
+    """The name under which the results of an instance stand."""
+    if quantity.name is not None:
+        return quantity.name
+    for entry in manager().entries("quantity"):
+        if entry.rule is type(quantity):
+            return str(entry.key)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(quantity).__name__)
+    return words.strip("_").lower()
+
+
+def is_sum(quantity: Quantity) -> bool:
+    """Whether results of other samples are simply added."""
+    return not quantity.per_sample and type(quantity).merge is Quantity.merge
+
+
+def is_simple(quantity: Quantity) -> bool:
+    """Whether results are states, that are added or put one behind the other."""
+    cls = type(quantity)
+    combined = quantity.per_sample or cls.merge is Quantity.merge
+    return combined and cls.finish is Quantity.finish and cls.totals is Quantity.totals
+
+
+def added(one: Any, other: Any) -> Any:
+    """The sum of two states, tensor by tensor. Errors: `NNJError` for states of another form."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return _plus(one, other)
+    mine, form = tree_flatten(one)
+    theirs, form_of_other = tree_flatten(other)
+    if form != form_of_other:
+        raise NNJError(
+            "states of two passes have other forms, so that they cannot be added. Collect over "
+            "models and losses that do not change"
+        )
+    return tree_unflatten([_plus(a, b) for a, b in zip(mine, theirs, strict=True)], form)
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+        return a + b
+    if isinstance(a, Tensor) or a != b:
+        facts = (tuple(v.shape) if isinstance(v, Tensor) else v for v in (a, b))
+        raise NNJError(
+            "states of two passes have other facts ({!r} and {!r}), so that they cannot be "
+            "added. Collect over models and losses that do not change".format(*facts)
+        )
+    return a
+
+
+def times(result: Any, factor: float) -> Any:
+    """A result times a number."""
+    return result if factor == 1 else result * factor
+
+
+def of_dtype(result: Any, dtype: torch.dtype | None) -> Any:
+    """A tensor in the dtype of its parameter; matrices keep theirs, in which they are solved."""
+    return result.to(dtype) if isinstance(result, Tensor) and dtype is not None else result
 
 
 def failed(name: str, error: BaseException) -> NNJError:

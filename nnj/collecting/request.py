@@ -5,11 +5,8 @@ what memory and error.
 from __future__ import annotations
 
 import copy
-import difflib
-import functools
-import inspect
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from nnj.collecting.quantity import Quantity
+from nnj.collecting.quantities_by_name import make
+from nnj.collecting.quantity import Quantity, is_sum
 from nnj.errors import NNJError, PluginError
-from nnj.registry.manager import manager
 
 
 @dataclass(eq=False, frozen=True)
@@ -95,7 +92,7 @@ class Request:
     @classmethod
     def by_name(
         cls,
-        names: tuple[str, ...],
+        names: tuple[str | Quantity, ...],
         *,
         modules: Iterable[nn.Module] | None = None,
         memory: int = 2**28,
@@ -104,15 +101,17 @@ class Request:
         verify: bool = True,
         **options: Any,
     ) -> Self:
-        """The request for installed quantities, each with those of the options that it declares.
+        """The request for installed quantities, each with those of the options that it declares,
+        and for those that are given themselves.
 
         Errors: `NNJError` for an unknown quantity or option, and those of the class.
         """
         if not names:
             raise NNJError(
-                "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag')"
+                "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag'), or a "
+                "nnj.Quantity"
             )
-        return cls(_make(names, options), modules, memory, tol, signed, verify)
+        return cls(make(names, options), modules, memory, tol, signed, verify)
 
     def trusted(self) -> Self:
         """The same, of passes whose structure has been verified."""
@@ -145,11 +144,25 @@ class Request:
 
     @property
     def by_sample(self) -> list[str]:
-        """The quantities for which it matters what a sample is: those that have a row for each, and
-        those of each one's gradient.
+        """The quantities for which it matters what a sample is: those that have a row for each, or
+        see them, and those of each one's gradient.
         """
-        found = dict.fromkeys(name for name, source in self.sources.items() if source is GRADIENT)
-        return list(dict.fromkeys([*self.per_sample, *found]))
+        found = [n for n, source in self.sources.items() if source is GRADIENT]
+        return list(dict.fromkeys([*self._of_samples, *found]))
+
+    @property
+    def exact_of_samples(self) -> list[str]:
+        """Those of exact columns for which it matters what a sample is."""
+        return [name for name in self._of_samples if self.sources[name] is EXACT]
+
+    @property
+    def curvature_of_samples(self) -> list[str]:
+        """Those that are of the curvature of each sample."""
+        return [name for name in self._of_samples if self.sources[name] is not GRADIENT]
+
+    @property
+    def _of_samples(self) -> list[str]:
+        return [n for n, q in self.quantities.items() if q.per_sample or q.sees_samples]
 
     def _check_tolerance(self, tol: float) -> None:
         if not 0 <= self.tol < 1:
@@ -164,7 +177,7 @@ class Request:
     def _check_signed(self) -> None:
         """Errors: `NNJError` for a quantity that is not linear in the Hessian, or a tolerance."""
         for name, quantity in self.quantities.items():
-            if self.sources[name] is not EXACT or quantity.per_sample:
+            if self.sources[name] is not EXACT or not is_sum(quantity):
                 raise NNJError(
                     f"{name} cannot be collected with signed=True, which is for sums over the "
                     "exact Hessian of the loss, such as ggn_diag and ggn_block. Collect it in a "
@@ -218,43 +231,3 @@ def _checked_modules(modules: Any) -> list[nn.Module]:
         if not isinstance(module, nn.Module):
             raise NNJError(f"modules= takes torch.nn.Modules, not {type(module).__name__}")
     return found
-
-
-@functools.cache
-def _options(rule: Callable[..., Any]) -> list[str]:
-    """The keyword arguments of a quantity."""
-    return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
-
-
-def _make(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Quantity]:
-    """Quantities by name, each with the options that it declares."""
-    made: dict[str, Quantity] = {}
-    declared: set[str] = set()
-    for name in names:
-        entry = manager().quantity(name) if isinstance(name, str) else None
-        if entry is None:
-            known = sorted(e.key for e in manager().entries("quantity"))
-            raise NNJError(
-                f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}"
-            )
-        accepted = _options(entry.rule)
-        declared.update(accepted)
-        made[name] = entry.rule(**{k: v for k, v in options.items() if k in accepted})
-        if not isinstance(made[name], Quantity):
-            raise PluginError(
-                f"plugin {entry.source} gives {type(made[name]).__name__} for the quantity "
-                f"{name!r}, expected a nnj.Quantity"
-            )
-    for option in options:
-        if option not in declared:
-            known = sorted({*declared, "modules", "memory", "tol", "signed", "verify"})
-            raise NNJError(
-                f"unknown option {option!r} for {', '.join(names)}{_close(option, known)}. Known: "
-                f"{', '.join(known)}"
-            )
-    return made
-
-
-def _close(word: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -35,7 +35,8 @@ def contribute_signed(
         found = contribute(call, scale, node, convex, columns)
     for sign, columns in _parts(call, scale, node).items() if signed else ():
         for request, part in contribute(call, scale, node, signed, columns).items():
-            found.setdefault(request, Contribution(part.calls, part.n)).absorb(part, sign)
+            mine = found.setdefault(request, Contribution(part.calls, part.n))
+            mine.absorb(part, request.quantities, sign)
     return found
 
 

@@ -4,21 +4,22 @@ a chunk become there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nnj.collecting.accumulate import Contribution
+from nnj.collecting.accumulate import Contribution, asked
 from nnj.collecting.loss_columns import Part
-from nnj.collecting.quantity import failed
+from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.matrices.matrix import Matrix
 from nnj.recording.scope import Scope
 from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
+Wanted = tuple[str, Quantity, ColumnSource]
 
 
 class Target:
@@ -38,12 +39,17 @@ class Target:
         self.own = scope.own if request.modules is None else scope.of(request.modules)
         self.params = dict.fromkeys(p for own in self.own.values() for p in own)
         asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
-        self._points = [wanted for wanted in asked_for if not wanted[1].of_modules]
-        self._blocks = [wanted for wanted in asked_for if wanted[1].of_modules]
+        self._points, self._blocks, self._joints = (
+            [wanted for wanted in asked_for if wanted[1].place is place]
+            for place in (Tensor, nn.Module, Whole)
+        )
         # of modules, the parameters that the loss reaches, and the factors that have arrived there
         self._expected: dict[nn.Module, int] = {}
         self._waiting: dict[nn.Module, dict[Tensor, Factor]] = {}
         self._owners: dict[Tensor, list[nn.Module]] = {}
+        # of quantities of all parameters together: those, and the factors of a chunk
+        self.together: dict[nn.Parameter, None] = {}
+        self._all: dict[Tensor, Factor] = {}
 
     def reach(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
         """Take in which parameters columns will reach.
@@ -81,6 +87,10 @@ class Target:
             if own:
                 holders[m] = None
                 holders.update(dict.fromkeys(own))
+        if self._joints:
+            self.together = {p: None for p in holders if isinstance(p, nn.Parameter)}
+            for _, quantity, _ in self._joints:
+                quantity.check(None, list(self.together), "")
 
     # -- the columns of one chunk ------------------------------------------------------------------
 
@@ -92,8 +102,9 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = _of_part(part, factor)
-                value = _asked(name, quantity.parameter, mine, part.total)
-                self.found.add(name, p, value)
+                _add(self.found, name, quantity, p, [mine], [p], part.total)
+        if p in self.together:
+            self._all[p] = factor
         for m in self._owners.get(p, ()):
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
@@ -108,41 +119,63 @@ class Target:
         factors = {p: DenseFactor(p.detach().new_zeros((1, n, *p.shape))) for p in new}
         found = Contribution()
         for name, quantity, _ in self._points:
-            known = self.found.values(name)
+            known = self.found.at(name)
             for p in new:
                 if p not in known:
-                    found.add(name, p, _asked(name, quantity.parameter, factors[p], 1))
+                    _add(found, name, quantity, p, [factors[p]], [p], 1)
         for m in dict.fromkeys(m for p in new for m in self._owners.get(p, ())):
             for name, quantity, _ in self._blocks:
-                if m not in self.found.values(name):
+                if m not in self.found.at(name):
                     mine = [factors.get(p) for p in self.own[m]]
-                    found.add(name, m, _asked(name, quantity.module, mine, self.own[m]))
-        found.finish(self.request.quantities)
-        self.found.absorb(found)
+                    _add(found, name, quantity, m, mine, self.own[m], 1)
+        for name, quantity, _ in self._joints if factors else ():
+            if WHOLE not in self.found.at(name):
+                mine = [factors.get(p) for p in self.together]
+                _add(found, name, quantity, WHOLE, mine, list(self.together), 1)
+        found.end(self.request.quantities)
+        self.found.absorb(found, self.request.quantities)
 
     def end_chunk(self, parts: Parts) -> None:
         """Collect at modules to some of whose parameters this chunk had no columns to send."""
         for m in list(self._waiting):
             self._take_module(m, self._waiting.pop(m), parts)
+        for wanted in self._joints if self._all else ():
+            self._take_all(wanted, WHOLE, list(self.together), self._all, parts)
+        self._all = {}
 
     def _take_module(self, m: nn.Module, factors: dict[Tensor, Factor], parts: Parts) -> None:
-        own = self.own[m]
-        for name, quantity, source in self._blocks:
-            part = parts.get(source)
-            if part is not None:
-                mine = {p: _of_part(part, factor) for p, factor in factors.items()}
-                value = _asked(name, quantity.module, [mine.get(p) for p in own], own)
-                self.found.add(name, m, value)
+        for wanted in self._blocks:
+            self._take_all(wanted, m, self.own[m], factors, parts)
+
+    def _take_all(
+        self,
+        wanted: Wanted,
+        place: Holder,
+        params: list[nn.Parameter],
+        factors: Mapping[Tensor, Factor],
+        parts: Parts,
+    ) -> None:
+        name, quantity, source = wanted
+        part = parts.get(source)
+        if part is not None:
+            mine = {p: _of_part(part, factor) for p, factor in factors.items()}
+            given = [mine.get(p) for p in params]
+            _add(self.found, name, quantity, place, given, params, part.total)
 
 
-def _asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
-    """What a quantity makes of factors. Errors: `NNJError` that names it."""
-    try:
-        return ask(*given)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of a stranger, who may exit
-        raise failed(name, error) from error.__cause__ or error
+def _add(
+    found: Contribution,
+    name: str,
+    quantity: Quantity,
+    place: Holder,
+    factors: Sequence[Factor | None],
+    params: Sequence[Tensor],
+    total: int,
+) -> None:
+    """Add one chunk of columns to the state of a place."""
+    states = found.states.setdefault(name, {})
+    state = states[place] if place in states else asked(name, quantity.start, place, params)
+    states[place] = asked(name, quantity.add, state, list(factors), params, total)
 
 
 def _of_part(part: Part, factor: Factor) -> Factor:
@@ -176,7 +209,8 @@ def _check_name(name: str, m: nn.Module, path: str) -> None:
     """
     kept = vars(m).get(name)
     inside = name in m._parameters or name in m._buffers or name in m._modules
-    if inside or hasattr(type(m), name) or not (kept is None or isinstance(kept, Tensor)):
+    earlier = kept is None or isinstance(kept, (Tensor, Matrix))
+    if inside or hasattr(type(m), name) or not earlier:
         entry = manager().quantity(name)
         by = f", of plugin {entry.source}," if entry else ""
         raise PluginError(

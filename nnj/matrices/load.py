@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,26 @@ def load(path: str | os.PathLike[str], map_location: Any = None) -> Matrix:
 
     Errors: `NNJError` for a file of another kind, or of a class that is not imported.
     """
+    is_matrix = lambda found: isinstance(found, dict) and found.get("nnj.matrices") == FORMAT
+    found = read_packed(path, map_location, is_matrix, "matrix", "matrix.save")
+    made: Matrix = unpacked(found["matrix"])
+    return made
+
+
+def read_packed(
+    path: str | os.PathLike[str],
+    map_location: Any,
+    is_one: Callable[[Any], bool],
+    what: str,
+    writer: str,
+) -> Any:
+    """What a file holds, of which no code is run.
+
+    Args:
+        is_one: whether something is what `writer` writes, a `what`.
+
+    Errors: `NNJError` for a file of another kind.
+    """
     cause: Exception | None = None
     try:
         found = torch.load(path, map_location=map_location, weights_only=True)
@@ -27,24 +47,22 @@ def load(path: str | os.PathLike[str], map_location: Any = None) -> Matrix:
         raise  # no file, or one that may not be read
     except Exception as error:  # a file of another kind: torch has many names for that
         found, cause = None, error
-    if not isinstance(found, dict) or found.get("nnj.matrices") != FORMAT:
+    if not is_one(found):
         raise NNJError(
-            f"{os.fspath(path)} holds no matrix that this version can read. Write it with "
-            "matrix.save"
+            f"{os.fspath(path)} holds no {what} that this version can read. Write it with {writer}"
         ) from cause
-    made: Matrix = _unpacked(found["matrix"])
-    return made
+    return found
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
     """The same with a matrix for each table that stands for one."""
     if isinstance(value, list):
-        return [_unpacked(part) for part in value]
+        return [unpacked(part) for part in value]
     if not isinstance(value, dict):
         return value
     if value.keys() != {"kind", "block_limit", "state"}:
-        return {key: _unpacked(part) for key, part in value.items()}
-    made = _class(value["kind"]).from_state(_unpacked(value["state"]))
+        return {key: unpacked(part) for key, part in value.items()}
+    made = _class(value["kind"]).from_state(unpacked(value["state"]))
     made.block_limit = value["block_limit"]
     return made
 

@@ -242,7 +242,7 @@ class Matrix:
         """Write it to a file, which holds tensors and plain values alone; `nnj.matrices.load` reads
         it.
         """
-        torch.save({"nnj.matrices": FORMAT, "matrix": _packed(self)}, path)
+        torch.save({"nnj.matrices": FORMAT, "matrix": packed(self)}, path)
 
     def __repr__(self) -> str:
         names = len(self.layout.shapes)
@@ -440,15 +440,15 @@ def name_of_kind(cls: type[Matrix]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _packed(value: Any) -> Any:
+def packed(value: Any) -> Any:
     """The same with a table of plain values and tensors for each matrix."""
     if isinstance(value, Matrix):
         kind, limit = name_of_kind(value.kind), value.block_limit
-        return {"kind": kind, "block_limit": limit, "state": _packed(value.state())}
+        return {"kind": kind, "block_limit": limit, "state": packed(value.state())}
     if isinstance(value, dict):
-        return {key: _packed(part) for key, part in value.items()}
+        return {key: packed(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_packed(part) for part in value]
+        return [packed(part) for part in value]
     return value.detach() if isinstance(value, Tensor) else value
 
 

@@ -144,7 +144,8 @@ def _fault(entry: Entry, unknown: Iterable[str]) -> str | None:
     if entry.table == "quantity":
         if not (isinstance(entry.key, str) and entry.key.isidentifier()):
             return "its name is not an identifier"
-        holder = nn.Module if getattr(entry.rule, "of_modules", False) else nn.Parameter
+        of_modules = getattr(entry.rule, "place", None) is nn.Module
+        holder = nn.Module if of_modules else nn.Parameter
         if hasattr(holder, entry.key):
             return f"each nn.{holder.__name__} has an attribute of that name"
     elif not isinstance(entry.key, type):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -28,7 +30,7 @@ class GGNBlock(nnj.Quantity):
         self.limit = block_limit
 
     @override
-    def check(self, module: nn.Module, params: list[nn.Parameter], path: str) -> None:
+    def check(self, module: nn.Module | None, params: list[nn.Parameter], path: str) -> None:
         size = sum(p.numel() for p in params)
         if size > self.limit:
             kind = type(module).__name__
@@ -54,6 +56,10 @@ class GGNBlock(nnj.Quantity):
                 if g is not f:
                     block[b : b + part.shape[1], a : a + part.shape[0]] = part.mT
         return block
+
+    @override
+    def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:
+        return nnj.matrices.Dense(shapes, result)
 
 
 @nnj.hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,8 +25,12 @@ class GGNDiag(nnj.Quantity):
         return factor.squares(total_columns)
 
     @override
-    def finish(self, value: nnj.SquareSum) -> Tensor:
-        return value.value()
+    def end_pass(self, state: nnj.SquareSum) -> Tensor:
+        return state.value()
+
+    @override
+    def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:
+        return nnj.matrices.Diagonal(shapes, result.flatten())
 
 
 @nnj.hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -35,6 +37,10 @@ class GGNDiagMC(nnj.Quantity):
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         return factor.square_sum() / self.draws
+
+    @override
+    def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:
+        return nnj.matrices.Diagonal(shapes, result.flatten())
 
 
 @nnj.hookimpl

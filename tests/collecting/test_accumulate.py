@@ -17,8 +17,8 @@ class Sums(nnj.Quantity):
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         raise AssertionError
 
-    def finish(self, value: Any) -> Tensor:
-        return 2 * value
+    def end_pass(self, state: Any) -> Tensor:
+        return 2 * state
 
 
 class Each(Sums):
@@ -31,9 +31,7 @@ QUANTITIES = {"sums": Sums(), "each": Each()}
 def of(call: int, n: int, given: dict[str, dict[Tensor, Tensor]], *known: Tensor) -> Contribution:
     made = Contribution(frozenset({call}), n)
     made.holders = dict.fromkeys([*known, *(p for found in given.values() for p in found)])
-    for name, found in given.items():
-        for p, value in found.items():
-            made.add(name, p, value)
+    made.states = {name: dict(found) for name, found in given.items()}
     return made
 
 
@@ -120,9 +118,9 @@ def test_contributions():
     p = param(0)
     one, two = (of(0, 1, {"sums": {p: torch.full((1,), v).double()}}) for v in (3.0, 5.0))
     one.exact, two.exact = ExactColumns(4, 2.0, 0.5), ExactColumns(9, 6.0, 0.5)
-    one.absorb(two, -1)
-    one.finish(QUANTITIES)
-    assert one.values("sums")[p].tolist() == [-4] and one.values("each") == {}
+    one.absorb(two, QUANTITIES, -1)
+    one.end(QUANTITIES)
+    assert one.at("sums")[p].tolist() == [-4] and one.at("each") == {}
     assert one.exact == ExactColumns(9, 8.0, 1.0) and one.exact.deficit == 0.125
     assert ExactColumns().deficit == 0
 

@@ -78,15 +78,16 @@ def test_dtypes_are_those_of_the_parameters():
     )
 
 
-WRITTEN = {"nnj.Fit": 1, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
-WRITTEN |= {"per_sample": (), "of_modules": (), "deficit": 0.0}
+WRITTEN = {"nnj.Fit": 2, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
+WRITTEN |= {"trace": 0.0, "deficit": 0.0, "context": {}, "states": {}, "quantities": {}}
+WRITTEN["names"] = {"shapes": {}, "own": {}}
 OF_ANOTHER_KIND = {
     "text": lambda path: path.write_text("hello world\n"),
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"\x80\x02garbage"),
     "a model": lambda path: torch.save(nn.Linear(2, 2), path),
     "a list": lambda path: torch.save([1, 2], path),
-    "no values": lambda path: torch.save({"nnj.Fit": 1}, path),
+    "no values": lambda path: torch.save({"nnj.Fit": 2}, path),
     "values are a number": lambda path: torch.save({**WRITTEN, "values": 3}, path),
     "values without tensors": lambda path: torch.save({**WRITTEN, "values": {"q": {"w": 1}}}, path),
     "samples are a word": lambda path: torch.save({**WRITTEN, "samples": "x"}, path),

@@ -22,7 +22,7 @@ class Counts(nnj.Quantity):
     seen: ClassVar[list[tuple[int, int]]] = []
 
     def __init__(self, count_source: str = "exact"):
-        self.source = count_source  # type: ignore[misc]
+        self.source = count_source
         self.draws = 3
 
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
@@ -36,8 +36,8 @@ class Trace(nnj.Quantity):
     def module(self, factors: list[nnj.Factor | None], params: list[nn.Parameter]) -> Tensor:
         return sum(f.square_sum().sum() for f in factors if f is not None)
 
-    def finish(self, value: Any) -> Tensor:
-        return value.sqrt()
+    def finish(self, state: Any, samples: int) -> Tensor:
+        return state.sqrt()
 
 
 class Leaves(nnj.Quantity):
@@ -92,7 +92,7 @@ def test_results_of_modules_are_finished(strange):
 @pytest.mark.parametrize("both", [False, True])
 def test_one_of_two_must_be_defined(both):
     methods = {"parameter": Counts.parameter, "module": Trace.module} if both else {}
-    with pytest.raises(TypeError, match=r"^Odd must define either parameter or module$"):
+    with pytest.raises(TypeError, match=r"^Odd must define one of parameter, module, joint$"):
         type("Odd", (nnj.Quantity,), methods)
 
 

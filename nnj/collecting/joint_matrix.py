@@ -1,0 +1,99 @@
+"""One matrix over all parameters, made of the matrices at the places of a quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnj.errors import NNJError
+from nnj.matrices.block import BlockDiagonal, Part, Seen
+from nnj.matrices.diagonal import Diagonal
+from nnj.matrices.matrix import Matrix
+
+
+class Names:
+    """What the parameters of a model, and of its modules, are called.
+
+    Attributes:
+        shapes: of each parameter, in the order of `named_parameters()`.
+        own: of each module that owns some, what its own names for them stand for.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], own: Mapping[str, Mapping[str, str]]):
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.own = {path: dict(names) for path, names in own.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module, inside: Iterable[Tensor]) -> Names:
+        """Those of some parameters of a model."""
+        wanted = {id(p) for p in inside}
+        full = {id(p): name for name, p in model.named_parameters() if id(p) in wanted}
+        shapes = {full[id(p)]: p.shape for _, p in model.named_parameters() if id(p) in full}
+        own = {
+            path: {
+                name: full[id(p)] for name, p in m.named_parameters(recurse=False) if id(p) in full
+            }
+            for path, m in model.named_modules()
+        }
+        return cls(shapes, {path: names for path, names in own.items() if names})
+
+    def own_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
+        """Those of a module's own parameters, by its names for them."""
+        return {name: self.shapes[full] for name, full in self.own[path].items()}
+
+
+class PlacedMatrix(NamedTuple):
+    """The matrix of a place.
+
+    Attributes:
+        matrix: over names of its own.
+        names: what each of them stands for.
+    """
+
+    matrix: Matrix
+    names: Mapping[str, str]
+
+
+def joint_matrix(
+    names: Names, placed: Sequence[PlacedMatrix], like: Tensor | None = None
+) -> Matrix:
+    """The matrix over all parameters, with zeros between places and for what is in none of them. A
+    parameter of several modules is with the first of them.
+    """
+    whole = _whole_diagonal(names, placed, like)
+    if whole is not None:
+        return whole
+    parts, taken = [], set[str]()
+    for matrix, own in placed:
+        left = [name for name, full in own.items() if full not in taken]
+        taken.update(own.values())
+        if left:
+            part = matrix if len(left) == len(own) else matrix.restricted(left)
+            parts.append(Part(part, {name: Seen(own[name]) for name in left}))
+    return BlockDiagonal(names.shapes, parts, like)
+
+
+def _whole_diagonal(
+    names: Names, placed: Sequence[PlacedMatrix], like: Tensor | None
+) -> Diagonal | None:
+    """A diagonal of diagonals; None where they are none of whole parameters."""
+    found: dict[str, Tensor] = {}
+    for matrix, own in placed:
+        if not isinstance(matrix, Diagonal) or len(own) != 1:
+            return None
+        (full,) = own.values()
+        found[full] = matrix.d
+    some = next(iter(found.values()), like)
+    if some is None or not found:
+        return None
+    dtypes = [d.dtype for d in found.values()]
+    if len(set(dtypes)) > 1:
+        raise NNJError(
+            f"a matrix over parameters of {', '.join(sorted(map(str, set(dtypes))))} has no dtype. "
+            "Ask for its places one by one, or convert the model"
+        )
+    zeros = {full: some.new_zeros(torch.Size(s).numel()) for full, s in names.shapes.items()}
+    return Diagonal(names.shapes, torch.cat([found.get(full, z) for full, z in zeros.items()]))
