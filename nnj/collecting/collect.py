@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from nnj.collecting.accumulate import Accumulator, Contribution, result
+from nnj.collecting.joint_matrix import (
+    checked_matrix,
+    holder_at,
+    matrix_of_places,
+    model_and_names,
+)
 from nnj.collecting.passes import Collection
-from nnj.collecting.quantity import Holder, Quantity
+from nnj.collecting.quantity import Holder, Quantity, Whole
 from nnj.collecting.request import Request
+from nnj.errors import NNJError
+from nnj.matrices.matrix import Matrix
 
 # By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
 # the parameters: torch.utils.swap_tensors refuses what somebody refers to weakly.)
@@ -259,6 +267,34 @@ class collect(Collection):  # noqa: N801
     @override
     def pass_ended(self) -> None:
         self._publish()
+
+    def matrix(self, quantity: str) -> Matrix:
+        """A quantity as one matrix over all parameters of the model (or of modules=) that require
+        grad, flattened in the order of `parameters()`: see `nnj.matrices`. Those that no pass
+        reached are zero. It is made of the attributes, while they stand.
+
+        Errors: `NNJError` for a quantity that is no matrix or was not collected, and for several
+        models.
+        """
+        asked_for = self.request.quantities.get(quantity)
+        if asked_for is None:
+            known = ", ".join(self.request.quantities)
+            raise NNJError(f"{quantity!r} is not collected here. Collected: {known}")
+        model, names = model_and_names(self.accumulator.modules, self.request.modules)
+        if asked_for.place is Whole:
+            whole = self.__getattr__(quantity)
+            return checked_matrix(quantity, asked_for.matrix(whole, names.shapes))
+        if _published.get((threading.get_ident(), quantity)) is not self._holders.get(quantity):
+            raise NNJError(
+                f"a later nnj.collect of {quantity} has taken the results of this one away. Ask "
+                "for its matrix before"
+            )
+        values = {}
+        for path in names.own if asked_for.place is nn.Module else names.shapes:
+            value = getattr(holder_at(model, path), quantity, None)
+            if value is not None:
+                values[path] = value
+        return checked_matrix(quantity, matrix_of_places(asked_for, values, names))
 
     def __getattr__(self, name: str) -> Any:
         """What belongs to all parameters together, such as `context.ggn`."""

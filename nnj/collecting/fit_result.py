@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nnj.collecting import quantity_file
-from nnj.collecting.accumulate import asked
 from nnj.collecting.fit_merge import Both, check_alike
-from nnj.collecting.joint_matrix import Names, PlacedMatrix, joint_matrix
-from nnj.collecting.quantity import Quantity, is_simple
+from nnj.collecting.joint_matrix import Names, checked_matrix, matrix_of_places
+from nnj.collecting.quantity import Quantity, Whole, is_simple
 from nnj.errors import NNJError
 from nnj.matrices.load import read_packed, unpacked
 from nnj.matrices.matrix import Matrix, packed
@@ -148,8 +147,8 @@ class Fit(Mapping[str, Any]):
         asked_for = self._quantity(quantity)
         if asked_for.place not in (Tensor, nn.Module):
             found = asked_for.matrix(self.context[quantity], self._names.shapes)
-            return _is_matrix(quantity, found)
-        return _is_matrix(
+            return checked_matrix(quantity, found)
+        return checked_matrix(
             quantity, matrix_of_places(asked_for, self.values_of[quantity], self._names)
         )
 
@@ -180,9 +179,9 @@ class Fit(Mapping[str, Any]):
                 values[name] = both.simple(quantity, self.values_of[name], other.values_of[name])
                 continue
             states[name] = both.states(name, quantity, self._states[name], other._states[name])
-            values[name], more = both.results(
-                name, quantity, states[name], self.values_of.get(name)
-            )
+            made, more = both.results(name, quantity, states[name], self.values_of.get(name))
+            if quantity.place is not Whole:
+                values[name] = made
             context |= more
         trace = self.trace + other.trace
         lost = self.deficit * self.trace + other.deficit * other.trace
@@ -241,29 +240,6 @@ class Fit(Mapping[str, Any]):
             if name not in self.values_of:
                 lines.append(f"  {name:{width}}  {t.numel()} numbers")
         return "\n".join(lines)
-
-
-def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names) -> Matrix | None:
-    """One matrix of the results at parameters or modules; None if they are none."""
-    placed, like = [], None
-    for path, value in values.items():
-        own = names.own[path] if quantity.place is nn.Module else {path: path}
-        shapes = {name: names.shapes[full] for name, full in own.items()}
-        found = asked(path, quantity.matrix, value, shapes)
-        if found is None:
-            return None
-        placed.append(PlacedMatrix(found, own))
-        like = torch.zeros(0, dtype=found.dtype, device=found.device)
-    return joint_matrix(names, placed, like)
-
-
-def _is_matrix(quantity: str, found: Matrix | None) -> Matrix:
-    if found is None:
-        raise NNJError(
-            f"{quantity!r} is no matrix over the parameters. ggn_diag, ggn_block, kfac, ekfac and "
-            "ggn are"
-        )
-    return found
 
 
 def _is_fit(found: Any) -> bool:

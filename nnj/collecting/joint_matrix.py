@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nnj.collecting.accumulate import asked
+from nnj.collecting.quantity import Quantity, named
 from nnj.errors import NNJError
 from nnj.matrices.block import BlockDiagonal, Part, Seen
 from nnj.matrices.diagonal import Diagonal
 from nnj.matrices.matrix import Matrix
+from nnj.recording.module_hook import extended_roots
 
 
 class Names:
@@ -45,6 +49,32 @@ class Names:
         return {name: self.shapes[full] for name, full in self.own[path].items()}
 
 
+def model_and_names(
+    took_part: Container[nn.Module], tops: Iterable[nn.Module] | None
+) -> tuple[nn.Module, Names]:
+    """The extended model of modules that took part in backward passes, and the names of its
+    parameters that require grad, or of those below `tops`.
+
+    Errors: `NNJError` if there is not one.
+    """
+    roots = [root for root in extended_roots() if any(m in took_part for m in root.modules())]
+    inner = {m for root in roots for m in root.modules() if m is not root}
+    outer = [root for root in roots if root not in inner]
+    if len(outer) != 1:
+        raise NNJError(
+            f"a matrix is over the parameters of one model, and {len(outer)} took part (and are "
+            "alive). Collect for one at a time"
+        )
+    (model,) = outer
+    inside = [p for top in tops or [model] for p in top.parameters() if p.requires_grad]
+    return model, Names.of(model, inside)
+
+
+def holder_at(model: nn.Module, path: str) -> Any:
+    """The parameter or module of a name."""
+    return functools.reduce(getattr, path.split(".") if path else (), model)
+
+
 class PlacedMatrix(NamedTuple):
     """The matrix of a place.
 
@@ -55,6 +85,29 @@ class PlacedMatrix(NamedTuple):
 
     matrix: Matrix
     names: Mapping[str, str]
+
+
+def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names) -> Matrix | None:
+    """One matrix of the results at parameters or modules; None if they are none."""
+    placed, like = [], None
+    for path, value in values.items():
+        own = names.own[path] if quantity.place is nn.Module else {path: path}
+        shapes = {name: names.shapes[full] for name, full in own.items()}
+        found = asked(named(quantity), quantity.matrix, value, shapes)
+        if found is None:
+            return None
+        placed.append(PlacedMatrix(found, own))
+        like = torch.zeros(0, dtype=found.dtype, device=found.device)
+    return joint_matrix(names, placed, like)
+
+
+def checked_matrix(quantity: str, found: Matrix | None) -> Matrix:
+    if found is None:
+        raise NNJError(
+            f"{quantity!r} is no matrix over the parameters. ggn_diag, ggn_block, kfac, ekfac and "
+            "ggn are"
+        )
+    return found
 
 
 def joint_matrix(

@@ -223,7 +223,8 @@ def is_simple(quantity: Quantity) -> bool:
     """Whether results are states, that are added or put one behind the other."""
     cls = type(quantity)
     combined = quantity.per_sample or cls.merge is Quantity.merge
-    return combined and cls.finish is Quantity.finish and cls.totals is Quantity.totals
+    made = cls.finish is not Quantity.finish or cls.totals is not Quantity.totals
+    return combined and not made and cls.place is not Whole
 
 
 def added(one: Any, other: Any) -> Any:
