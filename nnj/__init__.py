@@ -8,9 +8,9 @@ from nnj.collecting.collect import collect
 from nnj.collecting.compile import compile
 from nnj.collecting.fit import fit
 from nnj.collecting.fit_result import Fit
-from nnj.collecting.quantity import Quantity
+from nnj.collecting.quantity import Quantity, Whole
 from nnj.errors import NNJError, PluginError
-from nnj.jacobians.factor import Factor
+from nnj.jacobians.factor import Factor, joint_gram
 from nnj.jacobians.jacobian import Dense, Diagonal, Identity, Jacobian, LinearMap
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
@@ -73,10 +73,12 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "TableRows",
     "View",
     "ViewJacobian",
+    "Whole",
     "__version__",
     "autodiff_hessian",
     "hessian_of_loss",
     "hookimpl",
+    "joint_gram",
     "reference_of_loss",
     # Errors.
     "NNJError",

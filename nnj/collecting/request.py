@@ -126,6 +126,16 @@ class Request:
         other.sources = {n: s for n, s in self.sources.items() if n in names}
         return other
 
+    def first(self) -> Request | None:
+        """What some of its quantities must know before their first column, under their names; None
+        if there is nothing.
+        """
+        found = {name: first for name, q in self.quantities.items() if (first := q.first())}
+        if not found:
+            return None
+        tol = self.tol if any(q.source == EXACT.kind for q in found.values()) else 0.0
+        return Request(found, self.modules, self.memory, tol, self.signed, self.verify)
+
     def gives(self, name: str, other: Request) -> bool:
         """Whether its results of a quantity are those that another request asks for."""
         mine, wanted = self.quantities.get(name), other.quantities[name]

@@ -7,6 +7,7 @@ small. The GGN is B^T B, a sum over k and n, and each part of it is asked of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
@@ -368,6 +369,27 @@ class SumFactor(Factor):
             for second in terms[a + 1 :]:
                 total += 2 * first.inner(second, per_sample)
         return total
+
+
+def joint_gram(factors: Sequence[Factor | None], shapes: Sequence[Sequence[int]] = ()) -> Tensor:
+    """B^T B over several parameters, flattened one behind the other, (P, P).
+
+    Args:
+        factors: B at each; None where it is zero, but not at all of them.
+        shapes: of the parameters, if some factor is None.
+    """
+    sizes = [math.prod(s) for s in shapes or (f.shape for f in factors if f is not None)]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    known = [(a, f) for a, f in zip(starts, factors, strict=False) if f is not None]
+    some = known[0][1]
+    block = torch.zeros(starts[-1], starts[-1], dtype=some.dtype, device=some.device)
+    for i, (a, f) in enumerate(known):
+        for b, g in known[i:]:
+            part = f.gram(g)
+            block[a : a + part.shape[0], b : b + part.shape[1]] = part
+            if g is not f:
+                block[b : b + part.shape[1], a : a + part.shape[0]] = part.mT
+    return block
 
 
 def merge_uses(uses: Sequence[Factor]) -> Factor:
