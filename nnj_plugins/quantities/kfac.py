@@ -227,7 +227,8 @@ def _bias_of(krons: Sequence[Any], biases: Mapping[str, Sequence[Any]]) -> str |
 
 
 def _rows(view: Any) -> tuple[int, int] | None:
-    return None if view is None else (view.start, view.stop)
+    """The outputs that a view has, of a weight or of a bias; None for all of them."""
+    return None if view is None or view.whole else (view.start, view.stop)
 
 
 def _merged(one: Any, other: Any, same_places: bool) -> Any:
