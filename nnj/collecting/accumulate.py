@@ -70,8 +70,10 @@ class Contribution:
     def end(self, quantities: Mapping[str, Quantity]) -> None:
         """No chunk of columns is to come any more."""
         for name, states in self.states.items():
-            for holder, state in states.items():
-                states[holder] = asked(name, quantities[name].end_pass, state)
+            end = quantities[name].end_pass
+            if type(quantities[name]).end_pass is not Quantity.end_pass:
+                for holder, state in states.items():
+                    states[holder] = asked(name, end, state)
 
     def at(self, name: str) -> Mapping[Holder, Any]:
         """The states of a quantity, where the loss reached something."""
@@ -288,8 +290,9 @@ def result(
     name: str, quantity: Quantity, holder: Holder, state: Any, samples: int, factor: float = 1.0
 ) -> Any:
     """`factor` times what a quantity makes of the state of a place, of the place's dtype."""
-    value = times(asked(name, quantity.finish, state, samples), factor)
-    return of_dtype(value, dtype_of(holder))
+    if type(quantity).finish is not Quantity.finish:
+        state = asked(name, quantity.finish, state, samples)
+    return of_dtype(state if factor == 1 else state * factor, dtype_of(holder))
 
 
 def _by_samples(

@@ -157,7 +157,7 @@ class Quantity:
         """
         value: Any
         if self.place is Tensor:
-            (factor,) = factors
+            factor = factors[0]
             assert factor is not None  # at a parameter to which columns came
             value = self.parameter(factor, total_columns)
         elif self.place is Whole:

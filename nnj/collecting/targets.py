@@ -173,9 +173,13 @@ def _add(
     total: int,
 ) -> None:
     """Add one chunk of columns to the state of a place."""
-    states = found.states.setdefault(name, {})
-    state = states[place] if place in states else asked(name, quantity.start, place, params)
-    states[place] = asked(name, quantity.add, state, list(factors), params, total)
+    states = found.states.get(name)
+    if states is None:
+        states = found.states[name] = {}
+    state = states.get(place)
+    if state is None and type(quantity).start is not Quantity.start:
+        state = asked(name, quantity.start, place, params)
+    states[place] = asked(name, quantity.add, state, factors, params, total)
 
 
 def _of_part(part: Part, factor: Factor) -> Factor:
