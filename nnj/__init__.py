@@ -16,7 +16,7 @@ from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.square_sum import SquareSum
-from nnj.jacobians.views import View, ViewJacobian
+from nnj.jacobians.views import View, ViewFactor, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
@@ -72,6 +72,7 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "SquareSum",
     "TableRows",
     "View",
+    "ViewFactor",
     "ViewJacobian",
     "Whole",
     "__version__",

@@ -171,6 +171,10 @@ class Factor:
         """What of it is a sum of columns over places, as at a bias, for each view."""
         return []
 
+    def rows(self, start: int, stop: int) -> Factor:
+        """B in some rows of the parameter, as a factor at one of (stop - start, *shape[1:])."""
+        return DenseFactor(self.dense()[:, :, start:stop])
+
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
     ) -> Factor:
@@ -341,6 +345,9 @@ class SumFactor(Factor):
 
     def scale(self, d: Tensor) -> Factor:
         return SumFactor([part.scale(d) for part in self.parts])
+
+    def rows(self, start: int, stop: int) -> Factor:
+        return merge_uses([part.rows(start, stop) for part in self.parts])
 
     def scale_rows(self, c: Tensor) -> Factor:
         return SumFactor([part.scale_rows(c) for part in self.parts])

@@ -123,6 +123,14 @@ class OuterProduct(Factor):
     def biases(self) -> list[Bias]:
         return [Bias(self.of)] if self.is_bias and len(self.shape) == 1 else []
 
+    def rows(self, start: int, stop: int) -> Factor:
+        if self.form[0] > 1 or self.shape[0] != self.form[1]:
+            return super().rows(start, stop)
+        shape = (stop - start, *self.shape[1:])
+        found = OuterProduct(self.patches, self.v[:, :, :, start:stop], shape)
+        found.of, found.is_bias = self.of, self.is_bias
+        return found
+
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
     ) -> Factor:

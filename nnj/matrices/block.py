@@ -324,4 +324,6 @@ def _seen(factor: Factor, view: View | None) -> Factor:
         for own, part in factor.parts:
             if own == view:
                 return part
+    if view.plain:
+        return factor.rows(view.start, view.stop)
     return DenseFactor(view.put(factor.dense()))

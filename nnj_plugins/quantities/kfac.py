@@ -12,6 +12,9 @@ from typing_extensions import override
 
 import nnj
 
+# The parameters of nn.MultiheadAttention in which three projections stand one below the other.
+PACKED = ("in_proj_weight", "in_proj_bias")
+
 # Where the columns come from, and how a result grows with the loss.
 FISHERS = {
     "exact": ("exact", 1),
@@ -86,7 +89,9 @@ class KFAC(nnj.Quantity):
     @override
     def start(self, place: Any, params: list[nn.Parameter]) -> Any:
         names = {id(p): name for name, p in reversed(list(place.named_parameters(recurse=False)))}
-        return {"shapes": {names[id(p)]: tuple(p.shape) for p in params}, "parts": None}
+        shapes = {names[id(p)]: tuple(p.shape) for p in params}
+        packed = PACKED if isinstance(place, nn.MultiheadAttention) else ()
+        return {"shapes": shapes, "packed": packed, "parts": None}
 
     @override
     def add(
@@ -97,7 +102,14 @@ class KFAC(nnj.Quantity):
         total_columns: int,
     ) -> Any:
         given = zip(state["shapes"], factors, strict=True)
-        parts = self._parts({name: factor for name, factor in given if factor is not None})
+        packed = state["packed"]
+        parts = self._parts(
+            {
+                name: _projections(factor) if name in packed else factor
+                for name, factor in given
+                if factor is not None
+            }
+        )
         known = state["parts"]
         state["parts"] = (
             parts if known is None else [a.plus(b) for a, b in zip(known, parts, strict=True)]
@@ -106,19 +118,16 @@ class KFAC(nnj.Quantity):
 
     def _parts(self, factors: dict[str, nnj.Factor]) -> list[_Product | Rest]:
         """What the factors of a chunk are: products, and the rest."""
-        parts: list[_Product | Rest] = []
+        products = {name: f.kron(self.approx) for name, f in factors.items()}  # type: ignore[arg-type]
+        krons = [(name, kron) for name, found in products.items() for kron in found or ()]
         biases = {name: f.biases() for name, f in factors.items()} if self.bias == "joint" else {}
-        rest = dict(factors)
-        for name, factor in factors.items():
-            krons = factor.kron(self.approx)  # type: ignore[arg-type]
-            if krons is None:
-                continue
-            rest.pop(name)
-            with_bias = _bias_of(krons, biases)
-            rest.pop(with_bias or "", None)
-            parts += [_Product(name, kron, with_bias, self.places == "alive") for kron in krons]
-            if with_bias is not None:
-                biases.pop(with_bias)
+        joint = _joint(krons, {name: parts for name, parts in biases.items() if parts})
+        only_alive = self.places == "alive"
+        parts: list[_Product | Rest] = [
+            _Product(name, kron, joint.get(i), only_alive) for i, (name, kron) in enumerate(krons)
+        ]
+        taken = {bias for bias, _ in joint.values()}
+        rest = {n: f for n, f in factors.items() if products[n] is None and n not in taken}
         if rest and self.fisher != "forward":
             parts.append(Rest(rest, self.block_limit))
         return parts
@@ -155,17 +164,30 @@ class KFAC(nnj.Quantity):
         return result
 
 
+def _projections(factor: nnj.Factor) -> nnj.Factor:
+    """Query, key and value apart, of which a third of the rows is each."""
+    third = factor.shape[0] // 3
+    views = [nnj.View.rows(factor.shape, i * third, (i + 1) * third) for i in range(3)]
+    return nnj.ViewFactor([(view, factor.rows(view.start, view.stop)) for view in views])
+
+
 class _Product:
     """S (x) A at a weight, or at a view of it, over some chunks of columns.
 
     Args:
         name: of the weight.
         kron: of the first chunk.
-        bias: the name of the bias that is one more input, if any.
+        bias: the name of the bias that is one more input, and which rows of it, if any.
         only_alive: whether places at which all columns are zero do not count.
     """
 
-    def __init__(self, name: str, kron: Any, bias: str | None, only_alive: bool):
+    def __init__(
+        self,
+        name: str,
+        kron: Any,
+        bias: tuple[str, tuple[int, int] | None] | None,
+        only_alive: bool,
+    ):
         self.name, self.kron, self.bias = name, kron, bias
         self.left = kron.outer_v()
         self.alive: Tensor | None = kron.alive() if only_alive else None
@@ -215,15 +237,25 @@ class Rest:
         return {"names": self.names, self.form: self.value * scale}
 
 
-def _bias_of(krons: Sequence[Any], biases: Mapping[str, Sequence[Any]]) -> str | None:
-    """The bias of which each part is one more input of one of these products."""
+def _joint(
+    krons: Sequence[tuple[str, Any]], biases: Mapping[str, Sequence[Any]]
+) -> dict[int, tuple[str, tuple[int, int] | None]]:
+    """Of which products, by number, a bias, or some of its rows, is one more input. A bias is so
+    altogether or not at all.
+    """
+    found: dict[int, tuple[str, tuple[int, int] | None]] = {}
     for name, parts in biases.items():
-        pairs = zip(krons, parts, strict=False)
-        if len(parts) == len(krons) and all(
-            kron.takes(part) and _rows(kron.view) == _rows(part.view) for kron, part in pairs
-        ):
-            return name
-    return None
+        mine: dict[int, tuple[str, tuple[int, int] | None]] = {}
+        for part in parts:
+            for i, (_, kron) in enumerate(krons):
+                # a weight of its own may serve some rows of a bias, as of attention's projections
+                same = _rows(kron.view) in (None, _rows(part.view))
+                if i not in found and i not in mine and same and kron.takes(part):
+                    mine[i] = name, _rows(part.view)
+                    break
+        if len(mine) == len(parts):
+            found |= mine
+    return found
 
 
 def _rows(view: Any) -> tuple[int, int] | None:
@@ -282,11 +314,10 @@ def seen_at(
     """Which entries of the weight, and of the bias, a product is at."""
     view = None if part["view"] is None else nnj.View(**part["view"])
     seen = {part["weight"]: nnj.matrices.Seen(part["weight"], view)}
-    bias = part["bias"]
-    if bias is not None:
-        some = view is not None and not view.whole
-        rows = nnj.View.rows(shapes[bias], view.start, view.stop) if view and some else None
-        seen[bias] = nnj.matrices.Seen(bias, rows)
+    if part["bias"] is not None:
+        bias, rows = part["bias"]
+        some = None if rows is None else nnj.View.rows(shapes[bias], *rows)
+        seen[bias] = nnj.matrices.Seen(bias, some)
     return seen
 
 
