@@ -53,6 +53,7 @@ class Contribution:
     Attributes:
         holders: every parameter and module that may hold a result, reached or not.
         states: of each quantity, at each place that the loss has reached.
+        together: which parameters a joint state is over, in order.
         exact: its exact columns.
     """
 
@@ -66,6 +67,7 @@ class Contribution:
         self.holders: dict[Holder, None] = {}
         self.exact = ExactColumns()
         self.states: dict[str, dict[Holder, Any]] = {}
+        self.together: tuple[int, ...] = ()
 
     def end(self, quantities: Mapping[str, Quantity]) -> None:
         """No chunk of columns is to come any more."""
@@ -82,7 +84,7 @@ class Contribution:
     def of_quantities(self, names: Container[str]) -> Contribution:
         """The part of some quantities."""
         part = Contribution(self.calls, self.n)
-        part.holders, part.exact = self.holders, self.exact
+        part.holders, part.exact, part.together = self.holders, self.exact, self.together
         part.states = {name: states for name, states in self.states.items() if name in names}
         return part
 
@@ -98,6 +100,7 @@ class Contribution:
         self.given |= other.given
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
+        self.together = _same_parameters(self.together, other.together)
         for name, states in other.states.items():
             mine, quantity = self.states.setdefault(name, {}), quantities[name]
             for holder, state in states.items():
@@ -190,6 +193,7 @@ class Accumulator:
         self.samples = self.passes = 0
         self.exact = ExactColumns()
         self._quantities = quantities
+        self._together: tuple[int, ...] = ()
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # by quantity and holder, which is held weakly: what is collected goes with its parameter
         self._totals: dict[str, MutableMapping[Holder, _Merged | _Rows]] = {
@@ -207,6 +211,8 @@ class Accumulator:
                 _check_apart(name, groups)
         for group in groups:
             self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
+        for group in groups:
+            self._together = _same_parameters(self._together, group.together)
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)
@@ -318,6 +324,17 @@ def _check_apart(name: str, groups: Sequence[Contribution]) -> None:
                 "one, so that their samples are not the same. Give both the outputs of all calls, "
                 "or call the model once, on torch.cat of its inputs"
             )
+
+
+def _same_parameters(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """What two joint states are over. Errors: `NNJError` if they are over other parameters."""
+    if one and other and one != other:
+        raise NNJError(
+            "what is joint over all parameters is asked of two losses or passes that reach other "
+            "models, or in which other parameters require grad. Collect for each in a `with` of "
+            "its own, or name the same modules=[...] for both"
+        )
+    return one or other
 
 
 def dtype_of(holder: Holder) -> torch.dtype | None:

@@ -89,6 +89,7 @@ class Target:
                 holders.update(dict.fromkeys(own))
         if self._joints:
             self.together = {p: None for p in holders if isinstance(p, nn.Parameter)}
+            self.found.together = tuple(map(id, self.together))
             for _, quantity, _ in self._joints:
                 quantity.check(None, list(self.together), "")
 

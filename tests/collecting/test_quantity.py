@@ -207,10 +207,37 @@ def test_two_losses_of_what_is_quadratic():
     torch.testing.assert_close(both, context.joint_block)
 
 
+class Counted(nnj.Quantity):
+    """A state with a fact that must be the same in all passes."""
+
+    source = "gradient"
+
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Any:
+        return {"n": factor.n, "sum": factor.dense()[0].sum(0)}
+
+
 def test_passes_of_other_forms():
     model, loss = given()
-    other = nnj.extend(nn.Linear(fitting.X.shape[1], 3).double())
     message = r"^states of two passes have other facts .* Collect over models and losses that do"
-    with pytest.raises(nnj.NNJError, match=message), nnj.collect(JointBlock()):
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect(Counted()):
+        for n in (5, 2):
+            loss(model(fitting.X[:n]), fitting.CLASSES[:n]).backward()
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_all_parameters_are_in_the_order_of_the_model(inner_first):
+    """Also where a part of it, or another model before it, was extended on its own."""
+    before = nnj.extend(fitting.mlp().eval())
+    model, loss = fitting.mlp().eval(), nnj.extend(nn.CrossEntropyLoss())
+    for part in (model[3], model) if inner_first else (model, model[3]):
+        nnj.extend(part)
+    with nnj.collect(JointBlock(), "ggn_diag") as context:
         loss(model(fitting.X), fitting.CLASSES).backward()
-        loss(other(fitting.X), fitting.CLASSES).backward()
+    diagonal = torch.cat([p.ggn_diag.flatten() for p in model.parameters()])
+    torch.testing.assert_close(context.joint_block.diagonal(), diagonal)
+    message = r"^what is joint over all parameters is asked of two losses or passes that reach oth"
+    for passes in (1, 2):
+        with pytest.raises(nnj.NNJError, match=message), nnj.collect(JointBlock()):
+            losses = [loss(m(fitting.X), fitting.CLASSES) for m in (before, model)]
+            for one in [sum(losses)] if passes == 1 else losses:
+                one.backward()
