@@ -21,8 +21,11 @@ from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift, TableRows
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian
+from nnj.operators.ggn import GGN, HessianOperator
 from nnj.products.jacobian_products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
 from nnj.products.methods import AbstractJacobian
+from nnj.products.ntk import ntk
+from nnj.propagation.linearized import Linearized, linearize
 from nnj.recording.extend import extend, retract
 from nnj.registry.hookspecs import RegisterLayer, RegisterLoss, RegisterQuantity, hookimpl
 from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, reference_of_loss
@@ -30,7 +33,10 @@ from nnj.registry.manager import PluginManager
 
 __all__ = [  # noqa: RUF022 (in three groups)
     # What users use.
+    "GGN",
     "Fit",
+    "HessianOperator",
+    "Linearized",
     "collect",
     "compile",
     "extend",
@@ -41,8 +47,10 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "jmjTp",
     "jmp",
     "jvp",
+    "linearize",
     "matrices",
     "mjp",
+    "ntk",
     "retract",
     "utils",
     "vjp",

@@ -25,6 +25,7 @@ FLOORS = (
     {"graph"},
     {"propagation"},
     {"products", "collecting"},
+    {"operators"},
     {"utils"},  # nnj.utils.convert_to_nnj, beside the house
     {"__init__"},
     {"testing"},

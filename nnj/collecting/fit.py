@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 
-from nnj.collecting.batches import call, length, moved, read, scalar
+from nnj.collecting.batches import length, moved, read, scalar
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
@@ -25,6 +25,7 @@ from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_simple
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
+from nnj.propagation.called import call, logits_of
 from nnj.recording.extend import (
     batch_axis_of,
     check_hookable,
@@ -154,7 +155,7 @@ class _Evaluate:
         """Of the model."""
         if self.forward:
             return self.forward(self.model, batch)
-        return call(self.model, read(batch, None, self.target)[0])
+        return logits_of(call(self.model, read(batch, None, self.target)[0]))
 
     def __call__(self, batch: Any) -> tuple[Tensor, Any]:
         """The scalar, and the output of the model."""

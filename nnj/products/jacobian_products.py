@@ -30,8 +30,12 @@ from nnj.products.metrics import (
     times,
     times_transposed,
 )
-from nnj.products.weight_contractions import diagonal_pulled_back, push_forward_diagonal
-from nnj.propagation.linearize import Linearization, Slot, linearize
+from nnj.propagation.linearize import Linearization, Slot, linearization
+from nnj.propagation.weight_contractions import (
+    DiagonalMetric,
+    diagonal_pulled_back,
+    pushed_forward,
+)
 
 ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
 
@@ -62,7 +66,7 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
     another shape, dtype or device than they should have; `PluginError` with the name of the plugin
     whose rule is broken; `TypeError` for what is no module.
     """
-    return linearize(module, x, slot_of(wrt)).dense()
+    return linearization(module, x, slot_of(wrt)).dense()
 
 
 def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
@@ -73,7 +77,7 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt))
     shapes = (
         [(at.n, *at.inputs), (at.n, at.size)]
         if at.wrt == "input"
@@ -92,7 +96,7 @@ def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt))
     u = given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
     return at.vjp(u.reshape(1, at.n, *at.outputs))[0]
 
@@ -106,7 +110,7 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
@@ -124,7 +128,7 @@ def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt))
     if matrix is None:
         return at.dense()
     k = matrix.shape[-2] if isinstance(matrix, Tensor) and matrix.dim() > 1 else 0
@@ -175,7 +179,7 @@ def jTmjp(
     if diag_backprop:
         point = linearize_diagonal(module, x, slot)
         return pull_back(point, metric_on_outputs(matrix, point, from_diag), to_diag)
-    at = linearize(module, x, slot)
+    at = linearization(module, x, slot)
     m = metric_on_outputs(matrix, at, from_diag)
     if to_diag:
         return diagonal_pulled_back(at, m)
@@ -215,10 +219,10 @@ def jmjTp(
     if diag_backprop:
         point = linearize_diagonal(module, x, slot)
         return push_forward(point, metric_on_inputs(matrix, point, from_diag), to_diag)
-    at = linearize(module, x, slot)
+    at = linearization(module, x, slot)
     m = metric_on_inputs(matrix, at, from_diag)
     if slot == "weight" and not isinstance(m, list) and (m is None or from_diag):
-        return push_forward_diagonal(at, m, to_diag)
+        return pushed_forward(at, DiagonalMetric.of(at, m), to_diag)
     if to_diag:
         parts = []
         for u in _unit_cotangents(at):
@@ -264,7 +268,7 @@ def jTmjp_pair(
             pull_back(p1, m12, to_diag, p2),
             pull_back(p2, m22, to_diag),
         )
-    one, two = linearize(module, x1, slot), linearize(module, x2, slot)
+    one, two = linearization(module, x1, slot), linearization(module, x2, slot)
     _check_pairs(one, two)
     m11, m12, m22 = (metric_on_outputs(m, one, from_diag) for m in given_ones)
     if to_diag:
