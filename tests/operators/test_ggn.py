@@ -106,7 +106,7 @@ def test_through_scipy():
     pytest.importorskip("scipy", reason="the extra scipy is not installed")
     ggn = nnj.GGN(net(), nn.CrossEntropyLoss(), BATCHES)
     a = ggn @ torch.eye(43).double()
-    values, vectors = torch.linalg.eigh(a)
+    values = torch.linalg.eigvalsh(a)
     found, columns = ggn.eigsh(k=4)
     torch.testing.assert_close(found, values[-4:])
     torch.testing.assert_close(a @ columns, columns * found)
