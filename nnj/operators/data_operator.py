@@ -19,7 +19,7 @@ from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
 from nnj.errors import NNJError
 from nnj.operators.krylov import conjugate_gradients, hutch_plus_plus
 from nnj.propagation.called import call, logits_of
-from nnj.propagation.linearize import Forwarding, parameters, parameters_inside
+from nnj.propagation.linearize import Forwarding, Modules, parameters, parameters_inside
 from nnj.recording.extend import batch_axis_of
 
 
@@ -63,7 +63,7 @@ class DataOperator:
         loss: Any,
         data: Iterable[Any],
         *,
-        modules: Iterable[nn.Module] | None = None,
+        modules: Modules = None,
         scale: str = "sum",
         reduction: str | None = None,
         forward: Forwarding | None = None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from nnj.propagation.linearize import linearization
+from nnj.propagation.linearize import Modules, linearization
 from nnj.propagation.weight_contractions import DiagonalMetric, kernel, kernel_by_output
 
 
@@ -17,7 +16,7 @@ def ntk(
     x2: Any = None,
     *,
     per_class: bool = False,
-    modules: Iterable[nn.Module] | None = None,
+    modules: Modules = None,
 ) -> Tensor:
     """The empirical tangent kernel J(x1) J(x2)^T, (N, C, N', C'), of J in the parameters that
     require grad (Jacot et al. 2018; ways to compute it: Novak et al. 2022).

@@ -31,6 +31,7 @@ from nnj.recording.records import Edge, edge_of
 
 Slot = Literal["input", "weight"]
 Forwarding: TypeAlias = Callable[[nn.Module, Any], Any]
+Modules: TypeAlias = "nn.Module | Iterable[nn.Module] | None"  # in whose parameters J is
 S = TypeVar("S", bound=Sweep, default=Sweep)
 
 
@@ -53,7 +54,9 @@ def parameters_by_module(module: nn.Module) -> list[list[nn.Parameter]]:
     return owned
 
 
-def parameters_inside(module: nn.Module, modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+def parameters_inside(
+    module: nn.Module, modules: nn.Module | Iterable[nn.Module]
+) -> set[nn.Parameter]:
     """The parameters of some modules of a model. Errors: `NNJError` for what is none of them."""
     found: list[Any] = [modules] if isinstance(modules, nn.Module) else list(modules)
     known = set(module.modules())
@@ -72,7 +75,7 @@ def linearization(
     module: nn.Module,
     x: Any,
     wrt: Slot,
-    modules: Iterable[nn.Module] | None = None,
+    modules: Modules = None,
     forward: Forwarding | None = None,
 ) -> Linearization:
     """A module at x, for exact products."""
@@ -111,7 +114,7 @@ class Linearization(Generic[S]):
         wrt: Slot,
         kind: type[S],
         matmuls: bool,
-        modules: Iterable[nn.Module] | None = None,
+        modules: Modules = None,
         forward: Forwarding | None = None,
     ):
         _check_input(module, x, wrt, modules)
@@ -240,7 +243,7 @@ def _check_apart(graph: Graph, root: Edge, n: int, assume: Assumptions) -> None:
     sweep.run({root: columns}, 1, lambda leaf, factor: None)
 
 
-def _check_input(module: nn.Module, x: Any, wrt: Slot, modules: Iterable[nn.Module] | None) -> None:
+def _check_input(module: nn.Module, x: Any, wrt: Slot, modules: Modules) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"products are those of a torch.nn.Module, not of {module!r}")
     if modules is not None and wrt == "input":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.matrices.matrix import Dense, Matrix
-from nnj.propagation.linearize import Forwarding, Linearization, linearization
+from nnj.propagation.linearize import Forwarding, Linearization, Modules, linearization
 from nnj.propagation.weight_contractions import (
     AnyMetric,
     DiagonalMetric,
@@ -23,7 +22,7 @@ def linearize(
     model: nn.Module,
     x: Any,
     *,
-    modules: Iterable[nn.Module] | None = None,
+    modules: Modules = None,
     forward: Forwarding | None = None,
 ) -> Linearized:
     """A model at x, as the linear map J = dy/dw of its parameters: one forward pass, of which all
