@@ -22,19 +22,21 @@ PEERS = {
     "curvlinops": "curvlinops",
     "kfac-jax": "kfac_jax",
     "Opacus": "opacus",
+    "nngeometry": "nngeometry",
+    "ASDL": "asdl",
     "torch.func": "torch",
     "The original nnj": "torch",  # its interface, which nnj has itself
 }
 SECTIONS = [part.split("\n", 1) for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]]
 SNIPPETS = [
-    pytest.param(PEERS[re.sub(r" [\d.]+$", "", title)], code, id=f"{title} {number}")
+    pytest.param(PEERS[re.sub(r" [\d.]+(a\d+)?$", "", title)], code, id=f"{title} {number}")
     for title, text in SECTIONS
     for number, code in enumerate(fenced(text, "python"), 1)
 ]
 
 
 def test_every_tool_has_a_snippet():
-    assert {re.sub(r" [\d.]+$", "", title) for title, _ in SECTIONS} == PEERS.keys()
+    assert {re.sub(r" [\d.]+(a\d+)?$", "", title) for title, _ in SECTIONS} == PEERS.keys()
     assert all(fenced(text, "python") for _, text in SECTIONS)
 
 
