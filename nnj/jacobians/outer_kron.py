@@ -45,15 +45,15 @@ class OuterKron(Kron):
     def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
         g, _, l = self.form
         i = self.patches.inputs + ones
-        total = self.like.new_zeros(g, i, i)
+        total: Tensor | None = None
         for rows in self.patches.parts(g * i * max(l, i)):
-            u = self.patches(rows).to(total.dtype)
+            u = self.patches(rows).to(self.like.dtype)
             if ones:
                 u = torch.cat([u, u.new_ones(len(u), g, 1, l)], 2)
             u = self._counted(u, None if alive is None else alive[rows])
             flat = u.permute(1, 2, 0, 3).reshape(g, i, -1)
-            total += flat @ flat.mT
-        return total
+            total = flat @ flat.mT if total is None else total.baddbmm_(flat, flat.mT)
+        return self.like.new_zeros(g, i, i) if total is None else total
 
     def _counted(self, u: Tensor, alive: Tensor | None) -> Tensor:
         """u at the places that count, or their mean."""

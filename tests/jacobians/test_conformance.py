@@ -21,6 +21,7 @@ from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.row_sparse import RowSparse
+from nnj.jacobians.shared_columns import SharedColumns, Unit
 from nnj.jacobians.views import View, ViewFactor
 from nnj.propagation.hooks import EdgeMap, HookedFactor
 from nnj.propagation.last_layer import LastLayerFactor
@@ -121,6 +122,12 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
     "sparse, nothing": lambda k, n: sparse(k, n, W, 0),
     "last layer, softmax": last(lambda k, n: nnj.SoftmaxHessian(normal(n, k + 1), 2.0)),
     "last layer, diagonal": last(lambda k, n: nnj.DiagonalHessian(normal(n, k).square())),
+    "shared columns": lambda k, n: SharedColumns(
+        Patches.of(normal(n, 1, 3, 1)), normal(k, 4), W, normal(0)
+    ),
+    "unit columns": lambda k, n: SharedColumns(
+        Patches.of(normal(n, 1, 3, 1)), Unit(1, k, k + 2), (k + 2, 3), normal(0)
+    ),
     "sum": lambda k, n: SumFactor([outer(k, n, W, 2), DenseFactor(normal(k, n, *W))]),
     "sum, sparse": lambda k, n: SumFactor([sparse(k, n, W), outer(k, n, W), outer(k, n, W, 2)]),
     "sum, sparse alone": lambda k, n: SumFactor(
@@ -176,6 +183,17 @@ def test_every_class_has_a_case() -> None:
     assert ours and ours <= {type(make(5, 4)) for make in CASES.values()}
 
 
+def check_some_rows(f: Factor, b: Tensor) -> None:
+    """B in some rows of the parameter."""
+    length = f.shape[0] if f.shape else 0
+    for start, stop in ((0, length), (1, length)) if length else ():
+        some = f.rows(start, stop)
+        assert some.shape == (stop - start, *f.shape[1:])
+        torch.testing.assert_close(some.dense(), b[:, :, start:stop], **CLOSE)
+        squares = b[:, :, start:stop].square().sum((0, 1))
+        torch.testing.assert_close(some.square_sum(), squares, **CLOSE)
+
+
 def parts(f: Factor) -> Iterator[slice]:
     """Columns in chunks that are not all as long."""
     ends = [e for e in (0, 2, 3) if e < f.k] + [f.k]
@@ -196,6 +214,7 @@ def check(f: Factor, b: Tensor) -> None:
     check_kron(f, b)
     check_squares(f, b)
     check_rows(f, b)
+    check_some_rows(f, b)
 
 
 def check_products(f: Factor, b: Tensor) -> None:
