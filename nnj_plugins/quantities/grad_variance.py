@@ -37,9 +37,9 @@ class GradVariance(nnj.Quantity):
     then; NaN for a single sample. `context.noise_scale`, (), is tr / g2 of these samples alone, the
     "simple noise scale"; infinite where g2 <= 0.
 
-    Within a pass it is the mean square less the squared mean, never below zero. Their sums are
-    taken in float64, so that float32 loses nothing; in float64, rows whose mean is 10^4 times their
-    deviation leave 8 digits.
+    Within a pass it is the mean square less the squared mean, never below zero. The sums are taken
+    in float64, so that it is as precise as float32 rows are; in float64, rows whose mean is 10^4
+    times their deviation leave 8 digits.
 
     Errors: `NNJError` for two losses of the same samples in one backward pass, whose gradients add
     up before they are squared."""

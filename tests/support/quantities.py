@@ -29,6 +29,7 @@ ON_THE_CONTEXT = {
     "ggn": "ggn",
 }
 ALL = (*AT_PARAMETERS, "ggn")
+QUADRATIC = [name for name, quadratic in AT_PARAMETERS.items() if quadratic]
 
 
 class Expected:
@@ -90,13 +91,11 @@ def plain_numbers(t: Any) -> Any:
 
 
 def batch_diag(dense: Dense, name: str) -> Tensor:
-    """diag(J_n^T H J_n) of each sample, (N, *shape)."""
-    j, found = dense.columns(name), []
-    for n in range(dense.n):
-        mine = torch.where((dense.samples == n)[:, None], j, 0)
-        found.append(((dense.hessian @ mine) * mine).sum(0))
-    shape = dense.jacobian[name].shape[1:]
-    return torch.stack(found).reshape(dense.n, *shape) if found else j.new_zeros(0, *shape)
+    """diag(J_n^T H J_n) of each sample, (N, *shape), of an H that connects no two samples."""
+    j = dense.columns(name)
+    rows = (dense.hessian @ j) * j
+    total = rows.new_zeros(dense.n, rows.shape[1]).index_add_(0, dense.samples, rows)
+    return total.reshape(dense.n, *dense.jacobian[name].shape[1:])
 
 
 def wrong_quantities(
