@@ -22,9 +22,9 @@ class InputMoment(nnj.Quantity):
     - A convolution has a place for each entry of its output, and I = channels of a group times
       entries of the kernel, padding included; a linear layer one for each row or token.
     - A weight that is used several times, also by other modules, has the places of all its uses.
-    - In attention's packed in_proj_weight the projections of query, key and value count as groups
-      where their inputs are other tensors: (3, E, E), or (2, E, E) with key and value together;
-      and (1, E, E) where all three are one.
+    - The projections of query, key and value in attention's packed in_proj_weight count as its
+      groups: (3, E, E), also where all three have one input. So do row blocks of any weight that is
+      taken apart, where each has inputs of as many entries.
     - An embedding reads rows of the identity: a diagonal of how often each row is read, which
       becomes a full matrix within `block_limit`.
     - None of modules whose own parameters with two axes or more, of those that require grad, are
