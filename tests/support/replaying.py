@@ -34,7 +34,9 @@ def compiled(
 
     request = Request.by_name(quantities, **options)
     program = PassProgram(evaluate, [model, *losses], request)
-    cases = Cases(program, backend, verify=False, ignored=names_of_results(), is_own=is_own_hook)
+    cases = Cases(
+        program, backend, verify=False, ignored=names_of_results(request), is_own=is_own_hook
+    )
     return model, Step(model, request, cases)
 
 

@@ -15,10 +15,12 @@ SEEDS, GROUP = 60, 20
 
 @pytest.mark.parametrize("start", range(0, SEEDS, GROUP))
 def test_seeds(start):
-    kinds = []
+    together, some = [], 0
     for seed in range(start, start + GROUP):
         with quietly(), torch.random.fork_rng(devices=[]):
             found = check_quantities(draw(seed))
         assert not {q: o for q, o in found.items() if o.kind == FAILURE}, f"seed {seed}"
-        kinds.append(found["together"].kind)
-    assert kinds.count(EQUAL) >= GROUP / 4 and set(kinds) <= {EQUAL, REFUSED}
+        together.append(found["together"].kind)
+        some += EQUAL in {o.kind for o in found.values()}
+    # many have two losses of the same samples, of which some quantities are refused
+    assert set(together) == {EQUAL, REFUSED} and some >= GROUP - 3

@@ -4,7 +4,7 @@ of uneven sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,14 @@ from tests.support.fuzz.compare import FAILURE, REFUSED, Outcome, Wrong, asked, 
 from tests.support.fuzz.fitting import as_one_batch
 from tests.support.fuzz.truth import Truth
 from tests.support.oracle import Dense
-from tests.support.quantities import ALL, AT_PARAMETERS, QUADRATIC, Expected, wrong_quantities
-
-Compared = Callable[[Any, Tensor], str]
+from tests.support.quantities import (
+    ALL,
+    AT_PARAMETERS,
+    QUADRATIC,
+    Compared,
+    Expected,
+    wrong_quantities,
+)
 
 
 def check_quantities(case: Case) -> dict[str, Outcome]:
