@@ -40,8 +40,8 @@ class collect(Collection):  # noqa: N801
     ...         loss_func(model(x), y).backward()
 
     Args:
-        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and those of
-            installed plugins.
+        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and others that
+            `python -m nnj` lists, each with what it is in the docstring of its class.
         modules: collect at the parameters of these modules alone; columns go no further back than
             they must.
         memory: bytes that the columns may take; if there are more of them, they go through the
