@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, failed, of_dtype, times
+from nnj.collecting.quantity import Holder, Quantity, Whole, failed, of_dtype, times
 from nnj.errors import NNJError
 
 
@@ -53,6 +53,7 @@ class Contribution:
     Attributes:
         holders: every parameter and module that may hold a result, reached or not.
         states: of each quantity, at each place that the loss has reached.
+        together: which parameters a joint state is over, in order.
         exact: its exact columns.
     """
 
@@ -66,12 +67,15 @@ class Contribution:
         self.holders: dict[Holder, None] = {}
         self.exact = ExactColumns()
         self.states: dict[str, dict[Holder, Any]] = {}
+        self.together: tuple[int, ...] = ()
 
     def end(self, quantities: Mapping[str, Quantity]) -> None:
         """No chunk of columns is to come any more."""
         for name, states in self.states.items():
-            for holder, state in states.items():
-                states[holder] = asked(name, quantities[name].end_pass, state)
+            end = quantities[name].end_pass
+            if type(quantities[name]).end_pass is not Quantity.end_pass:
+                for holder, state in states.items():
+                    states[holder] = asked(name, end, state)
 
     def at(self, name: str) -> Mapping[Holder, Any]:
         """The states of a quantity, where the loss reached something."""
@@ -80,7 +84,7 @@ class Contribution:
     def of_quantities(self, names: Container[str]) -> Contribution:
         """The part of some quantities."""
         part = Contribution(self.calls, self.n)
-        part.holders, part.exact = self.holders, self.exact
+        part.holders, part.exact, part.together = self.holders, self.exact, self.together
         part.states = {name: states for name, states in self.states.items() if name in names}
         return part
 
@@ -94,30 +98,17 @@ class Contribution:
         """Add `factor` times another contribution of the same samples."""
         self.calls |= other.calls
         self.given |= other.given
-        before = dict(self.holders)
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
+        self.together = _same_parameters(self.together, other.together)
         for name, states in other.states.items():
             mine, quantity = self.states.setdefault(name, {}), quantities[name]
-            if WHOLE in mine and WHOLE in states:
-                _check_together(name, before, other.holders)
             for holder, state in states.items():
                 state = times(state, factor)
                 known = holder in mine
                 mine[holder] = (
                     asked(name, quantity.merge_losses, mine[holder], state) if known else state
                 )
-
-
-def _check_together(name: str, one: Iterable[Holder], other: Iterable[Holder]) -> None:
-    """Errors: `NNJError` for results over all parameters together, of others each time."""
-    mine, theirs = ({id(p) for p in of if isinstance(p, Tensor)} for of in (one, other))
-    if mine != theirs:
-        raise NNJError(
-            f"{name} is over all parameters together, and losses reach models with other ones, so "
-            "that their results do not add up. Name the modules, modules=[...], or collect at one "
-            "model at a time"
-        )
 
 
 def asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
@@ -212,13 +203,12 @@ class Accumulator:
         self.samples = self.passes = 0
         self.exact = ExactColumns()
         self._quantities = quantities
+        self._together: tuple[int, ...] = ()
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # by quantity and holder, which is held weakly: what is collected goes with its parameter
         self._totals: dict[str, MutableMapping[Holder, _Merged | _Rows]] = {
             name: WeakIdKeyDictionary() for name in quantities
         }
-        # of each quantity of all parameters together: which they are
-        self._together: dict[str, MutableMapping[Holder, None]] = {}
 
     def add_pass(self, contributions: list[Contribution]) -> None:
         """Take in what the losses of one backward pass have added.
@@ -230,6 +220,8 @@ class Accumulator:
         self._check_groups(groups)
         for group in groups:
             self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
+        for group in groups:
+            self._together = _same_parameters(self._together, group.together)
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)
@@ -254,7 +246,6 @@ class Accumulator:
         """
         for name in self._totals:
             self._totals[name] = WeakIdKeyDictionary()
-        self._together = {}
 
     def _check_groups(self, groups: Sequence[Contribution]) -> None:
         """Errors: those of `add_pass`."""
@@ -262,17 +253,6 @@ class Accumulator:
             merges = type(quantity).merge_losses is not Quantity.merge_losses
             if quantity.per_sample or quantity.quadratic or merges:
                 _check_apart(name, groups)
-            if quantity.place is Whole:
-                self._check_place_of_all(name, groups)
-
-    def _check_place_of_all(self, name: str, groups: Sequence[Contribution]) -> None:
-        """Errors: `NNJError` where it is over other parameters than before."""
-        for holders in [group.holders for group in groups if WHOLE in group.at(name)]:
-            known = self._together.get(name)
-            if known is None:
-                known = self._together[name] = WeakIdKeyDictionary()
-                known.update({p: None for p in holders if isinstance(p, Tensor)})
-            _check_together(name, known, holders)
 
     def _expect(self, name: str, groups: list[Contribution]) -> None:
         """Know all that may hold a result of the quantity, reached or not."""
@@ -344,8 +324,9 @@ def result(
     name: str, quantity: Quantity, holder: Holder, state: Any, samples: int, factor: float = 1.0
 ) -> Any:
     """`factor` times what a quantity makes of the state of a place, of the place's dtype."""
-    value = times(asked(name, quantity.finish, state, samples), factor)
-    return of_dtype(value, dtype_of(holder))
+    if type(quantity).finish is not Quantity.finish:
+        state = asked(name, quantity.finish, state, samples)
+    return of_dtype(state if factor == 1 else state * factor, dtype_of(holder))
 
 
 def _by_samples(
@@ -371,6 +352,17 @@ def _check_apart(name: str, groups: Sequence[Contribution]) -> None:
                 "one, so that their samples are not the same. Give both the outputs of all calls, "
                 "or call the model once, on torch.cat of its inputs"
             )
+
+
+def _same_parameters(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """What two joint states are over. Errors: `NNJError` if they are over other parameters."""
+    if one and other and one != other:
+        raise NNJError(
+            "what is joint over all parameters is asked of two losses or passes that reach other "
+            "models, or in which other parameters require grad. Collect for each in a `with` of "
+            "its own, or name the same modules=[...] for both"
+        )
+    return one or other
 
 
 def dtype_of(holder: Holder) -> torch.dtype | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nnj.errors import NNJError
@@ -51,10 +51,6 @@ def read(batch: Any, forward: Any, target: str | Callable[[Any], Any] | None) ->
             "output and target=lambda batch: target"
         )
     return batch[:-1], batch[-1]
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def length(inputs: Any, axis: int) -> int:

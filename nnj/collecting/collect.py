@@ -40,8 +40,8 @@ class collect(Collection):  # noqa: N801
     ...         loss_func(model(x), y).backward()
 
     Args:
-        quantities: names: "ggn_diag", "ggn_block", "ggn_diag_mc", "batch_grad", and others that
-            `python -m nnj` lists, each with what it is in the docstring of its class.
+        quantities: names of installed plugins, such as "ggn_diag", "ggn_block", "batch_grad",
+            "kfac" (`nnj.collect("?")` names all), or a `nnj.Quantity` itself.
         modules: collect at the parameters of these modules alone; columns go no further back than
             they must.
         memory: bytes that the columns may take; if there are more of them, they go through the
@@ -65,7 +65,7 @@ class collect(Collection):  # noqa: N801
             that only looked, and begins to change gradients, is not seen. NNJ_VERIFY=never, first
             or always in the environment says it for the whole process.
         options: keyword arguments of the quantities, such as samples= and generator= of
-            ggn_diag_mc, block_limit= of ggn_block.
+            ggn_diag_mc, block_limit= of ggn_block. Each goes to all named ones that declare it.
 
     Attributes:
         samples, passes: how many samples and backward passes there were so far.
@@ -79,8 +79,10 @@ class collect(Collection):  # noqa: N801
         They are attributes under the quantity's name: on each parameter that requires grad, of its
         shape, or on modules; None where no backward pass reached it, as in `.grad`. Passes add up,
         as `.grad` does; rows of per-sample quantities come one behind the other, in the order of
-        the forward calls. They stay after the `with`; entering anew, in the same thread, removes
-        them. `p.grad` is what it would be without nnj. `torch.autograd.grad` collects, too.
+        the forward calls. What belongs to all parameters together is an attribute of the context
+        (`with nnj.collect("ggn") as context`, then `context.ggn`). They stay after the `with`;
+        entering anew, in the same thread, removes those of parameters and modules. `p.grad` is what
+        it would be without nnj. `torch.autograd.grad` collects, too.
 
     Scaling
         Every quantity is that of exactly the scalar on which `.backward()` was called: the

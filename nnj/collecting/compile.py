@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nnj.collecting.accumulate import Contribution
-from nnj.collecting.batches import call, read, scalar
+from nnj.collecting.batches import read, scalar
 from nnj.collecting.collect import PassByPass
 from nnj.collecting.loss_reduction import name_of
 from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
@@ -18,6 +18,7 @@ from nnj.collecting.quantity import Holder, Quantity, Whole
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
+from nnj.propagation.called import call, logits_of
 from nnj.recording.extend import extend, is_own_hook
 
 
@@ -114,7 +115,7 @@ def compile(
 
     def evaluate(batch: Any) -> tuple[Tensor, list[Tensor]]:
         inputs, wanted = read(batch, forward, target)
-        output = forward(model, batch) if forward else call(model, inputs)
+        output = forward(model, batch) if forward else logits_of(call(model, inputs))
         return scalar(loss(output, wanted), name_of(loss)), []
 
     program = PassProgram(evaluate, [model, loss], request)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 
-from nnj.collecting.batches import call, length, moved, read, scalar
+from nnj.collecting.batches import length, moved, read, scalar
 from nnj.collecting.fit_result import Fit
 from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
@@ -25,6 +25,7 @@ from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_simple
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
+from nnj.propagation.called import call, logits_of
 from nnj.recording.extend import (
     batch_axis_of,
     check_hookable,
@@ -120,16 +121,27 @@ def fit(
         torch.enable_grad(),
     ):
         evaluate = _Evaluate(model, loss, forward, target, axis)
-        cases = _cases(run, evaluate, backend) if compile else None
-        for given in _bar(loader, progress):
-            batch = moved(given, device)
-            inputs, wanted = read(batch, forward, target)
-            n = length(inputs, axis)
-            if n > 0 and cases is not None:
-                run.add_replayed(loss, cases(batch), wanted, n)
-            elif n > 0:
-                run.add(loss, evaluate.output(batch), wanted, n)
+        first = run.first(loader)
+        if first is not None:
+            _read(first, evaluate, _bar(loader, progress), device, backend if compile else None)
+        with run.knowing(first):
+            _read(run, evaluate, _bar(loader, progress), device, backend if compile else None)
     return run.result(loss.name)
+
+
+def _read(
+    run: _Run, evaluate: _Evaluate, loader: Iterable[Any], device: torch.device, backend: str | None
+) -> None:
+    """Collect over all batches."""
+    cases = None if backend is None else _cases(run, evaluate, backend)
+    for given in loader:
+        batch = moved(given, device)
+        inputs, wanted = read(batch, evaluate.forward, evaluate.target)
+        n = length(inputs, evaluate.axis)
+        if n > 0 and cases is not None:
+            run.add_replayed(evaluate.loss, cases(batch), wanted, n)
+        elif n > 0:
+            run.add(evaluate.loss, evaluate.output(batch), wanted, n)
 
 
 class _Evaluate:
@@ -143,7 +155,7 @@ class _Evaluate:
         """Of the model."""
         if self.forward:
             return self.forward(self.model, batch)
-        return call(self.model, read(batch, None, self.target)[0])
+        return logits_of(call(self.model, read(batch, None, self.target)[0]))
 
     def __call__(self, batch: Any) -> tuple[Tensor, Any]:
         """The scalar, and the output of the model."""
@@ -223,6 +235,38 @@ class _Run:
                 "reduction='sum' and scale='sum'"
             )
         self.total += total
+
+    def first(self, loader: Iterable[Any]) -> _Run | None:
+        """The run of what some quantities must know before; None if there is nothing.
+
+        Errors: `NNJError` for a loader that can be read only once.
+        """
+        request = self.request.first()
+        if request is None:
+            return None
+        if isinstance(loader, Iterator):
+            raise NNJError(
+                f"{', '.join(request.quantities)}: the data are read twice, and an iterator can be "
+                "read only once. Give a list of batches or a DataLoader, or what is needed before "
+                "(basis= an earlier kfac)"
+            )
+        return _Run(self.model, request, "sum")
+
+    @contextmanager
+    def knowing(self, first: _Run | None) -> Iterator[None]:
+        """While quantities know what was collected before."""
+        names = list[str]()
+        try:
+            if first is not None:
+                names = list(first.request.quantities)
+                for name in names:
+                    found = first.collection.accumulator.values(name)
+                    known = {holder: value for holder, value in found if value is not None}
+                    self.request.quantities[name].given(known)
+            yield
+        finally:
+            for name in names:
+                self.request.quantities[name].given(None)
 
     def result(self, loss: str) -> Fit:
         """All batches together. Errors: `NNJError` for no samples, a mean over a weight of zero."""

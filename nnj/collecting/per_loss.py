@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.accumulate import Contribution, ExactColumns, result
 from nnj.collecting.called_parameters import check_data, check_replaced
 from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
@@ -49,6 +49,34 @@ def contribute(
 
     Errors: `NNJError` wherever a number would not be exact.
     """
+    firsts = {request: first for request in requests if (first := request.first()) is not None}
+    if not firsts:
+        return _contribute(call, scale, node, requests, columns)
+    # what some quantities must know before their columns, of this loss alone
+    found = _contribute(call, scale, node, list(firsts.values()), columns)
+    try:
+        for request, first in firsts.items():
+            part = found[first]
+            for name, states in part.states.items():
+                made = {
+                    place: result(name, first.quantities[name], place, state, part.n)
+                    for place, state in states.items()
+                }
+                request.quantities[name].given(made)
+        return _contribute(call, scale, node, requests, columns)
+    finally:
+        for request, first in firsts.items():
+            for name in first.quantities:
+                request.quantities[name].given(None)
+
+
+def _contribute(
+    call: LossCall,
+    scale: Tensor,
+    node: Any,
+    requests: Sequence[Request],
+    columns: LossColumns,
+) -> dict[Request, Contribution]:
     scope = Scope(extended_roots())
     targets = [Target(request, scope) for request in requests]
     wanted: set[Tensor] = set().union(*(target.params for target in targets))

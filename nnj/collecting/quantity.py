@@ -43,9 +43,9 @@ class Quantity:
     """One thing to collect.
 
     Must define one of `parameter` (results are attributes of parameters), `module` (of modules) and
-    `joint` (of the context of `nnj.collect`). May override the other methods, and the attributes
-    below, on the class or on the instance. Options are the keyword arguments of `__init__`;
-    `nnj.collect` passes on those that it is given.
+    `joint` (of the context of `nnj.collect`), or `add` and `place`. May override the other methods,
+    and the attributes below, on the class or on the instance. Options are the keyword arguments of
+    `__init__`; `nnj.collect` passes on those that it is given.
 
     Attributes:
         name: under which results stand where an instance is given to `nnj.collect`; by default the
@@ -66,7 +66,8 @@ class Quantity:
             places of a sample are added up first.
         quadratic: of "gradient", whether results are not linear in the gradient. Then those of two
             losses of the same samples do not add up, and are refused.
-        place: the class of what holds results; follows from what is defined.
+        place: the class of what holds results, `Tensor`, `nn.Module` or `nnj.Whole`; follows from
+            what is defined.
     """
 
     name: str | None = None
@@ -81,9 +82,8 @@ class Quantity:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        places = [
-            p for ask, p in _PLACES.items() if getattr(cls, ask) is not getattr(Quantity, ask)
-        ]
+        own = (p for ask, p in _PLACES.items() if getattr(cls, ask) is not getattr(Quantity, ask))
+        places = list(own) or [cls.place] * (cls.add is not Quantity.add)
         if len(places) != 1:
             raise TypeError(f"{cls.__name__} must define one of {', '.join(_PLACES)}")
         (cls.place,) = places
@@ -120,6 +120,18 @@ class Quantity:
         """The same at all parameters at which is collected, in the order of `parameters()`."""
         raise NotImplementedError(f"{type(self).__name__} must define joint")
 
+    # -- may override: what is needed before -------------------------------------------------------
+
+    def first(self) -> Quantity | None:
+        """Another quantity that must be known before the first column is taken in; None if there is
+        none, or if it has been `given`. `nnj.fit` reads all data for it, and then anew for this
+        one; in `nnj.collect` the columns of a loss walk twice.
+        """
+        return None
+
+    def given(self, results: Mapping[Any, Any] | None) -> None:
+        """Take in the results of `first` by their places; None takes them away again."""
+
     # -- may override: one loss in one backward pass -----------------------------------------------
 
     def check(self, module: nn.Module | None, params: list[nn.Parameter], path: str) -> None:
@@ -145,7 +157,7 @@ class Quantity:
         """
         value: Any
         if self.place is Tensor:
-            (factor,) = factors
+            factor = factors[0]
             assert factor is not None  # at a parameter to which columns came
             value = self.parameter(factor, total_columns)
         elif self.place is Whole:

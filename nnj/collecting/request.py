@@ -81,6 +81,8 @@ class Request:
     ):
         self.quantities = dict(quantities)
         self.sources = {name: _source_of(name, q) for name, q in self.quantities.items()}
+        items = self.quantities.items()
+        self._askers = [name for name, q in items if type(q).first is not Quantity.first]
         self.modules = None if modules is None else _checked_modules(modules)
         _check_memory(memory)
         self.memory, self.tol, self.signed = memory, _number(tol), signed
@@ -124,7 +126,18 @@ class Request:
         other = copy.copy(self)
         other.quantities = {n: q for n, q in self.quantities.items() if n in names}
         other.sources = {n: s for n, s in self.sources.items() if n in names}
+        other._askers = [n for n in self._askers if n in names]
         return other
+
+    def first(self) -> Request | None:
+        """What some of its quantities must know before their first column, under their names; None
+        if there is nothing.
+        """
+        found = {name: first for name in self._askers if (first := self.quantities[name].first())}
+        if not found:
+            return None
+        tol = self.tol if any(q.source == EXACT.kind for q in found.values()) else 0.0
+        return Request(found, self.modules, self.memory, tol, self.signed, self.verify)
 
     def gives(self, name: str, other: Request) -> bool:
         """Whether its results of a quantity are those that another request asks for."""

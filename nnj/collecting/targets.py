@@ -91,6 +91,7 @@ class Target:
         if self._joints:
             every = dict.fromkeys(p for p in holders if isinstance(p, nn.Parameter))
             self.together = {p: None for p in self._order if p in every} | every
+            self.found.together = tuple(map(id, self.together))
             for _, quantity, _ in self._joints:
                 quantity.check(None, list(self.together), "")
 
@@ -166,7 +167,9 @@ class Target:
 
 
 def _in_order(scope: Scope) -> dict[nn.Parameter, None]:
-    """All parameters in the order of `parameters()` of the outermost models."""
+    """All parameters in the order of `parameters()` of the outermost models, which that of modules=
+    need not be.
+    """
     inner = {m for root in scope.roots for m in scope.modules[root] if m is not root}
     outer = [root for root in scope.roots if root not in inner]
     return {p: None for root in outer for m in scope.modules[root] for p in scope.own[m]}
@@ -182,9 +185,13 @@ def _add(
     total: int,
 ) -> None:
     """Add one chunk of columns to the state of a place."""
-    states = found.states.setdefault(name, {})
-    state = states[place] if place in states else asked(name, quantity.start, place, params)
-    states[place] = asked(name, quantity.add, state, list(factors), params, total)
+    states = found.states.get(name)
+    if states is None:
+        states = found.states[name] = {}
+    state = states.get(place)
+    if state is None and type(quantity).start is not Quantity.start:
+        state = asked(name, quantity.start, place, params)
+    states[place] = asked(name, quantity.add, state, factors, params, total)
 
 
 def _of_part(part: Part, factor: Factor) -> Factor:

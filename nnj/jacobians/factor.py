@@ -7,6 +7,7 @@ small. The GGN is B^T B, a sum over k and n, and each part of it is asked of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
@@ -169,6 +170,10 @@ class Factor:
     def biases(self) -> list[Bias]:
         """What of it is a sum of columns over places, as at a bias, for each view."""
         return []
+
+    def rows(self, start: int, stop: int) -> Factor:
+        """B in some rows of the parameter, as a factor at one of (stop - start, *shape[1:])."""
+        return DenseFactor(self.dense()[:, :, start:stop])
 
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
@@ -341,6 +346,9 @@ class SumFactor(Factor):
     def scale(self, d: Tensor) -> Factor:
         return SumFactor([part.scale(d) for part in self.parts])
 
+    def rows(self, start: int, stop: int) -> Factor:
+        return merge_uses([part.rows(start, stop) for part in self.parts])
+
     def scale_rows(self, c: Tensor) -> Factor:
         return SumFactor([part.scale_rows(c) for part in self.parts])
 
@@ -368,6 +376,27 @@ class SumFactor(Factor):
             for second in terms[a + 1 :]:
                 total += 2 * first.inner(second, per_sample)
         return total
+
+
+def joint_gram(factors: Sequence[Factor | None], shapes: Sequence[Sequence[int]] = ()) -> Tensor:
+    """B^T B over several parameters, flattened one behind the other, (P, P).
+
+    Args:
+        factors: B at each; None where it is zero, but not at all of them.
+        shapes: of the parameters, if some factor is None.
+    """
+    sizes = [math.prod(s) for s in shapes or (f.shape for f in factors if f is not None)]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    known = [(a, f) for a, f in zip(starts, factors, strict=False) if f is not None]
+    some = known[0][1]
+    block = torch.zeros(starts[-1], starts[-1], dtype=some.dtype, device=some.device)
+    for i, (a, f) in enumerate(known):
+        for b, g in known[i:]:
+            part = f.gram(g)
+            block[a : a + part.shape[0], b : b + part.shape[1]] = part
+            if g is not f:
+                block[b : b + part.shape[1], a : a + part.shape[0]] = part.mT
+    return block
 
 
 def merge_uses(uses: Sequence[Factor]) -> Factor:

@@ -99,6 +99,8 @@ class Jacobian:
         """u J added up for each of n samples, as a factor B of (K, n, *p); `sample_index` says of
         which sample the entries of u are.
         """
+        if sample_index.by_column and sample_index.n == 1:
+            sample_index = SampleIndex(1)  # all entries are those of the one sample
         if not sample_index.by_column:
             factor = self.factor(u, sample_index)
             if factor is not None:

@@ -19,6 +19,48 @@ Approx = Literal["expand", "reduce"]
 Columns: TypeAlias = Sequence[tuple[object, int, int]]
 
 
+class Arrived(NamedTuple):
+    """The columns u, of (K, R, *outputs), that came to a layer.
+
+    Attributes:
+        last: whether the last axis of outputs is that of channels, or the first.
+    """
+
+    u: Tensor
+    last: bool
+
+    def same(self, other: object) -> bool:
+        """Whether another one's are the same entries of memory, by the same channels. They may be
+        seen as other rows: torch adds a bias in a node of its own, behind a reshape.
+        """
+        if not isinstance(other, Arrived):
+            return False
+        u, v = self.u, other.u
+        if u is v and self.last == other.last:
+            return True
+        mine, theirs = (
+            a.dim() - 1 if arrived.last else 2 for a, arrived in ((u, self), (v, other))
+        )
+        return (
+            u.data_ptr() == v.data_ptr()
+            and (len(u), u.numel(), u.dtype) == (len(v), v.numel(), v.dtype)
+            and (u.shape[mine], u.stride(mine)) == (v.shape[theirs], v.stride(theirs))
+            and _has_no_repeats(u)
+            and _has_no_repeats(v)
+        )
+
+
+def _has_no_repeats(u: Tensor) -> bool:
+    """Whether each entry stands once in memory, and nothing is left out between them."""
+    sizes = sorted((stride, size) for size, stride in zip(u.shape, u.stride(), strict=True))
+    expected = 1
+    for stride, size in sizes:
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 class Arrangement(Protocol):
     """In which entries of a parameter S (x) A stands: `nnj.View`."""
 
@@ -66,7 +108,8 @@ class Kron:
         """Whether a bias is of the same places: then u with a one at its end serves both."""
         mine, theirs = self.columns, bias.columns
         return len(mine) == len(theirs) > 0 and all(
-            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(mine, theirs, strict=True)
+            a[1:] == b[1:] and (a[0] is b[0] or (isinstance(a[0], Arrived) and a[0].same(b[0])))
+            for a, b in zip(mine, theirs, strict=True)
         )
 
     def outer_v(self) -> Tensor:

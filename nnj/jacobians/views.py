@@ -58,6 +58,11 @@ class View:
         return cls(tuple(shape), 0, shape[0], split, tuple(order), tuple(inner))
 
     @property
+    def plain(self) -> bool:
+        """Whether its entries are in the order of the parameter."""
+        return self == View.rows(self.shape, self.start, self.stop)
+
+    @property
     def whole(self) -> bool:
         """Whether it has all rows."""
         return (self.start, self.stop) == (0, self.shape[0])
@@ -169,6 +174,12 @@ class ViewFactor(Factor):
         every = [(view, bias) for view, part in self.parts for bias in part.biases()]
         return [bias._replace(view=view) for view, bias in every if bias.view is None]
 
+    def rows(self, start: int, stop: int) -> Factor:
+        for view, part in self.parts:
+            if view.plain and view.start <= start and stop <= view.stop:
+                return part.rows(start - view.start, stop - view.start)
+        return super().rows(start, stop)
+
     def rotate(
         self, left: Tensor | None, right: Tensor | None, shape: Sequence[int] | None = None
     ) -> Factor:
@@ -182,7 +193,7 @@ class ViewFactor(Factor):
             )
             turned = part.rotate(right, left, (q, p))
             return ViewFactor([(View.permuted(shape or (p, q), (q, p), (p, q)), turned)])
-        if left is None or any(v != View.rows(v.shape, v.start, v.stop) for v, _ in self.parts):
+        if left is None or not all(v.plain for v, _ in self.parts):
             return super().rotate(left, right, shape)
         rows = [p.rotate(left[:, v.start : v.stop], right, shape) for v, p in self.parts]
         return merge_uses(rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
+from nnj.jacobians.kron import Arrived
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.row_sparse import RowSparse
@@ -158,9 +159,9 @@ class PatchMatmul(Jacobian):
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
             found = OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
-            return found.made_of(u)
+            return found.made_of(Arrived(u, self.fold.last))
         regrouped = _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
-        return None if regrouped is None else regrouped.made_of(u)
+        return None if regrouped is None else regrouped.made_of(Arrived(u, self.fold.last))
 
     def summed_vjp(self, u: Tensor) -> Tensor:
         # All rows are places of one sample: (K, G, O, R*L) (G, I, R*L)^T.
@@ -245,7 +246,7 @@ class ScaleShift(Jacobian):
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
         ones = total.new_ones(sample_index.n, 1, 1, 1)
         found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
-        return found.made_of(u, is_bias=True) if self.m is None else found
+        return found if self.m is not None else found.made_of(Arrived(u, self.fold.last), True)
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
         """v of (K, R, 1, D, L), summed over all places of each sample, (K, n, 1, D); None where a

@@ -189,6 +189,12 @@ class LossHessian:
             part.reshape(t.shape[0], *shape) for part, shape in zip(rows, self.shapes, strict=True)
         )
 
+    def from_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The inverse: from (k, *shape) for each output to (k, R, D, B)."""
+        sizes = zip(outputs, self.sizes, strict=True)
+        rows = torch.cat([t.reshape(len(t), self.rows, size) for t, size in sizes], -1)
+        return rows.reshape(*rows.shape[:2], self.block, self.places).mT
+
     def flat(self, t: Tensor) -> Tensor:
         """From (k, R, D, B) to rows of the outputs, flattened one after the other: (k, R, B D)."""
         parts = zip(self.to_outputs(t), self.sizes, strict=True)

@@ -2,7 +2,7 @@
 multiply, solve, sample and meet factors.
 """
 
-from nnj.matrices.block import BlockDiagonal, Part, Seen
+from nnj.matrices.block import BlockDiagonal, Part, Seen, joined
 from nnj.matrices.diagonal import Diagonal
 from nnj.matrices.kronecker import EigenKronecker, Kronecker
 from nnj.matrices.load import load
@@ -17,5 +17,6 @@ __all__ = [
     "Matrix",
     "Part",
     "Seen",
+    "joined",
     "load",
 ]

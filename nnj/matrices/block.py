@@ -42,6 +42,14 @@ class Part(NamedTuple):
     matrix: Matrix
     seen: dict[str, Seen]
 
+    def factors(self, factors: Factors) -> dict[str, Factor]:
+        """Factors at parameters as they are at what the block sees of them."""
+        return {
+            own: _seen(factors[seen.name], seen.view)
+            for own, seen in self.seen.items()
+            if seen.name in factors
+        }
+
 
 class BlockDiagonal(Matrix):
     """Blocks side by side, and zeros for all entries that are in none of them.
@@ -247,8 +255,8 @@ class BlockDiagonal(Matrix):
         self._check_factors(factor, other)
         found = []
         for part in self.blocks:
-            first = _factors(part, factor)
-            second = first if other is factor else _factors(part, other)
+            first = part.factors(factor)
+            second = first if other is factor else part.factors(other)
             if first and second:
                 found.append(part.matrix.contract(first, second, pairs))
         if not found:
@@ -292,19 +300,20 @@ class BlockDiagonal(Matrix):
         return torch.stack([zero, *found]).sum()
 
 
+def joined(shapes: Mapping[str, Sequence[int]], parts: Sequence[Part]) -> Matrix:
+    """Blocks over parameters of some shapes as one matrix: the only one, where it is all of it."""
+    if len(parts) == 1:
+        ((matrix, seen),) = parts
+        whole = {name: tuple(shape) for name, shape in shapes.items()}
+        if list(seen.items()) == [(name, Seen(name)) for name in whole]:
+            return matrix
+    return BlockDiagonal(shapes, parts)
+
+
 def _part(part: Matrix | Part) -> Part:
     if isinstance(part, Part):
         return part
     return Part(part, {name: Seen(name) for name in part.layout.shapes})
-
-
-def _factors(part: Part, factors: Factors) -> dict[str, Factor]:
-    """The factors at what a part sees."""
-    return {
-        own: _seen(factors[seen.name], seen.view)
-        for own, seen in part.seen.items()
-        if seen.name in factors
-    }
 
 
 def _seen(factor: Factor, view: View | None) -> Factor:
@@ -315,4 +324,6 @@ def _seen(factor: Factor, view: View | None) -> Factor:
         for own, part in factor.parts:
             if own == view:
                 return part
+    if view.plain:
+        return factor.rows(view.start, view.stop)
     return DenseFactor(view.put(factor.dense()))

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nnj.errors import NNJError
+from nnj.matrices.matrix import Matrix
 from nnj.products.diagonal_backward import pull_back
 from nnj.products.diagonal_forward import push_forward
 from nnj.products.diagonal_steps import linearize_diagonal
+from nnj.products.differentiable import differentiable_jacobian, differentiable_vjp
 from nnj.products.metrics import (
     Metric,
     given,
@@ -30,14 +32,26 @@ from nnj.products.metrics import (
     times,
     times_transposed,
 )
-from nnj.products.weight_contractions import diagonal_pulled_back, push_forward_diagonal
-from nnj.propagation.linearize import Linearization, Slot, linearize
+from nnj.propagation.linearize import Linearization, Modules, Slot, linearization
+from nnj.propagation.linearized import Linearized
+from nnj.propagation.weight_contractions import (
+    DiagonalMetric,
+    diagonal_pulled_back,
+    pushed_forward,
+)
 
 ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
 
 
-def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
-    """J: (N, out, in), or (N, out, P) with wrt="weight", dense.
+def jacobian(
+    module: nn.Module,
+    x: Any,
+    wrt: str = "input",
+    *,
+    modules: Modules = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """J: (N, out, in), or (N, out, P) with wrt="weight", dense and contiguous.
 
     The `out` cotangents go through the model together, so memory is that of the result and of
     `out` times the largest activation.
@@ -46,8 +60,13 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
         module: a layer or a whole model, extended or not. It is called once, in the mode in which
             it is (dropout in training is that of this one call), and left as it was. It must give
             one real tensor (N, ...), of which row n is that of sample n.
-        x: (N, ...), one tensor; of floating point with wrt="input".
+        x: (N, ...), one tensor; of floating point with wrt="input". With wrt="weight" also a tuple
+            of arguments, or a dict of named ones.
         wrt: "input", or "weight" for the parameters that require grad.
+        modules: with wrt="weight" the parameters of these modules alone, in all products: P is
+            theirs.
+        differentiable: with a graph of its own, in x and in all parameters, by torch.func: to
+            propagate gradients through J. The module must be one that `torch.func.vmap` takes.
 
     Common to all products: nothing is summed or averaged over samples, and results have no graph
     of their own. What no rule describes (a class that overrides the `forward` of a layer, hooks,
@@ -62,10 +81,14 @@ def jacobian(module: nn.Module, x: Tensor, wrt: str = "input") -> Tensor:
     another shape, dtype or device than they should have; `PluginError` with the name of the plugin
     whose rule is broken; `TypeError` for what is no module.
     """
-    return linearize(module, x, slot_of(wrt)).dense()
+    if differentiable:
+        return differentiable_jacobian(module, x, slot_of(wrt), modules)
+    return linearization(module, x, slot_of(wrt), modules).dense().contiguous()
 
 
-def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
+def jvp(
+    module: nn.Module, x: Any, vector: Tensor, wrt: str = "input", *, modules: Modules = None
+) -> Tensor:
     """J v: (N, out), one tangent forward.
 
     Args:
@@ -73,7 +96,7 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt), modules)
     shapes = (
         [(at.n, *at.inputs), (at.n, at.size)]
         if at.wrt == "input"
@@ -84,20 +107,33 @@ def jvp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Ten
     return at.jvp(v).reshape(at.n, at.out)
 
 
-def vjp(module: nn.Module, x: Tensor, vector: Tensor, wrt: str = "input") -> Tensor:
+def vjp(
+    module: nn.Module,
+    x: Any,
+    vector: Tensor,
+    wrt: str = "input",
+    *,
+    modules: Modules = None,
+    differentiable: bool = False,
+) -> Tensor:
     """v^T J: (N, in) or (N, P), of each sample: unlike a gradient it is not summed over them.
 
     Args:
         vector: (N, out) or of the output's shape.
+        differentiable: as in `jacobian`.
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    if differentiable:
+        return differentiable_vjp(module, x, vector, slot_of(wrt), modules)
+    at = linearization(module, x, slot_of(wrt), modules)
     u = given("vector", vector, at, [(at.n, *at.outputs), (at.n, at.out)])
     return at.vjp(u.reshape(1, at.n, *at.outputs))[0]
 
 
-def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
+def jmp(
+    module: nn.Module, x: Any, matrix: Tensor | None, wrt: str = "input", *, modules: Modules = None
+) -> Tensor:
     """J M: (N, out, K), K tangents forward together.
 
     Args:
@@ -106,7 +142,7 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt), modules)
     if matrix is None:
         return at.dense()
     k = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.dim() else 0
@@ -115,7 +151,9 @@ def jmp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
     return at.jvp(m.permute(2, 0, 1)).reshape(k, at.n, at.out).permute(1, 2, 0)
 
 
-def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input") -> Tensor:
+def mjp(
+    module: nn.Module, x: Any, matrix: Tensor | None, wrt: str = "input", *, modules: Modules = None
+) -> Tensor:
     """M J: (N, K, in) or (N, K, P), K cotangents backward together.
 
     Args:
@@ -124,7 +162,7 @@ def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
     Errors: `NNJError` for shapes that do not fit, and as `jacobian`.
     """
-    at = linearize(module, x, slot_of(wrt))
+    at = linearization(module, x, slot_of(wrt), modules)
     if matrix is None:
         return at.dense()
     k = matrix.shape[-2] if isinstance(matrix, Tensor) and matrix.dim() > 1 else 0
@@ -135,13 +173,14 @@ def mjp(module: nn.Module, x: Tensor, matrix: Tensor | None, wrt: str = "input")
 
 def jTmjp(
     module: nn.Module,
-    x: Tensor,
+    x: Any,
     matrix: Tensor | None = None,
     wrt: str = "input",
     from_diag: bool = False,
     to_diag: bool = False,
     diag_backprop: bool = False,
     joint: bool = False,
+    modules: Modules = None,
 ) -> Any:
     """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
 
@@ -173,9 +212,10 @@ def jTmjp(
     if joint:
         _check_joint(slot, to_diag, diag_backprop)
     if diag_backprop:
+        _check_all(modules)
         point = linearize_diagonal(module, x, slot)
         return pull_back(point, metric_on_outputs(matrix, point, from_diag), to_diag)
-    at = linearize(module, x, slot)
+    at = linearization(module, x, slot, modules)
     m = metric_on_outputs(matrix, at, from_diag)
     if to_diag:
         return diagonal_pulled_back(at, m)
@@ -185,12 +225,13 @@ def jTmjp(
 
 def jmjTp(
     module: nn.Module,
-    x: Tensor,
-    matrix: Metric = None,
+    x: Any,
+    matrix: Metric | Matrix = None,
     wrt: str = "input",
     from_diag: bool = False,
     to_diag: bool = False,
     diag_backprop: bool = False,
+    modules: Modules = None,
 ) -> Tensor:
     """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
 
@@ -199,9 +240,9 @@ def jmjTp(
     of J, and one product for each layer.
 
     Args:
-        matrix: on the input (N, in, in); on the parameters (N, P, P), or the list of the blocks of
-            modules as `jTmjp` gives them; (N, in) or (N, P) with from_diag; without the sample axis
-            one for all; None is the identity. All of it is used.
+        matrix: on the input (N, in, in); on the parameters (N, P, P), a matrix of `nnj.matrices`,
+            or the list of the blocks of modules as `jTmjp` gives them; (N, in) or (N, P) with
+            from_diag; without the sample axis one for all; None is the identity. All of it is used.
         to_diag: the diagonal alone, (N, out), without the full matrix; exact, and J stands in
             memory a few rows at a time, or not at all with a diagonal metric on the parameters.
         diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the
@@ -212,13 +253,18 @@ def jmjTp(
     with diag_backprop as in `jTmjp`; else as `jacobian`.
     """
     slot = slot_of(wrt)
+    if isinstance(matrix, Matrix):
+        _check_of_parameters(slot, from_diag or diag_backprop)
+        found = Linearized(linearization(module, x, slot, modules))
+        return found.variance(matrix) if to_diag else found.covariance(matrix)
     if diag_backprop:
+        _check_all(modules)
         point = linearize_diagonal(module, x, slot)
         return push_forward(point, metric_on_inputs(matrix, point, from_diag), to_diag)
-    at = linearize(module, x, slot)
+    at = linearization(module, x, slot, modules)
     m = metric_on_inputs(matrix, at, from_diag)
     if slot == "weight" and not isinstance(m, list) and (m is None or from_diag):
-        return push_forward_diagonal(at, m, to_diag)
+        return pushed_forward(at, DiagonalMetric.of(at, m), to_diag)
     if to_diag:
         parts = []
         for u in _unit_cotangents(at):
@@ -231,13 +277,14 @@ def jmjTp(
 
 def jTmjp_pair(
     module: nn.Module,
-    x1: Tensor,
-    x2: Tensor,
+    x1: Any,
+    x2: Any,
     matrices: Sequence[Tensor] | None = None,
     wrt: str = "input",
     from_diag: bool = False,
     to_diag: bool = False,
     diag_backprop: bool = False,
+    modules: Modules = None,
 ) -> tuple[Any, Any, Any]:
     """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of
     outputs, pulled back.
@@ -256,6 +303,7 @@ def jTmjp_pair(
         raise NNJError("matrices is (M11, M12, M22) or None")
     slot, given_ones = slot_of(wrt), (None, None, None) if matrices is None else matrices
     if diag_backprop:
+        _check_all(modules)
         p1, p2 = linearize_diagonal(module, x1, slot), linearize_diagonal(module, x2, slot)
         _check_pairs(p1, p2)
         m11, m12, m22 = (metric_on_outputs(m, p1, from_diag) for m in given_ones)
@@ -264,7 +312,8 @@ def jTmjp_pair(
             pull_back(p1, m12, to_diag, p2),
             pull_back(p2, m22, to_diag),
         )
-    one, two = linearize(module, x1, slot), linearize(module, x2, slot)
+    tops = modules if modules is None or isinstance(modules, nn.Module) else list(modules)
+    one, two = (linearization(module, x, slot, tops) for x in (x1, x2))
     _check_pairs(one, two)
     m11, m12, m22 = (metric_on_outputs(m, one, from_diag) for m in given_ones)
     if to_diag:
@@ -291,6 +340,19 @@ def _check_joint(slot: Slot, to_diag: bool, diag_backprop: bool) -> None:
         raise NNJError(
             "diag_backprop keeps only the diagonal between layers, so there is no full matrix "
             "on all parameters. Leave out joint, or diag_backprop"
+        )
+
+
+def _check_all(modules: Modules) -> None:
+    if modules is not None:
+        raise NNJError("diag_backprop is of all parameters. Leave out modules=, or diag_backprop")
+
+
+def _check_of_parameters(slot: Slot, other_form: bool) -> None:
+    if slot == "input" or other_form:
+        raise NNJError(
+            "a matrix of nnj.matrices is one on parameters: it is for wrt='weight' without "
+            "from_diag and diag_backprop"
         )
 
 

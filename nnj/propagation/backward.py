@@ -236,6 +236,8 @@ class Sweep(Plan):
             self._record(step, arrived, values, use)
         else:
             if step.bare and use is not None:
+                # where a reshape follows, the weight behind it sees the same memory as the bias
+                arrived = {e: v.contiguous() for e, v in arrived.items()}
                 self._bare(step, arrived, use)
             if not self._select(step, arrived, values):
                 self._node(step, arrived, values)

@@ -7,7 +7,7 @@ H itself is enough."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,7 @@ class LastLayerColumns:
         hessian: of the loss.
         shared: parameters that several modules own, whose blocks need columns.
         selection: the columns that walk, if not all do.
+        factor: what stands at the last layer's parameters.
     """
 
     def __init__(
@@ -114,10 +115,12 @@ class LastLayerColumns:
         hessian: LossHessian,
         shared: set[Tensor],
         selection: ColumnSelection | None = None,
+        factor: Callable[..., Factor] = LastLayerFactor,
     ):
+        self._made = factor
         self.sweep, self.hessian, self.shared, self.selection = sweep, hessian, shared, selection
         self.steps: list[Step] = []
-        self.factors: list[tuple[Tensor, LastLayerFactor]] = []  # at the last layer's parameters
+        self.factors: list[tuple[Tensor, Factor]] = []  # at the last layer's parameters
         self.edge: Edge = sweep.graph.roots[0]
         self.rows: Tensor | None = None  # J: (C, 1, *shape), the product of these steps
         self.short: int | None = None  # how many columns there are after `narrow`
@@ -156,13 +159,11 @@ class LastLayerColumns:
         self.stages.append((out, self.rows))
         return True
 
-    def _factors(
-        self, step: Step, dtype: torch.dtype
-    ) -> list[tuple[Tensor, LastLayerFactor]] | None:
+    def _factors(self, step: Step, dtype: torch.dtype) -> list[tuple[Tensor, Factor]] | None:
         """The factors at the parameters of a step; None where they need columns."""
         if step.params and self.steps:
             return None
-        found: list[tuple[Tensor, LastLayerFactor]] = []
+        found: list[tuple[Tensor, Factor]] = []
         for slot, p in step.params:
             if self.sweep.uses[p] > 1 or p in self.shared:
                 return None
@@ -170,7 +171,7 @@ class LastLayerColumns:
             if patches is None:
                 return None
             shape = tuple(p.shape)
-            found.append((p, LastLayerFactor(self.hessian, patches.to(dtype), shape, dtype)))
+            found.append((p, self._made(self.hessian, patches.to(dtype), shape, dtype)))
         return found
 
     @property

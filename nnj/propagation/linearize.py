@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Generic, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointError
 from typing_extensions import TypeVar
 
@@ -19,6 +21,7 @@ from nnj.graph.builder import Graph
 from nnj.graph.refusals import refuse_tensor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sink, Sweep
+from nnj.propagation.called import call, logits_of
 from nnj.propagation.forward import Forward
 from nnj.propagation.plan import Assumptions, device_of
 from nnj.propagation.plan_search import Roots, plan_of_output
@@ -27,6 +30,8 @@ from nnj.recording.extend import temporarily_extended
 from nnj.recording.records import Edge, edge_of
 
 Slot = Literal["input", "weight"]
+Forwarding: TypeAlias = Callable[[nn.Module, Any], Any]
+Modules: TypeAlias = "nn.Module | Iterable[nn.Module] | None"  # in whose parameters J is
 S = TypeVar("S", bound=Sweep, default=Sweep)
 
 
@@ -49,9 +54,32 @@ def parameters_by_module(module: nn.Module) -> list[list[nn.Parameter]]:
     return owned
 
 
-def linearize(module: nn.Module, x: Tensor, wrt: Slot) -> Linearization:
+def parameters_inside(
+    module: nn.Module, modules: nn.Module | Iterable[nn.Module]
+) -> set[nn.Parameter]:
+    """The parameters of some modules of a model. Errors: `NNJError` for what is none of them."""
+    found: list[Any] = [modules] if isinstance(modules, nn.Module) else list(modules)
+    known = set(module.modules())
+    for part in found:
+        if not isinstance(part, nn.Module) or part not in known:
+            raise NNJError(
+                f"modules= names {type(part).__name__}, which is no module of the "
+                f"{type(module).__name__} that is linearised"
+            )
+    if not found:
+        raise NNJError("modules=[] names no module. Leave it out for all of the model")
+    return {p for part in found for p in part.parameters()}
+
+
+def linearization(
+    module: nn.Module,
+    x: Any,
+    wrt: Slot,
+    modules: Modules = None,
+    forward: Forwarding | None = None,
+) -> Linearization:
     """A module at x, for exact products."""
-    return Linearization(module, x, wrt, Sweep, matmuls=True)
+    return Linearization(module, x, wrt, Sweep, True, modules, forward)
 
 
 class Linearization(Generic[S]):
@@ -60,10 +88,13 @@ class Linearization(Generic[S]):
 
     Args:
         module: extended or not, a layer or a whole model; it is called once.
-        x: (N, ...), a single tensor.
+        x: (N, ...), a single tensor; for "weight" also a tuple of arguments or a dict of named
+            ones.
         wrt: "input" or "weight".
         kind: of the sweep.
         matmuls: whether matrix products with bare parameters are seen as layers.
+        modules: "weight" is their parameters alone.
+        forward: `forward(module, x)` gives the output.
 
     Attributes:
         y: the output, (N, *outputs).
@@ -76,17 +107,32 @@ class Linearization(Generic[S]):
     Errors: `TypeError` for what is no module; `NNJError` if y is not one real tensor with the
     samples in axis 0, for complex parameters, or where samples influence one another."""
 
-    def __init__(self, module: nn.Module, x: Tensor, wrt: Slot, kind: type[S], matmuls: bool):
-        _check_input(module, x, wrt)
-        self.module, self.wrt, self.n = module, wrt, x.shape[0]
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Any,
+        wrt: Slot,
+        kind: type[S],
+        matmuls: bool,
+        modules: Modules = None,
+        forward: Forwarding | None = None,
+    ):
+        _check_input(module, x, wrt, modules)
+        self.module, self.wrt = module, wrt
         self.params = parameters(module) if wrt == "weight" else []
+        if modules is not None:
+            inside = parameters_inside(module, modules)
+            self.params = [p for p in self.params if p in inside]
         self.sizes = [p.numel() for p in self.params]
         if any(p.is_complex() for p in self.params):
             raise complex_parameter(f"a parameter of {type(module).__name__}")
-        self.x, y = _called(module, x, wrt)
-        _check_output(module, y, self.n)
+        given, y = _called(module, x, wrt, forward)
+        n = x.shape[0] if isinstance(x, Tensor) else None
+        self.n = _check_output(module, y, n)
         self.y = y.detach()
-        self.outputs, self.inputs = tuple(y.shape[1:]), tuple(x.shape[1:])
+        self.x = given if isinstance(given, Tensor) else self.y
+        self.outputs = tuple(y.shape[1:])
+        self.inputs = tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
         self.leaves: list[Tensor] = [self.x] if wrt == "input" else [*self.params]
         self.root = edge_of(y)
         self._owner = y  # of the graph, where its end is a function in Python (`nodes.is_alive`)
@@ -114,6 +160,11 @@ class Linearization(Generic[S]):
         # an operand cut off at the input would hide what other samples have to do with it
         cut = self.wrt == "weight"
         return plan_of_output(graph, root, self.n, kind, cut, check).sweep
+
+    @property
+    def graph_output(self) -> Tensor:
+        """The output with autograd's graph behind it."""
+        return self._owner
 
     @property
     def size(self) -> int:
@@ -192,12 +243,21 @@ def _check_apart(graph: Graph, root: Edge, n: int, assume: Assumptions) -> None:
     sweep.run({root: columns}, 1, lambda leaf, factor: None)
 
 
-def _check_input(module: nn.Module, x: Tensor, wrt: Slot) -> None:
+def _check_input(module: nn.Module, x: Any, wrt: Slot, modules: Modules) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"products are those of a torch.nn.Module, not of {module!r}")
+    if modules is not None and wrt == "input":
+        raise NNJError("modules= says in which parameters J is, so it is for wrt='weight'")
     if not isinstance(x, Tensor):
-        raise NNJError(f"x is {type(x).__name__}, expected a tensor")
-    refuse_tensor(x.is_nested, x.device)
+        several = isinstance(x, (tuple, list, Mapping)) and wrt == "weight"
+        if not several or not any(isinstance(t, Tensor) for t in tree_leaves(_plain(x))):
+            hint = " (for wrt='weight' also a tuple or a dict of them)" if wrt == "input" else ""
+            raise NNJError(f"x is {type(x).__name__}, expected a tensor{hint}")
+    for t in tree_leaves(_plain(x)):
+        if isinstance(t, Tensor):
+            refuse_tensor(t.is_nested, t.device)
+    if not isinstance(x, Tensor):
+        return
     if x.dim() == 0 or x.shape[0] == 0:
         raise NNJError(f"x has shape {tuple(x.shape)}; expected (N, ...) with at least one sample")
     if wrt == "input" and not x.is_floating_point():
@@ -207,25 +267,35 @@ def _check_input(module: nn.Module, x: Tensor, wrt: Slot) -> None:
         )
 
 
-def _called(module: nn.Module, x: Tensor, wrt: Slot) -> tuple[Tensor, Tensor]:
+def _plain(x: Any) -> Any:
+    """With a dict for any other mapping, such as a tokenizer's."""
+    return dict(x) if isinstance(x, Mapping) else x
+
+
+def _called(module: nn.Module, x: Any, wrt: Slot, forward: Forwarding | None) -> tuple[Any, Tensor]:
     """The copy of x that the module is given, and what it makes of it."""
     with temporarily_extended(module), torch.enable_grad():
         if wrt == "weight":
-            x = x.detach().clone()
-            return x, module(x)
+            # a copy, which the model may write over
+            copied = lambda t: t.detach().clone() if isinstance(t, Tensor) else t
+            x = tree_map(copied, _plain(x))
+            y = call(module, x) if forward is None else forward(module, x)
+            return x, logits_of(y)
         x = x.detach().clone().requires_grad_()
         # a view, which the model may write over, as it may not over a leaf
-        return x, module(x.view_as(x))
+        return x, logits_of(call(module, x.view_as(x)))
 
 
-def _check_output(module: nn.Module, y: Tensor, n: int) -> None:
-    if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != n:
+def _check_output(module: nn.Module, y: Any, n: int | None) -> int:
+    """The number of samples, n if it is known."""
+    if not isinstance(y, Tensor) or y.dim() == 0 or (n is not None and y.shape[0] != n):
         what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        of = "" if n is None else f" for {n} samples"
         raise NNJError(
-            f"{type(module).__name__} gave {what} for {n} samples; products need one tensor "
-            "(N, ...)"
+            f"{type(module).__name__} gave {what}{of}; products need one tensor (N, ...)"
         )
     if not y.is_floating_point():
         raise NNJError(
             f"{type(module).__name__} gave {y.dtype}; products are those of a real output"
         )
+    return len(y)

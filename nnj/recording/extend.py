@@ -98,7 +98,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
                 _put_on_loss(part)
         elif not isinstance(part, torch.jit.ScriptModule) and not _has_loss_hook(part):
             _put(part, batch_axis)
-    EXTENDED.add(module)
+    EXTENDED[module] = None
     return module
 
 
@@ -112,7 +112,7 @@ def retract(module: nn.Module) -> nn.Module:
     """
     for part in module.modules():
         _remove(part)
-    EXTENDED.discard(module)
+    EXTENDED.pop(module, None)
     return module
 
 
@@ -152,7 +152,7 @@ def temporarily_extended(module: nn.Module) -> Iterator[None]:
         for part in parts:
             _remove(part)
         if not known:
-            EXTENDED.discard(module)
+            EXTENDED.pop(module, None)
 
 
 def is_own_hook(hook: Any) -> bool:

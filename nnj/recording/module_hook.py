@@ -36,12 +36,12 @@ from nnj.recording.records import (
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
-# The modules that were given to `extend` (or are copies of such) and are still alive.
-EXTENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The modules that were given to `extend` (or are copies of such) and are still alive, in order.
+EXTENDED: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
 
 def extended_roots() -> list[nn.Module]:
-    """The modules that were given to `extend` and are still alive."""
+    """The modules that were given to `extend` and are still alive, in the order of the calls."""
     return list(EXTENDED)
 
 
@@ -167,7 +167,7 @@ class AfterCall(Hook):
         """The end of an outermost call."""
         detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
         mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks)
-        EXTENDED.add(module)  # a copy of an extended model is known by its first call
+        EXTENDED[module] = None  # a copy of an extended model is known by its first call
         for t in tensors(output):
             edge = None if t.grad_fn is None else edge_of(t)
             if edge is not None:

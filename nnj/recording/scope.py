@@ -16,7 +16,8 @@ class Scope:
         roots: the extended models that are alive.
 
     Attributes:
-        modules: of each model, itself and all modules below it, in the order of `modules()`.
+        modules: of each model, itself and all modules below it, in the order of `modules()`; of
+            a model before those that are parts of it.
         own: of each module, its own parameters that require grad, each once.
         paths: the name of each module in its model, for errors.
     """
@@ -24,6 +25,10 @@ class Scope:
     def __init__(self, roots: Sequence[nn.Module]):
         self.roots = roots
         self.modules = {root: modules_of(root) for root in roots}
+        if len(roots) > 1:
+            inner = {m for root, found in self.modules.items() for m in found if m is not root}
+            parts = {root: self.modules.pop(root) for root in roots if root in inner}
+            self.modules |= parts
         self.own = {m: own_params(m) for modules in self.modules.values() for m in modules}
         self.paths = Paths(roots)
 

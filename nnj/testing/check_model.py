@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnj.collecting.collect import collect
 from nnj.errors import NNJError
 from nnj.loss_hessian.base import LossHessian
+from nnj.matrices.matrix import Matrix
 from nnj.recording.extend import batch_axis_of, copied, extend
 from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
 from nnj.testing.check_layer import check_layer
@@ -42,6 +43,8 @@ class ModelReport:
             `python -m nnj MODEL` has them.
         left_out: modules whose `ggn_block` was too large to be compared.
         refused: quantities that nnj refuses on this model, with its reason.
+        kfac_errors: by module how far `kfac` is from `ggn_block` on this batch, |G - KFAC| / |G| in
+            the Frobenius norm. It is an approximation, and this is no fault.
     """
 
     samples: int
@@ -49,6 +52,7 @@ class ModelReport:
     rules: list[Line] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    kfac_errors: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         told = [
@@ -62,6 +66,9 @@ class ModelReport:
             f"  (the ggn_block of '{path}' is too large to be compared)" for path in self.left_out
         ]
         told += [f"  {name:12} refused: {reason}" for name, reason in self.refused.items()]
+        if self.kfac_errors:
+            told.append("How far kfac, an approximation, is from ggn_block, |G - KFAC| / |G|:")
+            told += [f"  {path or '(model)':12} {e:.2g}" for path, e in self.kfac_errors.items()]
         return "\n".join([*told, "", text(self.rules)])
 
 
@@ -113,11 +120,14 @@ def check_model(
         "ggn_diag_mc": {"samples": DRAWS, "generator": torch.Generator().manual_seed(0)},
     }
     if blocks:
-        options["ggn_block"] = {"modules": [found.get_submodule(path) for path in blocks]}
+        tops = [found.get_submodule(path) for path in blocks]
+        options |= {"ggn_block": {"modules": tops}, "kfac": {"modules": tops}}
     _collect(report, found, x, lambda out: extended(out, *targets), options)
     hessian = hessian_of_loss(extended, torch.ones_like(truth.value), truth.output, *targets)
     points = list(_points(truth, found, hessian))
-    wrong = _wrong(report, points, _blocks(truth, found, blocks), truth.rounding)
+    true_blocks = list(_blocks(truth, found, blocks))
+    wrong = _wrong(report, points, true_blocks, truth.rounding)
+    report.kfac_errors = _kfac_errors(true_blocks)
     if wrong:
         raise AssertionError("\n".join(wrong + _faults(found, x, report.rules)))
     return report
@@ -264,6 +274,16 @@ def _blocks(truth: _BruteForce, found: nn.Module, blocks: list[str]) -> Iterator
     for path in blocks:
         j = torch.cat([truth.j[name] for name in truth.own[path]], 1)
         yield "ggn_block", path, found.get_submodule(path), j.T @ truth.h @ j
+
+
+def _kfac_errors(blocks: list[Row]) -> dict[str, float]:
+    """The Frobenius norm of G - KFAC as a part of that of G, for each module that has both."""
+    errors = {}
+    for _, path, module, block in blocks:
+        kfac = getattr(module, "kfac", None)
+        if isinstance(kfac, Matrix) and bool(block.any()):
+            errors[path] = float((kfac.dense() - block).norm() / block.norm())
+    return errors
 
 
 def _large(module: nn.Module) -> bool:

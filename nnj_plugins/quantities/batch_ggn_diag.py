@@ -1,4 +1,4 @@
-"""diag(J_n^T H_n J_n): the diagonal of each sample's part of the Gauss-Newton matrix."""
+"""diag(J^T H J) of each sample."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import nnj
 
 
 class BatchGGNDiag(nnj.Quantity):
-    """`p.batch_ggn_diag`, of shape (N, *p.shape): each sample's share of `p.ggn_diag`, which is its
-    sum over axis 0.
+    """`p.batch_ggn_diag`, (N, *p.shape): each sample's share of `ggn_diag`, to which they add up
+    over axis 0.
 
-    Scaling as in `ggn_diag`: with a mean reduction each share holds the factor 1 / N. Samples of
-    several backward passes in one `collect` are concatenated in order; those that did not reach the
-    parameter have rows of zeros.
+    Scaled as `ggn_diag`: under a mean over the batch each share holds the factor 1 / N. Samples of
+    several backward passes in one `collect` are concatenated in order.
 
-    Errors: `NNJError` for a loss that takes samples together, so that none has a curvature of its
-    own."""
+    Errors: `NNJError` for a loss that takes samples together."""
 
     degree = 1
     per_sample = True

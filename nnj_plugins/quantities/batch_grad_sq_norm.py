@@ -1,12 +1,11 @@
-"""Squared norms of the samples' gradients, which are not formed."""
+"""The squared norm of the gradient of each sample."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,16 +13,13 @@ import nnj
 
 
 class BatchGradSqNorm(nnj.Quantity):
-    """`p.batch_grad_sq_norm`, of shape (N,): `p.batch_grad.square().flatten(1).sum(1)`; and
-    `context.batch_grad_sq_norm`, (N,), its sum over all parameters at which is collected.
+    """`p.batch_grad_sq_norm`, (N,): the squared norms of the rows of `batch_grad`, which are never
+    formed; on the context their sum over all parameters, (N,).
 
-    Rows are those of `batch_grad`: with a mean reduction each holds the factor 1 / N, and its
-    squared norm 1 / N^2. Samples of several backward passes in one `collect` are concatenated in
-    order; those that did not reach the parameter have norm zero. The sum on the context is taken in
-    the precision of the backward pass, which is float32 where parameters are of half precision.
+    Scaled as the square of `batch_grad`: degree 2. Samples of several backward passes in one
+    `collect` are concatenated in order. (Goodfellow 2015 for linear layers.)
 
-    Errors: `NNJError` for two losses of the same samples in one backward pass, whose gradients add
-    up before they are squared."""
+    Errors: `NNJError` for two losses of the same samples in one backward pass."""
 
     source = "gradient"
     degree = 2
@@ -32,15 +28,14 @@ class BatchGradSqNorm(nnj.Quantity):
 
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
-        return factor.kernel(factor, "row")[0]
+        return factor.kernel(factor, "row").sum(0)
 
     @override
-    def totals(self, states: Mapping[Any, Tensor], samples: int) -> dict[str, tuple[Tensor, int]]:
-        norms = list(states.values())
-        if not norms:
+    def totals(self, states: Mapping[Any, Any], samples: int) -> dict[str, tuple[Tensor, int]]:
+        if not states:
             return {}
-        total = functools.reduce(operator.add, (t.to(norms[0].device) for t in norms))
-        return {"batch_grad_sq_norm": (total, self.degree)}
+        total = torch.stack(list(states.values())).sum(0)
+        return {"batch_grad_sq_norm": (total, 2)}
 
 
 @nnj.hookimpl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -43,19 +42,7 @@ class GGNBlock(nnj.Quantity):
 
     @override
     def module(self, factors: list[nnj.Factor | None], params: list[nn.Parameter]) -> Tensor:
-        sizes = [p.numel() for p in params]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        known = [(a, f) for a, f in zip(starts, factors, strict=True) if f is not None]
-        block = torch.zeros(
-            sum(sizes), sum(sizes), dtype=known[0][1].dtype, device=params[0].device
-        )
-        for i, (a, f) in enumerate(known):
-            for b, g in known[i:]:
-                part = f.gram(g)
-                block[a : a + part.shape[0], b : b + part.shape[1]] = part
-                if g is not f:
-                    block[b : b + part.shape[1], a : a + part.shape[0]] = part.mT
-        return block
+        return nnj.joint_gram(factors, [p.shape for p in params])
 
     @override
     def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:

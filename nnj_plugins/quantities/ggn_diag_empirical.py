@@ -1,4 +1,4 @@
-"""sum over samples of the squared rows of batch_grad: the diagonal of the empirical Fisher."""
+"""The diagonal of the empirical Fisher information."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ import nnj
 
 
 class GGNDiagEmpirical(nnj.Quantity):
-    """`p.ggn_diag_empirical`, of the shape of p: `p.batch_grad.square().sum(0)`, without the rows.
+    """`p.ggn_diag_empirical`, of the shape of p: the sum over samples of the squared rows of
+    `batch_grad`, which are never formed.
 
-    With the negative log likelihood as a sum over the batch it is the diagonal of the empirical
-    Fisher, which has the data's targets where the Fisher has the model's own (Kunstner et al.
-    2019). It is quadratic in the loss: under a mean over N samples each row holds 1 / N, and the
-    result is N times smaller than that of `ggn_diag` would lead one to think, 1 / N^2 of that of
-    the sum. `p.grad.square()`, which is often taken for it, is something else: the square of the
-    sum over the batch, not the sum of the squares.
+    It squares the gradient of each sample, and adds. (The square of the gradient of the batch,
+    `p.grad ** 2`, is another thing, though often taken for it.) Of degree 2: a loss c times as
+    large gives c**2 times as much, so that under a mean over N samples it is N times smaller than
+    `ggn_diag` where both estimate one matrix. On what it says of curvature see Kunstner et al.
+    2019.
 
-    Several backward passes in one `collect` add up, as those of other samples.
-
-    Errors: `NNJError` for two losses of the same samples in one backward pass, whose gradients add
-    up before they are squared."""
+    Errors: `NNJError` for two losses of the same samples in one backward pass."""
 
     source = "gradient"
     degree = 2

@@ -53,7 +53,9 @@ class GradVariance(nnj.Quantity):
         wide, n = factor.to(torch.float64), factor.n
         ones = torch.ones(1, n, dtype=torch.float64, device=factor.device)
         mean = wide.rmatvec(ones) / max(n, 1)
-        m2 = (wide.square_sum() - n * mean.square()).clamp(min=0)
+        m2 = torch.zeros_like(mean)
+        if n > 1:
+            m2 = (wide.square_sum() - n * mean.square()).clamp(min=0)
         return {"count": n, "mean": mean.to(factor.dtype), "m2": m2.to(factor.dtype)}
 
     @override

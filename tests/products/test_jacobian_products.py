@@ -139,3 +139,42 @@ def test_jvp_is_finite_where_jacobian_is(function):
     torch.testing.assert_close(nnj.jvp(model, x, v), (j @ v[..., None])[..., 0])
     m = torch.stack([v, 2 * v], -1)
     torch.testing.assert_close(nnj.jmp(model, x, m), j @ m)
+
+
+def test_all_products_of_some_modules_and_of_named_inputs() -> None:
+    torch.manual_seed(0)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.tanh(self.a(x)) * self.b(z))
+
+    model = Gated().double()
+    x, z = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    whole = nnj.jacobian(model, (x, z), "weight")
+    torch.testing.assert_close(whole, nnj.jacobian(model, {"x": x, "z": z}, "weight"))
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model.a, model.b, model.c)]
+    a, _, c = whole.split(sizes, 2)
+    j, given = torch.cat([a, c], 2), {"wrt": "weight", "modules": [model.c, model.a]}
+    p, close = j.shape[2], torch.testing.assert_close
+    v, u, m = torch.randn(p).double(), torch.randn(5, 2).double(), torch.rand(p).double()
+    close(nnj.jvp(model, (x, z), v, **given), j @ v)
+    close(nnj.vjp(model, (x, z), u, **given), torch.einsum("ncp,nc->np", j, u))
+    close(nnj.jmp(model, (x, z), torch.diag(m), **given), j * m)
+    close(nnj.mjp(model, (x, z), u[:2], **given), u[:2] @ j)
+    close(nnj.jmjTp(model, (x, z), m, from_diag=True, **given), (j * m) @ j.mT)
+    close(nnj.jTmjp(model, (x, z), joint=True, **given), j.mT @ j)
+    close(nnj.jTmjp(model, (x, z), to_diag=True, **given), j.square().sum(1))
+    close(nnj.jTmjp_pair(model, (x, z), (x, z), to_diag=True, **given)[1], j.square().sum(1))
+    shapes = {name: q.shape for name, q in model.named_parameters() if name[0] in "ac"}
+    matrix = nnj.matrices.Diagonal(shapes, m)
+    close(nnj.jmjTp(model, (x, z), matrix, **given), (j * m) @ j.mT)
+    with pytest.raises(nnj.NNJError, match=r"^a matrix of nnj.matrices is one on parameters"):
+        nnj.jmjTp(model.a, x, matrix)
+    with pytest.raises(nnj.NNJError, match=r"^diag_backprop is of all parameters"):
+        nnj.jTmjp(model, (x, z), diag_backprop=True, **given)
+    with pytest.raises(nnj.NNJError, match=r"^modules= says in which parameters J is"):
+        nnj.jacobian(model.a, x, modules=[model.a])

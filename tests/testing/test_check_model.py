@@ -310,3 +310,23 @@ def test_samples_in_another_order():
     with pytest.raises(AssertionError, match="in another order.*sample 0.*is row 1"):
         check_model(model, nn.CrossEntropyLoss(), x, y)
     assert check_model(nn.Linear(4, 3), nn.CrossEntropyLoss(), x, y).samples == 3
+
+
+def test_how_far_kfac_is_stands_in_the_report():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    report = check_model(model, nn.CrossEntropyLoss(), x, y)
+    assert list(report.kfac_errors) == ["0", "2", "3"]
+    assert report.kfac_errors["0"] > 0.1 and report.kfac_errors["2"] < 1e-12
+    line = f"  0            {report.kfac_errors['0']:.2g}"
+    assert "|G - KFAC| / |G|:\n" + line in str(report)
+    model.double()
+    nnj.extend(model)
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("kfac", "ggn_block"):
+        loss(model(x.double()), y).backward()
+    block = model[0].ggn_block
+    assert report.kfac_errors["0"] == pytest.approx(
+        float((model[0].kfac.dense() - block).norm() / block.norm())
+    )

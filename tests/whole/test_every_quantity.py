@@ -12,11 +12,11 @@ import pytest
 import nnj
 from tests.support.cases import CASES
 from tests.support.collecting import extended, gradients, same_grad
+from tests.support.every_quantity import ALL, QUADRATIC, Expected, wrong_quantities
 from tests.support.oracle import run, truth
-from tests.support.quantities import ALL, QUADRATIC, Expected, wrong_quantities
 
 SAME = "two losses of the same samples are in one backward pass"
-APART = "the samples come in several backward passes, or calls of the model with a loss each"
+APART = "samples of two backward passes, or of two calls of the model, have inner products"
 TOGETHER = "takes samples together, so that none has a curvature of its own"
 REFUSED = {
     "loss-two-on-one-output": (SAME, QUADRATIC),

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import nnj
 from tests.support.collecting import net
+from tests.support.every_quantity import ALL, AT_PARAMETERS, ON_THE_CONTEXT, plain_numbers
 from tests.support.oracle import close
-from tests.support.quantities import ALL, AT_PARAMETERS, ON_THE_CONTEXT, plain_numbers
 
 NAMES = (*ALL, "input_moment", "ggn_diag")
 

@@ -12,6 +12,7 @@ class FisherDiag(nnj.Quantity):
 
     source = "gradient"  # one column: the gradient of the loss in the output
     degree = 2  # a loss that is twice as large has one that is four times as large
+    quadratic = True  # gradients of two losses of the same samples add up before they are squared
 
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
         # never the (N, *p.shape) gradients themselves, where a layer's structure helps

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import nnj
 from tests.support.collecting import X, Y, base, extended, pair
+from tests.support.every_quantity import Expected
 from tests.support.oracle import Truth, close, run
-from tests.support.quantities import Expected
 
 
 @pytest.mark.parametrize("memory", [1, 2**28])

@@ -12,7 +12,7 @@ from tests.support.fitting import CLASSES, LOADER, mlp
 from tests.support.fitting import X as DATA
 from tests.support.oracle import close
 
-APART = "^batch_grad_dot: the samples come in several backward passes, or calls of the model with a"
+APART = "^batch_grad_dot: samples of two backward passes, or of two calls of the model, have inner"
 
 
 def test_products_and_their_sum():

@@ -73,9 +73,9 @@ def test_frozen_ones_are_left_out_and_unreached_ones_are_zero():
 def test_beyond_the_limit():
     model, loss = pair()
     message = (
-        r"^the ggn of all parameters would be 39 x 39, which is 0\.0 GiB, and beyond "
-        r"block_limit=38\. Use ggn_block or ggn_diag, restrict collect with modules=\[\.\.\.\], or "
-        r"raise block_limit$"
+        r"^the ggn of all 6 parameters would be 39 x 39, which is 0\.0 GiB, and beyond "
+        r"block_limit=38\. Use ggn_block, kfac or ggn_diag, restrict collect with "
+        r"modules=\[\.\.\.\], raise block_limit, or multiply by it with nnj\.GGN$"
     )
     with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn", block_limit=38):
         loss(model(X), Y).backward()
@@ -89,7 +89,7 @@ def test_beyond_the_limit():
 def test_models_with_other_parameters_do_not_add_up(one_pass):
     """Of as many entries, whose sum would look right."""
     models, loss = [nnj.extend(net()) for _ in range(2)], nnj.extend(nn.CrossEntropyLoss())
-    message = "^ggn is over all parameters together, and losses reach models with other ones"
+    message = "^what is joint over all parameters is asked of two losses or passes that reach other"
     with pytest.raises(nnj.NNJError, match=message), nnj.collect("ggn"):
         values = [loss(model(X), Y) for model in models]
         for value in [values[0] + values[1]] if one_pass else values:

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 import nnj
 from tests.support.collecting import same_grad
-from tests.support.fuzz.case import Case
-from tests.support.fuzz.compare import FAILURE, REFUSED, Outcome, Wrong, asked, compare, words_of
-from tests.support.fuzz.fitting import as_one_batch
-from tests.support.fuzz.truth import Truth
-from tests.support.oracle import Dense
-from tests.support.quantities import (
+from tests.support.every_quantity import (
     ALL,
     AT_PARAMETERS,
     QUADRATIC,
@@ -25,6 +20,11 @@ from tests.support.quantities import (
     Expected,
     wrong_quantities,
 )
+from tests.support.fuzz.case import Case
+from tests.support.fuzz.compare import FAILURE, REFUSED, Outcome, Wrong, asked, compare, words_of
+from tests.support.fuzz.fitting import as_one_batch
+from tests.support.fuzz.truth import Truth
+from tests.support.oracle import Dense
 
 
 def check_quantities(case: Case) -> dict[str, Outcome]:

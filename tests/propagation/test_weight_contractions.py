@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import nnj
 from nnj.jacobians import outer_product
 from nnj.jacobians.factor import DenseFactor, Factor
-from nnj.products import weight_contractions
+from nnj.propagation import weight_contractions
 from nnj.propagation.linearize import Linearization
 from tests.support.products import MODELS, N, case, r, same
 
@@ -95,7 +95,7 @@ def test_half_precision_is_summed_in_single() -> None:
 def test_factors_of_a_linearization_are_thin() -> None:
     """What leads to no leaf gives nothing; a vjp writes zeros there."""
     model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double(), r(N, 3)
-    at = nnj.propagation.linearize.linearize(model, x, "weight")
+    at = nnj.propagation.linearize.linearization(model, x, "weight")
     found: dict[Tensor, Factor] = {}
     at.factors(at.basis(), found.__setitem__)
     assert set(found) == set(model.parameters())

@@ -1,0 +1,1 @@
+"""Curvature of a data set as matrix-free linear operators."""
