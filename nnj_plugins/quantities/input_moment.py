@@ -81,8 +81,8 @@ class InputMoment(nnj.Quantity):
             same = one is None and other is None
         if not same:
             raise nnj.NNJError(
-                "input_moment: two losses of the same samples see other inputs of a module, so that "
-                "some would count once and some twice. Collect it in the pass of one loss"
+                "input_moment: two losses of the same samples see other inputs of a module, so "
+                "that some would count once and some twice. Collect it in the pass of one loss"
             )
         return one
 
