@@ -127,11 +127,17 @@ class _Merged:
     def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
         self._merge, self._state = merge, None
 
-    def add(self, found: list[tuple[int, Any]]) -> None:
-        """Take in one pass: (the number of the first sample, state) for each group of samples."""
+    def with_pass(self, found: list[tuple[int, Any]]) -> Any:
+        """What `take` is to be given of one pass: (the number of the first sample, state) for each
+        group of samples.
+        """
         states = [state for _, state in found]
         states = states if self._state is None else [self._state, *states]
-        self._state = functools.reduce(self._merge, states)
+        return functools.reduce(self._merge, states)
+
+    def take(self, state: Any) -> None:
+        """Take in the state with one pass more."""
+        self._state = state
 
     def state(self, samples: int) -> Any:
         """All of them; None if nothing reached the holder."""
@@ -150,7 +156,11 @@ class _Rows:
         self._parts: list[Tensor] = []
         self._length = 0
 
-    def add(self, found: list[tuple[int, Tensor]]) -> None:
+    def with_pass(self, found: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+        """What `take` is to be given of one pass."""
+        return found
+
+    def take(self, found: list[tuple[int, Tensor]]) -> None:
         """Take in one pass: (the number of the first sample, rows) for each group of samples."""
         for start, rows in found:
             if rows.untyped_storage().nbytes() != rows.nbytes:
@@ -203,12 +213,11 @@ class Accumulator:
     def add_pass(self, contributions: list[Contribution]) -> None:
         """Take in what the losses of one backward pass have added.
 
-        Errors: `NNJError` for rows of samples where one loss is given some of the calls of another.
+        Errors: `NNJError` for what goes by the sample where one loss is given some of the calls of
+        another, and for what is over all parameters where these are other ones than before.
         """
         groups = _by_samples(contributions, self._quantities)
-        for name, quantity in self._quantities.items():
-            if quantity.per_sample:
-                _check_apart(name, groups)
+        self._check_groups(groups)
         for group in groups:
             self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
         for group in groups:
@@ -216,7 +225,7 @@ class Accumulator:
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)
-            self.exact = self.exact.plus(group.exact)
+        ready: list[tuple[Any, Any]] = []
         for name in self._quantities:
             self._expect(name, groups)
             found: dict[Holder, list[tuple[int, Any]]] = {}
@@ -224,7 +233,11 @@ class Accumulator:
                 for holder, state in group.at(name).items():
                     found.setdefault(holder, []).append((start, state))
             for holder, states in found.items():
-                asked(name, self._totals[name][holder].add, states)
+                total = self._totals[name][holder]
+                ready.append((total, asked(name, total.with_pass, states)))
+        for total, state in ready:  # all of a pass or, where a quantity refuses, nothing
+            total.take(state)
+        self.exact = functools.reduce(ExactColumns.plus, (g.exact for g in groups), self.exact)
         self.samples, self.passes = starts[-1], self.passes + 1
 
     def let_go(self) -> None:
@@ -233,6 +246,13 @@ class Accumulator:
         """
         for name in self._totals:
             self._totals[name] = WeakIdKeyDictionary()
+
+    def _check_groups(self, groups: Sequence[Contribution]) -> None:
+        """Errors: those of `add_pass`."""
+        for name, quantity in self._quantities.items():
+            merges = type(quantity).merge_losses is not Quantity.merge_losses
+            if quantity.per_sample or quantity.quadratic or merges:
+                _check_apart(name, groups)
 
     def _expect(self, name: str, groups: list[Contribution]) -> None:
         """Know all that may hold a result of the quantity, reached or not."""
@@ -286,10 +306,18 @@ class Accumulator:
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(
-            total.shape in (None, holder.shape)
+            self._shape(name, holder, total) in (None, holder.shape)
             for holder, total in self._totals[name].items()
             if isinstance(holder, Tensor)
         )
+
+    def _shape(self, name: str, holder: Tensor, total: _Merged | _Rows) -> torch.Size | None:
+        """Of a result, or of its row of one sample; None if nothing reached the holder."""
+        made = type(self._quantities[name]).finish is not Quantity.finish
+        if total.shape is None or isinstance(total, _Rows) or not made:
+            return total.shape
+        found: torch.Size = getattr(self._value(name, holder, total), "shape", torch.Size())
+        return found
 
 
 def result(

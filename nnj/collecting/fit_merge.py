@@ -65,6 +65,9 @@ class Both:
         self, name: str, quantity: Quantity, one: Mapping[str, Any], other: Mapping[str, Any]
     ) -> dict[str, Any]:
         """States by the names of their places."""
+        if quantity.per_sample:
+            places = dict.fromkeys([*one, *other])
+            return {place: self._joined([one.get(place), other.get(place)]) for place in places}
         found = dict(one)
         for place, state in other.items():
             known = place in one

@@ -48,6 +48,7 @@ class Target:
         self._waiting: dict[nn.Module, dict[Tensor, Factor]] = {}
         self._owners: dict[Tensor, list[nn.Module]] = {}
         # of quantities of all parameters together: those, and the factors of a chunk
+        self._order = _in_order(scope) if self._joints else {}
         self.together: dict[nn.Parameter, None] = {}
         self._all: dict[Tensor, Factor] = {}
 
@@ -68,8 +69,8 @@ class Target:
                     self._owners.setdefault(p, []).append(m)
 
     def _refuse_complex(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
-        sources = self.request.sources.items()
-        squared = [name for name, source in sources if source is not GRADIENT]
+        quantities, sources = self.request.quantities, self.request.sources.items()
+        squared = [n for n, s in sources if s is not GRADIENT or quantities[n].quadratic]
         found = {p for p in self.params if p.is_complex() and p in reached} if squared else set()
         if found:
             m = next(m for m in self.own if not found.isdisjoint(self.own[m]))
@@ -88,7 +89,8 @@ class Target:
                 holders[m] = None
                 holders.update(dict.fromkeys(own))
         if self._joints:
-            self.together = {p: None for p in holders if isinstance(p, nn.Parameter)}
+            every = dict.fromkeys(p for p in holders if isinstance(p, nn.Parameter))
+            self.together = {p: None for p in self._order if p in every} | every
             self.found.together = tuple(map(id, self.together))
             for _, quantity, _ in self._joints:
                 quantity.check(None, list(self.together), "")
@@ -162,6 +164,15 @@ class Target:
             mine = {p: _of_part(part, factor) for p, factor in factors.items()}
             given = [mine.get(p) for p in params]
             _add(self.found, name, quantity, place, given, params, part.total)
+
+
+def _in_order(scope: Scope) -> dict[nn.Parameter, None]:
+    """All parameters in the order of `parameters()` of the outermost models, which that of modules=
+    need not be.
+    """
+    inner = {m for root in scope.roots for m in scope.modules[root] if m is not root}
+    outer = [root for root in scope.roots if root not in inner]
+    return {p: None for root in outer for m in scope.modules[root] for p in scope.own[m]}
 
 
 def _add(

@@ -1,10 +1,16 @@
-"""The variance of the gradient over samples, and the noise scale."""
+"""The variance of the samples' gradients, and the scale of gradient noise that follows from it.
+
+M2 of two groups of n_a and n_b rows with the means a and b is M2_a + M2_b
++ (a - b)^2 n_a n_b / (n_a + n_b)   (Chan, Golub and LeVeque 1983)
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,67 +18,83 @@ from typing_extensions import override
 
 import nnj
 
+# count: of rows; mean: of them, (*p); m2: the sum of squared distances from it, (*p)
+Moments: TypeAlias = dict[str, Any]
+
 
 class GradVariance(nnj.Quantity):
-    """`p.grad_variance`, of the shape of p: `batch_grad.var(0, unbiased=False)` over all samples of
-    the `with`, of which no row is formed; and two results on the context.
+    """`p.grad_variance`, of the shape of p: `p.batch_grad.var(0, unbiased=False)` over all samples
+    of the `with`, without the rows.
 
-    `context.noise_terms` = (tr, g2), with N samples in all: tr = N^2 N / (N - 1) times the sum of
-    all variances, and g2 = |sum of the rows|^2 - tr / N. Of a loss that is the mean over one batch
-    they are without bias for the trace of the covariance of one sample's gradient, and for the
-    squared norm of the true gradient (McCandlish et al. 2018, appendix A). Average them over steps,
-    each apart, before you divide. `context.noise_scale` is tr / g2 of this `with` alone, inf where
-    g2 is not above zero. With one sample they are nan.
+    Rows are those of `batch_grad`: with a mean reduction each holds the factor 1 / N, and a
+    variance 1 / N^2. Samples that did not reach the parameter have rows of zeros. Of several
+    backward passes it is the variance over the samples of all of them, not the sum.
 
-    Degree 2 (noise_scale: 0). Variances are made of two moments: where the mean is larger than the
-    deviation by a factor f, f**2 times the rounding of the dtype is lost.
+    `context.noise_terms`, (2,), are tr = N^2 N / (N - 1) sum(grad_variance), the sum over all
+    parameters at which is collected, and g2 = |sum of rows|^2 - tr / N: under a mean loss unbiased
+    estimates of the trace of the covariance of one sample's gradient, and of the squared norm of
+    the expected gradient (McCandlish et al. 2018, appendix A). Average both over steps, and divide
+    then; NaN for a single sample. `context.noise_scale`, (), is tr / g2 of these samples alone, the
+    "simple noise scale"; infinite where g2 <= 0.
 
-    Errors: `NNJError` for two losses of the same samples in one backward pass."""
+    Within a pass it is the mean square less the squared mean, never below zero. The sums are taken
+    in float64, so that it is as precise as float32 rows are; in float64, rows whose mean is 10^4
+    times their deviation leave 8 digits.
+
+    Errors: `NNJError` for two losses of the same samples in one backward pass, whose gradients add
+    up before they are squared."""
 
     source = "gradient"
     degree = 2
     quadratic = True
 
     @override
-    def parameter(self, factor: nnj.Factor, total_columns: int) -> Any:
-        n = factor.n
-        ones = torch.ones(factor.k, n, dtype=factor.dtype, device=factor.device)
-        mean = factor.rmatvec(ones) / max(n, 1)
-        about = (factor.square_sum() - n * mean.square()).clamp(min=0)
-        return {"n": n, "mean": mean, "about": about}  # the sum of squares about the mean
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Moments:
+        wide, n = factor.to(torch.float64), factor.n
+        ones = torch.ones(1, n, dtype=torch.float64, device=factor.device)
+        mean = wide.rmatvec(ones) / max(n, 1)
+        m2 = torch.zeros_like(mean)
+        if n > 1:
+            m2 = (wide.square_sum() - n * mean.square()).clamp(min=0)
+        return {"count": n, "mean": mean.to(factor.dtype), "m2": m2.to(factor.dtype)}
 
     @override
-    def merge(self, one: Any, other: Any) -> Any:
-        """Of two sets of samples (Chan et al. 1983)."""
-        n = one["n"] + other["n"]
-        apart, part = other["mean"] - one["mean"], other["n"] / max(n, 1)
+    def merge(self, one: Moments, other: Moments) -> Moments:
+        a, b = one["count"], other["count"]
+        share = b / max(a + b, 1)
+        step = other["mean"] - one["mean"]
         return {
-            "n": n,
-            "mean": one["mean"] + part * apart,
-            "about": one["about"] + other["about"] + one["n"] * part * apart.square(),
+            "count": a + b,
+            "mean": one["mean"] + share * step,
+            "m2": one["m2"] + other["m2"] + a * share * step.square(),
         }
 
     @override
-    def finish(self, state: Any, samples: int) -> Tensor:
-        variance: Tensor = self._all(state, samples)["about"] / max(samples, 1)
-        return variance
+    def finish(self, state: Moments, samples: int) -> Tensor:
+        found: Tensor = self._of_all(state, samples)["m2"] / max(samples, 1)
+        return found
 
-    def _all(self, state: Any, samples: int) -> Any:
-        """With the rows of zeros of samples that did not reach the place."""
-        zero = torch.zeros_like(state["mean"])
-        return self.merge(state, {"n": samples - state["n"], "mean": zero, "about": zero})
+    def _of_all(self, state: Moments, samples: int) -> Moments:
+        """With rows of zeros for the samples that did not reach the parameter."""
+        zeros = torch.zeros_like(state["mean"])
+        return self.merge(state, {"count": samples - state["count"], "mean": zeros, "m2": zeros})
 
     @override
-    def totals(self, states: Mapping[Any, Any], samples: int) -> dict[str, tuple[Tensor, int]]:
+    def totals(self, states: Mapping[Any, Moments], samples: int) -> dict[str, tuple[Tensor, int]]:
         if not states:
             return {}
-        n, every = samples, [self._all(state, samples) for state in states.values()]
-        variance = torch.stack([state["about"].sum() for state in every]).sum() / n
-        mean = torch.stack([state["mean"].square().sum() for state in every]).sum()
-        tr = variance * n**3 / (n - 1) if n > 1 else variance * math.nan
-        g2 = n**2 * mean - tr / n
+        n, every = samples, [self._of_all(state, samples) for state in states.values()]
+        spread = _sum([state["m2"].sum() for state in every]) / max(n, 1)
+        size = _sum([(n * state["mean"]).square().sum() for state in every])
+        tr = n**2 * (n / (n - 1) if n > 1 else math.nan) * spread
+        g2 = size - tr / max(n, 1)
         scale = torch.where(g2 <= 0, math.inf, tr / g2)
-        return {"noise_terms": (torch.stack([tr, g2]), 2), "noise_scale": (scale, 0)}
+        return {"noise_terms": (torch.stack([tr, g2]), self.degree), "noise_scale": (scale, 0)}
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total: Tensor = functools.reduce(operator.add, (t.to(terms[0].device) for t in terms))
+    return total
 
 
 @nnj.hookimpl
