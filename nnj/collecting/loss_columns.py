@@ -5,7 +5,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,15 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnj.checks import Refusals, at_once, refuse_if
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
 from nnj.loss_hessian.autodiff import autodiff_hessian
-from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
+from nnj.loss_hessian.base import LossHessian, check_outputs, not_finite, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
 from nnj.recording.loss_state import as_called
 from nnj.recording.records import Edge, LossCall
 from nnj.registry.loss_rules import ask_loss_rule
+
+
+@contextmanager
+def _forgiven() -> Iterator[None]:
+    """What is refused inside is forgotten."""
+    with Refusals().later(), suppress(NNJError):
+        yield
 
 
 class Part(NamedTuple):
@@ -90,17 +98,19 @@ class LossColumns:
                 f"{self.name}: an argument of the loss was changed in place after the call. Clone "
                 "it first"
             )
-        if not bool(torch.isfinite(self.scale).all()):
-            raise NNJError(
-                f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
-                "it has overflowed"
-            )
-        if self.curvature and self.sign is None and bool((self.scale < 0).any()):
-            raise NNJError(
-                f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
-                "is not positive semi-definite. Collect with signed=True, or without that term, or "
+        name = self.name  # not this object, which would be kept as long as what may be refused
+        overflown = (
+            f"{name}: the factor of the loss is not finite; the loss or what was made of it has "
+            "overflowed"
+        )
+        refuse_if(not_finite(self.scale), lambda: NNJError(overflown))
+        if self.curvature and self.sign is None:
+            negative = (
+                f"{name}: the loss enters the scalar with a negative factor, so that its GGN is "
+                "not positive semi-definite. Collect with signed=True, or without that term, or "
                 "call backward on it alone"
             )
+            refuse_if((self.scale < 0).any(), lambda: NNJError(negative))
 
     # -- the Hessian and the gradient in the outputs -----------------------------------------------
 
@@ -110,7 +120,7 @@ class LossColumns:
         by_rule = self._by_rule if self.sign is None else None
         if by_rule is not None:
             return by_rule
-        with as_called(self.call):
+        with as_called(self.call), at_once():
             return autodiff_hessian(self._value, tuple(self.outputs), self.name, self.sign or 0)
 
     @cached_property
@@ -122,7 +132,7 @@ class LossColumns:
         if self.sign is not None:
             known = self.hessian
         else:
-            with nullcontext() if self.curvature else suppress(NNJError):
+            with nullcontext() if self.curvature else _forgiven():
                 known = self._by_rule
         return rows_of([t.shape for t in self.outputs]) if known is None else known.rows
 

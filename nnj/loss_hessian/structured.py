@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import enough, number
+from nnj.checks import enough, number, refuse_if
 from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
@@ -355,13 +355,15 @@ def _refuse_negative(values: Tensor, scale: Tensor, dtype: torch.dtype, name: st
         return
     smallest, largest = values.aminmax()
     finite, least = (smallest + largest).isfinite(), -32 * torch.finfo(dtype).eps * scale
-    if bool(finite & (smallest >= least)):  # one question, on any device
-        return
-    if not bool(finite):
-        raise NNJError(infinite(name))
-    raise Indefinite(
-        f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
-        f"{number(smallest):.3g}), so it has no factor and no GGN. Use a loss that is convex in "
-        "the output (the rest may be part of the model), collect with signed=True, or "
-        f"{WRITE_A_RULE} that keeps a positive part"
-    )
+
+    def error() -> NNJError:
+        if not bool(finite):
+            return NNJError(infinite(name))
+        return Indefinite(
+            f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
+            f"{number(smallest):.3g}), so it has no factor and no GGN. Use a loss that is convex "
+            "in the output (the rest may be part of the model), collect with signed=True, or "
+            f"{WRITE_A_RULE} that keeps a positive part"
+        )
+
+    refuse_if((finite & (smallest >= least)).logical_not(), error)

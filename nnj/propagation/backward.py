@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nnj.checks import ask_now
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.matmul import product_backward
@@ -94,6 +95,7 @@ class Sweep(Plan):
         """Let the probe's columns go through the graph, and read whose the entries are on the edges
         of which the names of nodes say nothing.
         """
+        ask_now()
         probe, values = Probe(self.n), Cotangents()
         probed: dict[Edge, SampleIndex] = {}
         for edge, sample_index in roots.items():
