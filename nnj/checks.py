@@ -74,14 +74,14 @@ def enough(t: Tensor, largest: int) -> int:
 
 
 class Refusals:
-    """What is to be refused if some values are wrong, noted while they are on their device."""
+    """What is to be refused unless some values are fine, noted while they are on their device."""
 
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, Callable[[], Exception]]] = []
 
-    def note(self, wrong: Tensor, error: Callable[[], Exception]) -> None:
-        """`error()` is to be raised if `wrong`, a truth without axes, is true."""
-        self._noted.append((wrong, error))
+    def note(self, fine: Tensor, error: Callable[[], Exception]) -> None:
+        """`error()` is to be raised unless `fine`, a truth without axes, is true."""
+        self._noted.append((fine, error))
 
     def first(self) -> Exception | None:
         """The first error of all that was noted, by one question to each device; then all is
@@ -89,12 +89,12 @@ class Refusals:
         """
         noted, self._noted = self._noted, []
         by_device: dict[torch.device, list[Tensor]] = {}
-        for wrong, _ in noted:
-            by_device.setdefault(wrong.device, []).append(wrong)
-        flags = (f[0] if len(f) == 1 else torch.stack(f).any() for f in by_device.values())
-        if not any(bool(flag) for flag in flags):
+        for fine, _ in noted:
+            by_device.setdefault(fine.device, []).append(fine)
+        flags = (f[0] if len(f) == 1 else torch.stack(f).all() for f in by_device.values())
+        if all(bool(flag) for flag in flags):
             return None
-        return next(error() for wrong, error in noted if bool(wrong))
+        return next(error() for fine, error in noted if not bool(fine))
 
     @contextmanager
     def later(self) -> Iterator[None]:
@@ -126,14 +126,14 @@ class _Waiting(threading.local):
 _waiting = _Waiting()
 
 
-def refuse_if(wrong: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise `error()` if `wrong`, a truth without axes, is true: at once, or after the pass where
-    one waits (`Refusals.later`).
+def refuse_unless(fine: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise `error()` unless `fine`, a truth without axes, is true: at once, or after the pass
+    where one waits (`Refusals.later`).
     """
     refusals = _waiting.refusals
     if refusals is not None:
-        refusals.note(wrong, error)
-    elif bool(wrong):
+        refusals.note(fine, error)
+    elif not bool(fine):
         raise error()
 
 

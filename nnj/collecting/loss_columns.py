@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnj.checks import Refusals, at_once, refuse_if
+from nnj.checks import Refusals, at_once, refuse_unless
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
 from nnj.loss_hessian.autodiff import autodiff_hessian
-from nnj.loss_hessian.base import LossHessian, check_outputs, not_finite, rows_of
+from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
 from nnj.recording.loss_state import as_called
 from nnj.recording.records import Edge, LossCall
@@ -98,19 +98,25 @@ class LossColumns:
                 f"{self.name}: an argument of the loss was changed in place after the call. Clone "
                 "it first"
             )
-        name = self.name  # not this object, which would be kept as long as what may be refused
-        overflown = (
-            f"{name}: the factor of the loss is not finite; the loss or what was made of it has "
-            "overflowed"
-        )
-        refuse_if(not_finite(self.scale), lambda: NNJError(overflown))
-        if self.curvature and self.sign is None:
-            negative = (
+        scale, name = self.scale, self.name  # not this object, which would be kept
+        if not self.curvature or self.sign is not None:
+            fine = torch.isfinite(scale)
+        else:
+            fine = (scale >= 0) & (scale < torch.inf)  # not for nan
+
+        def error() -> NNJError:
+            if not bool(torch.isfinite(scale).all()):
+                return NNJError(
+                    f"{name}: the factor of the loss is not finite; the loss or what was made of "
+                    "it has overflowed"
+                )
+            return NNJError(
                 f"{name}: the loss enters the scalar with a negative factor, so that its GGN is "
                 "not positive semi-definite. Collect with signed=True, or without that term, or "
                 "call backward on it alone"
             )
-            refuse_if((self.scale < 0).any(), lambda: NNJError(negative))
+
+        refuse_unless(fine.all() if fine.dim() else fine, error)
 
     # -- the Hessian and the gradient in the outputs -----------------------------------------------
 

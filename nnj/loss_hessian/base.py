@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import refuse_if
+from nnj.checks import refuse_unless
 from nnj.errors import NNJError
 
 _CHUNK = 64  # columns that are made at a time where all are summed
@@ -217,7 +217,7 @@ def check_outputs(name: str, outputs: Sequence[Tensor]) -> None:
                 "a real output. Give the loss a real tensor (torch.view_as_real makes one of a "
                 "complex one)"
             )
-        refuse_if(not_finite(t), lambda: NNJError(infinite_output(name)))
+        refuse_unless(torch.isfinite(t).all(), lambda: NNJError(infinite_output(name)))
 
 
 def infinite_output(name: str) -> str:
@@ -226,11 +226,6 @@ def infinite_output(name: str) -> str:
         "curvature. Check the model's input and weights; instead of -inf, mask with a large "
         "negative number"
     )
-
-
-def not_finite(t: Tensor) -> Tensor:
-    """Whether an entry is not finite, a truth without axes."""
-    return torch.isfinite(t).all().logical_not()
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import enough, number, refuse_if
+from nnj.checks import enough, number, refuse_unless
 from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
@@ -149,7 +149,7 @@ class SoftmaxHessian(LossHessian):
         self.closed_form = self.places == 1
         a = torch.as_tensor(a, dtype=z.dtype, device=z.device)
         a = a.expand(n, *places).reshape(n, self.places, 1)
-        _refuse_negative(a, largest_of(a), a.dtype, name)
+        _refuse_negative(a, None, a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
@@ -350,14 +350,20 @@ def largest_of(t: Tensor) -> Tensor:
     return t.abs().max() if t.numel() else t.new_zeros((), dtype=t.abs().dtype)
 
 
-def _refuse_negative(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> None:
+def _refuse_negative(values: Tensor, scale: Tensor | None, dtype: torch.dtype, name: str) -> None:
+    """Errors: `NNJError` for a value that is negative, by more than the rounding of `scale`.
+
+    Args:
+        scale: by default the largest of the values.
+    """
     if not values.numel():
         return
     smallest, largest = values.aminmax()
-    finite, least = (smallest + largest).isfinite(), -32 * torch.finfo(dtype).eps * scale
+    sum_of_both = torch.add(smallest, largest if scale is None else scale, alpha=_noise(dtype))
+    fine = (sum_of_both >= 0) & (largest < torch.inf)  # not for nan, which both are then
 
     def error() -> NNJError:
-        if not bool(finite):
+        if not bool((smallest + largest).isfinite()):
             return NNJError(infinite(name))
         return Indefinite(
             f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
@@ -366,4 +372,10 @@ def _refuse_negative(values: Tensor, scale: Tensor, dtype: torch.dtype, name: st
             f"{WRITE_A_RULE} that keeps a positive part"
         )
 
-    refuse_if((finite & (smallest >= least)).logical_not(), error)
+    refuse_unless(fine, error)
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """How much of a sum may be rounding."""
+    result: float = 32 * torch.finfo(dtype).eps
+    return result
