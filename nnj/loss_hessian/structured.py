@@ -166,7 +166,7 @@ class SoftmaxHessian(LossHessian):
 
     def at_rows(self, block: Tensor) -> SoftmaxHessian:
         other, there = copy.copy(self), block.clamp(min=0)
-        for cached in ("_sorted", "flat_diagonal"):
+        for cached in ("_sorted", "_likeliest", "flat_diagonal"):
             other.__dict__.pop(cached, None)
         other.p = self.p.flatten(0, 1)[there][:, None]
         other.a = torch.where(block[:, None] < 0, 0.0, self.a.flatten(0, 1)[there])[:, None]
@@ -262,11 +262,15 @@ class SoftmaxHessian(LossHessian):
         s = size * e * self.a.sqrt() - tail * (swing + head[..., -1:])
         return s.scatter_(-1, top, own - best * head[..., :-1])
 
+    @functools.cached_property
+    def _likeliest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest p, its class, and the sum of the others."""
+        best, top = self.p.max(-1, keepdim=True)
+        return best, top, self.p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+
     def diagonal(self) -> Tensor:
-        p = self.p
-        top = p.argmax(-1, keepdim=True)
+        p, (_, top, others) = self.p, self._likeliest
         # 1 - p of a sure class would be noise
-        others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
         return self.a * p * (1 - p).scatter(-1, top, others)
 
     def product(self, v: Tensor) -> Tensor:
@@ -288,21 +292,23 @@ class SoftmaxHessian(LossHessian):
             yield from super().columns_through(rows, size)
             return
         p, last = self.p[:, 0].to(rows.dtype), self.block - 1
-        best, top = p.max(1, keepdim=True)
-        rest = p.scatter(1, top, 0.0)
+        best, top, mass = (t[:, 0] for t in self._likeliest)
         away = rows[top[:, 0]]
-        mean = rest @ rows - rest.sum(1, keepdim=True) * away
-        shift = away + mean / (1 + best.sqrt())
+        mean = p.scatter(1, top, 0.0) @ rows - mass.to(p.dtype) * away
+        shift = away + mean / (1 + best.to(p.dtype).sqrt())
         weight = (self.a[:, 0] * self.p[:, 0]).sqrt().to(rows.dtype)
         weight = weight.scatter(1, top, weight[:, last:]).mT
         sample = torch.arange(len(p), device=p.device)
         for a in range(0, self.rank, size):
             b = min(a + size, self.rank)
-            v = rows[a:b, None] - shift
-            # that of t is the last class's; without asking which samples have t among these
-            mine, at = (top >= a) & (top < b), (top[:, 0] - a).clamp(0, b - a - 1)
-            v[at, sample] = torch.where(mine, rows[last] - shift, v[at, sample])
-            yield v.mul_(weight[a:b, :, None])
+            k, whole = b - a, b - a == last
+            # behind these classes the last one, which stands in the place of t; without asking
+            # which samples have t among these
+            v = (rows if whole else torch.cat([rows[a:b], rows[last:]]))[:, None] - shift
+            at = top[:, 0] - a
+            at = at if whole else torch.where((at < 0) | (at > k), k, at)
+            v[at, sample] = v[k].clone()
+            yield v[:k].mul_(weight[a:b, :, None])
 
     def gram_through(self, rows: Tensor) -> Tensor:
         """a (sum_c p_c D_c D_c^T - R R^T), with D_c = J_c - J_t for the likeliest class t and
