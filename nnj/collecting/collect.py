@@ -17,7 +17,6 @@ from typing_extensions import Self, override
 from nnj.collecting.accumulate import Accumulator, Contribution, Holder, dtype_of
 from nnj.collecting.passes import Collection
 from nnj.collecting.request import Request
-from nnj.recording.scope import modules_of
 
 # By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
 # the parameters: torch.utils.swap_tensors refuses what somebody refers to weakly.)
@@ -317,7 +316,7 @@ def _withdraw(name: str) -> None:
     """Remove the attributes that earlier collections of this thread have set."""
     tops = list(_published.pop((threading.get_ident(), name), ()))
     # also in parts that they got since, such as a parametrization that has taken a parameter
-    for m in dict.fromkeys(part for top in tops for part in modules_of(top)):
+    for m in dict.fromkeys(part for top in tops for part in top.modules()):
         for holder in (m, *m._parameters.values()):
             if holder is not None:
                 vars(holder).pop(name, None)
