@@ -126,3 +126,22 @@ def test_of_two_losses_the_first_to_be_wrong_is_named() -> None:
     with pytest.raises(nnj.NNJError, match="MSELoss.*negative|negative.*MSELoss"):
         with nnj.collect("ggn_diag"):
             (one(out, y) - other(out, torch.zeros_like(out))).backward()
+
+
+@pytest.mark.parametrize("name", ["embedding", "transformer"])
+def test_a_compiled_pass_serves_all_tokens(name: str) -> None:
+    torch.manual_seed(0)
+    make, data = MODELS[name]
+    model, loss = make(), nn.CrossEntropyLoss()
+    step = nnj.compile(model, loss, "ggn_diag", backend="aot")
+    batches = [(data(), torch.randint(0, C, (N,))) for _ in range(5)]
+    for x, y in batches:
+        step(x, y)
+    assert step.replays == len(batches) - 3 and not step.reasons  # eager, traced, confirmed
+    found = [p.ggn_diag.clone() for p in model.parameters()]
+    x, y = batches[-1]
+    model, loss = nnj.extend(model), nnj.extend(loss)
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    for p, one in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(one, p.ggn_diag)
