@@ -5,7 +5,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnj.checks import Refusals, at_once, refuse_unless
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
@@ -22,6 +23,13 @@ from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, Packe
 from nnj.recording.loss_state import as_called
 from nnj.recording.records import Edge, LossCall
 from nnj.registry.loss_rules import ask_loss_rule
+
+
+@contextmanager
+def _forgiven() -> Iterator[None]:
+    """What is refused inside is forgotten."""
+    with Refusals().later(), suppress(NNJError):
+        yield
 
 
 class Part(NamedTuple):
@@ -90,17 +98,25 @@ class LossColumns:
                 f"{self.name}: an argument of the loss was changed in place after the call. Clone "
                 "it first"
             )
-        if not bool(torch.isfinite(self.scale).all()):
-            raise NNJError(
-                f"{self.name}: the factor of the loss is not finite; the loss or what was made of "
-                "it has overflowed"
-            )
-        if self.curvature and self.sign is None and bool((self.scale < 0).any()):
-            raise NNJError(
-                f"{self.name}: the loss enters the scalar with a negative factor, so that its GGN "
-                "is not positive semi-definite. Collect with signed=True, or without that term, or "
+        scale, name = self.scale, self.name  # not this object, which would be kept
+        if not self.curvature or self.sign is not None:
+            fine = torch.isfinite(scale)
+        else:
+            fine = (scale >= 0) & (scale < torch.inf)  # not for nan
+
+        def error() -> NNJError:
+            if not bool(torch.isfinite(scale).all()):
+                return NNJError(
+                    f"{name}: the factor of the loss is not finite; the loss or what was made of "
+                    "it has overflowed"
+                )
+            return NNJError(
+                f"{name}: the loss enters the scalar with a negative factor, so that its GGN is "
+                "not positive semi-definite. Collect with signed=True, or without that term, or "
                 "call backward on it alone"
             )
+
+        refuse_unless(fine.all() if fine.dim() else fine, error)
 
     # -- the Hessian and the gradient in the outputs -----------------------------------------------
 
@@ -110,7 +126,7 @@ class LossColumns:
         by_rule = self._by_rule if self.sign is None else None
         if by_rule is not None:
             return by_rule
-        with as_called(self.call):
+        with as_called(self.call), at_once():
             return autodiff_hessian(self._value, tuple(self.outputs), self.name, self.sign or 0)
 
     @cached_property
@@ -122,7 +138,7 @@ class LossColumns:
         if self.sign is not None:
             known = self.hessian
         else:
-            with nullcontext() if self.curvature else suppress(NNJError):
+            with nullcontext() if self.curvature else _forgiven():
                 known = self._by_rule
         return rows_of([t.shape for t in self.outputs]) if known is None else known.rows
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
+from nnj.checks import Refusals
 from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.request import Request
 from nnj.collecting.signed import contribute_signed
@@ -114,6 +115,7 @@ class _Pass:
         self.collections = list(collections)
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
+        self.refusals = Refusals()
 
     def add(self, call: LossCall, scale: Tensor) -> None:
         """Propagate the columns of one loss now, while every saved tensor is there. An error waits
@@ -126,7 +128,8 @@ class _Pass:
         try:
             refuse_compiled_step(call.name)
             refuse_tensor(scale.is_nested, scale.device)
-            with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+            no_autocast = torch.autocast(scale.device.type, enabled=False)
+            with torch.no_grad(), no_autocast, self.refusals.later():
                 check_linear(call, node)
                 self.found.append(contribute_signed(call, scale, node, requests))
         except NNJError as error:
@@ -142,6 +145,7 @@ class _Pass:
         """Hand over to the collections. An error waits, so that what others do at the end of the
         pass is done.
         """
+        self.error = self.error or self.refusals.first()
         if self.error is None:
             try:
                 for collection in self.collections:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nnj.checks import at_once
 from nnj.collecting.accumulate import Contribution
 from nnj.collecting.loss_columns import LossColumns
 from nnj.collecting.loss_reading import check_as_called
@@ -40,6 +41,7 @@ def contribute_signed(
     return found
 
 
+@at_once()
 def _parts(call: LossCall, scale: Tensor, node: Any) -> dict[int, LossColumns]:
     """The columns of H_+ under 1, and those of H_- under -1; what is known to be zero is left
     out.

@@ -84,11 +84,12 @@ class Questions(TorchDispatchMode):
         depends = any(self.depends(t) for t in given)
         if torch.Tag.data_dependent_output in func.tags:
             return self._truth(func, args, kwargs) if depends else _really(func, args, kwargs)
-        if torch.Tag.dynamic_output_shape in func.tags:
-            return self._shaped(func, args, kwargs, given)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = depends = True
-        found = func(*args, **kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            found = self._shaped(func, args, kwargs, given)
+        else:
+            found = func(*args, **kwargs)
         if depends:
             written = given if func._schema.is_mutable else []
             for t in [*tree_leaves(found), *written]:

@@ -14,7 +14,7 @@ from nnj.jacobians.table_kron import TableKron
 
 
 class RowSparse(Factor):
-    """Rows of B that are not zero: v[k, i] stands at B[k, sample[i], row[i]].
+    """Rows of B among which are all that are not zero: v[k, i] stands at B[k, sample[i], row[i]].
 
     Args:
         v: (K, pairs, *shape[1:]).
@@ -40,10 +40,9 @@ class RowSparse(Factor):
         """From v of (K, M, *shape[1:]) in which pairs may repeat, and a negative sample means
         nobody's.
         """
-        keep = (sample >= 0).nonzero()[:, 0]
-        pair, where = torch.unique(sample[keep] * shape[0] + row[keep], return_inverse=True)
-        total = v.new_zeros(v.shape[0], len(pair), *v.shape[2:]).index_add_(1, where, v[:, keep])
-        found = cls(total, pair // shape[0], pair % shape[0], n, shape)
+        pair, where = _numbered(sample, row, n, shape[0])
+        total = v.new_zeros(v.shape[0], len(pair) + 1, *v.shape[2:]).index_add_(1, where, v)
+        found = cls(total[:, :-1], pair // shape[0], pair % shape[0], n, shape)
         found.places = [(v, sample, row)]
         return found
 
@@ -158,3 +157,28 @@ class RowSparse(Factor):
         found = RowSparse.build(v, sample, row, self.n, self.shape)
         found.places = [place for use in uses for place in use.places]
         return found
+
+
+def _numbered(sample: Tensor, row: Tensor, n: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Different pairs, as sample * rows + row, among them all that occur, and which of them each
+    place is (one more than the last where it is nobody's).
+
+    How many occur is asked of no tensor: there are as many as places, or as pairs, and what is left
+    over are pairs that do not occur."""
+    m, dead = len(sample), sample < 0
+    key = torch.where(dead, n * rows, sample * rows + row)
+    if n * rows <= m:
+        return torch.arange(n * rows, device=key.device), key
+    ordered, order = key.sort(stable=True)
+    new = torch.ones_like(dead)
+    new[1:] = ordered[1:] != ordered[:-1]
+    number = torch.where(ordered == n * rows, m, new.cumsum(0) - 1)
+    where = torch.empty_like(key).scatter_(0, order, number)
+    # of the first m pairs of all, those that do not occur
+    free = torch.ones(m + 1, dtype=torch.bool, device=key.device)
+    free = free.index_fill_(0, key.clamp(max=m), False)[:m]
+    occur = (new & (ordered < n * rows)).sum()
+    left = torch.where(free, occur + free.cumsum(0) - 1, m).clamp(max=m)
+    pair = torch.zeros(m + 1, dtype=key.dtype, device=key.device)
+    pair.scatter_(0, left, torch.arange(m, device=key.device)).scatter_(0, number, ordered)
+    return pair[:m], where

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+KEPT = 4096  # answers that are remembered
+_answers: dict[Hashable, bool] = {}
 
 
 class SampleAxis(NamedTuple):
@@ -27,6 +31,7 @@ class SampleIndex:
         by_column: axis 0 of the tangent is (K * n): every column is that of one sample, and all its
             entries are that sample's.
         along: says the same as `of`, where it is so simple.
+        key: two that share it have the same `of`; None where only its numbers tell.
     """
 
     def __init__(
@@ -35,8 +40,27 @@ class SampleIndex:
         of: Tensor | None = None,
         by_column: bool = False,
         along: SampleAxis | None = None,
+        key: Hashable = None,
     ):
         self.n, self.of, self.by_column, self.along = n, of, by_column, along
+        if along is not None and of is not None:
+            key = n, along, tuple(of.shape)
+        self.key = key
+
+    def answer(self, question: Hashable, ask: Callable[[], bool]) -> bool:
+        """What `ask` says of `of`: asked of the tensor once, where a key says what is in it.
+
+        Args:
+            question: a name for it, with all else that it depends on.
+        """
+        if self.key is None:
+            return ask()
+        named = self.key, question
+        if named not in _answers:
+            if len(_answers) >= KEPT:
+                _answers.clear()
+            _answers[named] = ask()
+        return _answers[named]
 
     @classmethod
     def by_axis(
@@ -56,7 +80,7 @@ class SampleIndex:
         if self.of is None:
             return torch.arange(count, device=device) // (count // self.n)
         flat = self.of.reshape(self.of.shape[0], -1)
-        if not bool((flat == flat[:, :1]).all()):
+        if not self.answer("rows", lambda: bool((flat == flat[:, :1]).all())):
             return None
         return flat[:, 0].expand(count)
 
@@ -88,12 +112,11 @@ class SampleIndex:
         rows = self.rows(t.shape[1], t.device)
         if rows is None:
             return None
-        if is_cyclic(rows, self.n):
+        if self.answer(("cyclic", len(rows)), lambda: is_cyclic(rows, self.n)):
             result: Tensor | None = t.unflatten(1, (-1, self.n)).sum(1)
             return result
-        alive = (rows >= 0).nonzero()[:, 0]
-        out = t.new_zeros(t.shape[0], self.n, *t.shape[2:])
-        return out.index_add_(1, rows[alive], t[:, alive])
+        out = t.new_zeros(t.shape[0], self.n + 1, *t.shape[2:])  # the last is nobody
+        return out.index_add_(1, torch.where(rows < 0, self.n, rows), t)[:, : self.n]
 
     def to_columns(self, v: Tensor) -> Tensor:
         """(K, R, *outputs) -> (K * n, R, *outputs): each column once for each sample, all other

@@ -5,7 +5,7 @@ y = w * m, scale and shift; y = W[index], rows of a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class _Fold:
 
     def __init__(self, outputs: Sequence[int], channels: int, groups: int, last: bool):
         self.outputs, self.channels, self.groups, self.last = tuple(outputs), channels, groups, last
+        self.key = self.outputs, channels, groups, last
 
     def __call__(self, t: Tensor, lead: int = 2) -> Tensor:
         shape, o = t.shape[:lead], self.channels // self.groups
@@ -53,12 +54,14 @@ def _regrouped(
     if sample_index.of is None:
         return _from_blocks(patches, v, sample_index.n, shape)
     of = fold(sample_index.of.expand(patches.n, *fold.outputs), 1)  # (R, G, O, L)
-    if not bool((of == of[:, :1, :1]).all()):
+    key = patches.n, fold.key
+    if not sample_index.answer(key, lambda: bool((of == of[:, :1, :1]).all())):
         return None
     sample, u = of[:, 0, 0].reshape(-1), patches()
     # rows and places as one axis: (R L, G, I) and (K, R L, G, O)
     u, v = u.movedim(-1, 1).flatten(0, 1), v.movedim(-1, 2).flatten(1, 2)
-    if is_cyclic(sample, sample_index.n):  # then the samples are an axis
+    cyclic = lambda: is_cyclic(sample, sample_index.n)
+    if sample_index.answer(("cyclic", key), cyclic):  # then the samples are an axis
         u = u.unflatten(0, (-1, sample_index.n)).movedim(0, -1)
         v = v.unflatten(1, (-1, sample_index.n)).movedim(1, -1)
         return OuterProduct(u, v, shape)
@@ -255,9 +258,11 @@ class ScaleShift(Jacobian):
         if sample_index.of is None:
             return sample_index.sum(v[..., 0] if v.shape[-1] == 1 else v.sum(-1))
         of = self.fold(sample_index.of.expand(v.shape[1], *self.outputs), 1)  # (R, 1, D, L)
-        if not bool((of == of[:, :, :1]).all()):
+        key: Hashable = len(of), self.fold.key
+        if not sample_index.answer(key, lambda: bool((of == of[:, :, :1]).all())):
             return None
-        of_places = SampleIndex(sample_index.n, of[:, 0, 0].reshape(-1))
+        key = None if sample_index.key is None else (sample_index.key, key)
+        of_places = SampleIndex(sample_index.n, of[:, 0, 0].reshape(-1), key=key)
         return of_places.sum(v.movedim(-1, 2).flatten(1, 2))
 
     def outer_patches(self) -> Patches | None:
@@ -316,7 +321,9 @@ class TableRows(Jacobian):
             return rows.reshape(-1, *[1] * (places - 1))
         of = sample_index.of.expand(u.shape[1], *self.outputs)
         whole = of.flatten(places) if len(self.inputs) > 1 else of[..., None]  # (R, *places, row)
-        return whole[..., 0] if bool((whole == whole[..., :1]).all()) else None
+        alike = lambda: bool((whole == whole[..., :1]).all())
+        question = "table", u.shape[1], self.outputs, places, len(self.inputs)
+        return whole[..., 0] if sample_index.answer(question, alike) else None
 
     def vjp(self, u: Tensor) -> Tensor:
         found = self._rows(u, SampleIndex(u.shape[1]))

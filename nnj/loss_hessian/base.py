@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nnj.checks import refuse_unless
 from nnj.errors import NNJError
 
 _CHUNK = 64  # columns that are made at a time where all are summed
@@ -222,12 +223,15 @@ def check_outputs(name: str, outputs: Sequence[Tensor]) -> None:
                 "a real output. Give the loss a real tensor (torch.view_as_real makes one of a "
                 "complex one)"
             )
-        if not bool(torch.isfinite(t).all()):
-            raise NNJError(
-                f"{name}: the output of the model has entries that are not finite, where no loss "
-                "has curvature. Check the model's input and weights; instead of -inf, mask with a "
-                "large negative number"
-            )
+        refuse_unless(torch.isfinite(t).all(), lambda: NNJError(infinite_output(name)))
+
+
+def infinite_output(name: str) -> str:
+    return (
+        f"{name}: the output of the model has entries that are not finite, where no loss has "
+        "curvature. Check the model's input and weights; instead of -inf, mask with a large "
+        "negative number"
+    )
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:

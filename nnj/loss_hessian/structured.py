@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import enough, number
+from nnj.checks import enough, number, refuse_unless
 from nnj.errors import Indefinite, NNJError
 from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
@@ -149,7 +149,7 @@ class SoftmaxHessian(LossHessian):
         self.closed_form = self.places == 1
         a = torch.as_tensor(a, dtype=z.dtype, device=z.device)
         a = a.expand(n, *places).reshape(n, self.places, 1)
-        _refuse_negative(a, largest_of(a), a.dtype, name)
+        _refuse_negative(a, None, a.dtype, name)
         self.a = a.clamp(min=0)
         self.p = z.reshape(n, classes, self.places).mT.softmax(-1)
 
@@ -166,7 +166,7 @@ class SoftmaxHessian(LossHessian):
 
     def at_rows(self, block: Tensor) -> SoftmaxHessian:
         other, there = copy.copy(self), block.clamp(min=0)
-        for cached in ("_sorted", "flat_diagonal"):
+        for cached in ("_sorted", "_likeliest", "flat_diagonal"):
             other.__dict__.pop(cached, None)
         other.p = self.p.flatten(0, 1)[there][:, None]
         other.a = torch.where(block[:, None] < 0, 0.0, self.a.flatten(0, 1)[there])[:, None]
@@ -262,11 +262,15 @@ class SoftmaxHessian(LossHessian):
         s = size * e * self.a.sqrt() - tail * (swing + head[..., -1:])
         return s.scatter_(-1, top, own - best * head[..., :-1])
 
+    @functools.cached_property
+    def _likeliest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest p, its class, and the sum of the others."""
+        best, top = self.p.max(-1, keepdim=True)
+        return best, top, self.p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+
     def diagonal(self) -> Tensor:
-        p = self.p
-        top = p.argmax(-1, keepdim=True)
+        p, (_, top, others) = self.p, self._likeliest
         # 1 - p of a sure class would be noise
-        others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
         return self.a * p * (1 - p).scatter(-1, top, others)
 
     def product(self, v: Tensor) -> Tensor:
@@ -288,21 +292,23 @@ class SoftmaxHessian(LossHessian):
             yield from super().columns_through(rows, size)
             return
         p, last = self.p[:, 0].to(rows.dtype), self.block - 1
-        best, top = p.max(1, keepdim=True)
-        rest = p.scatter(1, top, 0.0)
+        best, top, mass = (t[:, 0] for t in self._likeliest)
         away = rows[top[:, 0]]
-        mean = rest @ rows - rest.sum(1, keepdim=True) * away
-        shift = away + mean / (1 + best.sqrt())
+        mean = p.scatter(1, top, 0.0) @ rows - mass.to(p.dtype) * away
+        shift = away + mean / (1 + best.to(p.dtype).sqrt())
         weight = (self.a[:, 0] * self.p[:, 0]).sqrt().to(rows.dtype)
         weight = weight.scatter(1, top, weight[:, last:]).mT
         sample = torch.arange(len(p), device=p.device)
         for a in range(0, self.rank, size):
             b = min(a + size, self.rank)
-            v = rows[a:b, None] - shift
-            # that of t is the last class's; without asking which samples have t among these
-            mine, at = (top >= a) & (top < b), (top[:, 0] - a).clamp(0, b - a - 1)
-            v[at, sample] = torch.where(mine, rows[last] - shift, v[at, sample])
-            yield v.mul_(weight[a:b, :, None])
+            k, whole = b - a, b - a == last
+            # behind these classes the last one, which stands in the place of t; without asking
+            # which samples have t among these
+            v = (rows if whole else torch.cat([rows[a:b], rows[last:]]))[:, None] - shift
+            at = top[:, 0] - a
+            at = at if whole else torch.where((at < 0) | (at > k), k, at)
+            v[at, sample] = v[k].clone()
+            yield v[:k].mul_(weight[a:b, :, None])
 
     def gram_through(self, rows: Tensor) -> Tensor:
         """a (sum_c p_c D_c D_c^T - R R^T), with D_c = J_c - J_t for the likeliest class t and
@@ -350,18 +356,32 @@ def largest_of(t: Tensor) -> Tensor:
     return t.abs().max() if t.numel() else t.new_zeros((), dtype=t.abs().dtype)
 
 
-def _refuse_negative(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> None:
+def _refuse_negative(values: Tensor, scale: Tensor | None, dtype: torch.dtype, name: str) -> None:
+    """Errors: `NNJError` for a value that is negative, by more than the rounding of `scale`.
+
+    Args:
+        scale: by default the largest of the values.
+    """
     if not values.numel():
         return
     smallest, largest = values.aminmax()
-    finite, least = (smallest + largest).isfinite(), -32 * torch.finfo(dtype).eps * scale
-    if bool(finite & (smallest >= least)):  # one question, on any device
-        return
-    if not bool(finite):
-        raise NNJError(infinite(name))
-    raise Indefinite(
-        f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
-        f"{number(smallest):.3g}), so it has no factor and no GGN. Use a loss that is convex in "
-        "the output (the rest may be part of the model), collect with signed=True, or "
-        f"{WRITE_A_RULE} that keeps a positive part"
-    )
+    sum_of_both = torch.add(smallest, largest if scale is None else scale, alpha=_noise(dtype))
+    fine = (sum_of_both >= 0) & (largest < torch.inf)  # not for nan, which both are then
+
+    def error() -> NNJError:
+        if not bool((smallest + largest).isfinite()):
+            return NNJError(infinite(name))
+        return Indefinite(
+            f"{name}: its Hessian in the output is not positive semi-definite (smallest eigenvalue "
+            f"{number(smallest):.3g}), so it has no factor and no GGN. Use a loss that is convex "
+            "in the output (the rest may be part of the model), collect with signed=True, or "
+            f"{WRITE_A_RULE} that keeps a positive part"
+        )
+
+    refuse_unless(fine, error)
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """How much of a sum may be rounding."""
+    result: float = 32 * torch.finfo(dtype).eps
+    return result

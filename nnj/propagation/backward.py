@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nnj.checks import ask_now
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.matmul import product_backward
@@ -94,6 +95,7 @@ class Sweep(Plan):
         """Let the probe's columns go through the graph, and read whose the entries are on the edges
         of which the names of nodes say nothing.
         """
+        ask_now()
         probe, values = Probe(self.n), Cotangents()
         probed: dict[Edge, SampleIndex] = {}
         for edge, sample_index in roots.items():
@@ -199,7 +201,11 @@ class Sweep(Plan):
             for p, parts in pending.items():  # to some of its uses nothing was sent
                 sink(p, merge_uses(parts))
 
-        own_task(walk)
+        if self.hooks is None and all(map(_reads_no_node, self.graph.steps)):
+            with torch.no_grad():
+                walk()
+        else:
+            own_task(walk)
         return values
 
     def watch(
@@ -425,6 +431,12 @@ def uses_of(steps: list[Step]) -> dict[Tensor, int]:
         for p in [p for _, p in step.params] + ([] if step.leaf is None else [step.leaf]):
             uses[p] = uses.get(p, 0) + 1
     return uses
+
+
+def _reads_no_node(step: Step) -> bool:
+    """Whether a step is crossed without autograd's node, which may have tensors to unpack."""
+    record = step.record
+    return step.leaf is not None or (record is not None and not record.entry.is_fallback)
 
 
 def _count(arrived: dict[Edge, Tensor]) -> int:

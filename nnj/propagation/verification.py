@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nnj.checks import ask_now
 from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
 from nnj.jacobians.factor import Factor
@@ -177,6 +178,7 @@ class _Verification:
         sweep = self.sweep
         if self.tangents is None or not self.leaves:
             return
+        ask_now()  # numbers that are not finite would let everything pass
         runs += 1
         unchecked = dict(sweep._unchecked)
         with (

@@ -107,10 +107,10 @@ def is_moved(now: Tensor, then: Tensor) -> bool:
     """Whether a tensor has other data than then, with other numbers in it. `then` holds the former
     data, so that no others have come to their place in memory.
     """
-    return not _same_place(now, then) and not _same_numbers(now, then)
+    return not is_same_place(now, then) and not _same_numbers(now, then)
 
 
-def _same_place(one: Tensor, other: Tensor) -> bool:
+def is_same_place(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in memory, seen in the same way; of sparse ones
     nobody knows.
     """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
-from nnj.recording.called_with import CalledWith, Replaced, is_moved
+from nnj.recording.called_with import CalledWith, Replaced, is_moved, is_same_place
 from nnj.recording.engine import Edge as Edge
 from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
@@ -130,6 +130,12 @@ class Record:
         if parameters are narrower.
         """
         x, y = self.x.tensor(), self.y.tensor()
+        if x.dtype is y.dtype and not self.module._modules:  # nearly always
+            for p in self.module._parameters.values():
+                if p is not None and p.dtype is not y.dtype:
+                    break
+            else:
+                return x, y
         dtype = torch.promote_types(x.dtype, y.dtype) if x.is_floating_point() else y.dtype
         own = {p.dtype for p in parameters_by_name(self.module).values()}
         for other in own:
@@ -212,6 +218,8 @@ def layer_state(module: nn.Module) -> list[Any]:
 
 def is_changed(before: list[Any], module: nn.Module) -> bool:
     """Whether the state of a layer is no longer what `layer_state` gave."""
+    if not module._modules and _is_untouched(before, module.__dict__):  # nearly always
+        return False
     state = layer_state(module)
     if len(state) != len(before):
         return True
@@ -219,6 +227,26 @@ def is_changed(before: list[Any], module: nn.Module) -> bool:
         if one is not now and _changed(one, now):
             return True
     return False
+
+
+def _is_untouched(before: list[Any], own: dict[str, Any]) -> bool:
+    """Whether nothing was assigned to a layer without parts, nor written into its tensors, which
+    are where they were.
+    """
+    options = before[0]
+    if len(options) != len(own) or not all(map(is_, options.values(), own.values())):
+        return False
+    at, end = 1, len(before)
+    for t in (*own["_parameters"].values(), *own["_buffers"].values()):
+        if t is None:
+            continue
+        if at == end or before[at] is not t or before[at + 1] != t._version:
+            return False
+        data = before[at + 2]
+        if data is not None and not is_same_place(t, data[0]):
+            return False
+        at += 3
+    return at == end
 
 
 def _changed(before: Any, now: Any) -> bool:

@@ -144,8 +144,8 @@ def ask_rule(
     try:
         jacobians = entry.rule(
             module,
-            x if "x" in entry.uses else _shape_of(x),
-            y if "y" in entry.uses else _shape_of(y),
+            x if "x" in entry.uses or x.is_meta else _shape_of(x),
+            y if "y" in entry.uses or y.is_meta else _shape_of(y),
         )
     except NotImplementedError as error:
         return Declined(str(error) or "its rule declines")

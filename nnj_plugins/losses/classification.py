@@ -30,7 +30,7 @@ def cross_entropy(
         total: Tensor | int = max(z.numel() // max(classes, 1), 1)
     else:
         kept, own, total = _own_weights(m, w, target)
-        mass = (1 - e) * own + e / classes * w.sum() * kept
+        mass = own if e == 0 else (1 - e) * own + e / classes * w.sum() * kept
     return nnj.SoftmaxHessian(
         z, scale.to(dtype) * mass / (total if m.reduction == "mean" else 1), type(m).__name__
     )
@@ -111,6 +111,9 @@ def _own_weights(m: Any, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Ten
     the mean divides by.
     """
     kept = target != m.ignore_index
+    if m.weight is None:
+        own = kept.to(w.dtype)
+        return kept, own, own.sum().clamp(min=1)
     own = torch.where(kept, w[torch.where(kept, target, 0).long()], 0.0)
     return kept, own, torch.where(kept.any(), own.sum(), 1.0)
 

@@ -31,6 +31,12 @@ ASKED = {
     "equal": (lambda x: x if torch.equal(x, x.abs()) else -x, X.abs()),
     "allclose": (lambda x: x if torch.allclose(x, x.abs()) else -x, X.abs()),
     "nonzero": (lambda x: x[(x > 0).nonzero()[:, 0]] * 2, -X),
+    "of an entry": (lambda x: x + 1 if bool(x[torch.tensor([0, 2])].sum() > 0) else x, -X),
+    "of a mask": (lambda x: x + 1 if bool(x[x.abs() > 0].sum() > 0) else x, -X),
+    "of a selection": (
+        lambda x: x + 1 if bool(x.masked_select(torch.ones(3) > 0).sum() > 0) else x,
+        -X,
+    ),
     "mask": (lambda x: x[x > 0] * 2, -X),
     "masked_select": (lambda x: x.masked_select(x > 0) * 2, -X),
     "unique": (lambda x: x + len((x > 0).long().unique()), X.abs()),
