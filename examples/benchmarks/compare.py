@@ -1,7 +1,8 @@
 """The exact GGN diagonal of cross entropy by every tool that has one: agreement, time and memory,
-in a table and a figure.
+in a table and a figure. Or another quantity, by --quantity.
 
     python examples/benchmarks/compare.py --out results
+    python examples/benchmarks/compare.py --quantity kfac --rows mlp-digits 3c3d --out kfac
 
 writes results/table.md, figure.png and results.json, and with --page the README.md of this folder.
 harness.py says how it is measured, and how to
@@ -17,7 +18,10 @@ from typing import Any
 from harness import WRONG, Pool, cell, disturbed, machine, median, parser, time_of
 from networks import ROWS
 from page import publish
+from quantities import QUANTITIES
 from tools import NAMES
+
+NOTHING: dict[str, Any] = {"times": [], "failed": "", "bytes": math.nan}
 
 
 def ratios(row: dict[str, dict[str, Any]]) -> dict[str, tuple[str, float]]:
@@ -27,9 +31,9 @@ def ratios(row: dict[str, dict[str, Any]]) -> dict[str, tuple[str, float]]:
     right = {
         tool: r
         for tool, r in row.items()
-        if tool not in ("nnj", "gradient") and median(r) > 0 and r["error"] <= WRONG
+        if tool not in ("nnj", "nnj-compiled", "gradient") and median(r) > 0 and r["error"] <= WRONG
     }
-    mine = row.get("nnj", {"times": [], "failed": "", "bytes": math.nan})
+    mine = row.get("nnj", NOTHING)
     if not right or math.isnan(median(mine)):
         return {}
     fast, lean = (
@@ -38,6 +42,7 @@ def ratios(row: dict[str, dict[str, Any]]) -> dict[str, tuple[str, float]]:
     )
     return {
         "time": (fast, median(mine) / median(right[fast])),
+        "compiled": (fast, median(row.get("nnj-compiled", NOTHING)) / median(right[fast])),
         "memory": (fast, mine["bytes"] / max(right[fast]["bytes"], 2**20)),
         "leanest": (lean, mine["bytes"] / max(right[lean]["bytes"], 2**20)),
     }
@@ -48,14 +53,15 @@ def table(results: dict[str, Any]) -> str:
     tools = results["tools"]
     names = [NAMES[t] for t in tools]
     lines = [
-        f"| network | N | C | gradient | {' | '.join(names)} | nnj ÷ fastest: time | memory |",
-        "|" + "---|" * (len(names) + 6),
+        f"| network | N | C | gradient | {' | '.join(names)} | nnj ÷ fastest: time | compiled "
+        "| memory |",
+        "|" + "---|" * (len(names) + 7),
     ]
     for name, row in results["rows"].items():
         spec, best = ROWS[name], ratios(row)
         last = [
-            f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best else "–"
-            for key in ("time", "memory")
+            f"{best[key][1]:.2g} ({NAMES[best[key][0]]})" if best and best[key][1] > 0 else "–"
+            for key in ("time", "compiled", "memory")
         ]
         cells = [time_of(row["gradient"]), *(cell(row[t]) for t in tools), *last]
         lines.append(
@@ -115,8 +121,9 @@ def figure(results: dict[str, Any], path: Path) -> None:
     )
     axes[0].invert_yaxis()
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    what = "GGN diagonal" if results["quantity"] == "ggn_diag" else results["quantity"]
     fig.suptitle(
-        "Exact GGN diagonal of cross entropy: what is missing was refused, too slow or too large"
+        f"Exact {what} of cross entropy: what is missing was refused, too slow or too large"
     )
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -127,10 +134,13 @@ def main() -> None:
     options.add_argument(
         "--rows", nargs="+", choices=ROWS, default=[r for r in ROWS if r != "tiny"]
     )
+    options.add_argument("--quantity", choices=QUANTITIES, default="ggn_diag")
     args = options.parse_args()
+    args.tools = [tool for tool in args.tools if tool in QUANTITIES[args.quantity]]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(args), "tools": args.tools, "rows": {}}
+    results["quantity"] = args.quantity
     for row in args.rows:
         with Pool(args) as pool:
             results["rows"][row] = pool.measure(row)

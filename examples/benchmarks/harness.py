@@ -94,6 +94,7 @@ class Process:
         self.ask(
             "start",
             tool=tool,
+            quantity=args.quantity,
             threads=args.threads,
             device=args.device,
             limit=int(args.memory * 2**30),
@@ -195,7 +196,8 @@ class Pool:
 
     def reference(self, row: str) -> Path:
         """The file of the reference."""
-        path = Path(self.args.out).resolve() / f"reference-{row}.pt"
+        of = "" if self.args.quantity == "ggn_diag" else f"{self.args.quantity}-"
+        path = Path(self.args.out).resolve() / f"reference-{of}{row}.pt"
         if not path.exists():
             process = self.get("reference", row)
             process.ask("time", least=0.0)
@@ -307,6 +309,7 @@ def parser(text: str | None, tools: list[str], out: str) -> argparse.ArgumentPar
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--tools", nargs="+", choices=NAMES, default=tools)
+    found.set_defaults(quantity="ggn_diag")
     found.add_argument("--repeats", type=int, default=7)
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -170,7 +170,31 @@ class Transformer(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
+def lenet(classes: int = 10) -> nn.Sequential:
+    """LeNet-5 with max pooling (LeCun et al. 1998), for images of 28 x 28."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        *mlp(400, 120, 84, classes),
+    )
+
+
+def late_convolutions(classes: int = 100) -> nn.Sequential:
+    """Most channels where images are small, and a global average."""
+    layers: list[nn.Module] = []
+    for before, after, stride in ((3, 32, 2), (32, 64, 2), (64, 256, 2), (256, 256, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
 ROWS = {
+    "mlp-small": Row("MLP 10-32-32-3", lambda: mlp(10, 32, 32, 3), (32, 10), 3),
+    "mlp-digits": Row("MLP 784-128-10", lambda: mlp(784, 128, 10), (64, 784), 10),
     "mlp-tanh": Row(
         "MLP 100-100-100-100, tanh",
         lambda: mlp(100, 100, 100, 100, activation=nn.Tanh),
@@ -179,9 +203,11 @@ ROWS = {
     ),
     "mlp-wide": Row("MLP 784-512-512-1000", lambda: mlp(784, 512, 512, 1000), (32, 784), 1000),
     "mlp-narrow": Row("MLP 784-256-64-1000", lambda: mlp(784, 256, 64, 1000), (32, 784), 1000),
+    "lenet": Row("LeNet-5, 28 x 28", lenet, (32, 1, 28, 28), 10),
     "2c2d": Row("2C2D, 28 x 28", net_2c2d, (32, 1, 28, 28), 10),
     "3c3d": Row("3C3D, 32 x 32", net_3c3d, (32, 3, 32, 32), 10),
     "allcnn": Row("All-CNN-C, 32 x 32", all_cnn_c, (8, 3, 32, 32), 100),
+    "late": Row("4 late convolutions, 32 x 32", late_convolutions, (16, 3, 32, 32), 100),
     "resnet18": Row("ResNet-18, 64 x 64, additions in place", resnet18, (4, 3, 64, 64), 1000),
     "transformer": Row("transformer, 4 layers, 64 tokens", Transformer, (16, 64, 128), 100),
     "tiny": Row("MLP 8-8-5, for tests of this script", lambda: mlp(8, 8, 5), (4, 8), 5),

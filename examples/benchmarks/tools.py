@@ -277,21 +277,27 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
 }
 NAMES = {
     "nnj": "nnj",
+    "nnj-compiled": "nnj.compile",
     "backpack": "BackPACK",
     "nngeometry": "NNGeometry",
     "asdfghjkl": "ASDL",
     "laplace": "laplace-torch (curvlinops)",
+    "opacus": "Opacus",
     "torch.func": "torch.func",
+    "func-compiled": "torch.func, compiled",
     "by-sample": "torch.func by sample",
     "jax": "JAX",
 }
 PACKAGES = {
     "nnj": ["nnj"],
+    "nnj-compiled": [],
     "backpack": ["backpack-for-pytorch"],
     "nngeometry": ["nngeometry"],
     "asdfghjkl": ["asdfghjkl"],
     "laplace": ["laplace-torch", "curvlinops-for-pytorch"],
+    "opacus": ["opacus"],
     "torch.func": [],
+    "func-compiled": [],
     "by-sample": [],
     "jax": ["jax"],
 }

@@ -53,7 +53,9 @@ class Worker:
 
     run: Callable[[], Any]
 
-    def start(self, tool: str, threads: int, device: str, limit: int) -> dict[str, Any]:
+    def start(
+        self, tool: str, quantity: str, threads: int, device: str, limit: int
+    ) -> dict[str, Any]:
         """Import all that the tool needs, and run it once on the smallest network: libraries are
         not its memory.
         """
@@ -64,7 +66,7 @@ class Worker:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         import torch
         from networks import ROWS
-        from tools import TOOLS
+        from quantities import QUANTITIES
 
         torch.set_num_threads(threads)
         if device != "cpu":
@@ -73,7 +75,10 @@ class Worker:
             torch.cuda.set_per_process_memory_fraction(part)
             os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part)
         self.tool, self.device, self.result = tool, device, None
-        TOOLS[tool](*ROWS["tiny"].make(device, self.dtype))()
+        self.tools = QUANTITIES[quantity]
+        if tool not in self.tools:
+            raise NotImplementedError(f"it has no {quantity}")
+        self.tools[tool](*ROWS["tiny"].make(device, self.dtype))()
         return {}
 
     @property
@@ -85,18 +90,17 @@ class Worker:
     def load(self, row: str) -> dict[str, Any]:
         """Draw weights and data, and see what a plain gradient needs."""
         from networks import find
-        from tools import TOOLS
 
         self.result = self.run = None  # what was loaded before goes
         self.model, x, y = find(row).make(self.device, self.dtype)
-        plain = TOOLS["gradient"](self.model, x, y)
+        plain = self.tools["gradient"](self.model, x, y)
         plain()
         self.model.zero_grad()
         peak(self.device, reset=True)
         plain()
         self.base = peak(self.device)
         self.model.zero_grad()
-        self.run = TOOLS[self.tool](self.model, x, y)
+        self.run = self.tools[self.tool](self.model, x, y)
         return {}
 
     def time(self, least: float = 0.3) -> dict[str, Any]:
