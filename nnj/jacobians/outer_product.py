@@ -286,11 +286,14 @@ class OuterProduct(Factor):
         return every
 
     def _meets_by_places(self, other: OuterProduct) -> bool:
-        """Whether pairs of places cost less than rows of B do, in multiply-adds for two samples."""
+        """Whether pairs of places cost less than rows of B do, in multiply-adds: a row is formed
+        once for each sample, and met by all others.
+        """
         o, i = self.form[1], self.patches.inputs
         l, m, k, q = self.form[2], other.form[2], self.k, other.k
-        by_places = l * m * (i + q * o) + l * k * q * o
-        return self.form[0] * by_places < self.form[0] * o * i * (k * q + k * l + q * m)
+        pairs = self.n * other.n
+        by_places = pairs * l * (m * (i + q * o) + k * q * o)
+        return by_places < o * i * (pairs * k * q + self.n * k * l + other.n * q * m)
 
     def _kernel_of_places(self, other: OuterProduct) -> Tensor:
         """sum_{g,l,m} (u_l u'_m) (v_l v'_m), the latter summed over m first."""
