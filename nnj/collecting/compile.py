@@ -63,9 +63,9 @@ def compile(
 
     Returns:
         A `Step`. `step(x, y)`, or `step(batch)`, gives the loss and the results of this pass:
-        `results["ggn_diag"]["0.weight"]`. Gradients are added to `.grad`. Inside a
-        `with nnj.collect(...)` results add up over passes, as those of backward passes do; outside
-        of one the attributes are those of this pass alone.
+        `results["ggn_diag"]["0.weight"]`, `results.context["noise_scale"]`. Gradients are added to
+        `.grad`. Inside a `with nnj.collect(...)` results add up over passes, as those of backward
+        passes do; outside of one the attributes are those of this pass alone.
 
     Cases
         A graph stands for one case: shapes, dtypes and devices of the batch and of all parameters
@@ -214,6 +214,16 @@ class Results(Mapping[str, Any]):
         )
         found = ((name, alone.accumulator.value(quantity, holder)) for name, holder in named)
         return {name: value for name, value in found if value is not None}
+
+    @property
+    def context(self) -> dict[str, Tensor]:
+        """What belongs to all parameters together, by name: such as "noise_terms"."""
+        alone = Collection(self._request)
+        alone.add_pass(self._found)
+        found: dict[str, Tensor] = {}
+        for name in self._request.quantities:
+            found |= alone.accumulator.totals(name)
+        return found
 
     @override
     def __iter__(self) -> Iterator[str]:

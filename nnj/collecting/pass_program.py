@@ -118,12 +118,15 @@ class _Kept:
 
     Attributes:
         holders: the numbers of tensors, and modules.
+        together: the numbers of the tensors over which a joint state is.
         states: for each quantity, at which of them it has a state, and of what form, with the
             plain values in it.
     """
 
     calls: frozenset[int]
     n: int
+    given: frozenset[int]
+    together: list[int]
     exact: ExactColumns
     holders: list[Place]
     states: dict[str, list[tuple[Place, _Form]]]
@@ -176,6 +179,8 @@ class _Layout:
             _Kept(
                 c.calls,
                 c.n,
+                c.given,
+                [number[known] for known in c.together],
                 c.exact,
                 [place(holder) for holder in c.holders],
                 {
@@ -205,8 +210,9 @@ class _Layout:
 
         found, given = [], iter(results)
         for kept in self.kept:
-            new = Contribution(kept.calls, kept.n)
+            new = Contribution(kept.calls, kept.n, kept.given)
             new.exact = kept.exact
+            new.together = tuple(id(inputs[i]) for i in kept.together)
             new.holders = dict.fromkeys(holder(place) for place in kept.holders)
             for name, forms in kept.states.items():
                 new.states[name] = {holder(p): form.with_tensors(given) for p, form in forms}

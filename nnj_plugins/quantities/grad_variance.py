@@ -50,8 +50,8 @@ class GradVariance(nnj.Quantity):
 
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Moments:
-        wide, n = factor.to(torch.float64), factor.n
-        ones = torch.ones(1, n, dtype=torch.float64, device=factor.device)
+        wide, n = factor.to(_widest(factor.device)), factor.n
+        ones = torch.ones(1, n, dtype=wide.dtype, device=factor.device)
         mean = wide.rmatvec(ones) / max(n, 1)
         m2 = torch.zeros_like(mean)
         if n > 1:
@@ -90,6 +90,11 @@ class GradVariance(nnj.Quantity):
         g2 = size - tr / max(n, 1)
         scale = torch.where(g2 <= 0, math.inf, tr / g2)
         return {"noise_terms": (torch.stack([tr, g2]), self.degree), "noise_scale": (scale, 0)}
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: Apple's have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -186,6 +186,7 @@ def test_compiled_as_eager():
         _, results = step(fitting.X, fitting.CLASSES)
     assert step.reasons == [] and step.replays >= 1
     torch.testing.assert_close(results["joint_block"], context.joint_block)
+    assert results.context["largest_of_all"] == context.largest_of_all
     for p, (largest, squares) in zip(model.parameters(), eager, strict=True):
         torch.testing.assert_close(p.largest_gradient, largest)
         torch.testing.assert_close(p.squares, squares)
