@@ -73,6 +73,9 @@ def kernel_squares(kernel: Tensor, patches: Patches, per_sample: bool = False) -
     g, o, l = kernel.shape[1:4]
     i = patches.inputs
     if l == 1:
+        if g == 1 and not per_sample:  # one product of matrices, and few views
+            n, u = patches.n, patches().reshape(patches.n, i)
+            return (kernel.reshape(n, o).mT @ u.square())[None]
         v, u = kernel[..., 0, 0], patches()[..., 0].square()
         if per_sample:
             return v[..., None] * u[..., None, :]

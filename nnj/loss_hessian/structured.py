@@ -273,6 +273,12 @@ class SoftmaxHessian(LossHessian):
         # 1 - p of a sure class would be noise
         return self.a * p * (1 - p).scatter(-1, top, others)
 
+    @functools.cached_property
+    def flat_diagonal(self) -> Tensor:
+        if self.places == 1:  # in the order of the output
+            return self.diagonal()[:, 0]
+        return self.flat(self.diagonal()[None])[0]
+
     def product(self, v: Tensor) -> Tensor:
         p = self.p
         top = p.argmax(-1, keepdim=True).expand(*v.shape[:-1], 1)
