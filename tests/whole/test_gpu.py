@@ -169,3 +169,73 @@ def test_fit_and_mixed_precision():
     for p, f in zip(model.parameters(), full, strict=True):
         assert p.ggn_diag.dtype == p.dtype
         torch.testing.assert_close(p.ggn_diag, f, rtol=0.1, atol=0.05 * float(f.max()))
+
+
+QUANTITIES = (
+    "batch_ggn_diag",
+    "batch_grad_sq_norm",
+    "batch_grad_dot",
+    "ggn_diag_empirical",
+    "grad_variance",
+    "ggn",
+    "kfac",
+    "ekfac",
+    "input_moment",
+)
+SOME = ("mlp", "cnn-pooling", "transformer", "embedding-bag", "lora", "bare-used-twice-transposed")
+
+
+def flat_results(model: nn.Module, context: Any) -> dict[str, Tensor]:
+    """All quantities as tensors on the CPU, matrices entry by entry."""
+    found = {key: getattr(context, key) for key in ("ggn", "noise_terms", "batch_grad_dot")}
+    for path, holder in [*model.named_modules(), *model.named_parameters()]:
+        for name in QUANTITIES:
+            value = vars(holder).get(name)
+            if value is not None:
+                dense = value if isinstance(value, Tensor) else value.dense()
+                found[f"{name} of {path}"] = dense
+    return {key: value.cpu() for key, value in found.items()}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_every_quantity_as_on_a_cpu(name):
+    case, found = CASES[name], []
+    for move in (lambda value: value, there):
+        model = nnj.extend(move(build(case)), batch_axis=case.batch_axis)
+        losses = tuple(nnj.extend(loss) for loss in move(losses_of(case)))
+        with nnj.collect(*QUANTITIES) as context:
+            run(case, model, losses, move(data_of(case))).backward()
+        found.append(flat_results(model, context))
+        m = context.matrix("kfac")
+        v = torch.linspace(0, 1, m.shape[0], dtype=m.dtype, device=m.device)
+        found[-1]["solution"] = m.solve(v, 0.1).cpu()
+    on_cpu, on_gpu = found
+    assert on_gpu.keys() == on_cpu.keys()
+    for key, value in on_cpu.items():
+        if "ekfac" in key:  # eigenvectors of equal eigenvalues may be others
+            torch.testing.assert_close(on_gpu[key].trace(), value.trace())
+            continue
+        scale = 1e-9 * float(value.abs().max())
+        torch.testing.assert_close(
+            on_gpu[key], value, rtol=1e-7, atol=scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_a_linear_map_and_operators_as_on_a_cpu():
+    model, x = mlp().eval(), X
+    fit = nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "kfac")
+    expected = nnj.linearize(model, x).covariance(fit.matrix("kfac").inverse(1.0))
+    kernel = nnj.ntk(model, x, x[:3])
+    v = torch.linspace(-1, 1, 43).double()
+    ggn = nnj.GGN(model, nn.CrossEntropyLoss(), LOADER) @ v
+    hessian = nnj.HessianOperator(model, nn.CrossEntropyLoss(), LOADER) @ v
+    model, x, v = there(model), there(x), there(v)
+    matrix = nnj.fit(model, nn.CrossEntropyLoss(), LOADER, "kfac").matrix("kfac").inverse(1.0)
+    assert matrix.device.type == DEVICE
+    torch.testing.assert_close(nnj.linearize(model, x).covariance(matrix).cpu(), expected)
+    torch.testing.assert_close(nnj.ntk(model, x, x[:3]).cpu(), kernel)
+    found = nnj.GGN(model, nn.CrossEntropyLoss(), LOADER)
+    torch.testing.assert_close((found @ v).cpu(), ggn)
+    assert found.solve(v, 1.0, 1e-12).device.type == DEVICE
+    found = nnj.HessianOperator(model, nn.CrossEntropyLoss(), LOADER)
+    torch.testing.assert_close((found @ v).cpu(), hessian)
