@@ -202,6 +202,7 @@ class _Run:
                     "(its attribute degree), so that nnj.fit cannot divide it. Use scale='sum'"
                 )
         self.total = 0.0
+        self.value: Tensor | float = 0.0  # the loss of all batches, on its device
 
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
         """One batch of n samples: a backward pass that leaves no gradients."""
@@ -211,7 +212,8 @@ class _Run:
         before = self.collection.accumulator.samples
         with self.collection:
             torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
-        self._ended(loss, self.collection.accumulator.samples - before, n, total)
+        rows = self.collection.accumulator.samples - before
+        self._ended(loss, rows, n, total, (weight * value).detach())
 
     def add_replayed(
         self, loss: SummedLoss | GivenLoss, passed: Passed, target: Any, n: int
@@ -221,9 +223,12 @@ class _Run:
         total = loss.total(passed.more, target, n) if self.scale == "mean" else 0.0
         before = self.collection.accumulator.samples
         self.collection.add_pass(passed.contributions)
-        self._ended(loss, self.collection.accumulator.samples - before, n, total)
+        rows = self.collection.accumulator.samples - before
+        self._ended(loss, rows, n, total, passed.value)
 
-    def _ended(self, loss: SummedLoss | GivenLoss, rows: int, n: int, total: float) -> None:
+    def _ended(
+        self, loss: SummedLoss | GivenLoss, rows: int, n: int, total: float, value: Tensor
+    ) -> None:
         if (
             isinstance(loss, GivenLoss)
             and rows != n
@@ -235,6 +240,8 @@ class _Run:
                 "reduction='sum' and scale='sum'"
             )
         self.total += total
+        wide = value.dtype if value.device.type == "mps" else torch.float64
+        self.value = self.value + value.to(wide)
 
     def first(self, loader: Iterable[Any]) -> _Run | None:
         """The run of what some quantities must know before; None if there is nothing.
@@ -295,6 +302,7 @@ class _Run:
             scale=self.scale,
             total=self.total if self.scale == "mean" else 1.0,
             loss=loss,
+            loss_value=float(self.value) * self._of_loss,
             trace=accumulator.exact.trace,
             deficit=accumulator.exact.deficit,
         )

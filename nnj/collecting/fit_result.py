@@ -27,6 +27,7 @@ _FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type
     "scale": str,
     "total": (int, float),
     "loss": str,
+    "loss_value": (int, float),
     "trace": (int, float),
     "deficit": (int, float),
 }
@@ -54,6 +55,7 @@ class Fit(Mapping[str, Any]):
         scale: "sum" or "mean".
         total: what the sum over samples was divided by: 1 for a sum.
         loss: the name of the loss.
+        loss_value: the loss of the data set itself, summed or as its mean.
         context: by name, what belongs to all parameters together: tensors.
         trace: under tol=, that of the Hessians in the outputs, of the sum over samples.
         deficit: what was left out under tol=, as a part of that trace.
@@ -63,6 +65,7 @@ class Fit(Mapping[str, Any]):
     scale: str
     total: float
     loss: str
+    loss_value: float
     trace: float
     deficit: float
 
@@ -187,6 +190,8 @@ class Fit(Mapping[str, Any]):
         lost = self.deficit * self.trace + other.deficit * other.trace
         facts = self._facts() | {"samples": samples, "total": total, "trace": trace}
         facts["deficit"] = lost / trace if trace else 0.0
+        values_of_loss = self.loss_value * self.total + other.loss_value * other.total
+        facts["loss_value"] = values_of_loss / total
         return Fit(values, self._quantities, self._names, states, context, **facts)
 
     def _facts_of_data(self) -> dict[str, Any]:

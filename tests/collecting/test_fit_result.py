@@ -61,6 +61,22 @@ def test_the_result(tmp_path):
         nnj.Fit.load(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize("compiled", [False, "aot"])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_the_loss_of_the_data_set(scale, compiled):
+    model, weight = mlp(), torch.tensor([1.0, 2, 3]).double()
+    loss = nn.CrossEntropyLoss(weight=weight)
+    loader = [(X[i : i + 1], CLASSES[i : i + 1]) for i in range(N)]
+    for batches in (LOADER, loader):
+        fit = nnj.fit(model, loss, batches, "ggn_diag", scale=scale, compile=compiled)
+        z = model.eval()(X)
+        expected = nn.functional.cross_entropy(z, CLASSES, weight, reduction=scale)
+        assert fit.loss_value == pytest.approx(float(expected), rel=1e-12)
+    parts = [nnj.fit(model, loss, [batch], "ggn_diag", scale=scale) for batch in LOADER]
+    merged = nnj.Fit.merge(parts)
+    assert merged.loss_value == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_dtypes_are_those_of_the_parameters():
     fit = nnj.fit(
         mlp().float(),
@@ -79,7 +95,14 @@ def test_dtypes_are_those_of_the_parameters():
 
 
 WRITTEN = {"nnj.Fit": 2, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
-WRITTEN |= {"trace": 0.0, "deficit": 0.0, "context": {}, "states": {}, "quantities": {}}
+WRITTEN |= {
+    "loss_value": 0.0,
+    "trace": 0.0,
+    "deficit": 0.0,
+    "context": {},
+    "states": {},
+    "quantities": {},
+}
 WRITTEN["names"] = {"shapes": {}, "own": {}}
 OF_ANOTHER_KIND = {
     "text": lambda path: path.write_text("hello world\n"),
