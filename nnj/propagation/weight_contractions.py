@@ -5,6 +5,7 @@ J, which has P entries for each output and sample, is not formed.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -176,18 +177,23 @@ def _last_layer(at: Linearization[Any], metric: AnyMetric) -> LastLayerColumns |
     """
     if at.sweep is None or at.sweep.hooks is not None or at.wrt == "input":
         return None
-    last = LastLayerColumns(at.sweep, _Unit(at), set(), factor=_unit_factor)
+    last = LastLayerColumns(at.sweep, UnitHessian(at.y), set(), factor=_unit_factor)
     apart = metric.is_apart({p for p, _ in last.factors})
     return last if last.useful and apart else None
 
 
-class _Unit(LossHessian):
-    """H = S = I in the outputs of a model."""
+class UnitHessian(LossHessian):
+    """H = S = I in the outputs of a model: the unit cotangents as columns of a loss.
+
+    Args:
+        y: the output, (N, *outputs).
+    """
 
     closed_form = True
 
-    def __init__(self, at: Linearization[Any]):
-        super().__init__([tuple(at.y.shape)], at.y, at.out, at.out, at.n)
+    def __init__(self, y: Tensor):
+        out = math.prod(y.shape[1:])
+        super().__init__([tuple(y.shape)], y, out, out, len(y))
 
     @override
     def columns(self, start: int, stop: int) -> Tensor:

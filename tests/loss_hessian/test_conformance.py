@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import nnj
 from nnj.loss_hessian import base
+from nnj.propagation.weight_contractions import UnitHessian
 from tests.support.subclasses import subclasses
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -79,8 +80,17 @@ def pairs() -> Case:
     return found, h[:, None]
 
 
+def unit(*shape: int) -> Case:
+    """The identity in the outputs, (R, 1, B, B)."""
+    c = UnitHessian(normal(*shape))
+    eye = torch.eye(c.block, dtype=torch.float64)
+    return c, eye.expand(shape[0], 1, -1, -1)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "pairs": pairs,
+    "unit": lambda: unit(4, 6),
+    "unit, places": lambda: unit(4, 3, 2),
     "softmax": lambda: softmax(3 * normal(4, 6)),
     "softmax, weighted": lambda: softmax(normal(4, 6), torch.tensor([2.0, 0.0, 1.0, 0.5])),
     "softmax, places": lambda: softmax(normal(4, 6, 2, 3), torch.rand(4, 2, 3)),
