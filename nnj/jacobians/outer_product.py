@@ -4,6 +4,7 @@ factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
@@ -140,10 +141,12 @@ class OuterProduct(Factor):
             return super().rotate(left, right, shape)
         patches, v = there
         if left is not None:
-            v = left.mT @ v
+            v = _times(left.mT, v)
         if right is not None:
             make, back = patches, right.mT
-            patches = Patches(lambda rows: back @ make(rows), self.n, right.shape[2])
+            patches = Patches(lambda rows: _times(back, make(rows)), self.n, right.shape[2])
+            if self.n * g * right.shape[2] * self.form[2] <= CHUNK:
+                patches = Patches.of(patches())  # made once
         return OuterProduct(patches, v, shape or (g * v.shape[3], patches.inputs))
 
     def _in_groups(self, groups: int) -> tuple[Patches, Tensor] | None:
@@ -348,6 +351,16 @@ class OuterProduct(Factor):
             right = x[s : s + step, :, None] * y[s : s + step, None, :]
             total.addmm_(left.flatten(1).mT, right.flatten(1))
         return total.reshape(o, q, i, j).transpose(1, 2).reshape(o * i, q * j)
+
+
+def _times(m: Tensor, t: Tensor) -> Tensor:
+    """m t for m of (G, A, B) and t of (..., G, B, L): one product for all of few places."""
+    if t.shape[-1] >= 8:
+        return m @ t
+    (g, b, l), lead = t.shape[-3:], math.prod(t.shape[:-3])
+    found = m @ t.reshape(lead, g, b, l).permute(1, 2, 0, 3).reshape(g, b, lead * l)
+    result = found.reshape(g, m.shape[1], lead, l).permute(2, 0, 1, 3)
+    return result.reshape(*t.shape[:-2], m.shape[1], l)
 
 
 def _contracted(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
