@@ -29,7 +29,9 @@ Without `--page` a benchmark leaves its table, figure and raw numbers in the fol
 names. `--device cuda` measures `compare.py` and `scaling.py` on a GPU (no such table was made yet).
 `products.py` sets `nnj.vjp`, `nnj.jvp` and a diagonal by `diag_backprop=True` beside torch's own
 products and one gradient, and prints a table of its own. `compiled.py` sets passes replayed by
-`nnj.compile` beside eager ones.
+`nnj.compile` beside eager ones. `compare.py --quantity kfac` (or `batch_grad`,
+`batch_grad_sq_norm`) sets another quantity beside the tools that have it, and `--rows` chooses
+networks.
 """
 # name -> heading, what is measured, and what the picture shows
 PARTS = {

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -78,6 +79,7 @@ def bench(monkeypatch, tmp_path):
 
     args = argparse.Namespace(
         tools=["nnj", "torch.func"],
+        quantity="ggn_diag",
         repeats=1,
         threads=1,
         device="cpu",
@@ -133,6 +135,23 @@ def test_backpack_where_its_converter_reorders_the_parameters(bench):
     reference = tools.reference(model, x, y)()
     for found, expected in zip(tools.backpack(model, x, y)(), reference, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("quantity", ["batch_grad", "batch_grad_sq_norm", "kfac"])
+def test_other_quantities_agree_with_their_references(bench, quantity):
+    tools = ["nnj"] if quantity == "kfac" else ["nnj", "torch.func"]
+    row = measure(bench, *tools, quantity=quantity)
+    for tool in tools:
+        assert row[tool]["failed"] == "" and row[tool]["error"] < 1e-5
+    missing = measure(bench, "jax", quantity=quantity)["jax"]
+    assert missing["failed"] == f"refused: it has no {quantity}"
+
+
+def test_a_replayed_pass_agrees_with_the_reference(bench):
+    if which("gcc") is None and which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    found = measure(bench, "nnj-compiled")["nnj-compiled"]
+    assert found["failed"] == "" and found["error"] < 1e-5
 
 
 def test_what_goes_wrong_is_a_cell_that_says_so(bench, monkeypatch, tmp_path):
@@ -198,6 +217,7 @@ def test_table_of_the_comparison(bench):
         "wrong by 0.5: 1 ms (1–1), 2 MiB",
         "missing: laplace",
         "2 (BackPACK)",
+        "–",  # nnj.compile was not asked
         "0.5 (BackPACK)",
     ]
     assert lines[-1] == "here."
