@@ -91,7 +91,7 @@ class Kron:
     Of several chunks of columns S adds up, while A and the count, in which no column is, are those
     of any of them. A place is alive if some column, of all chunks, is not zero there.
 
-    Must define all methods.
+    Must define all methods but `takes` and `forget_columns`.
 
     Attributes:
         inputs_first: whether A stands on the left, A (x) S, as of a table, of which a row is an
@@ -111,6 +111,10 @@ class Kron:
             a[1:] == b[1:] and (a[0] is b[0] or (isinstance(a[0], Arrived) and a[0].same(b[0])))
             for a, b in zip(mine, theirs, strict=True)
         )
+
+    def forget_columns(self) -> None:
+        """Let go of V, which takes most memory: afterwards A and the count alone are asked for."""
+        self.columns = ()
 
     def outer_v(self) -> Tensor:
         """S, (G, O, O)."""

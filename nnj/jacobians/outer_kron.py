@@ -31,6 +31,10 @@ class OuterKron(Kron):
         self.patches, self.v, self.form, self.like = patches, v, form, like
         self.reduce = approx == "reduce"
 
+    def forget_columns(self) -> None:
+        super().forget_columns()
+        self.v = _forgotten
+
     def outer_v(self) -> Tensor:
         g, o, _ = self.form
         v = self.v()
@@ -75,3 +79,7 @@ class OuterKron(Kron):
     def alive(self) -> Tensor:
         found: Tensor = (self.v() != 0).flatten(2, 3).any(2).any(0)
         return found
+
+
+def _forgotten() -> Tensor:
+    raise RuntimeError("the columns of these factors were let go of")

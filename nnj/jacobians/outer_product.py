@@ -183,7 +183,8 @@ class OuterProduct(Factor):
         return (OuterProduct, *self.form[:2], self.patches.inputs)
 
     def merge(self, uses: Sequence[OuterProduct]) -> Factor:
-        join = lambda rows: torch.cat([use.patches(rows) for use in uses], -1)
+        made = [use.patches for use in uses]  # without their columns, which may go
+        join = lambda rows: torch.cat([patches(rows) for patches in made], -1)
         patches = Patches(join, self.n, self.patches.inputs)
         found = OuterProduct(patches, torch.cat([use.v for use in uses], -1), self.shape)
         if all(use.of for use in uses):

@@ -28,6 +28,10 @@ class TableKron(Kron):
         self.sample, self.row, self.n, self.rows = sample, row, n, rows
         self.reduce = approx == "reduce"
 
+    def forget_columns(self) -> None:
+        super().forget_columns()
+        self.v = self.v.new_empty(0)
+
     def outer_v(self) -> Tensor:
         there = (self.sample >= 0).nonzero()[:, 0]
         v = self.v[:, there]

@@ -191,6 +191,7 @@ class _Product:
         self.name, self.kron, self.bias = name, kron, bias
         self.left = kron.outer_v()
         self.alive: Tensor | None = kron.alive() if only_alive else None
+        kron.forget_columns()  # or those of all layers would be there at once
 
     def plus(self, other: _Product) -> _Product:
         self.left = self.left + other.left

@@ -272,6 +272,10 @@ def check_kron(f: Factor, b: Tensor) -> None:
                 torch.testing.assert_close(c.outer_u(), kron.outer_u(), **CLOSE)
                 torch.testing.assert_close(c.count(), kron.count(), **CLOSE)
             check_one_place(f, b, kron)
+            before = [kron.outer_u(some) for some in (None, alive)], kron.count(alive)
+            kron.forget_columns()
+            again = [kron.outer_u(some) for some in (None, alive)], kron.count(alive)
+            torch.testing.assert_close(again, before, rtol=0, atol=0)
 
 
 def check_one_place(f: Factor, b: Tensor, kron: Kron) -> None:
