@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj.collecting.quantity import Holder, Quantity, Whole, failed, of_dtype, times
@@ -104,7 +105,8 @@ class Contribution:
         for name, states in other.states.items():
             mine, quantity = self.states.setdefault(name, {}), quantities[name]
             for holder, state in states.items():
-                state = times(state, factor)
+                if factor != 1:
+                    state = tree_map_only(Tensor, lambda t: factor * t, state)
                 known = holder in mine
                 mine[holder] = (
                     asked(name, quantity.merge_losses, mine[holder], state) if known else state

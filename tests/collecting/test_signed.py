@@ -225,3 +225,28 @@ def test_a_linear_loss_has_no_curvature_of_either_sign(factor):
     for p in model.parameters():
         assert torch.equal(p.ggn_diag, torch.zeros_like(p))
     assert not model.one.ggn_block.any() and not model.two.ggn_block.any()
+
+
+class Pair(nnj.Quantity):
+    """A sum whose state is a table of tensors."""
+
+    degree = 1
+
+    def parameter(self, factor, total_columns):
+        return factor.square_sum()
+
+    def end_pass(self, state):
+        return {"once": state, "twice": 2 * state}
+
+    def finish(self, state, samples):
+        return state["twice"] - state["once"]
+
+
+def test_states_that_are_tables():
+    model, loss = nnj.extend(Net().double()), nnj.extend(Sine())
+    x = torch.randn(N, 3).double()
+    with nnj.collect(Pair(), "ggn_diag", signed=True):
+        loss(model(x)).backward()
+    assert any(bool((p.ggn_diag < 0).any()) for p in model.parameters())
+    for p in model.parameters():
+        torch.testing.assert_close(p.pair, p.ggn_diag)
