@@ -150,7 +150,9 @@ def main() -> None:
     if args.figure:
         figure(results, out / "figure.png")
     if args.page:
-        publish("compare", table(results), out / "figure.png" if args.figure else None)
+        whole = args.quantity == "ggn_diag" and len(args.rows) == len(ROWS) - 1
+        part = "compare" if whole else f"compare-{args.quantity}"
+        publish(part, table(results), out / "figure.png" if args.figure else None)
     print("\n" + table(results))
 
 

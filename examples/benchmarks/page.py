@@ -45,6 +45,32 @@ refused, missing, out of memory and too slow are said. torch.func is what a user
 under `vmap`; "by sample" is our own best writing of it, one sample at a time.""",
         "Time and memory of each tool on each network",
     ),
+    "compare-ggn_diag": (
+        "The diagonal on one thread, eager and compiled",
+        """\
+The same measurement of networks that end soon, on one thread: a table of some rows, which
+`compare.py --rows ... --page` writes. The two columns before the last are nnj's eager pass and the
+one that `nnj.compile` replays, over the fastest other tool that is right.""",
+        "",
+    ),
+    "compare-batch_grad": (
+        "Gradients of samples",
+        "`compare.py --quantity batch_grad`: (N, *p) for each parameter, and `p.grad` beside it.",
+        "",
+    ),
+    "compare-batch_grad_sq_norm": (
+        "Squared norms of the gradients of samples",
+        "`compare.py --quantity batch_grad_sq_norm`.",
+        "",
+    ),
+    "compare-kfac": (
+        "Kronecker factors",
+        """\
+`compare.py --quantity kfac`: exact columns, *expand*, weights and biases apart. Each tool has a
+scale of its own on convolutions (see [coming from another tool](../coming_from.md)), so that a
+result is called wrong there where it is another approximation.""",
+        "",
+    ),
     "scaling": (
         "How cost grows with classes, samples, width and depth",
         "`scaling.py` measures an MLP, one of its sizes at a time.",
