@@ -86,7 +86,8 @@ def test_no_loss_of_torch_is_left_out():
         for name, cls in vars(nn).items()
         if isinstance(cls, type) and issubclass(cls, nn.modules.loss._Loss)
     }
-    assert names | set(nn.modules.loss.__all__) == set(EXACT) | OTHERS
+    known = {name for name in (*EXACT, *OTHERS) if hasattr(nn, name)}  # an older torch has fewer
+    assert names | set(nn.modules.loss.__all__) == known
     by_rule = {
         name for name in names if manager().find("loss", getattr(nn, name)).key is getattr(nn, name)
     }
@@ -100,7 +101,7 @@ def test_no_function_of_torch_is_left_out():
         if name.endswith(("_loss", "_entropy", "kl_div", "_with_logits")) and callable(f)
     }
     without = {
-        F.linear_cross_entropy,
+        getattr(F, "linear_cross_entropy", F.cosine_embedding_loss),  # an older torch has none
         F.cosine_embedding_loss,
         F.margin_ranking_loss,
         F.triplet_margin_loss,
@@ -283,6 +284,9 @@ def test_a_variance_that_is_learned_is_not_convex(loss):
         nnj.extend(loss)(z[:, :C], torch.randn(N, C), z[:, C:].exp()).backward()
 
 
+@pytest.mark.skipif(
+    not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has no LinearCrossEntropyLoss yet"
+)
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_loss_that_holds_a_layer(inside):
     model, loss, x, t = (
