@@ -346,3 +346,15 @@ def test_what_compiling_saves():
     ]
     eager, replayed, ratio = map(float, row[2:])
     assert eager > 0 and ratio == pytest.approx(replayed / eager, rel=0.05)
+
+
+def test_operators_beside_others():
+    """On small networks: results are compared before they are timed."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "operators.py"), "--scale", "16", "--repeats", "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n|") >= 8 and "by hand" in done.stdout
