@@ -31,7 +31,8 @@ names. `--device cuda` measures `compare.py` and `scaling.py` on a GPU (no such 
 products and one gradient, and prints a table of its own. `compiled.py` sets passes replayed by
 `nnj.compile` beside eager ones. `compare.py --quantity kfac` (or `batch_grad`,
 `batch_grad_sq_norm`) sets another quantity beside the tools that have it, and `--rows` chooses
-networks.
+networks. `operators.py` sets products in the weights, tangent kernels and operators over a data set
+beside what one writes by hand.
 """
 # name -> heading, what is measured, and what the picture shows
 PARTS = {

@@ -82,12 +82,11 @@ def replayed(quantity: str, read: Read, **options: Any) -> Prepare:
 
 def backpack(extension: str, read: Read) -> Prepare:
     def prepare(model: nn.Module, x: Tensor, y: Tensor) -> Run:
-        import backpack.extensions
-        from backpack import backpack, extend
+        from backpack import backpack, extend, extensions
 
         plain = isinstance(model, nn.Sequential) and not any(list(m.children()) for m in model)
         extended = extend(model, use_converter=not plain)
-        loss_func, make = extend(nn.CrossEntropyLoss()), getattr(backpack.extensions, extension)
+        loss_func, make = extend(nn.CrossEntropyLoss()), getattr(extensions, extension)
 
         def run() -> list[Tensor]:
             extended.zero_grad()
