@@ -1,4 +1,4 @@
-"""Every quantity at random models, losses and ways to call them, against brute force: 30 seeds."""
+"""Every quantity at random models, losses and ways to call them, against brute force: 15 seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.fuzz.compare import EQUAL, FAILURE, REFUSED
 from tests.support.fuzz.quantities import check_quantities
 from tests.support.fuzz.report import quietly
 
-SEEDS, GROUP = 30, 10
+SEEDS, GROUP = 15, 15
 
 
 @pytest.mark.parametrize("start", range(0, SEEDS, GROUP))

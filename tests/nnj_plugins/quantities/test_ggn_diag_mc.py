@@ -22,7 +22,8 @@ def test_the_mean_and_the_variance_of_ggn_diag_mc(name):
         found: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(4)
         for _ in range(count):
-            with nnj.collect("ggn_diag_mc", samples=samples, generator=generator):
+            options = {"samples": samples, "generator": generator, "verify": not found}
+            with nnj.collect("ggn_diag_mc", **options):
                 value.backward(retain_graph=True)
             for n, p in model.named_parameters():
                 found.setdefault(n, []).append(p.ggn_diag_mc)
