@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import nnj
+from nnj_plugins.quantities.ggn_block import checked_limit
 
 
 class GGN(nnj.Quantity):
@@ -26,9 +27,7 @@ class GGN(nnj.Quantity):
     degree = 1
 
     def __init__(self, block_limit: int = 10_000):
-        if isinstance(block_limit, bool) or not isinstance(block_limit, (int, float)):
-            raise nnj.NNJError(f"block_limit={block_limit!r}: the largest P is a number")
-        self.limit = block_limit
+        self.limit = checked_limit(block_limit)
 
     @override
     def check(self, module: nn.Module | None, params: list[nn.Parameter], path: str) -> None:

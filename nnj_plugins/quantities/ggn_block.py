@@ -10,6 +10,13 @@ from typing_extensions import override
 import nnj
 
 
+def checked_limit(block_limit: float) -> float:
+    """Errors: `NNJError` for what is no number."""
+    if isinstance(block_limit, bool) or not isinstance(block_limit, (int, float)):
+        raise nnj.NNJError(f"block_limit={block_limit!r}: the largest P is a number")
+    return block_limit
+
+
 class GGNBlock(nnj.Quantity):
     """`module.ggn_block`, (P, P): the GGN of the module's own parameters that require grad, all of
     them together.
@@ -24,9 +31,7 @@ class GGNBlock(nnj.Quantity):
     degree = 1
 
     def __init__(self, block_limit: int = 10_000):
-        if isinstance(block_limit, bool) or not isinstance(block_limit, (int, float)):
-            raise nnj.NNJError(f"block_limit={block_limit!r}: the largest P is a number")
-        self.limit = block_limit
+        self.limit = checked_limit(block_limit)
 
     @override
     def check(self, module: nn.Module | None, params: list[nn.Parameter], path: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import nnj
+from nnj_plugins.quantities.ggn_block import checked_limit
 
 # The parameters of nn.MultiheadAttention in which three projections stand one below the other.
 PACKED = ("in_proj_weight", "in_proj_bias")
@@ -80,7 +81,8 @@ class KFAC(nnj.Quantity):
         _check("bias", bias, "joint", "separate")
         _check("places", places, "all", "alive")
         self.approx, self.fisher, self.bias, self.places = approx, fisher, bias, places
-        self.draws, self.generator, self.block_limit = samples, generator, block_limit
+        self.draws, self.generator = samples, generator
+        self.block_limit = checked_limit(block_limit)
         self.source, self.degree = FISHERS[fisher]
         self.sees_samples, self.quadratic = approx == "reduce", self.source == "gradient"
 

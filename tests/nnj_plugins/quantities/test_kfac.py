@@ -434,6 +434,12 @@ def test_options_of_another_kind(option, message):
         nnj.collect("kfac", **{option: "x"})
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "ggn", "ggn_block"])
+def test_a_limit_that_is_no_number(name):
+    with pytest.raises(nnj.NNJError, match=r"^block_limit='x': the largest P is a number$"):
+        nnj.collect(name, block_limit="x")
+
+
 def test_signed_is_refused():
     with pytest.raises(nnj.NNJError, match=r"^kfac cannot be collected with signed=True"):
         nnj.collect("kfac", signed=True)
