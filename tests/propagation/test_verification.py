@@ -21,8 +21,9 @@ from nnj.graph.nodes import node_name
 from nnj.propagation import sample_axes, verification
 from nnj.registry.layer_rules import RuleLookup, find_rule
 from nnj.registry.manager import use
-from tests.support.cases import MLP
-from tests.support.collecting import T, X, Y, base, exact, pair
+from tests.support.cases import CASES, MLP
+from tests.support.collecting import T, X, Y, base, exact, extended, pair
+from tests.support.oracle import run
 
 
 class Scaling(nn.Module):
@@ -541,6 +542,38 @@ def test_once_for_each_structure():
     assert verification.runs == before + 3
     nnj.fit(model, nn.CrossEntropyLoss(), [(X[:5], Y[:5])] * 3, "ggn_diag")
     assert verification.runs == before + 4
+
+
+RETAINED = ["mlp", "cnn", "transformer", "checkpoint", "lstm", "autograd-function", "lm-tied"]
+
+
+@pytest.mark.parametrize("name", RETAINED)
+def test_once_for_all_passes_over_a_graph_that_is_kept(name):
+    """What nnj itself runs on a graph is not taken for a hook that somebody put on it."""
+    case = CASES[name]
+    model, losses = extended(case)
+    value, before = run(case, model, losses), verification.runs
+    for _ in range(3):
+        with nnj.collect("ggn_diag"):
+            value.backward(retain_graph=True)
+    assert verification.runs == before + 1
+
+
+def test_a_hook_put_on_a_kept_graph_is_found():
+    torch.manual_seed(0)
+    first, last, loss = nn.Linear(4, 3).double(), nn.Linear(3, 3).double(), nn.CrossEntropyLoss()
+    model = nnj.extend(nn.Sequential(first, nn.Tanh(), last))
+    middle: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, x, y: middle.append(y))
+    value = nnj.extend(loss)(model(X), Y)
+    found = []
+    for factor in (1.0, 2.0):
+        if factor > 1:
+            middle[0].register_hook(lambda g: 2.0 * g)
+        with nnj.collect("ggn_diag"):
+            value.backward(retain_graph=True)
+        found.append(first.weight.ggn_diag)
+    torch.testing.assert_close(found[1], 4 * found[0])
 
 
 def test_a_verified_structure_calls_no_second_backward_pass(monkeypatch):
