@@ -116,7 +116,8 @@ def own_task(run: Callable[[], T]) -> T:
     """
     result: list[T] = []
     with torch.enable_grad():
-        start = _Within.apply(torch.zeros((), requires_grad=True), lambda: result.append(run()))
+        within: Any = _Within.apply
+        start = within(torch.zeros((), requires_grad=True), lambda: result.append(run()))
         # kept, since compiled functions free what they saved by what the pass that runs says
         torch.autograd.backward(start, retain_graph=True)
     return result[0]

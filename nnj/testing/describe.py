@@ -202,7 +202,11 @@ def _by_rule(path: str, kind: str, entry: Entry, answers: list[Answer] | None) -
     if answers is None and entry.node:
         return Line(path, kind, AUTOGRAD, "", BY_NODE)
     if answers is None:
-        note = "if it takes one tensor and gives one" if entry.is_fallback else ""
+        note = (
+            "if it takes one tensor, gives one, and its weights are computed"
+            if entry.is_fallback
+            else ""
+        )
     elif not answers:
         note = "not called"
     else:

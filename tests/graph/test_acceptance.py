@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
 from nnj.graph import acceptance
-from nnj.graph.acceptance import UNRECORDED, Accepted, accept
+from nnj.graph.acceptance import BY_PRODUCTS, UNRECORDED, Accepted, accept
 from nnj.registry.layer_rules import Declined
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -25,7 +27,7 @@ class Weighted(nn.Module):
         self.others = [w]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (x * self.own).sin()
+        y = (x * self.own.tanh()).sin()
         return y if self.others[0] is None else y * self.others[0]
 
 
@@ -47,6 +49,45 @@ def test_a_record_that_is_accepted():
 
 def test_the_fallback_is_accepted_where_autograd_agrees():
     assert isinstance(answer(Weighted()), Accepted)
+
+
+class Uses(nn.Module):
+    """A layer of a stranger that uses a matrix in some way."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.w, self.use = nn.Parameter(torch.randn(4, 4)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.w)
+
+
+ENTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda x, w: x @ w,
+    "transposed, in rows": lambda x, w: torch.addmm(w[0, :3], x, w[1:].t()).tanh(),
+    "scale": lambda x, w: x[:, None].mul(w).sum(1),
+    "attention": lambda x, w: F.scaled_dot_product_attention(*[(x @ w)[:, None, None]] * 3)[
+        :, 0, 0
+    ],
+}
+COMPUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": lambda x, w: x @ w.softmax(0),
+    "its own square": lambda x, w: x @ (w @ w),
+    "one of two is": lambda x, w: (x @ w) @ w.exp(),
+    "bilinear": lambda x, w: torch.einsum("ni,kij,nj->nk", x, w.reshape(1, 4, 4), x),
+    "not trusted": lambda x, w: (x * w[0]).renorm(2, 0, 1e3),
+}
+
+
+@pytest.mark.parametrize("use", ENTERS.values(), ids=ENTERS)
+def test_nodes_speak_where_weights_meet_the_data(use):
+    """They cost less than the fallback, which computes the call anew for each sample."""
+    assert answer(Uses(use)) == Declined(BY_PRODUCTS)
+
+
+@pytest.mark.parametrize("use", COMPUTED.values(), ids=COMPUTED)
+def test_the_fallback_speaks_where_weights_are_computed(use):
+    assert isinstance(answer(Uses(use)), Accepted)
 
 
 def overwritten() -> Any:

@@ -22,14 +22,14 @@ from tests.support.oracle import build, data_of, losses_of, run
 
 
 class Own(nn.Module):
-    """The fallback's: a bare parameter, and parts without parameters."""
+    """The fallback's: a computed weight, and parts without parameters."""
 
     def __init__(self, *parts: nn.Module):
         super().__init__()
         self.w, self.parts = nn.Parameter(torch.eye(4) + 0.1), nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parts(x @ self.w)
+        return self.parts(x @ self.w.softmax(0))
 
 
 class Centred(Own):

@@ -66,7 +66,7 @@ class Borrowed(nn.Module):
         self.others, self.scale = [other], nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return F.linear(x, self.others[0].weight) * self.scale
+        return F.linear(x, self.others[0].weight) * self.scale.exp()
 
 
 def test_a_layer_that_uses_another_layers_weight():
@@ -83,7 +83,7 @@ class Centred(nn.Module):
         self.w = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return x * self.w + (x.mean(0) - x.mean(0).detach())
+        return x * self.w.exp() + (x.mean(0) - x.mean(0).detach())
 
 
 def test_samples_coupled_in_the_derivative_alone_are_refused():
@@ -103,7 +103,7 @@ class Counting(nn.Module):
     def forward(self, x):
         self.calls.append(1)
         self.last = x
-        return x * self.w
+        return x * self.w.exp()
 
 
 def test_the_fallback_leaves_no_trace_on_the_users_module():
