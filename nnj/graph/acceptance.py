@@ -67,9 +67,8 @@ def accept(
         return _stale(record, paths, wanted, replaced)
     if not record.by_rows:
         return UNRECORDED
-    if record.entry.node and record.entry.node == node.name():
-        if edges(node)[0] == record.edge:
-            return Declined(BY_NODE)
+    if record.entry.node == node.name() and edges(node)[0] == record.edge:
+        return Declined(BY_NODE)
     if record.entry.is_fallback and _enters_with_data(node, record):
         return Declined(BY_PRODUCTS)
     point = record.working_point()
