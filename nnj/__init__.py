@@ -22,6 +22,8 @@ from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian
 from nnj.operators.ggn import GGN, HessianOperator
+from nnj.posterior.from_fit import laplace
+from nnj.posterior.laplace import Laplace, Prediction
 from nnj.products.jacobian_products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
 from nnj.products.methods import AbstractJacobian
 from nnj.products.ntk import ntk
@@ -36,7 +38,9 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "GGN",
     "Fit",
     "HessianOperator",
+    "Laplace",
     "Linearized",
+    "Prediction",
     "collect",
     "compile",
     "extend",
@@ -47,6 +51,7 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "jmjTp",
     "jmp",
     "jvp",
+    "laplace",
     "linearize",
     "matrices",
     "mjp",

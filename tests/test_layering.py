@@ -26,6 +26,7 @@ FLOORS = (
     {"propagation"},
     {"products", "collecting"},
     {"operators"},
+    {"posterior"},
     {"utils"},  # nnj.utils.convert_to_nnj, beside the house
     {"__init__"},
     {"testing"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,3 +79,19 @@ def scalar(value: Any, loss: str) -> Tensor:
     raise NNJError(
         f"{loss} gave {what}, expected a scalar that depends on the parameters of the model"
     )
+
+
+def with_bar(loader: Iterable[Any], progress: bool, what: str) -> Iterable[Any]:
+    """A loader that shows a bar while it is read, if tqdm is installed."""
+    if not progress:
+        return loader
+    try:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        warnings.warn(
+            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm",
+            stacklevel=3,
+        )
+        return loader
+    result: Iterable[Any] = tqdm(loader, desc=what, unit="batch")
+    return result

@@ -4,8 +4,6 @@ of it as one batch.
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 
-from nnj.collecting.batches import length, moved, read, scalar
-from nnj.collecting.fit_result import Fit
+from nnj.collecting.batches import length, moved, read, scalar, with_bar
+from nnj.collecting.fit_result import Fit, Origin, versions_of
 from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
 from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
@@ -123,10 +121,24 @@ def fit(
         evaluate = _Evaluate(model, loss, forward, target, axis)
         first = run.first(loader)
         if first is not None:
-            _read(first, evaluate, _bar(loader, progress), device, backend if compile else None)
+            _read(
+                first,
+                evaluate,
+                with_bar(loader, progress, "nnj.fit"),
+                device,
+                backend if compile else None,
+            )
         with run.knowing(first):
-            _read(run, evaluate, _bar(loader, progress), device, backend if compile else None)
-    return run.result(loss.name)
+            _read(
+                run,
+                evaluate,
+                with_bar(loader, progress, "nnj.fit"),
+                device,
+                backend if compile else None,
+            )
+    found = run.result(loss)
+    found.origin = Origin(model, forward, target, versions_of(run.params.values()))
+    return found
 
 
 def _read(
@@ -207,7 +219,7 @@ class _Run:
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
         """One batch of n samples: a backward pass that leaves no gradients."""
         weight = loss.weight(output, target, n)
-        total = loss.total(output, target, n) if self.scale == "mean" else 0.0
+        total = loss.total(output, target, n)
         value = scalar(loss.module(output, target), loss.name)
         before = self.collection.accumulator.samples
         with self.collection:
@@ -220,7 +232,7 @@ class _Run:
     ) -> None:
         """The same, of a pass that was run already."""
         loss.weight(passed.more, target, n)  # which refuses what does not add up
-        total = loss.total(passed.more, target, n) if self.scale == "mean" else 0.0
+        total = loss.total(passed.more, target, n)
         before = self.collection.accumulator.samples
         self.collection.add_pass(passed.contributions)
         rows = self.collection.accumulator.samples - before
@@ -275,7 +287,7 @@ class _Run:
             for name in names:
                 self.request.quantities[name].given(None)
 
-    def result(self, loss: str) -> Fit:
+    def result(self, loss: SummedLoss | GivenLoss) -> Fit:
         """All batches together. Errors: `NNJError` for no samples, a mean over a weight of zero."""
         accumulator, quantities = self.collection.accumulator, self.request.quantities
         if accumulator.samples == 0:
@@ -285,8 +297,8 @@ class _Run:
             )
         if self.scale == "mean" and not self.total > 0:
             raise NNJError(
-                f"the mean of {loss} over this data set divides by {self.total:g}: all targets are "
-                "ignored, or of weight zero"
+                f"the mean of {loss.name} over this data set divides by {self.total:g}: all "
+                "targets are ignored, or of weight zero"
             )
         made = {name: self._values(name) for name in quantities}
         context: dict[str, Tensor] = {}
@@ -301,8 +313,10 @@ class _Run:
             samples=accumulator.samples,
             scale=self.scale,
             total=self.total if self.scale == "mean" else 1.0,
-            loss=loss,
+            loss=loss.name,
             loss_value=float(self.value) * self._of_loss,
+            terms=self.total,
+            likelihood=loss.likelihood,
             trace=accumulator.exact.trace,
             deficit=accumulator.exact.deficit,
         )
@@ -348,18 +362,3 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-def _bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return loader
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        warnings.warn(
-            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm",
-            stacklevel=3,
-        )
-        return loader
-    result: Iterable[Any] = tqdm(loader, desc="nnj.fit", unit="batch")
-    return result

@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,38 @@ from nnj.errors import NNJError
 from nnj.matrices.load import read_packed, unpacked
 from nnj.matrices.matrix import Matrix, packed
 
-_FORMAT = 2
+_FORMAT = 3
 _FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
     "samples": int,
     "scale": str,
     "total": (int, float),
     "loss": str,
+    "likelihood": str,
+    "terms": (int, float),
     "loss_value": (int, float),
     "trace": (int, float),
     "deficit": (int, float),
 }
+
+
+class Origin(NamedTuple):
+    """What a fit was made of, and no file holds.
+
+    Attributes:
+        model: that was fitted.
+        forward, target: how a batch is read, as `nnj.fit` takes them.
+        versions: of the parameters, as `versions_of` gives them.
+    """
+
+    model: nn.Module
+    forward: Callable[[nn.Module, Any], Any] | None
+    target: str | Callable[[Any], Any] | None
+    versions: list[tuple[Tensor, int]]
+
+
+def versions_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """Parameters, with how often each was written to."""
+    return [(p, p._version) for p in parameters]
 
 
 class Fit(Mapping[str, Any]):
@@ -55,7 +77,13 @@ class Fit(Mapping[str, Any]):
         scale: "sum" or "mean".
         total: what the sum over samples was divided by: 1 for a sum.
         loss: the name of the loss.
+        likelihood: of which torch's loss is the negative logarithm: "categorical", "bernoulli" or
+            "gaussian"; "" for any other loss.
         loss_value: the loss of the data set itself, summed or as its mean.
+        terms: what the mean of the whole data set divides by: its rows or entries, or the sum of
+            the weights of their classes; of other losses than torch's its samples.
+        origin: the model and how batches were read; None of a fit that was read from a file, or
+            merged of such.
         context: by name, what belongs to all parameters together: tensors.
         trace: under tol=, that of the Hessians in the outputs, of the sum over samples.
         deficit: what was left out under tol=, as a part of that trace.
@@ -65,7 +93,9 @@ class Fit(Mapping[str, Any]):
     scale: str
     total: float
     loss: str
+    likelihood: str
     loss_value: float
+    terms: float
     trace: float
     deficit: float
 
@@ -81,6 +111,7 @@ class Fit(Mapping[str, Any]):
         self.values_of, self.context = dict(values), dict(context)
         self._quantities, self._names = dict(quantities), names
         self._states = dict(states)
+        self.origin: Origin | None = None
         for name in _FACTS:
             setattr(self, name, facts[name])
 
@@ -192,14 +223,17 @@ class Fit(Mapping[str, Any]):
         facts["deficit"] = lost / trace if trace else 0.0
         values_of_loss = self.loss_value * self.total + other.loss_value * other.total
         facts["loss_value"] = values_of_loss / total
-        return Fit(values, self._quantities, self._names, states, context, **facts)
+        facts["terms"] = self.terms + other.terms
+        merged = Fit(values, self._quantities, self._names, states, context, **facts)
+        merged.origin = self.origin or other.origin
+        return merged
 
     def _facts_of_data(self) -> dict[str, Any]:
         """What fits of parts of one data set have in common."""
         quantities = {name: self._kept(name) for name in self._quantities}
         return {
             "parameters": self._names.shapes,
-            "losses": self.loss,
+            "losses": (self.loss, self.likelihood),
             "scales": self.scale,
             "quantities": quantities,
         }

@@ -56,6 +56,14 @@ def name_of(loss: Any) -> str:
     )
 
 
+# whose negative log likelihood a loss is, as far as its class says so
+_LIKELIHOODS = {
+    nn.CrossEntropyLoss: "categorical",
+    nn.BCEWithLogitsLoss: "bernoulli",
+    nn.MSELoss: "gaussian",
+}
+
+
 def is_torchs(loss: Any) -> bool:
     """Whether a loss is one of torch's own whose reduction nnj knows; also in a subclass that does
     not override forward.
@@ -70,10 +78,12 @@ def is_torchs(loss: Any) -> bool:
 
 class SummedLoss:
     """One of torch's losses, as a copy that sums. `weight` is 1; `total` is what the mean of the
-    batch divides by.
+    batch divides by; `likelihood` names the one of which it is the negative logarithm, or "".
     """
 
     def __init__(self, loss: Any, device: torch.device) -> None:
+        kinds = (name for cls, name in _LIKELIHOODS.items() if isinstance(loss, cls))
+        self.likelihood = next(kinds, "")
         # of KLDivLoss
         self.name, self.batchmean = type(loss).__name__, loss.reduction == "batchmean"
         self.module, self.terms = self._copy(loss, "sum", device), self._copy(loss, "none", device)
@@ -105,6 +115,8 @@ class SummedLoss:
             return weight_of_classes(self.module, target)
         if self.batchmean:
             return len(output)
+        if isinstance(self.module, _ENTRYWISE):  # of which `weight` has compared the shapes
+            return int(output.numel())
         with torch.no_grad():
             result: float = self.terms(output.detach(), target).numel()
             return result
@@ -128,6 +140,8 @@ class GivenLoss:
     """Any other loss, of which the user says whether it is a sum or a mean over the samples of a
     batch; that is looked into.
     """
+
+    likelihood = ""
 
     def __init__(self, loss: Any, reduction: str, axis: int):
         self.name = name_of(loss)

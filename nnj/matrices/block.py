@@ -4,7 +4,7 @@ them, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -233,6 +233,12 @@ class BlockDiagonal(Matrix):
         """Whether both have blocks of the same parameters."""
         mine, theirs = ([(p.seen, p.matrix.layout) for p in m.parts] for m in (self, other))
         return mine == theirs
+
+    @override
+    def is_apart(self, names: Collection[str]) -> bool:
+        inside = set(names)
+        of_parts = ({seen.name for seen in part.seen.values()} for part in self.blocks)
+        return all(not of & inside or of <= inside for of in of_parts)
 
     @override
     def restricted(self, names: Sequence[str]) -> Matrix:

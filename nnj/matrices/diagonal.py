@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,10 @@ class Diagonal(Matrix):
         if not isinstance(other, Diagonal):
             return None
         return Diagonal(self.layout.shapes, self.d + other.d)
+
+    @override
+    def is_apart(self, names: Collection[str]) -> bool:
+        return True
 
     @override
     def restricted(self, names: Sequence[str]) -> Matrix:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -128,6 +128,10 @@ class Matrix:
         are to be added.
         """
         return None
+
+    def is_apart(self, names: Collection[str]) -> bool:
+        """Whether all entries between some parameters and the others are zero by structure."""
+        return len(names) == len(self.layout.shapes)
 
     def restricted(self, names: Sequence[str]) -> Matrix:
         """The rows and columns of some parameters, in the order of the layout."""

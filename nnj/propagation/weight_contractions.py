@@ -17,7 +17,6 @@ from nnj.jacobians.factor import Factor, Pairs
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.shared_columns import SharedColumns, Unit
 from nnj.loss_hessian.base import LossHessian
-from nnj.matrices.block import BlockDiagonal
 from nnj.matrices.matrix import Matrix
 from nnj.propagation.backward import Sink
 from nnj.propagation.chunking import columns_at_once
@@ -86,14 +85,7 @@ class MatrixMetric:
         self.matrix, self.names = matrix, names
 
     def is_apart(self, leaves: set[Tensor]) -> bool:
-        if not isinstance(self.matrix, BlockDiagonal):
-            return False
-        inside = {self.names[leaf] for leaf in leaves}
-        for part in self.matrix.blocks:
-            names = {seen.name for seen in part.seen.values()}
-            if names & inside and names - inside:
-                return False
-        return True
+        return self.matrix.is_apart({self.names[leaf] for leaf in leaves})
 
     def contract(
         self, factors: Mapping[Tensor, Factor], other: Mapping[Tensor, Factor], pairs: Pairs

@@ -377,8 +377,20 @@ def test_blocks_of_modules(case: Case) -> None:
         block = case.matrix.block(path)
         assert list(block.layout.shapes) == within
         check_entries(block, case.m[at[:, None], at])
+        others = torch.tensor([i for i in range(len(case.m)) if i not in at], dtype=torch.long)
+        if case.matrix.is_apart(within):
+            assert not case.m[at[:, None], others].any()
         inverse = torch.linalg.inv(case.m[at[:, None], at] + 0.5 * torch.eye(len(at)).double())
         close(block.inverse(0.5).dense(), inverse)
+
+
+def test_parts_that_are_apart() -> None:
+    shapes = {"a": (2,), "b": (2,)}
+    blocks = BlockDiagonal(shapes, [Dense({"a": (2,)}, square(2)), Dense({"b": (2,)}, square(2))])
+    for matrix in (blocks, Diagonal(shapes, normal(4).square())):
+        assert matrix.is_apart(["a"]) and matrix.is_apart(["a", "b"])
+    joint = Dense(shapes, square(4))
+    assert not joint.is_apart(["a"]) and joint.is_apart(["a", "b"])
 
 
 def test_files_and_dtypes(case: Case, tmp_path: Path) -> None:

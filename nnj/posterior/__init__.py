@@ -1,0 +1,1 @@
+"""A Gaussian over the parameters, from the curvature of a fit: its evidence, predictions, draws."""
