@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnj.collecting.fit import fit as fit_data
-from nnj.collecting.fit_result import Fit
+from nnj.collecting.fit_result import Fit, Origin
 from nnj.collecting.quantity import Quantity
 from nnj.errors import NNJError
 from nnj.matrices.layout import Damping
@@ -79,17 +79,8 @@ def laplace(
         raise NNJError(
             f"{', '.join(options)}: options of a fit, and this one is made. Say them to nnj.fit"
         )
-    origin = fitted.origin
-    if origin is not None and (model is None or model is origin.model):
-        if any(p._version != version for p, version in origin.versions):
-            raise NNJError(
-                "the parameters of the model were changed since the fit, whose curvature is that "
-                "of the former ones. Fit again"
-            )
-        model = origin.model
-        forward, target = forward or origin.forward, target or origin.target
-    if model is None:
-        raise NNJError("a fit from a file knows no model. Say nnj.laplace(fit, model=model)")
+    origin = _origin(fitted, model)
+    model, forward, target = origin.model, forward or origin.forward, target or origin.target
     quantity = _quantity_of(fitted, given)
     curvature = _curvature_of_sum(fitted, quantity)
     kind = likelihood_of(fitted.likelihood if likelihood is None else likelihood)
@@ -97,7 +88,7 @@ def laplace(
     at = flat(parameters)
     if isinstance(prior_mean, Tensor) and prior_mean.shape not in ((), at.shape):
         raise NNJError(
-            f"prior_mean has shape {tuple(prior_mean.shape)}, expected a number or {tuple(at.shape)}"
+            f"prior_mean has shape {tuple(prior_mean.shape)}, expected a number, or {(len(at),)}"
         )
     evidence = Evidence(
         curvature,
@@ -108,6 +99,21 @@ def laplace(
         fitted.terms,
     )
     return Laplace(model, parameters, evidence, prior, noise, forward, target)
+
+
+def _origin(fit: Fit, model: nn.Module | None) -> Origin:
+    """The model that was fitted. Errors: `NNJError` for none, or one that was trained on."""
+    origin = fit.origin
+    if origin is None or model not in (None, origin.model):
+        if model is None:
+            raise NNJError("a fit from a file knows no model. Say nnj.laplace(fit, model=model)")
+        return Origin(model, None, None, [])
+    if any(p._version != version for p, version in origin.versions):
+        raise NNJError(
+            "the parameters of the model were changed since the fit, whose curvature is that of "
+            "the former ones. Fit again"
+        )
+    return origin
 
 
 def _quantity_of(fit: Fit, given: Sequence[Any]) -> str:

@@ -14,9 +14,7 @@ import torch
 
 from tests.support.documents import ROOT, fenced
 
-ROW = re.compile(
-    r"^(plain network|(?:tempered|Laplace), [a-z -]+?)" + r"\s+(\d+\.\d+)" * 5 + "$", re.MULTILINE
-)
+ROW = re.compile(r"^([\w ]+?)" + r"\s+(\d+\.\d+) \(\d+\.\d+\)" * 4 + "$", re.MULTILINE)
 READY = find_spec("sklearn") is not None and find_spec("matplotlib") is not None
 
 
@@ -35,24 +33,18 @@ def run(script: str, folder: Path, *args: str) -> str:
 
 @pytest.mark.skipif(not READY, reason="needs scikit-learn and matplotlib (extra 'examples')")
 def test_digits(tmp_path):
-    out = run("digits.py", tmp_path, "--quick", "--out", "picture.png")
+    out = run("digits.py", tmp_path, "--quick", "--evidence", "--out", "picture.png")
     rows = {name: [float(v) for v in values] for name, *values in ROW.findall(out)}
-    assert list(rows) == [
-        "plain network",
-        "tempered, held-out digits",
-        "Laplace, marginal likelihood",
-        "Laplace, held-out digits",
-    ], out
-    for name, (accuracy, nll, ece, rotated, noisy) in rows.items():
-        assert (
-            0.75 < accuracy <= 1
-            and 0 < nll < 2.31
-            and 0 <= ece <= 1
-            and 0 <= rotated <= 1
-            and 0.5 < noisy <= 1
-        ), name
-    plain, laplace = rows["plain network"], rows["Laplace, held-out digits"]
-    assert laplace[1] < plain[1] and laplace[0] > plain[0] - 0.02, out
+    laplace = ["diagonal Laplace", "Kronecker Laplace", "last layer"]
+    assert list(rows) == ["plain", "tempered", *laplace, "evidence"], out
+    for name, (accuracy, nll, ece, rotated) in rows.items():
+        assert 0.75 < accuracy <= 1 and 0 < nll < 2.31, name
+        assert 0 <= ece <= 1 and 0 <= rotated <= 1, name
+    for name in laplace:  # better calibrated, at the same accuracy
+        assert rows[name][1] < rows["plain"][1] and rows[name][0] > rows["plain"][0] - 0.02, out
+    for name in laplace[:2]:  # and it notices more
+        assert rows[name][3] > rows["plain"][3], out
+    assert rows["evidence"][1] > rows["plain"][1], out
     picture = (tmp_path / "picture.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
     assert os.listdir(tmp_path) == ["picture.png"]
