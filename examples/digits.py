@@ -1,8 +1,8 @@
 """Does a network know when it does not know? Laplace posteriors of a small residual CNN.
 
-The network learns the digits of about three people (scikit-learn's come writer after writer), and is
-tested on others', and on rotated ones: as it is, with a temperature chosen on held-out digits, and
-as the mean over a Gaussian posterior of its weights, whose prior is chosen on the same ones.
+The network learns the digits of about three people (scikit-learn's come writer after writer), and
+is tested on others', and on rotated ones: as it is, with a temperature chosen on held-out digits,
+and as the mean over a Gaussian posterior of its weights, whose prior is chosen on the same ones.
 
     python examples/digits.py [--out digits.png] [--quick] [--evidence]
 
