@@ -25,7 +25,7 @@ def run(script: str, folder: Path, *args: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # as many as workers
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -48,6 +48,44 @@ def test_digits(tmp_path):
     picture = (tmp_path / "picture.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
     assert os.listdir(tmp_path) == ["picture.png"]
+
+
+# by example: what its output must have in each line, and what must hold of the numbers
+GALLERY = {
+    "influence": (r"finds (\d\.\d+) of \d+", lambda ours, loss: ours > loss),
+    "ewc": (r"trace +(\S+), best", lambda ggn, fisher, squared: min(ggn, fisher) > 10 * squared),
+    "kernel": (r"accuracy (\d\.\d+)", lambda net, start, end: min(net, start, end) > 0.85),
+    "spectrum": (r"largest +(\S+),", lambda first, last: 0 < first < last),
+    "pruning": (
+        r"(\d\.\d+) without 80%",
+        lambda size, curvature, steps, solved: solved > max(size, curvature, steps),
+    ),
+    "lora": (r"NLL (\d\.\d+)", lambda plain, posterior: posterior < plain),
+}
+NEEDS = {"spectrum": ["scipy"], "lora": ["transformers", "peft"]}
+
+
+@pytest.mark.skipif(not READY, reason="needs scikit-learn and matplotlib (extra 'examples')")
+@pytest.mark.parametrize("name", GALLERY)
+def test_gallery(name, tmp_path):
+    missing = [package for package in NEEDS.get(name, []) if find_spec(package) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+    out = run(f"{name}.py", tmp_path, "--quick", "--out", "picture.png")
+    pattern, holds = GALLERY[name]
+    numbers = [float(found) for found in re.findall(pattern, out)]
+    assert holds(*numbers), out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["picture.png"]
+
+
+def test_every_example_is_on_its_page():
+    page = (ROOT / "examples" / "README.md").read_text()
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert scripts == {*GALLERY, "digits", "jacobians"}
+    for name in scripts:
+        assert f"]({name}.py)" in page and f"## {name}.py" in page
+        assert name == "jacobians" or f"]({name}.png)" in page
 
 
 def blocks(language: str) -> list[str]:
