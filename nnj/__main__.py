@@ -1,5 +1,5 @@
 """`python -m nnj`: which layer is handled by which rule of which plugin; with a model, which rule
-each of its modules gets.
+each of its modules gets, and what each quantity would take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from nnj.errors import NNJError
 from nnj.registry.claim import Entry, full_name
 from nnj.registry.manager import PluginManager, manager
+from nnj.testing import costs
 from nnj.testing.describe import columns, lines, load, rule_name, text, widths_of
 
 
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] = ()) -> int:
             print(table(manager()))
         else:
             model, x = load(asked.model)
-            print(text(lines(model, x if asked.input is None else torch.randn(asked.input))))
+            x = x if asked.input is None else torch.randn(asked.input)
+            print(text(lines(model, x)))
+            print(f"\n{costs.text(costs.costs_of(model, x))}")
         sys.stdout.flush()
     except NNJError as error:
         print(error, file=sys.stderr)

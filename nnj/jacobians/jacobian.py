@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.jacobians.kron import KronSize
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.sample_index import SampleIndex
 
@@ -39,6 +40,13 @@ class Jacobian:
 
     same_for_rows: bool = False
     places: int = 1
+
+    @property
+    def kron_size(self) -> KronSize | None:
+        """How large the Kronecker factors are of what it makes at a parameter; None where that is
+        no matrix product. Known before any column comes.
+        """
+        return None
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], like: Tensor):
         self.inputs, self.outputs, self.like = tuple(inputs), tuple(outputs), like

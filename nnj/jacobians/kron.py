@@ -85,6 +85,23 @@ class Bias(NamedTuple):
     view: Arrangement | None = None
 
 
+class KronSize(NamedTuple):
+    """How large the Kronecker factors of one matrix product are: S is (G, O, O), and A (G, I, I),
+    or (G, I) if it is diagonal.
+    """
+
+    groups: int
+    outputs: int
+    inputs: int
+    diagonal: bool = False
+
+    def entries(self, bias: bool = False) -> int:
+        """Of both, with a one at the end of u for a joint bias."""
+        inputs = self.inputs + bias
+        a = inputs if self.diagonal else inputs * inputs
+        return self.groups * (self.outputs * self.outputs + a)
+
+
 class Kron:
     """The Kronecker factors of one factor, made when they are asked for.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor, Pairs, SumFactor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.kron import Approx, Bias, Kron
+from nnj.jacobians.kron import Approx, Bias, Kron, KronSize
 from nnj.jacobians.sample_index import SampleIndex
 
 
@@ -247,6 +247,10 @@ class ViewJacobian(Jacobian):
     @property
     def patch_entries(self) -> int:
         return self.j.patch_entries
+
+    @property
+    def kron_size(self) -> KronSize | None:
+        return self.j.kron_size
 
     def jvp(self, v: Tensor) -> Tensor:
         return self.j.jvp(self.view.put(v))

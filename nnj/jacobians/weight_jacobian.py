@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
-from nnj.jacobians.kron import Arrived
+from nnj.jacobians.kron import Arrived, KronSize
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.row_sparse import RowSparse
@@ -179,6 +179,10 @@ class PatchMatmul(Jacobian):
     @property
     def column_entries(self) -> int:
         return 0  # V is a view of the columns
+
+    @property
+    def kron_size(self) -> KronSize | None:
+        return KronSize(*self.matrix)
 
     @property
     def patch_entries(self) -> int:
@@ -348,6 +352,10 @@ class TableRows(Jacobian):
         for kept in (self.keep, other.keep):
             keep = keep if kept is None else keep & kept
         return TableRows(self.index, self.inputs, self.like, keep=keep)
+
+    @property
+    def kron_size(self) -> KronSize | None:
+        return KronSize(1, math.prod(self.inputs[1:]), self.inputs[0], diagonal=True)
 
     @property
     def column_entries(self) -> int:

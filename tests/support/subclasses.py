@@ -20,6 +20,7 @@ def subclasses(cls: type) -> set[type]:
     """The classes below `cls`, however far, in all files of `nnj` and `nnj_plugins`."""
     for package in (nnj, nnj_plugins):
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if not found.name.endswith("__main__"):
+            # what stands on a package of another defines none, and needs that package
+            if not found.name.endswith("__main__") and ".integrations." not in found.name:
                 importlib.import_module(found.name)
     return {c for c in _descendants(cls) if c.__module__.split(".")[0] in ("nnj", "nnj_plugins")}
