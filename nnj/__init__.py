@@ -22,6 +22,23 @@ from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.structured import BlockHessian, DiagonalHessian, SoftmaxHessian
 from nnj.operators.ggn import GGN, HessianOperator
+from nnj.original import (
+    Conv2d,
+    Flatten,
+    L2Norm,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Reshape,
+    Sequential,
+    Sigmoid,
+    Sinusoidal,
+    SkipConnection,
+    Softplus,
+    Tanh,
+    TruncExp,
+    Upsample,
+)
 from nnj.posterior.from_fit import laplace
 from nnj.posterior.laplace import Laplace, Prediction
 from nnj.products.jacobian_products import jacobian, jmjTp, jmp, jTmjp, jTmjp_pair, jvp, mjp, vjp
@@ -33,7 +50,7 @@ from nnj.registry.hookspecs import RegisterLayer, RegisterLoss, RegisterQuantity
 from nnj.registry.loss_rules import FunctionLoss, hessian_of_loss, reference_of_loss
 from nnj.registry.manager import PluginManager
 
-__all__ = [  # noqa: RUF022 (in three groups)
+__all__ = [  # noqa: RUF022 (in four groups)
     # What users use.
     "GGN",
     "Fit",
@@ -94,6 +111,22 @@ __all__ = [  # noqa: RUF022 (in three groups)
     "hookimpl",
     "joint_gram",
     "reference_of_loss",
+    # The layers of the original nnj.
+    "Conv2d",
+    "Flatten",
+    "L2Norm",
+    "Linear",
+    "MaxPool2d",
+    "ReLU",
+    "Reshape",
+    "Sequential",
+    "Sigmoid",
+    "Sinusoidal",
+    "SkipConnection",
+    "Softplus",
+    "Tanh",
+    "TruncExp",
+    "Upsample",
     # Errors.
     "NNJError",
     "PluginError",

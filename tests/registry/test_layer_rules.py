@@ -44,6 +44,16 @@ class Renamed(nn.Linear):
         return "renamed"
 
 
+class Named:
+    """A mixin with an attribute of its own, and a table for it."""
+
+    name = ""
+
+
+class Mixed(Named, nn.Linear):
+    """Takes nothing from the mixin that a layer has."""
+
+
 class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -57,6 +67,7 @@ def test_a_rule_holds_for_its_class_and_harmless_subclasses(rules):
     rules(nn.Linear, twice)
     check_layer(nn.Linear(4, 3, bias=False), torch.randn(5, 4))
     check_layer(Renamed(4), torch.randn(5, 4))
+    check_layer(Mixed(4, 3, bias=False), torch.randn(5, 4))
 
 
 def replaced() -> nn.Module:

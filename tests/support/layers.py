@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnj_plugins.layers.extra import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+from nnj import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
 from tests.support import layers_shape
 
 

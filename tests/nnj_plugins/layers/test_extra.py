@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nnj
-from nnj_plugins.layers.extra import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
+from nnj import L2Norm, Reshape, Sinusoidal, SkipConnection, TruncExp
 from tests.support.products import N, dense_jacobian, r, same
 
 
