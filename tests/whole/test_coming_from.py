@@ -25,6 +25,8 @@ PEERS = {
     "nngeometry": "nngeometry",
     "ASDL": "asdl",
     "torch.func": "torch",
+    "Trainer of transformers": "accelerate",  # which its Trainer needs
+    "Lightning": "lightning",
     "The original nnj": "torch",  # its interface, which nnj has itself
 }
 SECTIONS = [part.split("\n", 1) for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]]
