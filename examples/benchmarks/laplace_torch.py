@@ -1,11 +1,10 @@
 """laplace-torch on nnj's curvature, beside its default backend: what is exact, time and memory.
 
-    python examples/benchmarks/laplace_torch.py [--rows mlp-digits 3c3d ...]
+    python examples/benchmarks/laplace_torch.py [--rows mlp-digits 3c3d ...] [--page]
 
-`la.fit` on one batch and the covariance of predictions, of each structure. The default backend
-(CurvlinopsGGN) forms the Jacobian for the diagonal. Results in float32 are compared with those of
-dense formulas in float64, where these fit: "exact" is within 1e-3. Each cell runs in a process of
-its own, in turn; time is the least of some rounds, memory the peak beyond what was there before."""
+`la.fit` on one batch, of each structure. The default backend (CurvlinopsGGN) forms the Jacobian for
+the diagonal. Each cell runs in a process of its own, in turn; time is the least of some rounds,
+memory the peak beyond what was there after a forward pass."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from harness import where
 from networks import find
+from page import option, publish
 
 BACKENDS = ("NNJGGN", "CurvlinopsGGN")
 ROWS = ("mlp-digits", "3c3d", "transformer", "resnet18")
@@ -78,7 +78,8 @@ def cell(row: str, structure: str, backend: str) -> dict[str, Any] | str:
         return f"more than {LIMIT} s"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return "out of memory" if done.returncode == -9 else last[:80]
+        memory = done.returncode == -9 or "alloc" in last
+        return "out of memory" if memory else last[:80]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -87,25 +88,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=ROWS)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    option(parser)
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(measure(*options.cell)))
         return
-    print(where(1))
-    print(
-        "\n| network | structure | backend | ms | MiB | sum of the entries (trace of Kronecker) |"
-    )
-    print("|---|---|---|---|---|---|")
+    lines = [
+        where(1),
+        "",
+        "| network | structure | backend | ms | MiB | sum, or trace |",
+        "|---" * 6 + "|",
+    ]
     for row in options.rows:
         for structure in ("diag", "kron"):
             for backend in BACKENDS:
                 found = cell(row, structure, backend)
-                said = found if isinstance(found, str) else ""
                 if isinstance(found, dict):
                     said = f"{found['ms']:.1f} | {found['MiB']:.0f} | {found['sum']:.6g}"
                 else:
-                    said = f"{said} | | "
-                print(f"| {find(row).text} | {structure} | {backend} | {said} |", flush=True)
+                    said = f"{found} | | "
+                lines.append(f"| {find(row).text} | {structure} | {backend} | {said} |")
+                print(lines[-1], flush=True)
+    if options.page:
+        publish("laplace_torch", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,15 @@ scale of its own on convolutions (see [coming from another tool](../coming_from.
 result is called wrong there where it is another approximation.""",
         "",
     ),
+    "laplace_torch": (
+        "laplace-torch on nnj",
+        """\
+`laplace_torch.py`: `la.fit` on one batch with nnj as the backend, beside laplace-torch's default
+one, each in a process of its own on one thread; the last column is the sum of the diagonal, or the
+trace of all Kronecker products, by which one sees that both are the same. (A convolution's bias has
+its exact block by nnj.)""",
+        "",
+    ),
     "scaling": (
         "How cost grows with classes, samples, width and depth",
         "`scaling.py` measures an MLP, one of its sizes at a time.",

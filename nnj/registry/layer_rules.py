@@ -40,7 +40,8 @@ _HARMLESS = frozenset(
     """
     extra_repr reset_parameters train eval state_dict load_state_dict forward_features
     __init__ __repr__ __doc__ __module__ __annotations__ __constants__ __dir__ __setstate__
-    __getstate__ __dict__ __weakref__ __static_attributes__ __firstlineno__ __qualname__ __orig_bases__ __parameters__
+    __getstate__ __dict__ __weakref__
+    __static_attributes__ __firstlineno__ __qualname__ __orig_bases__ __parameters__
     """.split()
 )
 
