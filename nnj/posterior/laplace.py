@@ -405,7 +405,10 @@ class Laplace:
         with self._kept():
             own = {name.rpartition(".")[0] for name in self._parameters}
             modules = [self.model.get_submodule(path) for path in own]
-            at = linearize(self.model, x, modules=modules, forward=self._reader.forward)
+            by = self._reader.forward
+            # a tuple says nothing of where the samples are in it, and the output does
+            given = (x,) if by is None and isinstance(x, Tensor) else x
+            at = linearize(self.model, given, modules=modules, forward=by)
         if at.names != self.names:
             raise NNJError(
                 "other parameters require grad than at the fit "
@@ -453,7 +456,14 @@ def parameters_of(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
         raise NNJError(
             f"the fit is of another model: this one has no {', '.join(missing[:5])} of that shape"
         )
-    return {name: named[name] for name in shapes}
+    found = {name: named[name] for name in shapes}
+    half = [name for name, p in found.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise NNJError(
+            f"{', '.join(half[:5])}: a posterior solves with its curvature, which half precision "
+            "does not allow. Fit the model in single precision (model.float())"
+        )
+    return found
 
 
 def flat(parameters: Mapping[str, Tensor]) -> Tensor:

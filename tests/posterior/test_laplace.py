@@ -207,6 +207,55 @@ def test_inputs_of_every_kind_give_the_same():
         close(found.covariance, covariance)
 
 
+class SequenceFirst(nn.Module):
+    """(T, N, 3) to (N, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.rnn(x)[0][-1])
+        return found
+
+
+class TokensAsRows(nn.Module):
+    """(N, T, 3) to (N T, 3): every token is a row of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(x.reshape(-1, 3))
+        return found
+
+
+def test_samples_along_another_axis():
+    torch.manual_seed(0)
+    for model, x, rows in (
+        (nnj.extend(SequenceFirst(), batch_axis=1), torch.randn(5, 6, 3), 6),
+        (TokensAsRows(), torch.randn(4, 5, 3), 20),
+    ):
+        model, x, y = model.double(), x.double(), torch.randint(3, (rows,))
+        post = nnj.laplace(model, nn.CrossEntropyLoss(), [(x, y)], "ggn", prior=0.7)
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        at = lambda p, model=model, x=x: torch.func.functional_call(model, p, (x,))
+        whole = torch.func.jacrev(at)(params)
+        j = torch.cat([t.flatten(2) for t in whole.values()], 2)
+        p = model(x).detach().softmax(1)
+        h = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        precision = torch.einsum("ncp,ncd,ndq->pq", j, h, j) + 0.7 * torch.eye(j.shape[2])
+        close(post.predict(x).covariance, j @ torch.linalg.inv(precision) @ j.mT)
+
+
+def test_half_precision_is_refused():
+    model = nn.Linear(3, 3).bfloat16()
+    data = [(torch.randn(4, 3).bfloat16(), torch.randint(3, (4,)))]
+    with pytest.raises(nnj.NNJError, match=r"weight, bias: .* Fit the model in single precision"):
+        nnj.laplace(model, nn.CrossEntropyLoss(), data, "ggn_diag")
+
+
 def test_batches_that_are_dicts():
     class Named(nn.Module):
         def __init__(self) -> None:
