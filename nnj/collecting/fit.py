@@ -219,12 +219,12 @@ class _Run:
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
         """One batch of n samples: a backward pass that leaves no gradients."""
         weight = loss.weight(output, target, n)
-        total = loss.total(output, target, n)
         value = scalar(loss.module(output, target), loss.name)
         before = self.collection.accumulator.samples
         with self.collection:
             torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
         rows = self.collection.accumulator.samples - before
+        total = loss.total(output, target, n)
         self._ended(loss, rows, n, total, (weight * value).detach())
 
     def add_replayed(

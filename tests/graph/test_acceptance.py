@@ -64,7 +64,7 @@ class Uses(nn.Module):
 
 ENTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda x, w: x @ w,
-    "transposed, in rows": lambda x, w: torch.addmm(w[0, :3], x, w[1:].t()).tanh(),
+    "transposed, in rows": lambda x, w: torch.addmm(w[0, :2], x, w[2:].t()).tanh(),
     "scale": lambda x, w: x[:, None].mul(w).sum(1),
     "attention": lambda x, w: F.scaled_dot_product_attention(*[(x @ w)[:, None, None]] * 3)[
         :, 0, 0
@@ -83,6 +83,12 @@ COMPUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_nodes_speak_where_weights_meet_the_data(use):
     """They cost less than the fallback, which computes the call anew for each sample."""
     assert answer(Uses(use)) == Declined(BY_PRODUCTS)
+
+
+def test_the_fallback_speaks_where_another_axis_is_as_long():
+    """It says that the samples are along axis 0, which nodes do not."""
+    assert isinstance(answer(Uses(lambda x, w: x @ w), torch.randn(3, 3, 4)), Accepted)
+    assert answer(Uses(lambda x, w: x @ w), torch.randn(3, 2, 4)) == Declined(BY_PRODUCTS)
 
 
 @pytest.mark.parametrize("use", COMPUTED.values(), ids=COMPUTED)
