@@ -213,7 +213,7 @@ class _Run:
                     f"{name}: {type(quantity).__name__} does not say how it grows with the loss "
                     "(its attribute degree), so that nnj.fit cannot divide it. Use scale='sum'"
                 )
-        self.total = 0.0
+        self.total: Tensor | float = 0.0  # on the device of the data
         self.value: Tensor | float = 0.0  # the loss of all batches, on its device
 
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
@@ -239,7 +239,7 @@ class _Run:
         self._ended(loss, rows, n, total, passed.value)
 
     def _ended(
-        self, loss: SummedLoss | GivenLoss, rows: int, n: int, total: float, value: Tensor
+        self, loss: SummedLoss | GivenLoss, rows: int, n: int, total: Tensor | float, value: Tensor
     ) -> None:
         if (
             isinstance(loss, GivenLoss)
@@ -295,6 +295,7 @@ class _Run:
                 "the loader gave no samples, and a data set has at least one. (An iterator can be "
                 "read only once)"
             )
+        self.total = float(self.total)
         if self.scale == "mean" and not self.total > 0:
             raise NNJError(
                 f"the mean of {loss.name} over this data set divides by {self.total:g}: all "
@@ -324,7 +325,7 @@ class _Run:
     @property
     def _of_loss(self) -> float:
         """What the loss of the data set is of the sum over batches."""
-        return 1 / self.total if self.scale == "mean" else 1.0
+        return float(1 / self.total) if self.scale == "mean" else 1.0
 
     def _places(self, name: str) -> Mapping[str, Holder]:
         """Where results of a quantity may stand, by name and in order."""

@@ -110,7 +110,7 @@ class SummedLoss:
             )
         return 1
 
-    def total(self, output: Any, target: Any, n: int) -> float:
+    def total(self, output: Any, target: Any, n: int) -> Tensor | float:
         if isinstance(self.module, _WEIGHTED) and not target.is_floating_point():
             return weight_of_classes(self.module, target)
         if self.batchmean:
@@ -122,10 +122,14 @@ class SummedLoss:
             return result
 
 
-def weight_of_classes(loss: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> float:
-    """sum_i w[y_i] over the targets that are not ignored."""
-    kept = target[target != loss.ignore_index].long()
-    return kept.numel() if loss.weight is None else loss.weight.detach().double()[kept].sum().item()
+def weight_of_classes(loss: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> Tensor:
+    """sum_i w[y_i] over the targets that are not ignored, (), on their device."""
+    kept = target != loss.ignore_index
+    if loss.weight is None:
+        return kept.sum()
+    w = loss.weight.detach()
+    w = w if w.device.type == "mps" else w.double()
+    return (w[torch.where(kept, target, 0).long()] * kept).sum()
 
 
 class _Batch(NamedTuple):

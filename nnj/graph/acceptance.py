@@ -109,8 +109,10 @@ def _enters_with_data(node: Any, record: Record) -> bool:
 
     There columns need not be walked for each sample apart, and the fallback, which computes the
     call anew for each sample and column, takes 1.2 to 4 times as long (measured). But it says that
-    rows are along axis 0, which nodes do not where another axis is as long."""
-    if any(n == shape[0] for shape in (record.x.shape, record.y.shape) for n in shape[1:]):
+    rows are along axis 0, which nodes of products of sequences do not where another axis is as
+    long."""
+    shapes = [shape for shape in (record.x.shape, record.y.shape) if len(shape) > 2]
+    if any(n == shape[0] for shape in shapes for n in shape[1:]):
         return False
     nodes = _nodes_of_call(node, record)
     if nodes is None:

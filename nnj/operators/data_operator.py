@@ -307,7 +307,7 @@ class DataOperator:
             value = value + share.detach()
             grads = [g if f is None else g + f for g, f in zip(grads, found, strict=True)]
             if self.scale == "mean":
-                total += given.loss.total(output.detach(), given.target, given.n)
+                total += float(given.loss.total(output.detach(), given.target, given.n))
             samples += given.n
         return torch.cat([value[None], *(g.flatten() for g in grads)]), total, samples
 

@@ -192,7 +192,6 @@ class Laplace:
         kind, losses = self._evidence.likelihood, list[Tensor]()
         for x, y in self._reader.labelled(loader, progress):
             at = self._linearized(x)
-            y = y.reshape(at.y.shape) if kind.has_noise and y.numel() == at.y.numel() else y
             each = [
                 kind.held_out(at.y, at.variance(m).reshape(at.y.shape), y, self.noise)
                 for m in matrices

@@ -70,6 +70,7 @@ class Bernoulli(Likelihood):
 
     @override
     def held_out(self, mean: Tensor, variance: Tensor, y: Tensor, noise: float) -> Tensor:
+        _check_targets(mean, y)
         logits = damped_logits(mean, variance)
         return F.binary_cross_entropy_with_logits(logits, y.to(logits), reduction="none").flatten()
 
@@ -90,6 +91,7 @@ class Gaussian(Likelihood):
 
     @override
     def held_out(self, mean: Tensor, variance: Tensor, y: Tensor, noise: float) -> Tensor:
+        _check_targets(mean, y)
         total = variance + noise
         return ((y - mean).square() / total + (2 * math.pi * total).log()).flatten() / 2
 
@@ -105,6 +107,15 @@ def likelihood_of(name: str) -> Likelihood:
     if name not in LIKELIHOODS:
         raise NNJError(f"likelihood={name!r}, expected one of {', '.join(map(repr, LIKELIHOODS))}")
     return LIKELIHOODS[name]
+
+
+def _check_targets(mean: Tensor, y: Tensor) -> None:
+    """Errors: `NNJError` for targets that torch would broadcast."""
+    if mean.shape != y.shape:
+        raise NNJError(
+            f"the outputs have shape {tuple(mean.shape)} and the targets {tuple(y.shape)}. Give "
+            "both the same, as nnj.fit wants them"
+        )
 
 
 def damped_logits(mean: Tensor, variance: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.func import functional_call, jacrev
 
 import nnj
 from tests.support.losses import soft, y, z
+from tests.support.posteriors import dense_jacobian, small
 
 pytestmark = pytest.mark.usefixtures("seeded")
 N, C = 5, 4
@@ -250,3 +251,28 @@ def test_states_that_are_tables():
     assert any(bool((p.ggn_diag < 0).any()) for p in model.parameters())
     for p in model.parameters():
         torch.testing.assert_close(p.pair, p.ggn_diag)
+
+
+@pytest.mark.parametrize("form", ["one loss of three outputs", "two losses of two"])
+@pytest.mark.parametrize("kind", ["classes", "images"])
+def test_a_contrastive_loss_of_calls_of_one_model(kind, form):
+    """|a - p|² / 2 - |a - n|² / 2: the diagonal of (J_a - J_p)^T (J_a - J_p) less that of n."""
+    net, x = small(kind).model, small(kind).x[:6]
+    inputs = [x, x.flip(0), x.roll(1, 0) + 0.1]
+    a, p, n = (dense_jacobian(net, t) for t in inputs)
+    expected = ((a - p).square() - (a - n).square()).sum((0, 1))
+    nnj.extend(net)
+    if form == "two losses of two":
+        square = nnj.extend(nn.MSELoss(reduction="sum"))
+        with nnj.collect("ggn_diag", signed=True):
+            za, zp, zn = map(net, inputs)
+            (0.5 * square(za, zp) - 0.5 * square(za, zn)).backward()
+    else:
+        loss = nnj.extend(
+            lambda a, p, n: ((a - p).square().sum() - (a - n).square().sum()) / 2, loss=True
+        )
+        with nnj.collect("ggn_diag", signed=True):
+            loss(*map(net, inputs)).backward()
+    found = torch.cat([q.ggn_diag.flatten() for q in net.parameters()])
+    torch.testing.assert_close(found, expected)
+    assert (found < 0).any() and (found > 0).any()

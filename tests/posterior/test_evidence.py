@@ -148,6 +148,14 @@ def test_a_prior_of_held_out_data():
         assert post.prior == (dict(best) if isinstance(best, tuple) else best)
 
 
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_targets_that_would_be_broadcast(kind):
+    case = small(kind)
+    post = nnj.laplace(case.model, case.loss, case.batches, "ggn_diag")
+    with pytest.raises(nnj.NNJError, match=r"have shape \(14, 1\) and the targets \(14,\)"):
+        post.tune_heldout([(case.x, case.y[:, 0])])
+
+
 def test_ignored_targets_have_no_part():
     case = small("tokens")
     y = case.y.clone()
