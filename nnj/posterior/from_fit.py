@@ -15,8 +15,9 @@ from nnj.matrices.layout import Damping
 from nnj.matrices.matrix import Matrix
 from nnj.posterior.evidence import Evidence
 from nnj.posterior.inputs import Forwarding
-from nnj.posterior.laplace import Laplace, flat, parameters_of
+from nnj.posterior.laplace import Laplace
 from nnj.posterior.likelihood import likelihood_of
+from nnj.posterior.weights import flat, parameters_of
 
 
 def laplace(
