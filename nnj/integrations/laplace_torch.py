@@ -23,7 +23,8 @@ Inputs = Tensor | MutableMapping[str, Any]
 
 class NNJGGN(GGNInterface):  # type: ignore[misc]
     """The GGN of a model as a backend of laplace-torch, for every one of its classes that takes a
-    backend and needs no Hessian (`FunctionalLaplace` accepts three classes by name, and no other).
+    backend, ELLA and VaLLA included, but for two: `LowRankLaplace` wants a Hessian's, and
+    `FunctionalLaplace` accepts three classes by name, and no other.
 
     >>> la = Laplace(model, "classification", "all", "kron", backend=NNJGGN)
     >>> la.fit(train_loader)

@@ -278,6 +278,40 @@ def test_reward_models(structure):
     close(mean, model(x[:, 0]).detach())
 
 
+@pytest.mark.parametrize("pairs", [False, True], ids=["classes", "rewards"])
+@pytest.mark.parametrize("way", ["nystrom", "variational"])
+def test_posteriors_of_functions(way, pairs):
+    """ELLA and VaLLA, which take Jacobians from a backend."""
+    torch.manual_seed(0)
+    if pairs:
+        model, x, y = Reward(), torch.randn(8, 2, 3), torch.randint(2, (8,))
+        one = x[:, 0]
+    else:
+        case = small("classes")
+        model, x, y = case.model, case.x, case.y
+        one = x
+    options: dict[str, Any] = {"inducing_locations": one[:5].clone()}
+    if way == "nystrom":
+        options = {"subsample_size": 6, "n_eigenvalues": 3}
+    found = []
+    for backend in (NNJGGN, CurvlinopsGGN):
+        torch.manual_seed(1)
+        la = laplace.Laplace(
+            model,
+            "reward_modeling" if pairs else "classification",
+            "all",
+            "gp",
+            functional_approximation=way,
+            backend=backend,
+            **options,
+        )
+        la.fit(DataLoader(TensorDataset(x, y), 7))
+        torch.manual_seed(2)
+        found.append(_said(la, one[:4]))
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs)
+
+
 def test_training_by_the_marginal_likelihood():
     case = small("classes")
     loader = DataLoader(TensorDataset(case.x, case.y), 7)
