@@ -99,7 +99,8 @@ def test_a_network_of_them():
 
 
 def theirs() -> Any:
-    return pytest.importorskip("pytorch_laplace", reason="pytorch-laplace is not installed")
+    reason = "pytorch-laplace, or BackPACK, which it imports, is not installed"
+    return pytest.importorskip("pytorch_laplace", reason=reason)
 
 
 def cnn() -> nn.Module:
@@ -181,6 +182,79 @@ def test_approximations(name):
     x = torch.randn(6, 4).double()  # of one layer the approximation is exact
     calculator = package.MSEHessianCalculator(approximation_accuracy="approx")
     close(calculator.compute_hessian(x, one), dense_jacobian(one, x).square().sum(1).mean(0))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_approximations_of_other_losses(name):
+    """Put together of the same products, which are checked by themselves."""
+    package = theirs()
+    model, x, j = job(name)
+    approx = lambda m: nnj.jTmjp(
+        model, x, m, wrt="weight", from_diag=True, to_diag=True, diag_backprop=True
+    )
+    p = model(x).detach().softmax(1)
+    outer = torch.einsum("ncp,nc->np", j, p).square()
+    found = package.CEHessianCalculator(approximation_accuracy="approx").compute_hessian(x, model)
+    close(found, (approx(p) - outer).mean(0))
+    s = model(x).detach().sigmoid()
+    calculator = package.BCEHessianCalculator(approximation_accuracy="exact")
+    close(calculator._compute_hessian_nnj(x, None, model), approx(s * (1 - s)).mean(0))
+    calculator = package.ContrastiveHessianCalculator("fix", approximation_accuracy="approx")
+    a, p, n = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([4, 5, 3])
+    found = calculator._compute_hessian_nnj(x, model, (a, p, n))
+    each = nnj.jTmjp(model, x, None, wrt="weight", to_diag=True, diag_backprop=True)
+    close(found, each[p].sum(0) - each[n].sum(0))
+
+
+@pytest.mark.parametrize("method", ["full", "pos", "fix"])
+@pytest.mark.parametrize("name", JOBS)
+def test_arccos_terms(name, method):
+    """As the package writes them, without its constructor, which fails."""
+    theirs()
+    from pytorch_laplace.hessian import contrastive as module
+
+    model, x, j = job(name)
+    calculator = module.ArccosHessianCalculator.__new__(module.ArccosHessianCalculator)
+    nn.Module.__init__(calculator)
+    calculator.method, calculator.hessian_shape = method, "diag"
+    calculator.approximation_accuracy = "exact"
+    a, p, n = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([4, 5, 3])
+
+    def terms(one: Tensor, two: Tensor) -> Tensor:
+        h = module._arccos_hessian(model(x[one]).detach(), model(x[two]).detach())
+        pairs = ((j[one], j[one]), (j[one], j[two]), (j[two], j[two]))
+        first, cross, last = (
+            torch.einsum("ncp,ncd,ndp->p", left, m, right)
+            for (left, right), m in zip(pairs, h, strict=True)
+        )
+        return first + last - (0 if method == "fix" else 2 * cross)
+
+    found = calculator._compute_hessian_nnj(x, None, model, (a, p, n))
+    close(found, terms(a, p) - (0 if method == "pos" else terms(a, n)))
+
+
+def test_what_fails_by_its_own_fault():
+    """As the guide says; a later version of the package may have mended it."""
+    package = theirs()
+    from pytorch_laplace.hessian.contrastive import ArccosHessianCalculator
+
+    model, x, _ = job("mlp")
+    with pytest.raises(TypeError):
+        package.MSEHessianCalculator(hessian_shape="block").compute_hessian(x, model)
+    with pytest.raises(TypeError):
+        package.CEHessianCalculator(hessian_shape="full").compute_hessian(x, model)
+    with pytest.raises((TypeError, AttributeError)):
+        package.BCEHessianCalculator().compute_hessian(x, model)
+    with pytest.raises((TypeError, AttributeError)):
+        ArccosHessianCalculator(method="full")
+    mean = nn.utils.parameters_to_vector(model.parameters())
+    hessian, prior = torch.ones(model._n_params).double(), torch.ones(()).double()
+    with pytest.raises(AttributeError):
+        package.optimize_prior_precision(mean, hessian, 1.0)
+    assert package.optimize_prior_precision(mean.detach(), hessian, prior) > 0
+    assert all(p.grad is None for p in model.parameters())
+    package.optimize_prior_precision(mean, hessian, prior)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", JOBS)
