@@ -74,7 +74,8 @@ class NNJGGN(GGNInterface):  # type: ignore[misc]
     @override
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """The loss (), and Kronecker factors: S of each parameter (its output's axis) beside A, of
-        which laplace-torch adds up both over batches.
+        which laplace-torch adds up both over batches. A bias has its exact block, where curvlinops
+        takes S alone: the same on vectors, another one behind a convolution.
 
         Args:
             N: the number of samples of the data set.
