@@ -37,3 +37,21 @@ def place_of(generator: torch.Generator) -> int:
 def is_own(generator: torch.Generator) -> bool:
     """Whether a generator is one of ours."""
     return place_of(generator) in _own
+
+
+def of_rank(
+    generator: torch.Generator | None, rank: int, device: torch.device
+) -> torch.Generator | None:
+    """A generator whose numbers are others on each rank, also where all ranks have the same seed;
+    that of rank 0 is the one that is given.
+
+    Args:
+        device: for which numbers are wanted.
+    """
+    if rank == 0:
+        return generator
+    where = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=where))
+    # of a seed, generators on a CPU take the last 32 bits alone
+    own = (seed + rank * 0x9E3779B1) % 2**63
+    return torch.Generator(device if generator is None else generator.device).manual_seed(own)

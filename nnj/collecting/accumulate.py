@@ -50,6 +50,7 @@ class Contribution:
         calls: the forward calls of models that made the samples.
         n: how many samples there are.
         given: those of the calls whose outputs the loss is given, itself or what is made of them.
+        wrappers: what splits the data over processes, of each call; None for nothing.
 
     Attributes:
         holders: every parameter and module that may hold a result, reached or not.
@@ -63,8 +64,9 @@ class Contribution:
         calls: frozenset[int] = frozenset(),
         n: int = 0,
         given: frozenset[int] = frozenset(),
+        wrappers: frozenset[nn.Module | None] = frozenset(),
     ):
-        self.calls, self.n, self.given = calls, n, given
+        self.calls, self.n, self.given, self.wrappers = calls, n, given, wrappers
         self.holders: dict[Holder, None] = {}
         self.exact = ExactColumns()
         self.states: dict[str, dict[Holder, Any]] = {}
@@ -84,7 +86,7 @@ class Contribution:
 
     def of_quantities(self, names: Container[str]) -> Contribution:
         """The part of some quantities."""
-        part = Contribution(self.calls, self.n)
+        part = Contribution(self.calls, self.n, wrappers=self.wrappers)
         part.holders, part.exact, part.together = self.holders, self.exact, self.together
         part.states = {name: states for name, states in self.states.items() if name in names}
         return part
@@ -99,6 +101,7 @@ class Contribution:
         """Add `factor` times another contribution of the same samples."""
         self.calls |= other.calls
         self.given |= other.given
+        self.wrappers |= other.wrappers
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
         self.together = _same_parameters(self.together, other.together)
@@ -199,11 +202,18 @@ class Accumulator:
         samples, passes: how many there were.
         exact: the exact columns of all losses.
         modules: those that hold results, or whose parameters do.
+        wrappers: what splits the data over processes, of each call; None for nothing.
+        every_sample: how many there were on all ranks; None while this rank is alone.
+        loss_factor: what the loss behind the results is of that which was collected: over W ranks
+            it is the mean of theirs.
     """
 
     def __init__(self, quantities: Mapping[str, Quantity]):
         self.samples = self.passes = 0
+        self.every_sample: int | None = None
+        self.loss_factor = 1.0
         self.exact = ExactColumns()
+        self.wrappers: frozenset[nn.Module | None] = frozenset()
         self._quantities = quantities
         self._together: tuple[int, ...] = ()
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -224,6 +234,7 @@ class Accumulator:
             self.modules.update(h for h in group.holders if isinstance(h, nn.Module))
         for group in groups:
             self._together = _same_parameters(self._together, group.together)
+            self.wrappers |= group.wrappers
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)
@@ -291,20 +302,42 @@ class Accumulator:
         total = self._totals[name].get(holder)
         return None if total is None else total.state(self.samples)
 
+    def states(self, name: str) -> dict[Holder, Any]:
+        """Those of all places that were reached."""
+        every = {holder: self.state(name, holder) for holder in self._totals[name]}
+        return {holder: state for holder, state in every.items() if state is not None}
+
+    def replace(self, name: str, states: Mapping[Holder, Any]) -> None:
+        """Take other states in the place of those so far: of sums those over all ranks, of rows
+        zeros where nothing has reached this rank.
+        """
+        for holder, state in states.items():
+            rows = self._quantities[name].per_sample
+            total = _Rows() if rows else _Merged(self._quantities[name].merge)
+            total.take([(0, state)] if rows else state)
+            self._totals[name][holder] = total
+
+    def samples_of(self, name: str) -> int:
+        """How many samples a result is of."""
+        quantity = self._quantities[name]
+        alone = self.every_sample is None or quantity.per_sample or quantity.of_rank
+        return self.samples if alone else self.every_sample or 0
+
     def totals(self, name: str, loss_factor: float = 1.0) -> dict[str, Tensor]:
         """What stands on the context of a quantity, as of a loss that is `loss_factor` times as
         large.
         """
-        every = {holder: self.state(name, holder) for holder in self._totals[name]}
-        states = {holder: state for holder, state in every.items() if state is not None}
-        found = asked(name, self._quantities[name].totals, states, self.samples)
-        return {key: times(value, loss_factor**degree) for key, (value, degree) in found.items()}
+        ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
+        found = asked(name, ask, self.states(name), self.samples_of(name))
+        return {key: times(value, factor**degree) for key, (value, degree) in found.items()}
 
     def _value(self, name: str, holder: Holder, total: _Merged | _Rows, factor: float = 1.0) -> Any:
         state = total.state(self.samples)
         if state is None:
             return None
-        return result(name, self._quantities[name], holder, state, self.samples, factor)
+        quantity = self._quantities[name]
+        factor = factor * self.loss_factor ** (quantity.degree or 0)
+        return result(name, quantity, holder, state, self.samples_of(name), factor)
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,12 +20,18 @@ from nnj.collecting.joint_matrix import (
     holder_at,
     matrix_of_places,
     model_and_names,
+    models_of,
 )
+from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.passes import Collection
 from nnj.collecting.quantity import Holder, Quantity, Whole
 from nnj.collecting.request import Request
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
+from nnj.graph.traverse import marks_behind
 from nnj.matrices.matrix import Matrix
+from nnj.recording.records import LossCall
+from nnj.recording.wrappers import data_group, first_group
 
 # By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
 # the parameters: torch.utils.swap_tensors refuses what somebody refers to weakly.)
@@ -64,11 +70,15 @@ class collect(Collection):  # noqa: N801
             hooks registered from the model's call on makes another structure; a hook on a tensor
             that only looked, and begins to change gradients, is not seen. NNJ_VERIFY=never, first
             or always in the environment says it for the whole process.
+        group: the process group over which data are split. None: that of
+            DistributedDataParallel, where the model is called through it; False: none, so that
+            results are those of this process.
         options: keyword arguments of the quantities, such as samples= and generator= of
             ggn_diag_mc, block_limit= of ggn_block. Each goes to all named ones that declare it.
 
     Attributes:
-        samples, passes: how many samples and backward passes there were so far.
+        samples, passes: how many samples and backward passes there were so far; over ranks the
+            samples of all of them, once it is closed.
         columns: how many exact columns the loss that had most of them sent back. Of a loss of
             tokens (or pixels) those of all tokens of a sample are counted, though they walk
             together until tokens mix.
@@ -99,11 +109,27 @@ class collect(Collection):  # noqa: N801
 
     Several processes
         Under `torch.nn.parallel.DistributedDataParallel` (extend the model before it is wrapped, or
-        after) the results of each process are those of its own loss, on its own part of the batch;
-        nothing is reduced over processes, as `p.grad` is. Gradients are bit for bit those without
-        nnj, in all of its modes. DDP averages gradients over W processes: the loss behind them is
-        1 / W times the sum of all, so that its ggn_diag and ggn_block are 1 / W times the sums of
-        those of the processes (`dist.all_reduce`), and its batch_grad is that of each, over W.
+        after), or with group=, results are those of one process that differentiates the mean over
+        W ranks of their losses, which is the one whose gradient DDP puts into `.grad`. They are the
+        same bits on all ranks, and `.grad` is bit for bit what it is without nnj, in all modes of
+        DDP.
+
+        - Nothing is sent during the passes (also under `no_sync`), and what is on the attributes
+          before the `with` ends is not to be read. Then all ranks meet once, also one that has had
+          no batch; sums go over the ranks in one reduction, and other states are merged by one
+          rank each.
+        - Rows of samples stay on their rank, in the order of its batches, and are those of its loss
+          over W, so that all of them add up to `.grad`; `context.gather(name)` has the rows of all
+          ranks. batch_grad_dot is of each rank's samples.
+        - Monte Carlo draws are others on each rank, also with one seed.
+        - What a rank refuses inside is raised on all ranks, with its number, at the end of the
+          `with`; gradients go on until then. Any other exception leaves at once, and the others
+          are told.
+        - Refused are communication hooks, `join(divide_by_initial_world_size=False)`, and calls of
+          which only some go through DDP. `join` goes inside of the `with`.
+        - `nnj.fit` weighs samples by the data set, and this one by the loss of each rank.
+
+        See nnj/distributed/README.md for what is sent, and how much.
 
     What is refused
         By `NNJError`, which says what to do; `p.grad` is intact then: the error is raised at the
@@ -199,6 +225,7 @@ class collect(Collection):  # noqa: N801
         tol: float = 0.0,
         signed: bool = False,
         verify: bool = True,
+        group: Any = None,
         **options: Any,
     ):
         super().__init__(
@@ -209,6 +236,7 @@ class collect(Collection):  # noqa: N801
                 tol=tol,
                 signed=signed,
                 verify=verify,
+                group=group,
                 **options,
             )
         )
@@ -222,7 +250,8 @@ class collect(Collection):  # noqa: N801
 
     @property
     def samples(self) -> int:
-        return self.accumulator.samples
+        every = self.accumulator.every_sample
+        return self.accumulator.samples if every is None else every
 
     @property
     def passes(self) -> int:
@@ -246,6 +275,8 @@ class collect(Collection):  # noqa: N801
         self.accumulator = Accumulator(self.request.quantities)
         self._holders: dict[str, weakref.WeakSet[nn.Module]] = {}  # at which each was set
         self._totals: dict[str, Tensor] | None = None  # of the context, once it is closed
+        self._kept: Exception | None = None  # the first refusal, until all ranks are told
+        self._ranks: Ranks | None = None  # over which results are, once it is closed
         for name in self.request.quantities:
             _withdraw(name)
         return super().__enter__()
@@ -258,8 +289,12 @@ class collect(Collection):  # noqa: N801
         traceback: TracebackType | None,
     ) -> None:
         try:
-            super().__exit__(kind, error, traceback)
-            if kind is None and self._covered():
+            ranks = self._found_ranks()
+            if ranks is None:
+                super().__exit__(kind, error, traceback)
+            else:
+                self._over_ranks(ranks, error)
+            if kind is None and (ranks is not None or self._covered()):
                 self._publish()
             if kind is None:
                 self._totals = self._found_totals()
@@ -268,7 +303,84 @@ class collect(Collection):  # noqa: N801
 
     @override
     def pass_ended(self) -> None:
-        self._publish()
+        if not self._splits(self.accumulator.wrappers):  # else it is not all of it
+            self._publish()
+
+    # -- over ranks --------------------------------------------------------------------------------
+
+    def _splits(self, wrappers: Iterable[nn.Module | None]) -> bool:
+        """Whether calls through wrappers are a part of what is collected over ranks."""
+        group = self.request.group
+        return any(w is not None for w in wrappers) if group is None else group is not False
+
+    @override
+    def refuse_pass(self, error: Exception, calls: Sequence[LossCall]) -> bool:
+        super().refuse_pass(error, calls)
+        if self._kept is not None:
+            return True
+        wrappers = {m.wrapper for c in calls for m in marks_behind(c.edges)}
+        if not self._splits(wrappers):
+            return False
+        self.accumulator.wrappers |= wrappers
+        self._kept = error
+        return True
+
+    def _found_ranks(self) -> Ranks | None:
+        """Over which results are. What stands against it is raised for all of them."""
+        accumulator, group = self.accumulator, self.request.group
+        if group is False:
+            return None
+        try:
+            own = data_group(accumulator.wrappers, models_of(accumulator.modules))
+        except NNJError as error:
+            if group is None and not self._splits(accumulator.wrappers):
+                raise
+            self._kept, own = self._kept or error, first_group(accumulator.wrappers)
+        group = own if group is None else group
+        return None if group is None else Ranks(group, "nnj.collect")
+
+    def _over_ranks(self, ranks: Ranks, error: BaseException | None) -> None:
+        """Close, and make the results those of all ranks.
+
+        Errors: `NNJError`, on all ranks, for what any has refused.
+        """
+        self._close()
+        if error is not None:
+            ranks.leave(error)
+            return
+        self._ranks = ranks
+        found = OverRanks(self.accumulator, self.request, ranks, mean=True)
+        taken = models_of(self.accumulator.modules)
+        notes = found.add_up(taken, models_of() if not taken else (), self._kept)
+        if all(note.models is None for note in notes):
+            raise self.nothing()
+
+    def gather(self, quantity: str) -> dict[str, Tensor]:
+        """A quantity that has the samples in axis 0, with the rows of all ranks, one rank after the
+        other, by the names of parameters: (N, *p), N over all ranks. Of a rank that had no samples
+        it has no rows. All ranks of the group call it, after the `with`, while the attributes
+        stand; without a group it is what this process has.
+
+        Errors: `NNJError` for a quantity that has no rows or was not collected, and for several
+        models.
+        """
+        asked_for = self._asked(quantity)
+        if not asked_for.per_sample or asked_for.place is not Tensor:
+            raise NNJError(
+                f"{quantity!r} has no rows of samples at parameters: over ranks it is whole "
+                "already. Gather one that has, such as batch_grad"
+            )
+        model, names = model_and_names(self.accumulator.modules, self.request.modules)
+        self._check_there(quantity)
+        rows = {}
+        for path in names.shapes:
+            value = getattr(holder_at(model, path), quantity, None)
+            if value is not None:
+                rows[path] = value
+        if self._ranks is None:
+            return rows
+        self._ranks.meet()
+        return self._ranks.rows(rows, next(model.parameters()).device)
 
     def matrix(self, quantity: str) -> Matrix:
         """A quantity as one matrix over all parameters of the model (or of modules=) that require
@@ -278,25 +390,34 @@ class collect(Collection):  # noqa: N801
         Errors: `NNJError` for a quantity that is no matrix or was not collected, and for several
         models.
         """
-        asked_for = self.request.quantities.get(quantity)
-        if asked_for is None:
-            known = ", ".join(self.request.quantities)
-            raise NNJError(f"{quantity!r} is not collected here. Collected: {known}")
+        asked_for = self._asked(quantity)
         model, names = model_and_names(self.accumulator.modules, self.request.modules)
         if asked_for.place is Whole:
             whole = self.__getattr__(quantity)
             return checked_matrix(quantity, asked_for.matrix(whole, names.shapes))
-        if _published.get((threading.get_ident(), quantity)) is not self._holders.get(quantity):
-            raise NNJError(
-                f"a later nnj.collect of {quantity} has taken the results of this one away. Ask "
-                "for its matrix before"
-            )
+        self._check_there(quantity)
         values = {}
         for path in names.own if asked_for.place is nn.Module else names.shapes:
             value = getattr(holder_at(model, path), quantity, None)
             if value is not None:
                 values[path] = value
         return checked_matrix(quantity, matrix_of_places(asked_for, values, names))
+
+    def _asked(self, quantity: str) -> Quantity:
+        """Errors: `NNJError` for one that is not collected."""
+        found = self.request.quantities.get(quantity)
+        if found is None:
+            known = ", ".join(self.request.quantities)
+            raise NNJError(f"{quantity!r} is not collected here. Collected: {known}")
+        return found
+
+    def _check_there(self, quantity: str) -> None:
+        """Errors: `NNJError` if the attributes are those of another collect."""
+        if _published.get((threading.get_ident(), quantity)) is not self._holders.get(quantity):
+            raise NNJError(
+                f"a later nnj.collect of {quantity} has taken the results of this one away. Ask "
+                "for its matrix, or its rows, before"
+            )
 
     def __getattr__(self, name: str) -> Any:
         """What belongs to all parameters together, such as `context.ggn`."""

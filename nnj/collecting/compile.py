@@ -110,6 +110,7 @@ def compile(
         tol=tol,
         signed=signed,
         verify=verify,
+        group=False,  # a pass of one process: a `with` around it adds up over ranks
         **options,
     )
 
@@ -158,9 +159,9 @@ class Step:
         takers = self._takers()
         try:
             passed = self._cases(given)
-        except NNJError:
+        except NNJError as error:
             for collection in takers:
-                collection.refuse_pass()
+                collection.refuse_pass(error, [])
             raise
         self._deliver(passed.contributions, takers)
         return passed.value, Results(self.model, self.request, passed.contributions)

@@ -5,15 +5,15 @@ of it as one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 
 from nnj.collecting.batches import length, moved, read, scalar, with_bar
+from nnj.collecting.fit_over_ranks import Read, shared, unwrapped
 from nnj.collecting.fit_result import Fit, Origin, versions_of
 from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
@@ -22,6 +22,7 @@ from nnj.collecting.passes import Collection, is_collecting
 from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_simple
 from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.propagation.called import call, logits_of
 from nnj.recording.extend import (
@@ -44,6 +45,7 @@ def fit(
     progress: bool = False,
     modules: Iterable[nn.Module] | None = None,
     compile: bool | str = False,
+    group: Any = None,
     **options: Any,
 ) -> Fit:
     """Quantities of a data set, exactly those of one backward pass over all of it as one batch, in
@@ -77,18 +79,30 @@ def fit(
             of a shape on: True, or the name of a backend. It pays where there are many batches of
             few shapes.
 
+        group: a process group whose ranks each give a part of the data set: results are those of
+            all of it, on all ranks. None: that of DistributedDataParallel, if the model is under
+            it; False: this rank's data alone.
+
     Returns:
         A `nnj.Fit`. Parameters that no sample reached have zeros; those that do not require grad
         are left out. Rows of per-sample quantities are in the order of the loader, and all of them
         are kept in memory.
+
+    Several processes
+        Each rank reads its own loader, of any number of batches, none included; nothing is sent
+        before the end of it, and then sums alone. A model under DistributedDataParallel is called
+        without it. Rows of per-sample quantities are those of this rank. A `DistributedSampler`
+        pads its shards with samples that then count twice, which is refused: give
+        `torch.utils.data.Subset(data, range(rank, len(data), world_size))`. An error of one rank is
+        raised on all, with its rank. Files of separate jobs, without any group: `nnj.Fit.merge`.
 
     What is refused, what a sample is and what it costs: see `nnj.collect`. A data set of negative
     log likelihoods, for a Laplace posterior, wants scale="sum".
 
     Errors: `NNJError` for an empty loader, a batch that the rule does not read, a loss whose
     reduction nobody knows or is not as said, a target that torch would broadcast, a mean over a
-    weight of zero, a call inside an open `nnj.collect`, a model under DistributedDataParallel (give
-    its `.module`), and whatever `nnj.collect` refuses."""
+    weight of zero, a call inside an open `nnj.collect`, parts of a model under
+    DistributedDataParallel, shards that are padded, and whatever `nnj.collect` refuses."""
     if scale not in ("sum", "mean"):
         raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -102,14 +116,13 @@ def fit(
             "the `with`"
         )
     check_hookable(model)
-    if any(isinstance(part, DistributedDataParallel) for part in model.modules()):
-        raise NNJError(
-            "the model is under DistributedDataParallel, which counts on .backward(), and fit "
-            "leaves no gradients. Give the model that was given to it (model.module); the result "
-            "is then that of the loader of each process"
-        )
-    run = _Run(model, Request.by_name(quantities, modules=modules, **options), scale)
-    backend = compile if isinstance(compile, str) else "inductor"
+    model, group = unwrapped(model, group)
+    ranks = None if group is None else Ranks(group, "nnj.fit")
+    request = Request.by_name(quantities, modules=modules, group=group or False, **options)
+    run = _Run(model, request, scale, ranks)
+    backend = None
+    if compile:
+        backend = compile if isinstance(compile, str) else "inductor"
     device, axis = next(model.parameters()).device, batch_axis_of(model)
     with (
         temporarily_extended(model),
@@ -121,21 +134,10 @@ def fit(
         evaluate = _Evaluate(model, loss, forward, target, axis)
         first = run.first(loader)
         if first is not None:
-            _read(
-                first,
-                evaluate,
-                with_bar(loader, progress, "nnj.fit"),
-                device,
-                backend if compile else None,
-            )
-        with run.knowing(first):
-            _read(
-                run,
-                evaluate,
-                with_bar(loader, progress, "nnj.fit"),
-                device,
-                backend if compile else None,
-            )
+            with first.shared(loss, loader):
+                _read(first, evaluate, with_bar(loader, progress, "nnj.fit"), device, backend)
+        with run.knowing(first), run.shared(loss, loader):
+            _read(run, evaluate, with_bar(loader, progress, "nnj.fit"), device, backend)
     found = run.result(loss)
     found.origin = Origin(model, forward, target, versions_of(run.params.values()))
     return found
@@ -196,8 +198,8 @@ class _Run:
     it.
     """
 
-    def __init__(self, model: nn.Module, request: Request, scale: str):
-        self.model, self.request, self.scale = model, request, scale
+    def __init__(self, model: nn.Module, request: Request, scale: str, ranks: Ranks | None = None):
+        self.model, self.request, self.scale, self.ranks = model, request, scale, ranks
         self.collection = Collection(request)
         tops = [model] if request.modules is None else request.modules
         inside = {p for top in tops for p in top.parameters() if p.requires_grad}
@@ -213,8 +215,7 @@ class _Run:
                     f"{name}: {type(quantity).__name__} does not say how it grows with the loss "
                     "(its attribute degree), so that nnj.fit cannot divide it. Use scale='sum'"
                 )
-        self.total: Tensor | float = 0.0  # on the device of the data
-        self.value: Tensor | float = 0.0  # the loss of all batches, on its device
+        self.done = Read()
 
     def add(self, loss: SummedLoss | GivenLoss, output: Any, target: Any, n: int) -> None:
         """One batch of n samples: a backward pass that leaves no gradients."""
@@ -251,9 +252,17 @@ class _Run:
                 f"so that a mean over samples is not known. Write {loss.name} as a sum, with "
                 "reduction='sum' and scale='sum'"
             )
-        self.total += total
+        self.done.total += total
         wide = value.dtype if value.device.type == "mps" else torch.float64
-        self.value = self.value + value.to(wide)
+        self.done.value = self.done.value + value.to(wide)
+        self.done.samples += n
+
+    def shared(self, loss: SummedLoss | GivenLoss, loader: Any) -> AbstractContextManager[None]:
+        """What is read inside is afterwards that of all ranks."""
+        facts = loss.name, loss.likelihood, self.scale
+        of_data = facts, loader
+        accumulator = self.collection.accumulator
+        return shared(self.done, accumulator, self.request, self.model, self.ranks, of_data)
 
     def first(self, loader: Iterable[Any]) -> _Run | None:
         """The run of what some quantities must know before; None if there is nothing.
@@ -269,7 +278,7 @@ class _Run:
                 "read only once. Give a list of batches or a DataLoader, or what is needed before "
                 "(basis= an earlier kfac)"
             )
-        return _Run(self.model, request, "sum")
+        return _Run(self.model, request, "sum", self.ranks)
 
     @contextmanager
     def knowing(self, first: _Run | None) -> Iterator[None]:
@@ -290,15 +299,16 @@ class _Run:
     def result(self, loss: SummedLoss | GivenLoss) -> Fit:
         """All batches together. Errors: `NNJError` for no samples, a mean over a weight of zero."""
         accumulator, quantities = self.collection.accumulator, self.request.quantities
-        if accumulator.samples == 0:
+        samples = accumulator.every_sample or accumulator.samples
+        if samples == 0:
             raise NNJError(
                 "the loader gave no samples, and a data set has at least one. (An iterator can be "
                 "read only once)"
             )
-        self.total = float(self.total)
-        if self.scale == "mean" and not self.total > 0:
+        total = self.done.total = float(self.done.total)
+        if self.scale == "mean" and not total > 0:
             raise NNJError(
-                f"the mean of {loss.name} over this data set divides by {self.total:g}: all "
+                f"the mean of {loss.name} over this data set divides by {total:g}: all "
                 "targets are ignored, or of weight zero"
             )
         made = {name: self._values(name) for name in quantities}
@@ -311,12 +321,14 @@ class _Run:
             Names.of(self.model, self.params.values()),
             {name: self._states(name) for name, q in quantities.items() if not is_simple(q)},
             context,
-            samples=accumulator.samples,
+            samples=samples,
+            rows=accumulator.samples,
+            runs=[self.done.run] if self.done.run else [],
             scale=self.scale,
-            total=self.total if self.scale == "mean" else 1.0,
+            total=total if self.scale == "mean" else 1.0,
             loss=loss.name,
-            loss_value=float(self.value) * self._of_loss,
-            terms=self.total,
+            loss_value=float(self.done.value) * self._of_loss,
+            terms=total,
             likelihood=loss.likelihood,
             trace=accumulator.exact.trace,
             deficit=accumulator.exact.deficit,
@@ -325,7 +337,7 @@ class _Run:
     @property
     def _of_loss(self) -> float:
         """What the loss of the data set is of the sum over batches."""
-        return float(1 / self.total) if self.scale == "mean" else 1.0
+        return float(1 / self.done.total) if self.scale == "mean" else 1.0
 
     def _places(self, name: str) -> Mapping[str, Holder]:
         """Where results of a quantity may stand, by name and in order."""

@@ -29,13 +29,16 @@ class Both:
     """Two fits that become one.
 
     Args:
-        samples: of each.
+        rows: of how many samples each has rows.
         totals: what each was divided by.
         total: what the result is divided by.
+        samples: how many there are in all.
     """
 
-    def __init__(self, samples: tuple[int, int], totals: tuple[float, float], total: float):
-        self.samples, self.totals, self.total = samples, totals, total
+    def __init__(
+        self, rows: tuple[int, int], totals: tuple[float, float], total: float, samples: int
+    ):
+        self.rows, self.totals, self.total, self.samples = rows, totals, total, samples
 
     def simple(
         self, quantity: Quantity, one: Mapping[str, Tensor], other: Mapping[str, Tensor]
@@ -57,7 +60,7 @@ class Both:
         return torch.cat(
             [
                 like.new_zeros(n, *like.shape[1:]) if part is None else part
-                for part, n in zip(parts, self.samples, strict=True)
+                for part, n in zip(parts, self.rows, strict=True)
             ]
         )
 
@@ -82,7 +85,7 @@ class Both:
         before: Mapping[str, Any] | None,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What states are at their places, and on the context; in the dtypes of those before."""
-        samples, factor = sum(self.samples), 1 / self.total
+        samples, factor = self.samples, 1 / self.total
         degree, before = quantity.degree or 0, before or {}
         values = {}
         for place, state in states.items() if quantity.place is not Whole else ():

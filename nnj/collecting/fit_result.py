@@ -21,9 +21,11 @@ from nnj.errors import NNJError
 from nnj.matrices.load import read_packed, unpacked
 from nnj.matrices.matrix import Matrix, packed
 
-_FORMAT = 3
+_FORMAT = 4
 _FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
     "samples": int,
+    "rows": int,
+    "runs": list,
     "scale": str,
     "total": (int, float),
     "loss": str,
@@ -74,6 +76,9 @@ class Fit(Mapping[str, Any]):
 
     Attributes:
         samples: the number of samples.
+        rows: of how many of them rows of per-sample quantities are here: over ranks those of this
+            one.
+        runs: over ranks, which runs it is of, by names that are the same on all ranks.
         scale: "sum" or "mean".
         total: what the sum over samples was divided by: 1 for a sum.
         loss: the name of the loss.
@@ -90,6 +95,8 @@ class Fit(Mapping[str, Any]):
     """
 
     samples: int
+    rows: int
+    runs: list[str]
     scale: str
     total: float
     loss: str
@@ -191,7 +198,11 @@ class Fit(Mapping[str, Any]):
         """That of all data that were fitted in parts, with one model and one loss: sums are added,
         rows are put one behind the other, and Kronecker factors add their factors and counts.
 
-        Errors: `NNJError` for fits of other models, losses, scales or quantities.
+        It needs no process group: a job may read a part and save its fit, another one merge files.
+
+        Errors: `NNJError` for fits of other models, losses, scales or quantities, for ekfac, of
+        which each has a basis of its own, and for what two ranks give of one run, which is the
+        whole on each.
         """
         fits = list(fits)
         for fit in fits:
@@ -203,9 +214,14 @@ class Fit(Mapping[str, Any]):
 
     def _merged(self, other: Fit) -> Fit:
         check_alike(self._facts_of_data(), other._facts_of_data())
+        if {*self.runs} & {*other.runs}:
+            raise NNJError(
+                "these are fits of one run over ranks, each of which has all of its data. Save and "
+                "merge that of one rank"
+            )
         samples = self.samples + other.samples
         total = self.total + other.total if self.scale == "mean" else 1.0
-        both = Both((self.samples, other.samples), (self.total, other.total), total)
+        both = Both((self.rows, other.rows), (self.total, other.total), total, samples)
         values, states, context = {}, {}, dict[str, Tensor]()
         for name in self._quantities:
             quantity = self._quantity(name)
@@ -221,6 +237,7 @@ class Fit(Mapping[str, Any]):
         lost = self.deficit * self.trace + other.deficit * other.trace
         facts = self._facts() | {"samples": samples, "total": total, "trace": trace}
         facts["deficit"] = lost / trace if trace else 0.0
+        facts["rows"], facts["runs"] = self.rows + other.rows, [*self.runs, *other.runs]
         values_of_loss = self.loss_value * self.total + other.loss_value * other.total
         facts["loss_value"] = values_of_loss / total
         facts["terms"] = self.terms + other.terms

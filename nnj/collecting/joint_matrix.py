@@ -16,6 +16,7 @@ from nnj.matrices.block import BlockDiagonal, Part, Seen
 from nnj.matrices.diagonal import Diagonal
 from nnj.matrices.matrix import Matrix
 from nnj.recording.module_hook import extended_roots
+from nnj.recording.wrappers import inside_wrapper
 
 
 class Names:
@@ -57,17 +58,28 @@ def model_and_names(
 
     Errors: `NNJError` if there is not one.
     """
-    roots = [root for root in extended_roots() if any(m in took_part for m in root.modules())]
-    inner = {m for root in roots for m in root.modules() if m is not root}
-    outer = [root for root in roots if root not in inner]
+    outer = models_of(took_part)
     if len(outer) != 1:
         raise NNJError(
             f"a matrix is over the parameters of one model, and {len(outer)} took part (and are "
             "alive). Collect for one at a time"
         )
-    (model,) = outer
+    model = inside_wrapper(outer[0])
     inside = [p for top in tops or [model] for p in top.parameters() if p.requires_grad]
     return model, Names.of(model, inside)
+
+
+def models_of(took_part: Container[nn.Module] | None = None) -> list[nn.Module]:
+    """The extended models that are part of no other one, in the order in which they were extended:
+    those of modules that took part, or all of them.
+    """
+    roots = [
+        root
+        for root in extended_roots()
+        if took_part is None or any(m in took_part for m in root.modules())
+    ]
+    inner = {m for root in roots for m in root.modules() if m is not root}
+    return [root for root in roots if root not in inner]
 
 
 def holder_at(model: nn.Module, path: str) -> Any:

@@ -17,6 +17,7 @@ from nnj.checks import Refusals, at_once, refuse_unless
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
+from nnj.generators import of_rank
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
@@ -74,6 +75,9 @@ class LossColumns:
         sign: 1 or -1: in the place of H, its part with the eigenvalues of this sign, of their
             absolute values; then the scale may be negative. None: H itself.
 
+    Attributes:
+        ranks: of what is drawn, which of the ranks this is that draw for samples of their own.
+
     Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
     is not convex in its output."""
 
@@ -87,6 +91,7 @@ class LossColumns:
     ):
         self.call, self.scale, self.node = call, scale.detach(), node
         self.sign, self.curvature = sign, curvature
+        self.ranks: dict[ColumnSource, int] = {}
         self.name = call.name
         self.outputs = [call.leaves[i] for i in call.outputs]
         self._check_call()
@@ -209,7 +214,9 @@ class LossColumns:
         for source in sources:
             if source.drawn_for is not None:
                 draws = source.drawn_for.draws
-                columns = self.hessian.sample(draws, source.drawn_for.generator)
+                rank, device = self.ranks.get(source, 0), self.outputs[0].device
+                own = of_rank(source.drawn_for.generator, rank, device)
+                columns = self.hessian.sample(draws, own)
                 found.append(_Columns(source, self.hessian.to_outputs(columns), draws))
         return found
 

@@ -126,6 +126,7 @@ class _Kept:
     calls: frozenset[int]
     n: int
     given: frozenset[int]
+    wrappers: frozenset[nn.Module | None]
     together: list[int]
     exact: ExactColumns
     holders: list[Place]
@@ -180,6 +181,7 @@ class _Layout:
                 c.calls,
                 c.n,
                 c.given,
+                c.wrappers,
                 [number[known] for known in c.together],
                 c.exact,
                 [place(holder) for holder in c.holders],
@@ -210,7 +212,7 @@ class _Layout:
 
         found, given = [], iter(results)
         for kept in self.kept:
-            new = Contribution(kept.calls, kept.n, kept.given)
+            new = Contribution(kept.calls, kept.n, kept.given, kept.wrappers)
             new.exact = kept.exact
             new.together = tuple(id(inputs[i]) for i in kept.together)
             new.holders = dict.fromkeys(holder(place) for place in kept.holders)

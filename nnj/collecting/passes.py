@@ -82,25 +82,37 @@ class Collection:
         traceback: TracebackType | None,
     ) -> None:
         self._close()
-        if kind is None and self.accumulator.passes == self._passes_before and not self._refused:
-            raise NNJError(
-                f"nothing was collected for {', '.join(self.request.quantities)}: no extended loss "
-                "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
-                "nnj.extend(loss_func)), and call backward inside. A loss that the model computes "
-                "itself (transformers, given labels=) is none: take its logits, "
-                "model(**inputs).logits, and an extended loss of your own. A loss or a step under "
-                "torch.compile calls no hook: take the loss that was given to torch.compile, and "
-                "call it and backward outside of what is compiled"
-            )
+        if kind is None and self.is_empty and not self._refused:
+            raise self.nothing()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pass was taken in since it was opened."""
+        return self.accumulator.passes == self._passes_before
+
+    def nothing(self) -> NNJError:
+        """The error of one that is empty."""
+        return NNJError(
+            f"nothing was collected for {', '.join(self.request.quantities)}: no extended loss "
+            "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
+            "nnj.extend(loss_func)), and call backward inside. A loss that the model computes "
+            "itself (transformers, given labels=) is none: take its logits, "
+            "model(**inputs).logits, and an extended loss of your own. A loss or a step under "
+            "torch.compile calls no hook: take the loss that was given to torch.compile, and "
+            "call it and backward outside of what is compiled"
+        )
 
     def add_pass(self, contributions: list[Contribution]) -> None:
         """Take in what one backward pass has added."""
         self.accumulator.add_pass(contributions)
         self.pass_ended()
 
-    def refuse_pass(self) -> None:
-        """A backward pass has been refused: its error is on its way to the user."""
+    def refuse_pass(self, error: Exception, calls: Sequence[LossCall]) -> bool:
+        """A backward pass has been refused. Whether it keeps the error, which else is on its way to
+        the user.
+        """
         self._refused = True
+        return False
 
     def pass_ended(self) -> None:
         """Called when a pass has been taken in."""
@@ -113,6 +125,7 @@ class _Pass:
 
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
+        self.calls: list[LossCall] = []
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
         self.refusals = Refusals()
@@ -123,6 +136,7 @@ class _Pass:
         """
         if self.error is not None:
             return
+        self.calls.append(call)
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
@@ -153,9 +167,11 @@ class _Pass:
             except Exception as error:
                 self.error = error
         if self.error is not None:
-            for collection in self.collections:
-                collection.refuse_pass()
-            _at_end(self._raise, LAPS)
+            kept = [c.refuse_pass(self.error, self.calls) for c in self.collections]
+            if all(kept):
+                self.error = None
+            else:
+                _at_end(self._raise, LAPS)
 
     def _raise(self) -> None:
         """Errors: that of the first loss that had one."""

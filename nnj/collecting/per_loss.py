@@ -202,6 +202,8 @@ def _open(
     Errors: `NNJError` if no model did.
     """
     calls = frozenset(mark.order for mark in graph.marks)
+    trained = [m for m in graph.marks if any(p.requires_grad for p in m.module.parameters())]
+    wrappers = frozenset(mark.wrapper for mark in trained) or frozenset({None})
     called = {mark.module for mark in graph.marks}
     took_part = [
         m
@@ -211,6 +213,7 @@ def _open(
     ]
     for target in targets:
         target.found.calls, target.found.n = calls, n
+        target.found.wrappers = wrappers
         target.hold(took_part)
     if not graph.marks and not any(target.found.holders for target in targets):
         raise NNJError(
@@ -245,6 +248,12 @@ class _Pass:
         self.memory = min(request.memory for request in requests)
         self.tol = min((r.tol for r in requests if EXACT in r.sources.values()), default=0.0)
         self.verify = any(request.verify for request in requests)
+        self.columns.ranks |= {
+            source: request.rank(target.found.wrappers)
+            for request, target in zip(requests, targets, strict=True)
+            for source in request.sources.values()
+            if source.drawn_for is not None
+        }
 
     def run(self) -> None:
         """What comes of the Hessian goes by the samples that the loss takes together, the gradient

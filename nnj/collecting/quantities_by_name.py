@@ -40,7 +40,7 @@ def make(wanted: tuple[str | Quantity, ...], options: dict[str, Any]) -> dict[st
         made[name] = quantity
     for option in options:
         if option not in declared:
-            known = sorted({*declared, "modules", "memory", "tol", "signed", "verify"})
+            known = sorted({*declared, "modules", "memory", "tol", "signed", "verify", "group"})
             raise NNJError(
                 f"unknown option {option!r} for {', '.join(made)}{_close(option, known)}. Known: "
                 f"{', '.join(known)}"

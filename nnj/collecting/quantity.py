@@ -66,6 +66,8 @@ class Quantity:
             places of a sample are added up first.
         quadratic: of "gradient", whether results are not linear in the gradient. Then those of two
             losses of the same samples do not add up, and are refused.
+        of_rank: whether the result is one of the samples of this process alone, and is not merged
+            with those of others.
         place: the class of what holds results, `Tensor`, `nn.Module` or `nnj.Whole`; follows from
             what is defined.
     """
@@ -78,6 +80,7 @@ class Quantity:
     per_sample: bool = False
     sees_samples: bool = False
     quadratic: bool = False
+    of_rank: bool = False
     place: ClassVar[type] = Tensor
 
     def __init_subclass__(cls) -> None:

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from nnj.collecting.quantities_by_name import make
 from nnj.collecting.quantity import Quantity, is_sum
+from nnj.distributed.ranks import checked_group
 from nnj.errors import NNJError, PluginError
+from nnj.recording.wrappers import first_group
 
 
 @dataclass(eq=False, frozen=True)
@@ -62,7 +65,7 @@ class Request:
 
     Args:
         quantities: by name.
-        modules, memory, tol, signed, verify: as in `nnj.collect`.
+        modules, memory, tol, signed, verify, group: as in `nnj.collect`.
 
     Attributes:
         sources: of each quantity, where its columns come from.
@@ -78,6 +81,7 @@ class Request:
         tol: float = 0.0,
         signed: bool = False,
         verify: bool = True,
+        group: Any = None,
     ):
         self.quantities = dict(quantities)
         self.sources = {name: _source_of(name, q) for name, q in self.quantities.items()}
@@ -87,6 +91,7 @@ class Request:
         _check_memory(memory)
         self.memory, self.tol, self.signed = memory, _number(tol), signed
         self.verify = verify
+        self.group = group if group in (None, False) else checked_group(group, "nnj.collect")
         self._check_tolerance(tol)
         if signed:
             self._check_signed()
@@ -101,6 +106,7 @@ class Request:
         tol: float = 0.0,
         signed: bool = False,
         verify: bool = True,
+        group: Any = None,
         **options: Any,
     ) -> Self:
         """The request for installed quantities, each with those of the options that it declares,
@@ -113,7 +119,7 @@ class Request:
                 "nnj.collect needs the name of a quantity, such as nnj.collect('ggn_diag'), or a "
                 "nnj.Quantity"
             )
-        return cls(make(names, options), modules, memory, tol, signed, verify)
+        return cls(make(names, options), modules, memory, tol, signed, verify, group)
 
     def trusted(self) -> Self:
         """The same, of passes whose structure has been verified."""
@@ -137,7 +143,17 @@ class Request:
         if not found:
             return None
         tol = self.tol if any(q.source == EXACT.kind for q in found.values()) else 0.0
-        return Request(found, self.modules, self.memory, tol, self.signed, self.verify)
+        rest = self.memory, tol, self.signed, self.verify, self.group
+        return Request(found, self.modules, *rest)
+
+    def rank(self, wrappers: Iterable[nn.Module | None]) -> int:
+        """Which of the ranks this is that split the data; 0 if nothing does.
+
+        Args:
+            wrappers: what the calls of a pass went through.
+        """
+        group = first_group(wrappers) if self.group is None else self.group
+        return dist.get_rank(group) if group else 0
 
     def gives(self, name: str, other: Request) -> bool:
         """Whether its results of a quantity are those that another request asks for."""

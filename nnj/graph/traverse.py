@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from nnj.graph.nodes import edges
+from nnj.recording.records import MARK, CallMark, Edge
 
 T = TypeVar("T", bound=Hashable)
 
@@ -49,3 +50,16 @@ def reachable(roots: Iterable[T], children: Callable[[T], Iterable[T]]) -> Itera
 def children(node: Any) -> list[Any]:
     """The nodes to which a node sends what it makes of a gradient, behind those of an engine."""
     return [edge[0] for edge in edges(node) if edge is not None]
+
+
+def marks_behind(roots: Iterable[Edge]) -> Iterator[CallMark]:
+    """The outermost calls of models that are first met behind some edges."""
+    above: Callable[[Any], list[Any]] = lambda node: [] if _marks(node) else children(node)
+    for node in reachable([node for node, _ in roots], above):
+        yield from _marks(node)
+
+
+def _marks(node: Any) -> list[CallMark]:
+    return [
+        mark for key, mark in node.metadata.items() if isinstance(key, tuple) and key[0] == MARK
+    ]

@@ -33,6 +33,7 @@ from nnj.recording.records import (
     write,
     write_record,
 )
+from nnj.recording.wrappers import wrapper_of_call
 from nnj.registry.layer_rules import RuleLookup
 from nnj.registry.manager import manager
 
@@ -166,7 +167,8 @@ class AfterCall(Hook):
     ) -> None:
         """The end of an outermost call."""
         detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
-        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks)
+        wrapper = wrapper_of_call(module)
+        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks, wrapper)
         EXTENDED[module] = None  # a copy of an extended model is known by its first call
         for t in tensors(output):
             edge = None if t.grad_fn is None else edge_of(t)

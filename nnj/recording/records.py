@@ -271,6 +271,7 @@ class CallMark:
     Attributes:
         inputs: its arguments, detached.
         hooks: how many hooks had been registered in this process when it began, on whatever.
+        wrapper: what splits the data over processes, and was called around it.
     """
 
     module: nn.Module
@@ -279,6 +280,7 @@ class CallMark:
     order: int
     called_with: CalledWith
     hooks: int
+    wrapper: nn.Module | None = None
 
     @property
     def sizes(self) -> list[int]:

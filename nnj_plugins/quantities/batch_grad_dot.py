@@ -16,7 +16,8 @@ class BatchGradDot(nnj.Quantity):
     """`p.batch_grad_dot`, (N, N): the inner products of the rows of `batch_grad`, which are never
     formed; on the context their sum over all parameters, (N, N).
 
-    Scaled as the square of `batch_grad`: degree 2.
+    Scaled as the square of `batch_grad`: degree 2. Over several processes it is that of each one's
+    own samples.
 
     Errors: `NNJError` for a second backward pass, or a second batch: products between samples of
     two batches are in neither of them; for two losses of the same samples."""
@@ -24,6 +25,7 @@ class BatchGradDot(nnj.Quantity):
     source = "gradient"
     degree = 2
     quadratic = True
+    of_rank = True
 
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:

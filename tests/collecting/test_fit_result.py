@@ -94,7 +94,7 @@ def test_dtypes_are_those_of_the_parameters():
     )
 
 
-WRITTEN = {"nnj.Fit": 3, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
+WRITTEN = {"nnj.Fit": 4, "values": {}, "samples": 1, "scale": "sum", "total": 1.0, "loss": ""}
 WRITTEN |= {
     "loss_value": 0.0,
     "likelihood": "",
@@ -112,7 +112,7 @@ OF_ANOTHER_KIND = {
     "garbage": lambda path: path.write_bytes(b"\x80\x02garbage"),
     "a model": lambda path: torch.save(nn.Linear(2, 2), path),
     "a list": lambda path: torch.save([1, 2], path),
-    "no values": lambda path: torch.save({"nnj.Fit": 3}, path),
+    "no values": lambda path: torch.save({"nnj.Fit": 4}, path),
     "values are a number": lambda path: torch.save({**WRITTEN, "values": 3}, path),
     "values without tensors": lambda path: torch.save({**WRITTEN, "values": {"q": {"w": 1}}}, path),
     "samples are a word": lambda path: torch.save({**WRITTEN, "samples": "x"}, path),

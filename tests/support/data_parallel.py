@@ -205,7 +205,7 @@ def train(way: Way, rank: int, collecting: bool) -> list[dict[str, Any]]:
             value = loss(way.pick(parallel(x), rank), y)
             scalar = value.exp() if (step, rank) in way.refused else value * 0.5
             try:
-                with nnj.collect(*NAMES) if collecting else nullcontext():
+                with nnj.collect(*NAMES, group=False) if collecting else nullcontext():
                     scalar.backward()
                 for name in NAMES if collecting else ():
                     found[name] = {n: getattr(p, name) for n, p in named.items()}
@@ -221,9 +221,9 @@ def train(way: Way, rank: int, collecting: bool) -> list[dict[str, Any]]:
 def refused(rank: int) -> dict[str, str]:
     """What nnj says of what it does not take under DistributedDataParallel."""
     x, y = batch(rank, 0)
-    model = nnj.extend(mlp().double())
-    parallel, loss = DistributedDataParallel(model), nnj.extend(nn.CrossEntropyLoss())
-    calls = {"fit": lambda: nnj.fit(parallel, loss, [(x, y)], "ggn_diag")}
+    loss = nnj.extend(nn.CrossEntropyLoss())
+    apart = nnj.extend(nn.Sequential(DistributedDataParallel(mlp().double())))
+    calls = {"fit": lambda: nnj.fit(apart, loss, [(x, y)], "ggn_diag")}
     mixed = nnj.extend(mlp().double())
     DistributedDataParallel(mixed, mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
 

@@ -1,0 +1,85 @@
+"""What of torch splits the data over processes: which wrapper a model is called through, and the
+group over which it makes one gradient of those of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnj.errors import NNJError
+
+
+def wrapper_of_call(module: nn.Module) -> nn.Module | None:
+    """What an outermost call of a module goes through, asked while it runs; None for nothing."""
+    if isinstance(module, DistributedDataParallel):
+        return module
+    return DistributedDataParallel._active_ddp_module
+
+
+def inside_wrapper(module: nn.Module) -> nn.Module:
+    """The model that a wrapper holds, by whose names its parameters go; else the module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def data_group(wrappers: Collection[nn.Module | None], models: Iterable[nn.Module]) -> Any:
+    """The group over which gradients are averaged of models that were called through wrappers; None
+    if there is none.
+
+    Args:
+        wrappers: of all calls, None among them for one that went through none.
+        models: that took part.
+
+    Errors: `NNJError` where gradients are another thing than the mean over one group.
+    """
+    models = list(models)
+    found = [w for w in wrappers if w is not None]
+    parts = [m for model in models for m in model.modules()]
+    found += [m for m in parts if isinstance(m, DistributedDataParallel) and m not in found]
+    if not found:
+        return None
+    covered = {p for wrapper in found for p in wrapper.parameters()}
+    apart = any(p.requires_grad and p not in covered for m in models for p in m.parameters())
+    if None in wrappers and (apart or len(wrappers) > 1):
+        raise NNJError(
+            "some parameters, or calls of the model, are under DistributedDataParallel, which "
+            "averages gradients over ranks, and others are not. Say group=..., over which all are "
+            "then added up, or group=False for what this rank has"
+        )
+    for wrapper in found:
+        check_mean(wrapper)
+    groups = [group_of(wrapper) for wrapper in found]
+    if any(group is not groups[0] for group in groups):
+        raise NNJError(
+            "models under wrappers of other process groups took part, so that it is not known over "
+            "which ranks to add up. Say group=..., or collect for each in a `with` of its own"
+        )
+    return groups[0]
+
+
+def first_group(wrappers: Iterable[nn.Module | None]) -> Any:
+    """The group of the first wrapper; None if there is none."""
+    return next((group_of(w) for w in wrappers if w is not None), None)
+
+
+def group_of(wrapper: Any) -> Any:
+    """The group over which a wrapper splits data."""
+    return wrapper.process_group
+
+
+def check_mean(wrapper: Any) -> None:
+    """Errors: `NNJError` for a wrapper whose gradients are no mean over ranks."""
+    if getattr(wrapper, "_comm_hooks", None):
+        raise NNJError(
+            "the model is under DistributedDataParallel with a communication hook, whose gradients "
+            "may be anything. Collect without the hook, or with group=False what this rank has"
+        )
+    if not getattr(wrapper, "_divide_by_initial_world_size", True):
+        raise NNJError(
+            "join(divide_by_initial_world_size=False) divides gradients by how many ranks are "
+            "left, which is another loss in each pass. Leave it at True, or collect with "
+            "group=False what this rank has"
+        )

@@ -1,0 +1,467 @@
+"""What each process does in the tests of results over ranks: the same work with the group, on this
+rank's share, and alone, on the shares of all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+
+import nnj
+from tests.support.data_parallel import MODES
+
+SHARDS = (5, 3, 2, 4)  # samples of a rank in a batch
+SUMS = ("ggn_diag", "ggn_block", "kfac", "ggn_diag_empirical", "grad_variance", "ggn")
+MOMENTS = ("input_moment",)
+ROWS = ("batch_grad", "batch_ggn_diag", "batch_grad_sq_norm")
+EVERY = (*SUMS, *MOMENTS, *ROWS, "batch_grad_dot")
+
+
+class Net(nn.Module):
+    """A convolution, a norm, a layer used twice, and one that is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 3, 2), nn.LayerNorm(3)
+        self.twice, self.head = nn.Linear(3, 3), nn.Linear(9, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(torch.tanh(self.conv(x)).mT)
+        return self.head(self.twice(torch.tanh(self.twice(hidden))).flatten(1))
+
+
+def net(used: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = Net().double()
+    if used:
+        del model.unused
+    return model
+
+
+def share(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """What a rank is given in a step."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    x = torch.randn(SHARDS[rank], 2, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (len(x),), generator=generator)
+
+
+def plain(value: Any) -> Any:
+    """A result as tensors: a matrix as a dense one."""
+    return value.dense() if isinstance(value, nnj.matrices.matrix.Matrix) else value
+
+
+def results(model: nn.Module, names: tuple[str, ...], context: Any = None) -> dict[str, Any]:
+    """All that was collected, by quantity and place."""
+    found: dict[str, Any] = {}
+    for name in names:
+        places = [*model.named_parameters(), *model.named_modules()]
+        found |= {f"{name} {key}": plain(getattr(h, name, None)) for key, h in places}
+    for name in ("ggn", "noise_terms", "noise_scale"):
+        if context is not None and {"ggn": "ggn"}.get(name, "grad_variance") in names:
+            found[f"{name} of the context"] = getattr(context, name)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+@dataclass
+class Way:
+    """A way to train.
+
+    Attributes:
+        options: of DistributedDataParallel.
+        extend: "inside" of it, or "outside".
+        names: the quantities.
+        group: as of collect.
+        unsynced: whether the gradients of the first of two batches are not reduced.
+        unused: whether the model has parameters that are not used.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    extend: str = "inside"
+    names: tuple[str, ...] = ("ggn_diag", "batch_grad", "kfac")
+    group: str = "of the wrapper"
+    unsynced: bool = False
+    unused: bool = False
+
+
+FIND = dict(find_unused_parameters=True)
+WAYS = {
+    f"{mode}, {extend}": Way(options, extend)
+    for mode, options in MODES.items()
+    for extend in ("inside", "outside")
+}
+WAYS |= {
+    "every quantity": Way(names=tuple(n for n in EVERY if n != "batch_grad_dot")),
+    "tiny buckets": Way(dict(bucket_cap_mb=1e-5)),
+    "huge buckets": Way(dict(bucket_cap_mb=1000)),
+    "no_sync": Way(unsynced=True),
+    "a group": Way(group="the world"),
+    "unused": Way(FIND, unused=True),
+    "no wrapper": Way(group="no wrapper"),
+}
+
+
+def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
+    """Two batches in one `with`, and a step of an optimizer; twice."""
+    model, loss, found = net(used=not way.unused), nn.CrossEntropyLoss(), dict[str, Any]()
+    if collecting:
+        nnj.extend(model)
+        loss = nnj.extend(loss)
+    parallel = DistributedDataParallel(model, **way.options)
+    if collecting and way.extend == "outside":
+        nnj.retract(model)
+        nnj.extend(parallel)
+    called = model if way.group == "no wrapper" else parallel
+    group = None if way.group == "of the wrapper" else dist.group.WORLD
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        with nnj.collect(*way.names, group=group) if collecting else nullcontext() as context:
+            for i in range(2):
+                x, y = share(rank, 2 * step + i)
+                silent = way.unsynced and i == 0 and called is parallel
+                with parallel.no_sync() if silent else nullcontext():
+                    loss(called(x), y).backward()
+        if collecting and step == 0:
+            found["results"] = results(model, way.names, context)
+            found["samples"] = context.samples
+            if "batch_grad" in way.names:
+                found["rows"] = context.gather("batch_grad")
+        grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        found[f"grad {step}"] = grads
+        if called is parallel:
+            optimizer.step()
+    found["state"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return found
+
+
+def alone(way: Way, size: int) -> dict[str, Any]:
+    """One process that differentiates the mean of the losses of all ranks."""
+    model, loss = nnj.extend(net(used=not way.unused)), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect(*way.names, group=False) as context:
+        for rank in range(size):
+            for i in range(2):
+                x, y = share(rank, i)
+                (loss(model(x), y) / size).backward()
+    return results(model, way.names, context)
+
+
+def all_ways(rank: int) -> dict[str, Any]:
+    """Of each way what this rank has without and with nnj, and what one process has."""
+    size = dist.get_world_size()
+    return {
+        name: {
+            "plain": train(way, rank, False),
+            "found": train(way, rank, True),
+            "alone": alone(way, size),
+        }
+        for name, way in WAYS.items()
+    }
+
+
+# -- what else happens to ranks --------------------------------------------------------------------
+
+
+def odd(rank: int) -> dict[str, Any]:
+    """What ranks say, or have, where not all goes well on all of them."""
+    found: dict[str, Any] = {}
+    for name, run in ODD.items():
+        dist.barrier()
+        try:
+            found[name] = run(rank, dist.get_world_size())
+        except (nnj.NNJError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _pair() -> tuple[Any, Any]:
+    return nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+
+
+def _refused_first(rank: int, size: int) -> Any:
+    """The first of two batches is refused on rank 1: gradients go on."""
+    model, loss = _pair()
+    parallel, found = DistributedDataParallel(model), {}
+    try:
+        with nnj.collect("ggn_diag"):
+            for i in range(2):
+                x, y = share(rank, i)
+                value = loss(parallel(x), y)
+                (value.exp() if (rank, i) == (1, 0) else value).backward()
+            found["passes"] = 2
+    except nnj.NNJError as error:
+        found["said"] = str(error)
+    found["grad"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    with nnj.collect("ggn_diag"):  # training goes on
+        loss(parallel(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    found["later"] = model.head.weight.ggn_diag
+    return found
+
+
+def _left(rank: int, size: int) -> Any:
+    """Rank 1 leaves by an error of its own."""
+    model, loss = _pair()
+    group = dist.new_group(timeout=timedelta(seconds=60))
+    with nnj.collect("ggn_diag", group=group):
+        x, y = share(rank, 0)
+        loss(model(x), y).backward()
+        if rank == 1:
+            raise ValueError("of the user")
+
+
+def _no_data(rank: int, size: int) -> Any:
+    """Rank 0 has no batch at all."""
+    model, loss = _pair()
+    with nnj.collect("ggn_diag", "kfac", "batch_grad", group=dist.group.WORLD) as context:
+        if rank > 0:
+            x, y = share(rank, 0)
+            loss(model(x), y).backward()
+    rows = context.gather("batch_grad")
+    return {
+        **results(model, ("ggn_diag", "kfac")),
+        "rows": {name: len(t) for name, t in rows.items()},
+        "samples": context.samples,
+    }
+
+
+def _nowhere(rank: int, size: int) -> Any:
+    """No rank has a batch."""
+    _pair()
+    with nnj.collect("ggn_diag", group=dist.group.WORLD):
+        pass
+
+
+def _other_model(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    if rank == 1:
+        model.head.weight.requires_grad_(False)
+    with nnj.collect("ggn_diag", group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _other_options(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    with nnj.collect("kfac", approx=("expand", "reduce")[rank % 2], group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _other_modules(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    part = [model.head, model.conv][rank % 2]
+    with nnj.collect("ggn_diag", modules=[part], group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _hook(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    parallel = DistributedDataParallel(model)
+    parallel.register_comm_hook(None, fp16_compress_hook)
+    with nnj.collect("ggn_diag"):
+        loss(parallel(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _join(rank: int, size: int, mean: bool = True) -> Any:
+    """Rank r has r + 1 batches."""
+    model, loss = _pair()
+    parallel = DistributedDataParallel(model)
+    with (
+        nnj.collect("ggn_diag"),
+        parallel.join(divide_by_initial_world_size=mean),
+    ):
+        for i in range(rank + 1):
+            loss(parallel(share(rank, i)[0]), share(rank, i)[1]).backward()
+    return model.head.weight.ggn_diag
+
+
+def _mixed(rank: int, size: int) -> Any:
+    """One call goes through the wrapper, and one does not."""
+    model, loss = _pair()
+    parallel = DistributedDataParallel(model)
+    with nnj.collect("ggn_diag"):
+        for called in (parallel, model):
+            loss(called(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _ekfac(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    with nnj.collect("ekfac", group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _draws(rank: int, size: int) -> Any:
+    """All ranks have the same data and the same seed."""
+    model, loss = _pair()
+    x, y = share(0, 0)
+    for group in (False, dist.group.WORLD):
+        generator = torch.Generator().manual_seed(3)
+        with nnj.collect("ggn_diag_mc", generator=generator, group=group):
+            loss(model(x), y).backward()
+        if group is False:
+            one = model.head.weight.ggn_diag_mc.clone()
+    return one, model.head.weight.ggn_diag_mc
+
+
+class Cubes(nnj.Quantity):
+    """Of no degree that anybody knows."""
+
+    def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
+        return factor.square_sum() ** 3
+
+
+def _no_degree(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    with nnj.collect(Cubes(), group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _failing(rank: int, size: int) -> Any:
+    """A stranger's quantity whose merge fails on the rank that merges."""
+
+    class Failing(nnj.Quantity):
+        degree = 1
+
+        def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:
+            return factor.square_sum()
+
+        def merge(self, one: Any, other: Any) -> Any:
+            raise KeyError("of a stranger")
+
+    model, loss = _pair()
+    with nnj.collect(Failing(), group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _dot(rank: int, size: int) -> Any:
+    model, loss = _pair()
+    with nnj.collect("batch_grad_dot", group=dist.group.WORLD) as context:
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    return context.batch_grad_dot
+
+
+ODD: dict[str, Callable[[int, int], Any]] = {
+    "refused first": _refused_first,
+    "left": _left,
+    "no data": _no_data,
+    "nowhere": _nowhere,
+    "other model": _other_model,
+    "other options": _other_options,
+    "other modules": _other_modules,
+    "hook": _hook,
+    "join": _join,
+    "join by what is left": lambda rank, size: _join(rank, size, mean=False),
+    "mixed": _mixed,
+    "ekfac": _ekfac,
+    "draws": _draws,
+    "no degree": _no_degree,
+    "failing": _failing,
+    "dot": _dot,
+}
+
+
+def dying(rank: int) -> Any:
+    """Rank 1 ends in the middle."""
+    model, loss = _pair()
+    group = dist.new_group(timeout=timedelta(seconds=5))
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=5))
+    with pytest.raises(nnj.NNJError) as said:
+        with nnj.collect("ggn_diag", group=group):
+            loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+            if rank == 1:
+                os._exit(7)
+    return str(said.value)
+
+
+# -- fit -------------------------------------------------------------------------------------------
+
+FITTED = (*SUMS, "batch_grad", "ekfac", "input_moment")
+
+
+def data() -> TensorDataset:
+    """Eleven samples."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 2, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, torch.randint(3, (11,), generator=generator))
+
+
+def fitted(fit: nnj.Fit) -> dict[str, Any]:
+    """All numbers of a fit."""
+    found: dict[str, Any] = {}
+    for name, values in fit.items():
+        each = values.items() if isinstance(values, dict) else [("", values)]
+        found |= {f"{name} {key}": plain(value) for key, value in each}
+    facts = ("samples", "total", "terms", "loss_value", "scale", "loss", "likelihood", "trace")
+    return found | {fact: getattr(fit, fact) for fact in facts}
+
+
+def fits(rank: int) -> dict[str, Any]:
+    """What fit gives over ranks, and alone."""
+    size, found = dist.get_world_size(), dict[str, Any]()
+    every = data()
+    mine = Subset(every, range(rank, len(every), size))
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+    for scale in ("sum", "mean"):
+        ask = dict(scale=scale)
+        over = nnj.fit(DistributedDataParallel(net()), loss, DataLoader(mine, 2), *FITTED, **ask)
+        one = nnj.fit(net(), loss, DataLoader(every, 4), *FITTED, **ask)
+        found[scale] = fitted(over), fitted(one), over.rows, over.runs
+    empty = DataLoader(every, 3) if rank == 0 else []
+    found["empty"] = fitted(nnj.fit(net(), loss, empty, "kfac", group=dist.group.WORLD))
+    found["empty alone"] = fitted(nnj.fit(net(), loss, DataLoader(every, 4), "kfac"))
+    apart = nnj.fit(DistributedDataParallel(net()), loss, DataLoader(mine, 2), "kfac", group=False)
+    found["apart"] = apart.samples
+    for name, run in FIT_REFUSED.items():
+        try:
+            run(rank, size)
+            found[name] = ""
+        except (nnj.NNJError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _padded(rank: int, size: int) -> None:
+    every = data()
+    loader = DataLoader(every, 2, sampler=DistributedSampler(every, size, rank, shuffle=False))
+    nnj.fit(net(), nn.CrossEntropyLoss(), loader, "ggn_diag", group=dist.group.WORLD)
+
+
+def _one_fails(rank: int, size: int) -> None:
+    x, y = share(rank, 0)
+    batches = [(x, y), (x * torch.nan if rank == 1 else x, y), (x, y)]
+    nnj.fit(net(), nn.CrossEntropyLoss(), batches, "ggn_diag", group=dist.group.WORLD)
+
+
+def _one_leaves(rank: int, size: int) -> None:
+    def batches() -> Iterator[Any]:
+        yield share(rank, 0)
+        if rank == 1:
+            raise ValueError("of a loader")
+
+    nnj.fit(net(), nn.CrossEntropyLoss(), batches(), "ggn_diag", group=dist.group.WORLD)
+
+
+def _other_loss(rank: int, size: int) -> None:
+    loss = [nn.CrossEntropyLoss(), nn.MultiMarginLoss()][rank % 2]
+    nnj.fit(net(), loss, [share(rank, 0)], "ggn_diag", group=dist.group.WORLD)
+
+
+FIT_REFUSED: dict[str, Callable[[int, int], None]] = {
+    "padded": _padded,
+    "one fails": _one_fails,
+    "one leaves": _one_leaves,
+    "other loss": _other_loss,
+    "nothing": lambda rank, size: (
+        nnj.fit(net(), nn.CrossEntropyLoss(), [], "ggn_diag", group=dist.group.WORLD) and None
+    ),
+}

@@ -1,0 +1,216 @@
+"""Two and three processes as one: what is collected and fitted over ranks is that of one process
+that differentiates the mean of their losses, or reads all of the data.
+
+One test for each group of processes, since these take seconds to start; it lists all that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nnj
+from tests.support import over_ranks
+from tests.support.over_ranks import EVERY, ROWS, SHARDS, WAYS, net, share
+from tests.support.processes import together
+
+
+def wrong(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Where two results differ by more than 1e-10."""
+    if found.keys() != expected.keys():
+        yield f"others: {sorted(found.keys() ^ expected.keys())}"
+    for key in found.keys() & expected.keys():
+        a, b = found[key], expected[key]
+        if not isinstance(a, Tensor):
+            if a != (b if isinstance(b, str) else pytest.approx(b, rel=1e-10)):
+                yield f"{key}: {a}, expected {b}"
+        elif a.shape != b.shape:
+            yield f"{key}: {tuple(a.shape)}, expected {tuple(b.shape)}"
+        elif not torch.allclose(a, b, rtol=1e-10, atol=1e-12):
+            yield f"{key}: off by {float((a - b).abs().max()):.1e}"
+
+
+def same_bits(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(t, other[key]) if isinstance(t, Tensor) else t == other[key]
+        for key, t in one.items()
+    )
+
+
+def is_row(key: str) -> bool:
+    return key.split()[0] in ROWS
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_over_ranks_results_are_those_of_the_mean_of_the_losses(size):
+    ranks = together("tests.support.over_ranks:all_ways", size=size)
+    said = []
+    for name, way in WAYS.items():
+        for rank in range(size):
+            plain, found, alone = (ranks[rank][name][k] for k in ("plain", "found", "alone"))
+            results, rows = dict(found["results"]), {k: v for k, v in alone.items() if is_row(k)}
+            where = f"{name}, rank {rank}"
+            mine = 2 * sum(SHARDS[:rank]), 2 * SHARDS[rank]
+            expected = {k: v.narrow(0, *mine) if is_row(k) else v for k, v in alone.items()}
+            said += [f"{where}: {what}" for what in wrong(results, expected)]
+            if "rows" in found:
+                every = {
+                    key.split()[1]: t for key, t in rows.items() if key.startswith("batch_grad ")
+                }
+                said += [f"{where}, gathered: {what}" for what in wrong(found["rows"], every)]
+            if found["samples"] != 2 * sum(SHARDS[:size]):
+                said.append(f"{where}: {found['samples']} samples")
+            for kind in ("grad 0", "grad 1", "state"):
+                if not same_bits(found[kind], plain[kind]):
+                    said.append(f"{where}: {kind} is not bit for bit what it is without nnj")
+        first = ranks[0][name]["found"]
+        for rank in range(1, size):
+            other = ranks[rank][name]["found"]
+            if way.group != "no wrapper" and not same_bits(first["state"], other["state"]):
+                said.append(f"{name}: replicas differ")
+            sums = [
+                {k: v for k, v in found["results"].items() if not is_row(k)}
+                for found in (first, other)
+            ]
+            if not same_bits(*sums):
+                said.append(f"{name}: results differ between ranks in bits")
+    assert not said, "\n".join(said)
+
+
+def test_all_ranks_hear_of_what_one_refuses():
+    size = 2
+    ranks = together("tests.support.over_ranks:odd", size=size, seconds=200)
+    for rank, found in enumerate(ranks):
+        first = found["refused first"]
+        assert "passes" in first  # it is raised at the end of the `with`
+        assert first["said"].startswith("rank 1: CrossEntropyLoss: the scalar is not linear")
+        assert {*first["grad"]} == {name for name, _ in net().named_parameters()}
+        assert torch.equal(first["later"], ranks[0]["refused first"]["later"])
+        for name, text in SAID.items():
+            assert text in found[name], (rank, name, found[name])
+    assert ranks[0]["left"].startswith("NNJError: nnj.collect: rank 0 waits")
+    assert "rank 1 has left by ValueError: of the user" in ranks[0]["left"]
+    assert ranks[1]["left"] == "ValueError: of the user"
+    _check_no_data(ranks)
+    _check_join(ranks)
+    one, both = ranks[0]["draws"]
+    other = 2 * both - one  # of rank 1, had both drawn the same
+    assert torch.allclose(one, ranks[1]["draws"][0])
+    assert not torch.allclose(one, other, rtol=1e-3) and bool((other >= 0).all())
+    for rank, found in enumerate(ranks):  # of its own samples alone
+        model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+        with nnj.collect("batch_grad_dot") as context:
+            (loss(model(share(rank, 0)[0]), share(rank, 0)[1]) / size).backward()
+        assert torch.allclose(found["dot"], context.batch_grad_dot, rtol=1e-10)
+
+
+SAID = {
+    "nowhere": "nothing was collected for ggn_diag",
+    "other model": "rank 1 has collected at another model than rank 0",
+    "other options": "rank 1 collects other quantities than rank 0, or with other options",
+    "other modules": "rank 1 has other modules= than rank 0",
+    "hook": "rank 0: the model is under DistributedDataParallel with a communication hook",
+    "join by what is left": "rank 0: join(divide_by_initial_world_size=False) divides gradients",
+    "mixed": "rank 0: some parameters, or calls of the model, are under DistributedDataParallel",
+    "ekfac": "have eigenvectors of their own",
+    "no degree": "cubes: Cubes does not say how it grows with the loss",
+    "failing": "the quantity 'failing' failed with KeyError",
+}
+
+
+def _check_no_data(ranks: list[Any]) -> None:
+    """Rank 0 had no sample, and has the results of rank 1."""
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag", "kfac"):
+        (loss(model(share(1, 0)[0]), share(1, 0)[1]) / 2).backward()
+    expected = over_ranks.results(model, ("ggn_diag", "kfac"))
+    rows = {name: SHARDS[1] for name, _ in model.named_parameters()}
+    for found in ranks:
+        facts = {"rows": rows, "samples": SHARDS[1]}
+        assert not list(wrong(found["no data"], expected | facts))
+
+
+def _check_join(ranks: list[Any]) -> None:
+    """Rank r had r + 1 batches, and W stays what it was."""
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag"):
+        for rank in range(2):
+            for i in range(rank + 1):
+                (loss(model(share(rank, i)[0]), share(rank, i)[1]) / 2).backward()
+    for found in ranks:
+        assert torch.allclose(found["join"], model.head.weight.ggn_diag, rtol=1e-10)
+
+
+def test_a_rank_that_dies_is_told_of_in_time():
+    said, _ = together("tests.support.over_ranks:dying", seconds=60, dies=1)
+    assert "rank 0 waits for the others of its group of 2, and not all came" in said
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_fit_over_ranks_is_that_of_all_data(size):
+    ranks = together("tests.support.over_ranks:fits", size=size)
+    every = len(over_ranks.data())
+    for rank, found in enumerate(ranks):
+        for scale in ("sum", "mean"):
+            over, one, rows, runs = found[scale]
+            mine = list(range(rank, every, size))
+            one = {k: t[mine] if k.startswith("batch_grad ") else t for k, t in one.items()}
+            assert not list(wrong(over, one))
+            assert rows == len(mine) and runs == ranks[0][scale][3] and len(runs) == 1
+        assert not list(wrong(found["empty"], found["empty alone"]))
+        assert found["apart"] == len(range(rank, every, size))
+        assert ("pads its shards" in found["padded"]) == (every % size > 0)
+        assert "rank 1: CrossEntropyLoss: the output of the model has entries that are not finite" in found["one fails"]
+        assert "of a loader" in found["one leaves"]
+        assert found["one leaves"].startswith("ValueError" if rank == 1 else "NNJError")
+        assert "rank 1 fits" in found["other loss"]
+        assert "the loader gave no samples" in found["nothing"]
+
+
+def test_parts_are_merged_without_any_group(tmp_path):
+    data = over_ranks.data()
+    loss, parts = nn.CrossEntropyLoss(), []
+    for i, part in enumerate((range(0, 7), range(7, 7), range(7, 11))):
+        batches = [data[list(part)]] if part else []
+        if batches:
+            nnj.fit(net(), loss, batches, "kfac", "batch_grad", scale="mean").save(
+                tmp_path / f"{i}.pt"
+            )
+            parts.append(nnj.Fit.load(tmp_path / f"{i}.pt"))
+    merged = nnj.Fit.merge(parts)
+    whole = nnj.fit(net(), loss, [data[:]], "kfac", "batch_grad", scale="mean")
+    assert not list(wrong(over_ranks.fitted(merged), over_ranks.fitted(whole)))
+
+
+def test_two_ranks_of_one_run_are_not_merged():
+    fit = nnj.fit(net(), nn.CrossEntropyLoss(), [over_ranks.data()[:]], "ggn_diag")
+    fit.runs = ["one"]
+    with pytest.raises(nnj.NNJError, match="fits of one run over ranks"):
+        nnj.Fit.merge([fit, fit])
+
+
+def test_a_group_is_one():
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    for group in ("world", True, 3):
+        with pytest.raises(nnj.NNJError, match="no process group is there"):
+            nnj.collect("ggn_diag", group=group)
+    with nnj.collect("batch_grad", group=False) as context:
+        loss(model(share(0, 0)[0]), share(0, 0)[1]).backward()
+    rows = context.gather("batch_grad")  # of this process
+    assert {name: len(t) for name, t in rows.items()} == {
+        name: SHARDS[0] for name, _ in model.named_parameters()
+    }
+    with nnj.collect("ggn_diag") as context:
+        loss(model(share(0, 0)[0]), share(0, 0)[1]).backward()
+    with pytest.raises(nnj.NNJError, match="has no rows of samples"):
+        context.gather("ggn_diag")
+
+
+def test_every_quantity_is_tried():
+    assert {*EVERY, "ekfac", "ggn_diag_mc"} >= {
+        entry.key for entry in nnj.registry.manager.manager().entries("quantity")
+    }
