@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from nnj.distributed.packing import (
 )
 from nnj.errors import NNJError
 
+T = TypeVar("T")
 Trees = dict[str, Any]
 
 _SOON, _AT_MOST = 0.0005, 0.05  # seconds between two looks at the store
@@ -92,6 +93,26 @@ class Ranks:
         with self._together():
             dist.all_gather_object(found, mine, group=self.group)
         return found
+
+    def agreed(self, work: Callable[[], T], says: Callable[[T], Any]) -> tuple[T, list[Any]]:
+        """What this rank has made of its own, and what all say of theirs.
+
+        Errors: `NNJError`, on all ranks, for the first that the work of any has raised.
+        """
+        mine, error = list[T](), None
+        try:
+            mine = [work()]
+        except NNJError as refused:
+            error = refused
+        except BaseException as why:
+            self.leave(why)
+            raise
+        self.meet()
+        notes = self.notes((str(error), None) if error else (None, says(mine[0])))
+        for rank, (said, _) in enumerate(notes):
+            if said is not None:
+                raise NNJError(f"rank {rank}: {said}") from (error if rank == self.rank else None)
+        return mine[0], [note for _, note in notes]
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -15,7 +15,9 @@ from typing_extensions import Self
 
 from nnj.collecting.batches import length, moved, read, scalar
 from nnj.collecting.fit import in_eval_mode
+from nnj.collecting.fit_over_ranks import unwrapped
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.operators.krylov import conjugate_gradients, hutch_plus_plus
 from nnj.propagation.called import call, logits_of
@@ -48,6 +50,8 @@ class DataOperator:
         scale: "sum" or "mean", as of `nnj.fit`.
         reduction, forward, target: as of `nnj.fit`.
         check: whether the data are read twice at first, to see whether they are the same.
+        group: a process group whose ranks each give a part of the data: products are those of all
+            of it, on all ranks, with one reduction each. All ranks multiply the same vectors.
 
     Attributes:
         shape: (P, P).
@@ -69,6 +73,7 @@ class DataOperator:
         forward: Forwarding | None = None,
         target: str | Callable[[Any], Any] | None = None,
         check: bool = True,
+        group: Any = None,
     ):
         if scale not in ("sum", "mean"):
             raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
@@ -77,8 +82,12 @@ class DataOperator:
                 "an operator reads its data for each product, and an iterator can be read only "
                 "once. Give a list of batches or a DataLoader"
             )
-        self.model, self.loss, self.data, self.scale = model, loss, data, scale
+        self.loss, self.data, self.scale = loss, data, scale
         self.how = reduction, forward, target
+        self.model, group = unwrapped(model, group)
+        model = self.model
+        self.group = group
+        self.ranks = None if group is None else Ranks(group, f"nnj.{type(self).__name__}")
         self.modules = None if modules is None else _listed(modules)
         inside = None if self.modules is None else parameters_inside(model, self.modules)
         self.params = [p for p in parameters(model) if inside is None or p in inside]
@@ -118,13 +127,35 @@ class DataOperator:
         columns = v[None] if v.dim() == 1 else v.mT
         parts = zip(columns.split(self.sizes, 1), self.params, strict=True)
         given = [t.reshape(len(columns), *p.shape) for t, p in parts]
-        total = [torch.zeros_like(t) for t in given]
-        if len(columns):
-            for batch in self._batches():
-                for t, share in zip(total, self.products(batch, given), strict=True):
-                    t += share
-        found = torch.cat([t.flatten(1) for t in total], 1).mT / self.total
+        found = self._over_ranks(lambda: self._product(given), v).mT / self.total
         return found[:, 0] if v.dim() == 1 else found
+
+    def _product(self, given: list[Tensor]) -> Tensor:
+        """That of the data that are here, (k, P)."""
+        total = [torch.zeros_like(t) for t in given]
+        for batch in self._batches() if len(given[0]) else ():
+            for t, share in zip(total, self.products(batch, given), strict=True):
+                t += share
+        return torch.cat([t.flatten(1) for t in total], 1)
+
+    def _over_ranks(self, product: Callable[[], Tensor], v: Tensor) -> Tensor:
+        """The sum over ranks of the products of each one's data with v.
+
+        Errors: `NNJError`, on all ranks, for that of any, and where they multiply other vectors.
+        """
+        if self.ranks is None:
+            return product()
+        print_of = [*v.shape, float(v.sum()), float(v.abs().sum())]
+        found, notes = self.ranks.agreed(product, lambda _: print_of)
+        near = 1e-4 * print_of[-1]  # ranks may have rounded in other ways
+        for rank, note in enumerate(notes):
+            same = [abs(a - b) <= near for a, b in zip(note, notes[0], strict=False)]
+            if len(note) != len(notes[0]) or not all(same):
+                raise NNJError(
+                    f"rank {rank} multiplies another vector than rank 0: all ranks of a group give "
+                    "the same (draw it with the same seed, or broadcast it)"
+                )
+        return self.ranks.sums([found])[0]
 
     def trace(self, samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The sum of the diagonal, (): exact, or with `samples` an unbiased estimate from as many
@@ -134,6 +165,7 @@ class DataOperator:
             return self.diagonal().sum()
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise NNJError(f"samples={samples!r}: the number of products is at least 1")
+        generator = self._same_on_ranks(generator)
         like = torch.zeros(0, dtype=self.dtype, device=self.device)
         return hutch_plus_plus(self.__matmul__, like, self.shape[0], samples, generator)
 
@@ -187,6 +219,9 @@ class DataOperator:
         """k eigenvalues (k,), ascending, and eigenvectors (P, k), by `scipy.sparse.linalg.eigsh`;
         "LA" are the largest.
         """
+        if self.ranks is not None:  # all of them begin at the same vector
+            begin = torch.randn(self.shape[0], generator=self._same_on_ranks(None))
+            options.setdefault("v0", begin.numpy())
         found = _scipy("scipy.sparse.linalg").eigsh(self.scipy(), k=k, which=which, **options)
         values, vectors = (torch.from_numpy(t).to(self.device) for t in found)
         order = values.argsort()
@@ -205,7 +240,7 @@ class DataOperator:
         Gaussian of `width` (by default a hundredth of the range of points): stochastic Lanczos
         quadrature (Ghorbani et al. 2019), of `steps` products for each of `samples` draws.
         """
-        linalg = _scipy("scipy.linalg")
+        linalg, generator = _scipy("scipy.linalg"), self._same_on_ranks(generator)
         width = float(points.max() - points.min()) / 100 if width is None else width
         density = torch.zeros_like(points, dtype=torch.float64)
         for _ in range(samples):
@@ -215,6 +250,14 @@ class DataOperator:
             bell = torch.exp(-((away / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
             density += (bell @ torch.from_numpy(vectors[0] ** 2)).to(density.device)
         return (density / samples).to(points.dtype)
+
+    def _same_on_ranks(self, generator: torch.Generator | None) -> torch.Generator | None:
+        """A generator that draws the same on all ranks, where none is given."""
+        if self.ranks is None or generator is not None:
+            return generator
+        self.ranks.meet()
+        seeds = self.ranks.notes(int(torch.randint(2**62, ())))
+        return torch.Generator().manual_seed(seeds[0])
 
     def _lanczos(self, steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """The diagonal and the one beside it of A in a Krylov space, orthogonalised fully."""
@@ -274,7 +317,7 @@ class DataOperator:
 
         Errors: `NNJError` for no data, or others the second time.
         """
-        first = self._read()
+        first = self._read_by_all()
         if first[2] == 0:
             raise NNJError("the data have no samples")
         if self.scale == "mean":
@@ -283,7 +326,7 @@ class DataOperator:
             self.total = first[1]
         if not twice:
             return
-        again = self._read()
+        again = self._read_by_all()
         tolerance = math.sqrt(torch.finfo(self.dtype).eps)
         same = torch.allclose(first[0], again[0], rtol=tolerance, atol=tolerance * _size(first[0]))
         if not same or first[1:] != again[1:]:
@@ -293,6 +336,14 @@ class DataOperator:
                 "one matrix. Give the same batches each time, without random augmentation, or "
                 "check=False"
             )
+
+    def _read_by_all(self) -> tuple[Tensor, float, int]:
+        """The same over all ranks."""
+        if self.ranks is None:
+            return self._read()
+        mine, notes = self.ranks.agreed(self._read, lambda found: found[1:])
+        (flat,) = self.ranks.sums([mine[0]])
+        return flat, sum(total for total, _ in notes), sum(samples for _, samples in notes)
 
     def _read(self) -> tuple[Tensor, float, int]:
         """The loss with its gradient, what a mean divides by, and the number of samples."""

@@ -65,6 +65,7 @@ class GGN(DataOperator):
             forward=forward,
             target=target,
             modules=self.modules,
+            group=self.group if self.ranks else False,
         ).vector("ggn_diag")
 
 

@@ -421,12 +421,46 @@ def fits(rank: int) -> dict[str, Any]:
     found["empty alone"] = fitted(nnj.fit(net(), loss, DataLoader(every, 4), "kfac"))
     apart = nnj.fit(DistributedDataParallel(net()), loss, DataLoader(mine, 2), "kfac", group=False)
     found["apart"] = apart.samples
+    found["operators"] = operators(mine, every)
     for name, run in FIT_REFUSED.items():
         try:
             run(rank, size)
             found[name] = ""
         except (nnj.NNJError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def operators(mine: Subset[Any], every: TensorDataset) -> dict[str, tuple[Any, Any]]:
+    """What operators give over ranks, and alone."""
+    group, loss, found = dist.group.WORLD, nn.CrossEntropyLoss(), dict[str, tuple[Any, Any]]()
+    load = lambda data: list(DataLoader(data, 4))
+    v = torch.linspace(-1, 1, sum(p.numel() for p in net().parameters()), dtype=torch.float64)
+    for kind in (nnj.GGN, nnj.HessianOperator):
+        for scale in ("sum", "mean"):
+            over = kind(net(), loss, load(mine), scale=scale, group=group)
+            one = kind(net(), loss, load(every), scale=scale)
+            found[f"{kind.__name__}, {scale}"] = over @ v, one @ v
+    wrapped = nnj.GGN(DistributedDataParallel(net()), loss, load(mine))
+    found["diagonal"] = wrapped.diagonal(), nnj.GGN(net(), loss, load(every)).diagonal()
+    torch.manual_seed(dist.get_rank())  # ranks are not seeded alike
+    traces = wrapped.trace(samples=3)
+    found["trace"] = traces, torch.stack(_all(traces)).mean()
+    x = torch.stack([x for x, _ in mine])
+    order = [
+        i for r in range(dist.get_world_size()) for i in range(r, len(every), dist.get_world_size())
+    ]
+    for per_class in (False, True):
+        kernel = nnj.ntk(net(), x, group=group, per_class=per_class)
+        found[f"ntk {per_class}"] = kernel, nnj.ntk(net(), x, every[order][0], per_class=per_class)
+    with pytest.raises(nnj.NNJError, match="rank 1 multiplies another vector than rank 0"):
+        _ = wrapped @ (v * (1 + dist.get_rank()))
+    return found
+
+
+def _all(t: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, t)
     return found
 
 

@@ -162,9 +162,14 @@ def test_a_fit_over_ranks_is_that_of_all_data(size):
             assert not list(wrong(over, one))
             assert rows == len(mine) and runs == ranks[0][scale][3] and len(runs) == 1
         assert not list(wrong(found["empty"], found["empty alone"]))
+        over, one = ({k: v[i] for k, v in found["operators"].items()} for i in range(2))
+        assert not list(wrong(over, one))
         assert found["apart"] == len(range(rank, every, size))
         assert ("pads its shards" in found["padded"]) == (every % size > 0)
-        assert "rank 1: CrossEntropyLoss: the output of the model has entries that are not finite" in found["one fails"]
+        assert (
+            "rank 1: CrossEntropyLoss: the output of the model has entries that are not finite"
+            in found["one fails"]
+        )
         assert "of a loader" in found["one leaves"]
         assert found["one leaves"].startswith("ValueError" if rank == 1 else "NNJError")
         assert "rank 1 fits" in found["other loss"]
