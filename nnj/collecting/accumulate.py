@@ -253,6 +253,31 @@ class Accumulator:
         self.exact = functools.reduce(ExactColumns.plus, (g.exact for g in groups), self.exact)
         self.samples, self.passes = starts[-1], self.passes + 1
 
+    def absorb(self, other: Accumulator) -> None:
+        """Take in what all ranks have of one pass more. Errors: `NNJError` after passes of which
+        this rank alone has something.
+        """
+        if self.passes and self.every_sample is None:
+            raise NNJError(
+                "a pass of a sharded model comes after passes of others, of which results are not "
+                "over ranks yet. Collect for each in a `with` of its own"
+            )
+        self._together = _same_parameters(self._together, other._together)
+        for name in self._quantities:
+            mine = self._totals[name]
+            for holder, total in other._totals[name].items():
+                if holder not in mine:
+                    mine[holder] = _empty(self._quantities[name])
+                state = total.state(other.samples)
+                if state is not None:
+                    given = asked(name, mine[holder].with_pass, [(self.samples, state)])
+                    mine[holder].take(given)
+        self.modules.update(other.modules)
+        self.wrappers |= other.wrappers
+        self.every_sample = (self.every_sample or 0) + (other.every_sample or 0)
+        self.loss_factor, self.exact = other.loss_factor, self.exact.plus(other.exact)
+        self.samples, self.passes = self.samples + other.samples, self.passes + 1
+
     def let_go(self) -> None:
         """Forget the values, which have been given out, and so all parameters: nobody refers to
         them any more, not even weakly.
@@ -273,7 +298,7 @@ class Accumulator:
         for group in groups:
             for holder in [*group.holders, *group.at(name)]:
                 if isinstance(holder, quantity.place) and holder not in totals:
-                    totals[holder] = _Rows() if quantity.per_sample else _Merged(quantity.merge)
+                    totals[holder] = _empty(quantity)
 
     def values(self, name: str) -> list[tuple[Holder, Any]]:
         """Each parameter or module that may hold the quantity, with its result so far."""
@@ -312,10 +337,13 @@ class Accumulator:
         zeros where nothing has reached this rank.
         """
         for holder, state in states.items():
-            rows = self._quantities[name].per_sample
-            total = _Rows() if rows else _Merged(self._quantities[name].merge)
-            total.take([(0, state)] if rows else state)
+            total = _empty(self._quantities[name])
+            total.take([(0, state)] if isinstance(total, _Rows) else state)
             self._totals[name][holder] = total
+
+    def forget(self, name: str, holder: Holder) -> None:
+        """That another rank has a state."""
+        self._totals[name][holder] = _empty(self._quantities[name])
 
     def samples_of(self, name: str) -> int:
         """How many samples a result is of."""
@@ -353,6 +381,11 @@ class Accumulator:
             return total.shape
         found: torch.Size = getattr(self._value(name, holder, total), "shape", torch.Size())
         return found
+
+
+def _empty(quantity: Quantity) -> _Merged | _Rows:
+    """What a place has before anything reaches it."""
+    return _Rows() if quantity.per_sample else _Merged(quantity.merge)
 
 
 def result(

@@ -311,6 +311,8 @@ class collect(Collection):  # noqa: N801
     def _splits(self, wrappers: Iterable[nn.Module | None]) -> bool:
         """Whether calls through wrappers are a part of what is collected over ranks."""
         group = self.request.group
+        if self.accumulator.every_sample is not None:
+            return False
         return any(w is not None for w in wrappers) if group is None else group is not False
 
     @override
@@ -328,7 +330,7 @@ class collect(Collection):  # noqa: N801
     def _found_ranks(self) -> Ranks | None:
         """Over which results are. What stands against it is raised for all of them."""
         accumulator, group = self.accumulator, self.request.group
-        if group is False:
+        if group is False or accumulator.every_sample is not None:  # of sharded models: done
             return None
         try:
             own = data_group(accumulator.wrappers, models_of(accumulator.modules))

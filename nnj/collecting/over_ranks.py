@@ -19,6 +19,7 @@ from nnj.collecting.request import Request
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
+from nnj.recording.sharded import Sharding, part_of, placed_like, whole_sum
 
 Forms = dict[str, dict[str, Any]]
 
@@ -50,13 +51,19 @@ class Note:
 
 
 class Places:
-    """The parameters and modules of some models by names that are the same on all ranks."""
+    """The parameters and modules of some models by names that are the same on all ranks.
 
-    def __init__(self, models: Sequence[nn.Module]):
+    Args:
+        sharding: of sharded models, whose parameters are the sharded ones.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], sharding: Sharding | None = None):
+        sharded = {} if sharding is None else sharding.sharded
         self.holders: dict[str, Holder] = {"": WHOLE}
         for i, model in enumerate(models):
             self.holders |= {f"{i}.{path}": m for path, m in model.named_modules()}
-            self.holders |= {f"{i}.{path}": p for path, p in model.named_parameters()}
+            named = model.named_parameters()
+            self.holders |= {f"{i}.{path}": sharded.get(p, p) for path, p in named}
         self._names = {holder: name for name, holder in self.holders.items()}
 
     def name(self, holder: Holder) -> str:
@@ -89,10 +96,19 @@ class OverRanks:
     Args:
         mean: whether the loss behind the results is the mean of those of the ranks, as behind the
             gradients of DistributedDataParallel; else it is their sum.
+        sharding: of sharded models, of whose results each rank keeps a part.
     """
 
-    def __init__(self, accumulator: Accumulator, request: Request, ranks: Ranks, mean: bool):
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        request: Request,
+        ranks: Ranks,
+        mean: bool,
+        sharding: Sharding | None = None,
+    ):
         self.accumulator, self.request, self.ranks, self.mean = accumulator, request, ranks, mean
+        self.sharding = sharding
 
     def add_up(
         self,
@@ -122,12 +138,13 @@ class OverRanks:
         self._check_asked(notes)
         if all(said.models is None for said in notes):
             return notes
-        places = Places(self._models(models, known, notes))
+        places = Places(self._models(models, known, notes), self.sharding)
         self.accumulator.modules.update(
             m for m in places.holders.values() if isinstance(m, nn.Module)
         )
         self.accumulator.every_sample = sum(said.samples for said in notes)
-        self.accumulator.loss_factor = 1 / len(notes) if self.mean else 1.0
+        divides = len(notes) if self.sharding is None else self.sharding.divides
+        self.accumulator.loss_factor = 1 / divides if self.mean else 1.0
         self.accumulator.exact = self._exact(notes)
         self._reduce(places, notes)
         return notes
@@ -142,7 +159,7 @@ class OverRanks:
         """What this rank says, and its error."""
         accumulator, forms, at = self.accumulator, Forms(), None
         try:
-            places = Places(models)
+            places = Places(models, self.sharding)
             if models and self.request.modules is not None:
                 at = [places.name(m) for m in self.request.modules]
             for name in self.request.quantities if error is None else ():
@@ -245,7 +262,7 @@ class OverRanks:
         self.accumulator.replace(name, found)
 
     def _sum(self, places: Places, notes: Sequence[Note], wanted: Mapping[str, Any]) -> None:
-        """Of what is added: one reduction of all of it."""
+        """Of what is added: one reduction of all of it, or of sharded models one for each place."""
         tensors: list[Tensor] = []
         known: list[tuple[str, Holder, Any]] = []
         for name, keys in wanted.items():
@@ -259,12 +276,18 @@ class OverRanks:
                     )
                 holder = places.holders[key]
                 device, state = device_of(holder), states.get(holder)
-                tensors += (
+                mine = (
                     [_zeros(slot, device) for slot in slots_of(forms[0])]
                     if state is None
                     else tensors_of(state)
                 )
-                known.append((name, holder, forms[0]))
+                if self.sharding is None:
+                    tensors += mine
+                    known.append((name, holder, forms[0]))
+                    continue
+                like = self.sharding.like(holder)
+                parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
+                self.accumulator.replace(name, {holder: filled(forms[0], parts)})
         left = iter(self.ranks.sums(tensors))
         for name, holder, form in known:
             self.accumulator.replace(name, {holder: filled(form, left)})
@@ -290,10 +313,29 @@ class OverRanks:
 
         every = [device_of(holder) for holder in places.holders.values()]
         device = next((d for d in every if d.type != "cpu"), every[-1])
-        for key, state in self.ranks.merged(mine, forms, merge, device).items():
+        of_owner = set[str]()
+        if self.sharding is not None:  # what is no parameter's stays with the rank that merges it
+            of_owner = {
+                key
+                for key in (key for form in forms for key in form)
+                if not isinstance(places.holders[key.partition("\n")[2]], Tensor)
+            }
+        found = self.ranks.merged(mine, forms, merge, device, of_owner)
+        for key in dict.fromkeys(key for form in forms for key in form):
             name, _, place = key.partition("\n")
             holder = places.holders[place]
-            self.accumulator.replace(name, {holder: _moved(state, device_of(holder))})
+            if key not in found:
+                self.accumulator.forget(name, holder)
+                continue
+            state = _moved(found[key], device_of(holder))
+            if self.sharding is not None and isinstance(holder, Tensor):
+                state = self._sharded(state, holder)
+            self.accumulator.replace(name, {holder: state})
+
+    def _sharded(self, state: Any, holder: Tensor) -> Any:
+        """The state of a sharded parameter: of each tensor of its shape the part of this rank."""
+        tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
+        return filled(form_of(state), tensors)
 
 
 def device_of(holder: Holder) -> torch.device:

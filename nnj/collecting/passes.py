@@ -17,6 +17,7 @@ from typing_extensions import Self, override
 from nnj.checks import Refusals
 from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.request import Request
+from nnj.collecting.sharded_passes import ShardedPass
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
@@ -126,6 +127,7 @@ class _Pass:
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
         self.calls: list[LossCall] = []
+        self.sharded = ShardedPass()
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
         self.refusals = Refusals()
@@ -143,7 +145,8 @@ class _Pass:
             refuse_compiled_step(call.name)
             refuse_tensor(scale.is_nested, scale.device)
             no_autocast = torch.autocast(scale.device.type, enabled=False)
-            with torch.no_grad(), no_autocast, self.refusals.later():
+            whole = self.sharded.whole(call)
+            with torch.no_grad(), no_autocast, self.refusals.later(), whole:
                 check_linear(call, node)
                 self.found.append(contribute_signed(call, scale, node, requests))
         except NNJError as error:
@@ -160,10 +163,10 @@ class _Pass:
         pass is done.
         """
         self.error = self.error or self.refusals.first()
-        if self.error is None:
+        if self.error is None or self.sharded.sharding is not None:
             try:
                 for collection in self.collections:
-                    collection.add_pass([found[collection.request] for found in self.found])
+                    self._hand_over(collection)
             except Exception as error:
                 self.error = error
         if self.error is not None:
@@ -172,6 +175,15 @@ class _Pass:
                 self.error = None
             else:
                 _at_end(self._raise, LAPS)
+
+    def _hand_over(self, collection: Collection) -> None:
+        request = collection.request
+        found = [] if self.error else [found[request] for found in self.found]
+        if self.sharded.sharding is None:
+            collection.add_pass(found)
+        else:
+            self.sharded.share_out(collection.accumulator, request, found, self.error)
+            collection.pass_ended()
 
     def _raise(self) -> None:
         """Errors: that of the first loss that had one."""
@@ -230,7 +242,9 @@ class _Thread:
 
     def _end(self, task: int) -> None:
         ended = self.passes.pop(task, None)
-        if ended is not None:
+        if ended is not None and ended.sharded.sharding is not None:
+            _at_end(ended.end, LAPS)  # when FSDP has reduced the gradients, and sharded all again
+        elif ended is not None:
             ended.end()
 
     @contextmanager

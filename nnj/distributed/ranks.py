@@ -12,7 +12,8 @@ Each call is one, or a few, collectives: all ranks of a group make the same ones
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -158,6 +159,7 @@ class Ranks:
         forms: Sequence[Mapping[str, Any]],
         merge: Callable[[str, list[Any]], Any],
         device: torch.device,
+        of_owner: Collection[str] = (),
     ) -> Trees:
         """Of each key what `merge` makes of the trees that ranks have for it, in their order: one
         rank does it, and tells the others, so that the results are the same bits.
@@ -166,10 +168,12 @@ class Ranks:
             mine: the trees of this rank.
             forms: those of each rank, without their numbers.
             device: of the tensors.
+            of_owner: keys of which the rank that merges keeps the result for itself, always the
+                same one while all have the same keys.
 
         Errors: `NNJError`, on all ranks, for one that `merge` raises on any.
         """
-        owners = self._owners(forms)
+        owners = self._owners(forms, of_owner)
         keys = [
             [key for key, owner in owners.items() if owner == rank] for rank in range(self.size)
         ]
@@ -193,6 +197,8 @@ class Ranks:
             made = {key: merge(key, trees) for key, trees in found.items()}
         except NNJError as refused:
             error = refused
+        kept = {key: tree for key, tree in made.items() if key in of_owner}
+        made = {key: tree for key, tree in made.items() if key not in of_owner}
         notes = self.notes((None if error is None else str(error), form_of(made)))
         for rank, (said, _) in enumerate(notes):
             if said is not None:
@@ -203,9 +209,11 @@ class Ranks:
         everything = Trees()
         for (_, form), got in zip(notes, arrived, strict=True):
             everything |= filled(form, got)
-        return {key: everything[key] for key in owners}
+        return {key: everything[key] for key in owners if key in everything} | kept
 
-    def _owners(self, forms: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    def _owners(
+        self, forms: Sequence[Mapping[str, Any]], of_owner: Collection[str]
+    ) -> dict[str, int]:
         """Which rank merges what: the largest first, each to the rank that has least so far."""
         sizes: dict[str, int] = {}
         for form in forms:
@@ -214,6 +222,8 @@ class Ranks:
         taken, owners = [0] * self.size, {}
         for key in sorted(sizes, key=lambda key: -sizes[key]):
             owner = min(range(self.size), key=taken.__getitem__)
+            if key in of_owner:  # by its name, which is the same in each pass
+                owner = zlib.crc32(key.encode()) % self.size
             owners[key] = owner
             taken[owner] += sizes[key]
         return {key: owners[key] for key in sizes}

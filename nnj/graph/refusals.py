@@ -48,10 +48,10 @@ def refuse_node(node: Any) -> None:
 
 
 def refuse_model(module: nn.Module) -> None:
-    """Errors: `NNJError` for a model that is sharded or distributed."""
+    """Errors: `NNJError` for a model that is sharded or distributed, and not whole now."""
     parts = modules_of(module)
     for kind in set(map(type, parts)):
-        if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+        if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
             raise _sharded(kind.__name__)
     for part in parts:
         for p in part._parameters.values() if part._parameters else ():

@@ -93,7 +93,7 @@ class CalledWith:
             own = module._parameters
             for name, then in table.items():
                 now = own.get(name)
-                if now is not then and now is not None and then is not None:
+                if now is not then and now is not None and is_plain(then):
                     yield Replaced(module, name, now)
 
     def moved(self) -> set[Tensor]:
@@ -101,6 +101,13 @@ class CalledWith:
         in it: `flatten_parameters` of a recurrent layer moves them as they are.
         """
         return {t for t, then in self._data if is_moved(t.detach(), then)}
+
+
+def is_plain(t: Tensor | None) -> bool:
+    """Whether a parameter is one that may take part in a call: between calls, those of sharded
+    models are others.
+    """
+    return t is not None and not type(t).__module__.startswith("torch.distributed.tensor")
 
 
 def is_moved(now: Tensor, then: Tensor) -> bool:

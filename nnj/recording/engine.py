@@ -12,8 +12,17 @@ Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
 # The module and name of each function in Python that is such a node; its arguments are something of
 # its own, and then what it gives back. That of DistributedDataParallel stands behind each output of
-# a model under static_graph or find_unused_parameters, and queues the reduction of gradients.
-ENGINE = frozenset({("torch.nn.parallel.distributed", "_DDPSink")})
+# a model under static_graph or find_unused_parameters, and queues the reduction of gradients; that
+# of FSDP2 stands before the inputs of a unit, and reduces and shards its gradients.
+ENGINE = frozenset(
+    {
+        ("torch.nn.parallel.distributed", "_DDPSink"),
+        (
+            "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+            "RegisterPostBackwardFunction",
+        ),
+    }
+)
 
 
 def is_engine(node: Any) -> bool:

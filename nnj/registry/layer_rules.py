@@ -75,6 +75,8 @@ def _overridden(base: type, module: nn.Module) -> Declined | None:
     for cls in type(module).__mro__:
         if cls is base:
             return None
+        if cls.__module__.startswith("torch.distributed.fsdp"):
+            continue  # fully_shard gives a module methods of its own, and computes what it did
         changed = [
             name
             for name in vars(cls)

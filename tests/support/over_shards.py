@@ -1,0 +1,195 @@
+"""What each process does in the tests of models that `fully_shard` shards: the same training with and
+without nnj, and alone, on the batches of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import nnj
+from tests.support.over_ranks import EVERY, net, plain, results, share
+
+
+class Block(nn.Module):
+    """A block of a transformer, whose input goes around its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(4), nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.tanh(self.one(self.norm(x))))
+
+
+class Blocks(nn.Module):
+    """Blocks behind an embedding, a bare parameter, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 4)
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.mT) * self.scale
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden.mean(1))
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(1)
+    return Blocks().double()
+
+
+@dataclass
+class Way:
+    """A way to shard and train.
+
+    Attributes:
+        make: the model.
+        units: the paths of its units, beside itself.
+        options: of fully_shard.
+        extend: "inside" of it, or "outside".
+        names: the quantities.
+        unsynced: whether the gradients of the first of two batches are not reduced.
+        divides: as of set_gradient_divide_factor.
+        modules: of collect, by their paths.
+    """
+
+    make: Callable[[], nn.Module] = net
+    units: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    extend: str = "outside"
+    names: tuple[str, ...] = ("ggn_diag", "batch_grad", "kfac")
+    unsynced: bool = False
+    divides: float | None = None
+    modules: tuple[str, ...] = ()
+
+
+NESTED = ("conv", "twice", "head")
+PARTS = ("blocks.0", "blocks.1", "head")
+ALL = tuple(name for name in EVERY if name not in ("batch_grad_dot", "ggn_block", "ggn"))
+WAYS = {
+    "one unit": Way(),
+    "one unit, inside": Way(extend="inside"),
+    "nested": Way(units=NESTED),
+    "nested, inside": Way(units=NESTED, extend="inside"),
+    "nested, resharded": Way(units=NESTED, options=dict(reshard_after_forward=True)),
+    "nested, not resharded": Way(units=NESTED, options=dict(reshard_after_forward=False)),
+    "no sync": Way(units=NESTED, unsynced=True),
+    "divided by 3": Way(units=NESTED, divides=3.0),
+    "blocks": Way(blocks, PARTS),
+    "blocks, resharded": Way(blocks, PARTS, dict(reshard_after_forward=True)),
+    "one module": Way(units=NESTED, modules=("head",)),
+    "every quantity": Way(units=NESTED, names=EVERY),
+    "every quantity of blocks": Way(blocks, PARTS, names=EVERY),
+}
+
+
+def sharded(way: Way) -> tuple[nn.Module, Any]:
+    """A model, and its loss, both extended."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = way.make()
+    if way.extend == "inside":
+        nnj.extend(model)
+    for path in way.units:
+        fully_shard(model.get_submodule(path), mesh=mesh, **way.options)
+    fully_shard(model, mesh=mesh, **way.options)
+    if way.divides is not None:
+        for part in model.modules():
+            if hasattr(part, "set_gradient_divide_factor"):
+                part.set_gradient_divide_factor(way.divides)
+    return model, nn.CrossEntropyLoss()
+
+
+def whole(t: Any) -> Any:
+    """A result as a plain tensor."""
+    t = plain(t)
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def where(t: Any) -> Any:
+    """How a result is placed."""
+    return tuple(map(str, t.placements)) if isinstance(t, DTensor) else None
+
+
+def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
+    """Two batches in one `with`, and a step of an optimizer; twice."""
+    model, loss = sharded(way)
+    found = dict[str, Any]()
+    if collecting:
+        model, loss = nnj.extend(model), nnj.extend(loss)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tops = [model.get_submodule(path) for path in way.modules] or None
+    for step in range(2):
+        optimizer.zero_grad()
+        collect = nnj.collect(*way.names, modules=tops) if collecting else nullcontext()
+        with collect as context:
+            for i in range(2 if "batch_grad_dot" not in way.names else 1):
+                if way.unsynced:
+                    model.set_requires_gradient_sync(i > 0)
+                x, y = share(rank, 2 * step + i)
+                loss(model(x), y).backward()
+        if collecting and step == 0:
+            parts = _results(model, way.names, context)
+            found["results"] = {key: whole(t) for key, t in parts.items()}
+            found["placed"] = {key: where(t) for key, t in parts.items()}
+            found["like"] = {name: where(p) for name, p in model.named_parameters()}
+            found["samples"] = context.samples
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        found[f"grad {step}"] = {n: whole(g) for n, g in grads.items()}
+        optimizer.step()
+    found["state"] = {n: whole(p.detach()) for n, p in model.named_parameters()}
+    return found
+
+
+def _results(model: nn.Module, names: tuple[str, ...], context: Any) -> dict[str, Any]:
+    """All that was collected."""
+    found: dict[str, Any] = {}
+    for name in names:
+        places = [*model.named_parameters(), *model.named_modules()]
+        found |= {f"{name} {key}": getattr(h, name, None) for key, h in places}
+    for name in ("ggn", "noise_terms", "noise_scale"):
+        if {"ggn": "ggn"}.get(name, "grad_variance") in names:
+            found[f"{name} of the context"] = getattr(context, name)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def alone(way: Way, size: int, single: int | None = None) -> dict[str, Any]:
+    """One process that differentiates the losses of all ranks, over what gradients divide by."""
+    model, loss = nnj.extend(way.make()), nnj.extend(nn.CrossEntropyLoss())
+    divides = size if way.divides is None else way.divides
+    tops = [model.get_submodule(path) for path in way.modules] or None
+    dot = "batch_grad_dot" in way.names
+    names = tuple(name for name in way.names if name != "batch_grad_dot")
+    with nnj.collect(*names, modules=tops, group=False) as context:
+        for rank in range(size):
+            for i in range(1 if dot else 2):
+                x, y = share(rank, i)
+                (loss(model(x), y) / divides).backward()
+    return results(model, names, context)
+
+
+def all_ways(rank: int) -> dict[str, Any]:
+    """Of each way what this rank has without and with nnj, and what one process has."""
+    size = dist.get_world_size()
+    return {
+        name: {
+            "plain": train(way, rank, False),
+            "found": train(way, rank, True),
+            "alone": alone(way, size),
+        }
+        for name, way in WAYS.items()
+    }
