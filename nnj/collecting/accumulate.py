@@ -206,12 +206,14 @@ class Accumulator:
         every_sample: how many there were on all ranks; None while this rank is alone.
         loss_factor: what the loss behind the results is of that which was collected: over W ranks
             it is the mean of theirs.
+        group: of the ranks over which sharded models were, if any were.
     """
 
     def __init__(self, quantities: Mapping[str, Quantity]):
         self.samples = self.passes = 0
         self.every_sample: int | None = None
         self.loss_factor = 1.0
+        self.group: Any = None
         self.exact = ExactColumns()
         self.wrappers: frozenset[nn.Module | None] = frozenset()
         self._quantities = quantities

@@ -379,10 +379,13 @@ class collect(Collection):  # noqa: N801
             value = getattr(holder_at(model, path), quantity, None)
             if value is not None:
                 rows[path] = value
-        if self._ranks is None:
+        ranks, group = self._ranks, self.accumulator.group
+        if group is not None:
+            ranks = Ranks(group, "nnj.collect")
+        if ranks is None:
             return rows
-        self._ranks.meet()
-        return self._ranks.rows(rows, next(model.parameters()).device)
+        ranks.meet()
+        return ranks.rows(rows, next(model.parameters()).device)
 
     def matrix(self, quantity: str) -> Matrix:
         """A quantity as one matrix over all parameters of the model (or of modules=) that require

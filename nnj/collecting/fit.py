@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from nnj.collecting.batches import length, moved, read, scalar, with_bar
-from nnj.collecting.fit_over_ranks import Read, shared, unwrapped
+from nnj.collecting.fit_over_ranks import Read, group_of_shards, in_step, shared, unwrapped
 from nnj.collecting.fit_result import Fit, Origin, versions_of
 from nnj.collecting.joint_matrix import Names
 from nnj.collecting.loss_reduction import GivenLoss, SummedLoss, reduced
@@ -31,6 +31,7 @@ from nnj.recording.extend import (
     is_own_hook,
     temporarily_extended,
 )
+from nnj.recording.sharded import Sharding, sharded_models
 
 
 def fit(
@@ -117,9 +118,12 @@ def fit(
         )
     check_hookable(model)
     model, group = unwrapped(model, group)
+    sharding = Sharding([model]) if sharded_models([model]) else None
+    if sharding is not None:
+        group = group_of_shards(sharding, group)
     ranks = None if group is None else Ranks(group, "nnj.fit")
     request = Request.by_name(quantities, modules=modules, group=group or False, **options)
-    run = _Run(model, request, scale, ranks)
+    run = _Run(model, request, scale, ranks, sharding)
     backend = None
     if compile:
         backend = compile if isinstance(compile, str) else "inductor"
@@ -147,6 +151,9 @@ def _read(
     run: _Run, evaluate: _Evaluate, loader: Iterable[Any], device: torch.device, backend: str | None
 ) -> None:
     """Collect over all batches."""
+    if run.sharding is not None:
+        _read_together(run, evaluate, loader, device)
+        return
     cases = None if backend is None else _cases(run, evaluate, backend)
     for given in loader:
         batch = moved(given, device)
@@ -155,6 +162,25 @@ def _read(
         if n > 0 and cases is not None:
             run.add_replayed(evaluate.loss, cases(batch), wanted, n)
         elif n > 0:
+            run.add(evaluate.loss, evaluate.output(batch), wanted, n)
+
+
+def _read_together(
+    run: _Run, evaluate: _Evaluate, loader: Iterable[Any], device: torch.device
+) -> None:
+    """Collect over all batches of a model that calls on all ranks in each pass."""
+    assert run.ranks is not None
+
+    def batches() -> Iterator[Any]:
+        for given in loader:
+            batch = moved(given, device)
+            inputs, wanted = read(batch, evaluate.forward, evaluate.target)
+            n = length(inputs, evaluate.axis)
+            if n > 0:
+                yield batch, wanted, n
+
+    for (batch, wanted, n), counts in in_step(batches(), run.ranks):
+        with run.counting(counts):
             run.add(evaluate.loss, evaluate.output(batch), wanted, n)
 
 
@@ -198,9 +224,17 @@ class _Run:
     it.
     """
 
-    def __init__(self, model: nn.Module, request: Request, scale: str, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        request: Request,
+        scale: str,
+        ranks: Ranks | None = None,
+        sharding: Sharding | None = None,
+    ):
         self.model, self.request, self.scale, self.ranks = model, request, scale, ranks
-        self.collection = Collection(request)
+        self.sharding, self.collection = sharding, Collection(request)
+        self.collection.over_shards.mean = False
         tops = [model] if request.modules is None else request.modules
         inside = {p for top in tops for p in top.parameters() if p.requires_grad}
         self.params = {name: p for name, p in model.named_parameters() if p in inside}
@@ -222,11 +256,25 @@ class _Run:
         weight = loss.weight(output, target, n)
         value = scalar(loss.module(output, target), loss.name)
         before = self.collection.accumulator.samples
+        leaves: Iterable[Tensor] = self.params.values()
+        if self.sharding is not None:  # of which others are in the graph
+            leaves = [p for p in self.sharding.sharded if p.requires_grad]
         with self.collection:
-            torch.autograd.grad(weight * value, list(self.params.values()), allow_unused=True)
+            torch.autograd.grad(weight * value, list(leaves), allow_unused=True)
+        if not self.collection.counts:
+            return
         rows = self.collection.accumulator.samples - before
         total = loss.total(output, target, n)
         self._ended(loss, rows, n, total, (weight * value).detach())
+
+    @contextmanager
+    def counting(self, counts: bool) -> Iterator[None]:
+        """While passes count, or only those of other ranks do."""
+        self.collection.counts = counts
+        try:
+            yield
+        finally:
+            self.collection.counts = True
 
     def add_replayed(
         self, loss: SummedLoss | GivenLoss, passed: Passed, target: Any, n: int
@@ -262,7 +310,8 @@ class _Run:
         facts = loss.name, loss.likelihood, self.scale
         of_data = facts, loader
         accumulator = self.collection.accumulator
-        return shared(self.done, accumulator, self.request, self.model, self.ranks, of_data)
+        model = self.model if self.sharding is None else None
+        return shared(self.done, accumulator, self.request, model, self.ranks, of_data)
 
     def first(self, loader: Iterable[Any]) -> _Run | None:
         """The run of what some quantities must know before; None if there is nothing.
@@ -278,7 +327,9 @@ class _Run:
                 "read only once. Give a list of batches or a DataLoader, or what is needed before "
                 "(basis= an earlier kfac)"
             )
-        return _Run(self.model, request, "sum", self.ranks)
+        found = _Run(self.model, request, "sum", self.ranks, self.sharding)
+        found.collection.over_shards.spread = False  # all ranks must know it
+        return found
 
     @contextmanager
     def knowing(self, first: _Run | None) -> Iterator[None]:

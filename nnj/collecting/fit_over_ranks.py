@@ -4,11 +4,12 @@ that shards may have any sizes, and sums go over the ranks once, at the end.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +19,10 @@ from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.request import Request
 from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
+from nnj.recording.sharded import Sharding
 from nnj.recording.wrappers import group_of, inside_wrapper
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,13 +66,14 @@ def shared(
     read: Read,
     accumulator: Accumulator,
     request: Request,
-    model: nn.Module,
+    model: nn.Module | None,
     ranks: Ranks | None,
     of_data: Any,
 ) -> Iterator[None]:
     """What is read inside is afterwards that of all ranks.
 
     Args:
+        model: None for a sharded one, whose passes are those of all ranks already.
         of_data: what must be the same on all ranks, and the loader.
 
     Errors: `NNJError`, on all ranks, for the first error of any, and for samples that a sampler has
@@ -88,8 +93,14 @@ def shared(
         raise
     mine = float(read.total), float(read.value), read.samples, uuid.uuid4().hex
     more = (facts, mine, _shards(loader))
-    over = OverRanks(accumulator, request, ranks, mean=False)
-    notes = [note.more for note in over.add_up([model], (), error, more)]
+    if model is None and error is not None:
+        raise error  # as on all ranks
+    if model is None:
+        ranks.meet()
+        notes = ranks.notes(more)
+    else:
+        over = OverRanks(accumulator, request, ranks, mean=False)
+        notes = [note.more for note in over.add_up([model], (), error, more)]
     for rank, (said, _, _) in enumerate(notes):
         if said != notes[0][0]:
             raise NNJError(
@@ -100,6 +111,44 @@ def shared(
     read.total, read.value = sum(part[0] for part in parts), sum(part[1] for part in parts)
     read.samples, read.run = sum(part[2] for part in parts), parts[0][3]
     _check_padding(read.samples, [shards for _, _, shards in notes])
+
+
+def group_of_shards(sharding: Sharding, group: Any) -> Any:
+    """The group over which a sharded model is. Errors: `NNJError` for another one."""
+    if group is not None and group is not sharding.group:
+        raise NNJError(
+            "the model is sharded by fully_shard, over whose ranks the data are split, and group= "
+            "says another thing. Leave it out"
+        )
+    return sharding.group
+
+
+def in_step(batches: Iterator[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
+    """Batches, as many on each rank as the one has that has most: a rank that has no more is given
+    its last one again, with False for that it does not count.
+
+    Errors: `NNJError`, on all ranks, for one that has none at all, or that of reading any.
+    """
+    last: list[T] = []
+    while True:
+        found, notes = ranks.agreed(
+            lambda: next(batches, None), functools.partial(_has_more, bool(last))
+        )
+        if not any(more for more, _ in notes):
+            return
+        for rank, (more, had) in enumerate(notes):
+            if not (more or had):
+                raise NNJError(
+                    f"rank {rank} has no batch, and a sharded model is called on all ranks. Give "
+                    "each rank one batch at least"
+                )
+        last = last if found is None else [found]
+        yield last[0], found is not None
+
+
+def _has_more(had: bool, batch: object) -> tuple[bool, bool]:
+    """Whether there is a batch, and whether there was one before."""
+    return batch is not None, had
 
 
 def _shards(loader: Any) -> tuple[int, int] | None:

@@ -97,6 +97,7 @@ class OverRanks:
         mean: whether the loss behind the results is the mean of those of the ranks, as behind the
             gradients of DistributedDataParallel; else it is their sum.
         sharding: of sharded models, of whose results each rank keeps a part.
+        spread: whether what modules of sharded models have stays with one rank each.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class OverRanks:
         ranks: Ranks,
         mean: bool,
         sharding: Sharding | None = None,
+        spread: bool = True,
     ):
         self.accumulator, self.request, self.ranks, self.mean = accumulator, request, ranks, mean
-        self.sharding = sharding
+        self.sharding, self.spread = sharding, spread
 
     def add_up(
         self,
@@ -314,7 +316,9 @@ class OverRanks:
         every = [device_of(holder) for holder in places.holders.values()]
         device = next((d for d in every if d.type != "cpu"), every[-1])
         of_owner = set[str]()
-        if self.sharding is not None:  # what is no parameter's stays with the rank that merges it
+        if (
+            self.sharding is not None and self.spread
+        ):  # what is no parameter's stays with the rank that merges it
             of_owner = {
                 key
                 for key in (key for form in forms for key in form)

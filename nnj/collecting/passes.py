@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 from nnj.checks import Refusals
 from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.request import Request
-from nnj.collecting.sharded_passes import ShardedPass
+from nnj.collecting.sharded_passes import OverShards, ShardedPass
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
@@ -43,10 +43,13 @@ class Collection:
     Attributes:
         request: what is asked for.
         accumulator: what has been collected so far.
+        counts: whether passes are taken in; else only what other ranks have of them is.
+        over_shards: how passes of sharded models come together.
     """
 
     def __init__(self, request: Request):
         self.request, self.accumulator = request, Accumulator(request.quantities)
+        self.counts, self.over_shards = True, OverShards()
         self._thread: _Thread | None = None  # in which it is open
         self._refused = False
         self._passes_before = 0
@@ -142,11 +145,10 @@ class _Pass:
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
-            refuse_compiled_step(call.name)
-            refuse_tensor(scale.is_nested, scale.device)
             no_autocast = torch.autocast(scale.device.type, enabled=False)
-            whole = self.sharded.whole(call)
-            with torch.no_grad(), no_autocast, self.refusals.later(), whole:
+            with self.sharded.whole(call), torch.no_grad(), no_autocast, self.refusals.later():
+                refuse_compiled_step(call.name)
+                refuse_tensor(scale.is_nested, scale.device)
                 check_linear(call, node)
                 self.found.append(contribute_signed(call, scale, node, requests))
         except NNJError as error:
@@ -178,11 +180,13 @@ class _Pass:
 
     def _hand_over(self, collection: Collection) -> None:
         request = collection.request
-        found = [] if self.error else [found[request] for found in self.found]
+        used = not self.error and collection.counts
+        found = [found[request] for found in self.found] if used else []
         if self.sharded.sharding is None:
             collection.add_pass(found)
         else:
-            self.sharded.share_out(collection.accumulator, request, found, self.error)
+            how, accumulator = collection.over_shards, collection.accumulator
+            self.sharded.share_out(accumulator, request, found, self.error, how)
             collection.pass_ended()
 
     def _raise(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from nnj.collecting.accumulate import Accumulator, Contribution
@@ -17,6 +18,19 @@ from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding, sharded_models
+
+
+@dataclass
+class OverShards:
+    """How passes come together.
+
+    Attributes:
+        mean: as of `OverRanks`.
+        spread: whether what modules have stays with one rank each.
+    """
+
+    mean: bool = True
+    spread: bool = True
 
 
 class ShardedPass:
@@ -50,6 +64,7 @@ class ShardedPass:
         request: Request,
         contributions: list[Contribution],
         error: Exception | None,
+        how: OverShards,
     ) -> None:
         """Add a pass of all ranks to an accumulator.
 
@@ -65,9 +80,10 @@ class ShardedPass:
             except NNJError as refused:
                 error = refused
         ranks = Ranks(sharding.group, "nnj.collect")
-        over = OverRanks(part, request, ranks, mean=True, sharding=sharding)
+        over = OverRanks(part, request, ranks, how.mean, sharding, how.spread)
         over.add_up(sharding.models, (), error)
         accumulator.absorb(part)
+        accumulator.group = sharding.group
 
 
 def _check_group(request: Request, sharding: Sharding) -> None:

@@ -57,6 +57,7 @@ class Ranks:
         self.group, self.what = checked_group(group, what), what
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.sent = 0
+        self._why: BaseException | None = None  # for which it has left
 
     # -- what ranks say ----------------------------------------------------------------------------
 
@@ -79,7 +80,9 @@ class Ranks:
 
     def leave(self, why: BaseException) -> None:
         """Tell the others, without waiting for them, that this rank does not come to `meet`."""
-        said = f"{type(why).__name__}: {why}"
+        if self._why is why:
+            return
+        said, self._why = f"{type(why).__name__}: {why}", why
         _store().set(f"{self._next()}/left/{self.rank}", said)
 
     def _next(self) -> str:

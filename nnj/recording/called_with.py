@@ -93,7 +93,9 @@ class CalledWith:
             own = module._parameters
             for name, then in table.items():
                 now = own.get(name)
-                if now is not then and now is not None and is_plain(then):
+                if now is then or now is None or then is None:
+                    continue
+                if is_plain(then):  # between calls, the parameters of sharded models are others
                     yield Replaced(module, name, now)
 
     def moved(self) -> set[Tensor]:
@@ -103,11 +105,13 @@ class CalledWith:
         return {t for t, then in self._data if is_moved(t.detach(), then)}
 
 
-def is_plain(t: Tensor | None) -> bool:
-    """Whether a parameter is one that may take part in a call: between calls, those of sharded
-    models are others.
+def is_plain(t: Tensor) -> bool:
+    """Whether the numbers of a tensor are its own, in one shape: no nested one, and none of a class
+    that hands them out, such as a DTensor.
     """
-    return t is not None and not type(t).__module__.startswith("torch.distributed.tensor")
+    kind = type(t)
+    own = kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and not t.is_nested
 
 
 def is_moved(now: Tensor, then: Tensor) -> bool:

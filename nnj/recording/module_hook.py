@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from nnj.recording import loss_hook
-from nnj.recording.called_with import CalledWith, PartCalls
+from nnj.recording.called_with import CalledWith, PartCalls, is_plain
 from nnj.recording.hook import Hook
 from nnj.recording.records import (
     MARK,
@@ -28,7 +28,6 @@ from nnj.recording.records import (
     Edge,
     edge_of,
     inert,
-    is_plain,
     tensors,
     write,
     write_record,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from nnj.errors import NNJError
-from nnj.recording.called_with import CalledWith, Replaced, is_moved, is_same_place
+from nnj.recording.called_with import CalledWith, Replaced, is_moved, is_plain, is_same_place
 from nnj.recording.engine import Edge as Edge
 from nnj.recording.engine import behind_engine
 from nnj.registry.claim import Entry
@@ -32,15 +32,6 @@ def storage_of(t: Tensor) -> tuple[Any, ...]:
         if t.layout == torch.strided
         else (id(t),)
     )
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether the numbers of a tensor are its own, in one shape: no nested one, and none of a class
-    that hands them out, such as a DTensor.
-    """
-    kind = type(t)
-    own = kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    return own and not t.is_nested
 
 
 class Point:
@@ -162,8 +153,8 @@ def check_parameters(record: Record, who: str, wanted: Callable[[Tensor], bool])
     if len(before) != len(now):
         return
     for i, (old, new) in enumerate(zip(before, now, strict=True)):
-        if not isinstance(old, Tensor) or not old.is_leaf:
-            continue
+        if not isinstance(old, Tensor) or not old.is_leaf or not is_plain(old):
+            continue  # between calls, the parameters of sharded models are others
         if old is not new and old.requires_grad and not wanted(old):
             raise NNJError(
                 f"{who}: a parameter in its call was another tensor than it has now (by "

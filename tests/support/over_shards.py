@@ -1,5 +1,5 @@
-"""What each process does in the tests of models that `fully_shard` shards: the same training with and
-without nnj, and alone, on the batches of all ranks.
+"""What each process does in the tests of models that `fully_shard` shards: the same training with
+and without nnj, and alone, on the batches of all ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Subset
 
 import nnj
-from tests.support.over_ranks import EVERY, net, plain, results, share
+from tests.support.over_ranks import EVERY, data, net, plain, results, share
 
 
 class Block(nn.Module):
@@ -96,6 +97,12 @@ WAYS = {
     "every quantity": Way(units=NESTED, names=EVERY),
     "every quantity of blocks": Way(blocks, PARTS, names=EVERY),
 }
+
+
+def ways(size: int) -> dict[str, Way]:
+    """Those that are tried with so many processes."""
+    few = ("nested", "blocks", "every quantity of blocks")
+    return WAYS if size == 2 else {name: WAYS[name] for name in few}
 
 
 def sharded(way: Way) -> tuple[nn.Module, Any]:
@@ -191,5 +198,135 @@ def all_ways(rank: int) -> dict[str, Any]:
             "found": train(way, rank, True),
             "alone": alone(way, size),
         }
-        for name, way in WAYS.items()
+        for name, way in ways(size).items()
     }
+
+
+# -- fit -------------------------------------------------------------------------------------------
+
+FITTED = ("ggn_diag", "kfac", "ekfac", "grad_variance", "batch_grad")
+
+
+def fitted(fit: nnj.Fit) -> dict[str, Any]:
+    """All numbers of a fit."""
+    found: dict[str, Any] = {}
+    for name, values in fit.items():
+        each = values.items() if isinstance(values, dict) else [("", values)]
+        found |= {f"{name} {key}": whole(value) for key, value in each}
+    facts = ("samples", "total", "terms", "loss_value", "scale", "loss", "likelihood", "trace")
+    return found | {fact: getattr(fit, fact) for fact in facts}
+
+
+def odd(rank: int) -> dict[str, Any]:
+    """What fit gives, and what is said where not all goes well."""
+    size, found = dist.get_world_size(), dict[str, Any]()
+    every = data()
+    mine = Subset(every, range(rank, len(every), size))
+    way = WAYS["nested"]
+    for scale in ("sum", "mean"):
+        model, loss = sharded(way)
+        over = nnj.fit(model, loss, DataLoader(mine, 1 + rank), *FITTED, scale=scale)
+        one = nnj.fit(net(), loss, DataLoader(every, 4), *FITTED, scale=scale)
+        found[scale] = fitted(over), fitted(one), over.rows
+    for name, run in ODD.items():
+        dist.barrier()
+        try:
+            found[name] = run(rank, size)
+        except (nnj.NNJError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _refused(rank: int, size: int) -> Any:
+    """Rank 1 is refused; gradients are reduced, and training goes on."""
+    model, loss = sharded(WAYS["nested"])
+    model, loss, found = nnj.extend(model), nnj.extend(loss), {}
+    x, y = share(rank, 0)
+    try:
+        with nnj.collect("ggn_diag"):
+            value = loss(model(x), y)
+            (value.exp() if rank == 1 else value).backward()
+    except nnj.NNJError as error:
+        found["said"] = str(error)
+    found["grad"] = {n: whole(p.grad) for n, p in model.named_parameters()}
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    found["later"] = whole(model.head.weight.ggn_diag)
+    return found
+
+
+def _mixed_precision(rank: int, size: int) -> Any:
+    """Parameters in bfloat16 while they are whole: as one process has them."""
+    mesh, results = init_device_mesh("cpu", (size,)), {}
+    x, y = share(rank, 0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, loss = net().float(), nnj.extend(nn.CrossEntropyLoss())
+    fully_shard(model.head, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    nnj.extend(model)
+    with nnj.collect("ggn_diag"):
+        loss(model(x.float()).float(), y).backward()
+    results["found"] = {n: whole(p.ggn_diag) for n, p in model.named_parameters()}
+    one = nnj.extend(net().bfloat16())
+    with nnj.collect("ggn_diag"):
+        for r in range(size):
+            x, y = share(r, 0)
+            (loss(one(x.bfloat16()).float(), y) / size).backward()
+    results["alone"] = {n: p.ggn_diag for n, p in one.named_parameters()}
+    return results
+
+
+def _partly(rank: int, size: int) -> Any:
+    """Only some parameters are in units."""
+    mesh = init_device_mesh("cpu", (size,))
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    fully_shard(model.head, mesh=mesh)
+    with nnj.collect("ggn_diag"):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _alone(rank: int, size: int) -> Any:
+    """group=False, which a sharded model cannot be."""
+    model, loss = sharded(WAYS["nested"])
+    nnj.extend(model)
+    with nnj.collect("ggn_diag", group=False):
+        nnj.extend(loss)(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _gathered(rank: int, size: int) -> Any:
+    model, loss = sharded(WAYS["nested"])
+    nnj.extend(model)
+    with nnj.collect("batch_grad") as context:
+        nnj.extend(loss)(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    grads = {n: whole(p.grad) for n, p in model.named_parameters()}
+    return {n: (t, grads[n]) for n, t in context.gather("batch_grad").items()}
+
+
+def _factors(rank: int, size: int) -> Any:
+    """Units with other factors."""
+    model, loss = sharded(WAYS["nested"])
+    nnj.extend(model)
+    model.head.set_gradient_divide_factor(3.0)
+    with nnj.collect("ggn_diag"):
+        nnj.extend(loss)(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _no_batch(rank: int, size: int) -> Any:
+    model, loss = sharded(WAYS["nested"])
+    nnj.fit(model, loss, [share(0, 0)] if rank == 0 else [], "ggn_diag")
+
+
+def _products(rank: int, size: int) -> Any:
+    nnj.jacobian(nnj.extend(sharded(WAYS["nested"])[0]), share(rank, 0)[0], "weight")
+
+
+ODD: dict[str, Callable[[int, int], Any]] = {
+    "refused": _refused,
+    "mixed precision": _mixed_precision,
+    "partly": _partly,
+    "alone": _alone,
+    "gathered": _gathered,
+    "factors": _factors,
+    "no batch": _no_batch,
+    "products": _products,
+}

@@ -53,13 +53,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 PARTS = ModuleWrapPolicy({nn.Linear, Bare})
 SHARDED: dict[str, Wrap] = {
-    "fully_shard": _shard,
-    "fully_shard of parts": _shard_parts,
     "FSDP": _fsdp(),
     "FSDP of parts": _fsdp(auto_wrap_policy=PARTS),
     "FSDP with use_orig_params": _fsdp(use_orig_params=True),
     "FSDP of parts with use_orig_params": _fsdp(use_orig_params=True, auto_wrap_policy=PARTS),
 }
+TAKEN: dict[str, Wrap] = {"fully_shard": _shard, "fully_shard of parts": _shard_parts}
 DISTRIBUTED: dict[str, Wrap] = {
     "distribute_module": lambda model, mesh: distribute_module(model, mesh),
     "tensor parallel": _tensor_parallel,
@@ -67,7 +66,7 @@ DISTRIBUTED: dict[str, Wrap] = {
 CASES = [
     (model, wrap, extend)
     for model in MODELS
-    for wrap in (*SHARDED, *DISTRIBUTED)
+    for wrap in (*SHARDED, *TAKEN, *DISTRIBUTED)
     for extend in ("inside", "outside")
     if (model, wrap) != ("bare", "tensor parallel")
 ]
@@ -83,7 +82,7 @@ def train(way: tuple[str, str, str], rank: int, mesh: Any, collecting: bool) -> 
     torch.manual_seed(0)
     model, loss = MODELS[kind](), nn.CrossEntropyLoss()
     inside = collecting and extend == "inside"
-    model = (SHARDED | DISTRIBUTED)[wrap](nnj.extend(model) if inside else model, mesh)
+    model = (SHARDED | TAKEN | DISTRIBUTED)[wrap](nnj.extend(model) if inside else model, mesh)
     if collecting:
         model, loss = model if inside else nnj.extend(model), nnj.extend(loss)
     x, y = batch(0 if wrap in DISTRIBUTED else rank, 0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nnj
 from tests.support import over_ranks
-from tests.support.over_ranks import EVERY, ROWS, SHARDS, WAYS, net, share
+from tests.support.over_ranks import EVERY, ROWS, SHARDS, net, share, ways
 from tests.support.processes import together
 
 
@@ -49,7 +49,7 @@ def is_row(key: str) -> bool:
 def test_over_ranks_results_are_those_of_the_mean_of_the_losses(size):
     ranks = together("tests.support.over_ranks:all_ways", size=size)
     said = []
-    for name, way in WAYS.items():
+    for name, way in ways(size).items():
         for rank in range(size):
             plain, found, alone = (ranks[rank][name][k] for k in ("plain", "found", "alone"))
             results, rows = dict(found["results"]), {k: v for k, v in alone.items() if is_row(k)}

@@ -1,0 +1,109 @@
+"""Models that `fully_shard` shards: what is collected and fitted is that of one process that has
+the batches of all ranks, each rank with a part of it, and training is bit for bit as without nnj.
+
+One test for each group of processes, since these take seconds to start; it lists all that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nnj
+from tests.support.over_ranks import SHARDS, data, net, share
+from tests.support.over_shards import Way, ways
+from tests.support.processes import together
+from tests.whole.test_over_ranks import is_row, same_bits, wrong
+
+OWNED = ("kfac", "ekfac")  # of each module on one rank
+
+
+def is_owned(key: str) -> bool:
+    return key.split()[0] in OWNED
+
+
+def wrongly_placed(found: dict[str, Any]) -> list[str]:
+    """Results of parameters that are not placed as these are, and others not by rows."""
+    said = []
+    for key, at in found["placed"].items():
+        name, _, place = key.partition(" ")
+        if name.startswith(("batch_", "kfac", "noise")) or place == "of the context":
+            continue
+        expected = found["like"].get(place, ("S(0)",))
+        if at is None or [str(a).replace("Shard(dim=0)", "S(0)") for a in at] != [
+            str(a).replace("Shard(dim=0)", "S(0)") for a in expected
+        ]:
+            said.append(f"{key} is placed {at}, expected {expected}")
+    return said
+
+
+def wrong_on_rank(way: Way, rank: int, of_rank: dict[str, Any]) -> list[str]:
+    """What is wrong on one rank, but for what another one has."""
+    plain, found, alone = (of_rank[kind] for kind in ("plain", "found", "alone"))
+    batches = 1 if "batch_grad_dot" in way.names else 2
+    mine = batches * sum(SHARDS[:rank]), batches * SHARDS[rank]
+    results = {k: v for k, v in found["results"].items() if not k.startswith("batch_grad_dot")}
+    expected = {k: v.narrow(0, *mine) if is_row(k) else v for k, v in alone.items()}
+    said = wrong(results, {k: v for k, v in expected.items() if k in results or not is_owned(k)})
+    bits = [k for k in ("grad 0", "grad 1", "state") if not same_bits(found[k], plain[k])]
+    return [*said, *wrongly_placed(found), *(f"{k} is not bit for bit the same" for k in bits)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_results_of_sharded_models_are_those_of_one_process(size):
+    ranks = together("tests.support.over_shards:all_ways", size=size)
+    said = []
+    for name, way in ways(size).items():
+        for rank in range(size):
+            said += [
+                f"{name}, rank {rank}: {w}" for w in wrong_on_rank(way, rank, ranks[rank][name])
+            ]
+        owned = {k for k in ranks[0][name]["alone"] if is_owned(k)}
+        owners = [k for r in ranks for k in r[name]["found"]["results"] if k in owned]
+        if sorted(owners) != sorted(owned):
+            said.append(f"{name}: each of {sorted(owned)} is on one rank, and not {sorted(owners)}")
+    assert not said, "\n".join(said)
+
+
+def test_fits_and_refusals_of_sharded_models():
+    size, every = 2, len(data())
+    ranks = together("tests.support.over_shards:odd", size=size)
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag"):
+        for rank in range(size):
+            (loss(model(share(rank, 0)[0]), share(rank, 0)[1]) / size).backward()
+    for rank, found in enumerate(ranks):
+        for scale in ("sum", "mean"):
+            over, one, rows = found[scale]
+            mine = list(range(rank, every, size))
+            one = {k: t[mine] if k.startswith("batch_grad ") else t for k, t in one.items()}
+            assert rows == len(mine)
+            there = {k: t for k, t in one.items() if k in over or not is_owned(k)}
+            assert not list(wrong(over, there))
+        refused, precise = found["refused"], found["mixed precision"]
+        assert refused["said"].startswith("rank 1: CrossEntropyLoss: the scalar is not linear")
+        assert refused["grad"].keys() == dict(net().named_parameters()).keys()
+        assert torch.allclose(refused["later"], model.head.weight.ggn_diag, rtol=1e-10)
+        for name, t in precise["found"].items():
+            off = (t - precise["alone"][name].float()).norm() / t.norm()
+            assert t.dtype == torch.float32 and off < 2e-2, (name, off)
+        for rows, grad in found["gathered"].values():
+            assert len(rows) == sum(SHARDS[:size]) and torch.allclose(rows.sum(0), grad)
+        for name, text in SAID.items():
+            assert text in found[name], (rank, name, found[name])
+    for kind in OWNED:
+        owned = {k for k in ranks[0]["sum"][1] if k.startswith(f"{kind} ")}
+        owners = [k for found in ranks for k in found["sum"][0] if k in owned]
+        assert sorted(owners) == sorted(owned)
+
+
+SAID = {
+    "partly": "parameter 'conv.weight' is in no unit of fully_shard",
+    "alone": "group= says another thing",
+    "factors": "set_gradient_divide_factor gives units of the model other factors",
+    "no batch": "rank 1 has no batch, and a sharded model is called on all ranks",
+    "products": "a parameter is a DTensor",
+}
