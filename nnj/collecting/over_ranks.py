@@ -17,7 +17,7 @@ from nnj.collecting.accumulate import Accumulator, ExactColumns, asked
 from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
 from nnj.collecting.request import Request
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
-from nnj.distributed.ranks import Ranks
+from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
 from nnj.recording.sharded import Sharding, part_of, placed_like, whole_sum
 
@@ -287,7 +287,8 @@ class OverRanks:
                     tensors += mine
                     known.append((name, holder, forms[0]))
                     continue
-                like = self.sharding.like(holder)
+                like, others = self.sharding.like(holder), self.ranks.size - 1
+                count_sent(sum(others * t.nbytes for t in mine) // self.ranks.size)
                 parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
                 self.accumulator.replace(name, {holder: filled(forms[0], parts)})
         left = iter(self.ranks.sums(tensors))

@@ -36,6 +36,7 @@ T = TypeVar("T")
 Trees = dict[str, Any]
 
 _SOON, _AT_MOST = 0.0005, 0.05  # seconds between two looks at the store
+_sent = 0
 _meetings: dict[str, int] = {}  # of each group by its name: how many there were
 
 
@@ -48,7 +49,6 @@ class Ranks:
 
     Attributes:
         size, rank: how many ranks there are, and which this is.
-        sent: the bytes of tensors that this rank has given to others so far.
 
     Errors: `NNJError` for what is no group that this rank is in.
     """
@@ -56,7 +56,6 @@ class Ranks:
     def __init__(self, group: Any, what: str):
         self.group, self.what = checked_group(group, what), what
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self.sent = 0
         self._why: BaseException | None = None  # for which it has left
 
     # -- what ranks say ----------------------------------------------------------------------------
@@ -148,7 +147,7 @@ class Ranks:
                 with self._together():
                     dist.all_reduce(wide, group=self.group)
                 # of a ring: each entry once to be added, and once as a sum
-                self.sent += 2 * (self.size - 1) * wide.nbytes // self.size
+                count_sent(2 * (self.size - 1) * wide.nbytes // self.size)
             flat = wide.to(device)
             flat = torch.view_as_complex(flat.reshape(-1, 2)) if dtype.is_complex else flat
             parts = flat.split([tensors[i].numel() for i in mine])
@@ -258,7 +257,7 @@ class Ranks:
         into = torch.empty(sum(sizes), dtype=torch.uint8, device=out.device)
         with self._together():
             dist.all_to_all_single(into, out, sizes, list(map(len, rows)), group=self.group)
-        self.sent += len(out) - len(rows[self.rank])
+        count_sent(len(out) - len(rows[self.rank]))
         parts = into.to(device).split(sizes)
         return [list(unpacked(part, row)) for part, row in zip(parts, slots, strict=True)]
 
@@ -278,6 +277,19 @@ def _left(store: Any, key: str, size: int) -> str:
     there = [rank for rank in range(size) if store.check([f"{key}/left/{rank}"])]
     said = [(rank, store.get(f"{key}/left/{rank}").decode()) for rank in there]
     return "; ".join(f"rank {rank} has left by {why}" for rank, why in said)
+
+
+def count_sent(size: int) -> None:
+    """Note that this process gives bytes to others."""
+    global _sent
+    _sent += size
+
+
+def bytes_sent() -> int:
+    """How many bytes of tensors nnj has given to other processes so far, those of a sum as a ring
+    sends them; what ranks say of them is some bytes for each place more.
+    """
+    return _sent
 
 
 def checked_group(group: Any, what: str) -> Any:

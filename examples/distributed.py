@@ -1,0 +1,120 @@
+"""A Kronecker Laplace posterior over the shards of a data set, and the memory of a sharded model.
+
+    torchrun --nproc-per-node 2 examples/distributed.py
+
+trains a small network on handwritten digits with DistributedDataParallel, fits its curvature with
+each rank reading its own digits, and compares all of it with what one process has that reads
+everything. Then a wide network, sharded by fully_shard, beside the same in one process.
+"""
+
+import argparse
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import nnj
+from nnj.distributed.ranks import bytes_sent
+
+MIB = 2**20
+
+
+def digits():
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16, dtype=torch.float64), torch.tensor(y)
+    return TensorDataset(x[:1201], y[:1201]), (x[1201:], y[1201:])
+
+
+def network(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10)).double()
+
+
+def trained(model, data, epochs):
+    parallel = DistributedDataParallel(model)
+    optimizer, loss = torch.optim.Adam(model.parameters(), 1e-2), nn.CrossEntropyLoss()
+    for _ in range(epochs):
+        for x, y in DataLoader(data, 100, drop_last=True):  # as many steps on all ranks
+            optimizer.zero_grad()
+            loss(parallel(x), y).backward()
+            optimizer.step()
+    return parallel
+
+
+def largest(a, b):
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in b)
+
+
+def laplace_over_shards(rank, size, epochs):
+    data, (x, y) = digits()
+    shard = Subset(data, range(rank, len(data), size))
+    model, loss = trained(network(), shard, epochs), nn.CrossEntropyLoss()
+    before = bytes_sent()
+    fit = nnj.fit(model, loss, DataLoader(shard, 100), "kfac", group=dist.group.WORLD)
+    sent = bytes_sent() - before
+    alone = nnj.fit(model.module, loss, DataLoader(data, 100), "kfac")
+    wide, wide_alone = (nnj.laplace(f).predict_proba(x) for f in (fit, alone))
+    dense = [{name: m.dense() for name, m in f["kfac"].items()} for f in (fit, alone)]
+    accuracy = float((wide.argmax(1) == y).double().mean())
+    return [
+        f"{len(shard)} of {len(data)} digits here, {sent} bytes sent",
+        f"Kronecker factors are those of one process to {largest(*dense):.0e}",
+        f"predictions of the posterior to {float((wide - wide_alone).abs().max()):.0e}, "
+        f"accuracy {accuracy:.3f}",
+    ]
+
+
+def peak():
+    """The most memory that this process has had, in MiB."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / MIB
+
+
+def memory(rank, size, width, sharded):
+    """What a step and its diagonal take beyond what was there before, in MiB."""
+    torch.manual_seed(0)
+    before = peak()
+    layers = [nn.Linear(width, width) for _ in range(8)]
+    model, loss = nn.Sequential(*layers, nn.Linear(width, 10)), nnj.extend(nn.CrossEntropyLoss())
+    if sharded:
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    nnj.extend(model)
+    x, y = torch.randn(8, width), torch.randint(10, (8,))
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+    own = [p.ggn_diag.to_local() if sharded else p.ggn_diag for p in model.parameters()]
+    return peak() - before, sum(t.nbytes for t in own) / MIB
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--memory", choices=["one", "sharded"])
+    given = parser.parse_args()
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if given.memory:
+        most, kept = memory(rank, size, given.width, given.memory == "sharded")
+        said = [f"{given.memory}: peak {most:.0f} MiB, diagonal kept here {kept:.0f} MiB"]
+    else:
+        said = laplace_over_shards(rank, size, given.epochs)
+    every = [None] * size
+    dist.all_gather_object(every, said)
+    if rank == 0:
+        for i, lines in enumerate(every):
+            print("\n".join(f"rank {i}: {line}" for line in lines))
+    dist.destroy_process_group()
+
+
+main()
