@@ -4,7 +4,10 @@ every pass, so that a graph that was traced may hold it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from typing_extensions import Self
 
 SEED = 0x6E6E6A
@@ -55,3 +58,11 @@ def of_rank(
     # of a seed, generators on a CPU take the last 32 bits alone
     own = (seed + rank * 0x9E3779B1) % 2**63
     return torch.Generator(device if generator is None else generator.device).manual_seed(own)
+
+
+def same_on(group: Any, generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """A generator that draws the same on all ranks of a group, as the first of them says."""
+    where = "cpu" if generator is None else generator.device
+    seed = torch.randint(2**62, (), generator=generator, device=where).to(device)
+    dist.broadcast(seed, group=group, group_src=0)
+    return torch.Generator(device).manual_seed(int(seed))

@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nnj.collecting.quantity import Holder, Quantity, Whole, failed, of_dtype, times
 from nnj.errors import NNJError
+from nnj.recording.placement import placed, whole_state
+from nnj.recording.tensor_parallel import is_distributed
 
 
 class ExactColumns(NamedTuple):
@@ -358,7 +360,11 @@ class Accumulator:
         large.
         """
         ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
-        found = asked(name, ask, self.states(name), self.samples_of(name))
+        states = self.states(name)
+        if any(is_distributed(holder) for holder in states):
+            entrywise = self._quantities[name].entrywise
+            states = {h: whole_state(name, entrywise, h, s) for h, s in states.items()}
+        found = asked(name, ask, states, self.samples_of(name))
         return {key: times(value, factor**degree) for key, (value, degree) in found.items()}
 
     def _value(self, name: str, holder: Holder, total: _Merged | _Rows, factor: float = 1.0) -> Any:
@@ -367,7 +373,8 @@ class Accumulator:
             return None
         quantity = self._quantities[name]
         factor = factor * self.loss_factor ** (quantity.degree or 0)
-        return result(name, quantity, holder, state, self.samples_of(name), factor)
+        value = result(name, quantity, holder, state, self.samples_of(name), factor)
+        return placed(name, quantity.entrywise, holder, value) if is_distributed(holder) else value
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(

@@ -17,7 +17,7 @@ from nnj.checks import Refusals, at_once, refuse_unless
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
-from nnj.generators import of_rank
+from nnj.generators import of_rank, same_on
 from nnj.loss_hessian.autodiff import autodiff_hessian
 from nnj.loss_hessian.base import LossHessian, check_outputs, rows_of
 from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns
@@ -76,6 +76,7 @@ class LossColumns:
             absolute values; then the scale may be negative. None: H itself.
 
     Attributes:
+        mesh: of ranks that share a model, and draw the same.
         ranks: of what is drawn, which of the ranks this is that draw for samples of their own.
 
     Errors: `NNJError` for a negative factor, outputs that are not finite or not real, a loss that
@@ -92,6 +93,7 @@ class LossColumns:
         self.call, self.scale, self.node = call, scale.detach(), node
         self.sign, self.curvature = sign, curvature
         self.ranks: dict[ColumnSource, int] = {}
+        self.mesh: Any = None
         self.name = call.name
         self.outputs = [call.leaves[i] for i in call.outputs]
         self._check_call()
@@ -216,6 +218,8 @@ class LossColumns:
                 draws = source.drawn_for.draws
                 rank, device = self.ranks.get(source, 0), self.outputs[0].device
                 own = of_rank(source.drawn_for.generator, rank, device)
+                if self.mesh is not None:
+                    own = same_on(self.mesh.get_group(), own, device)
                 columns = self.hessian.sample(draws, own)
                 found.append(_Columns(source, self.hessian.to_outputs(columns), draws))
         return found

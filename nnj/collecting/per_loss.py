@@ -14,6 +14,7 @@ from nnj.collecting.accumulate import Contribution, ExactColumns, result
 from nnj.collecting.called_parameters import check_data, check_replaced
 from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
+from nnj.collecting.parallel_results import is_parallel, mesh_of, over_mesh
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
 from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
@@ -144,7 +145,7 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, se
             known = executed[p] = _executed(p)
         return bool(known)
 
-    graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths)
+    graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths, parallel=True)
     return graph, set(executed)
 
 
@@ -248,6 +249,11 @@ class _Pass:
         self.memory = min(request.memory for request in requests)
         self.tol = min((r.tol for r in requests if EXACT in r.sources.values()), default=0.0)
         self.verify = any(request.verify for request in requests)
+        every = [q for request in requests for q in request.quantities.values()]
+        distributed = is_parallel(planned.sweep.graph)
+        self.gathers = distributed and any(q.place is not Tensor for q in every)
+        if distributed:
+            self.columns.mesh = mesh_of(planned.sweep.graph)
         self.columns.ranks |= {
             source: request.rank(target.found.wrappers)
             for request, target in zip(requests, targets, strict=True)
@@ -275,6 +281,8 @@ class _Pass:
             self._propagate(self.planned, [GRADIENT], None)
         for target in self.targets:
             target.found.end(target.request.quantities)
+            if not self.gathers:
+                over_mesh(target.found, target.request.quantities)
 
     def _check_apart(self) -> None:
         """Errors: `NNJError` for curvature of each sample, which the loss takes together."""
@@ -291,6 +299,7 @@ class _Pass:
         if self.verify:
             _verified(planned, self.wanted)
         sweep, columns, targets = planned.sweep, self.columns, self.targets
+        sweep.gathers = self.gathers
         at_most, about = columns_at_once(sweep, self.memory)
         selection, size, left = None, about, list(sources)
         stage = self._stage(planned) if EXACT in sources else None
@@ -319,7 +328,8 @@ class _Pass:
         """The stages of the exact columns, where only sums over samples are made of them."""
         requests = [target.request for target in self.targets]
         each = [name for r in requests for name in r.exact_of_samples]
-        if each or planned.groups or any(target.together for target in self.targets):
+        together = planned.groups or any(target.together for target in self.targets)
+        if each or together or is_parallel(planned.sweep.graph):
             return None
         own = [own for target in self.targets for own in target.own.values()]
         calls = planned.sweep.graph.marks
@@ -375,7 +385,8 @@ def _last_layer(
     """The exact columns behind the last layers, where these are one linear map for all samples."""
     several = owned_by_several(m for target in targets for m in target.own)
     several = several.union(*(target.together for target in targets))
-    if sweep.hooks is not None:  # H at the last layer's parameters is not behind them
+    # with hooks, H at the last layer's parameters is not behind them
+    if sweep.hooks is not None or is_parallel(sweep.graph):
         return None
     last = LastLayerColumns(sweep, hessian, several, selection)
     if not last.useful:

@@ -66,6 +66,8 @@ class Quantity:
             places of a sample are added up first.
         quadratic: of "gradient", whether results are not linear in the gradient. Then those of two
             losses of the same samples do not add up, and are refused.
+        entrywise: whether a result at a parameter has an entry (or a row) for each of its entries,
+            so that a part of the parameter has a part of the result; else it is a sum over them.
         of_rank: whether the result is one of the samples of this process alone, and is not merged
             with those of others.
         place: the class of what holds results, `Tensor`, `nn.Module` or `nnj.Whole`; follows from
@@ -80,6 +82,7 @@ class Quantity:
     per_sample: bool = False
     sees_samples: bool = False
     quadratic: bool = False
+    entrywise: bool = True
     of_rank: bool = False
     place: ClassVar[type] = Tensor
 

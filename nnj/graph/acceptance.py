@@ -17,10 +17,11 @@ from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import edge_shape, edges, leaf_of, node_name, own_task, sum_to
 from nnj.graph.op_names import ATTENTION, BATCHED, COPIES, ELEMENTWISE, TRUSTED
 from nnj.graph.traverse import reachable, topological
-from nnj.jacobians.jacobian import Jacobian
+from nnj.jacobians.jacobian import Jacobian, LinearMap
 from nnj.recording.called_with import Replaced
 from nnj.recording.records import Edge, Record, check_parameters, replaced_in
-from nnj.registry.layer_rules import Declined, ask_rule
+from nnj.recording.tensor_parallel import Parallel, part_of
+from nnj.registry.layer_rules import Declined, Described, ask_rule, parameters_by_name
 
 LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
 VIEWS = COPIES & TRUSTED
@@ -75,7 +76,7 @@ def accept(
     if point is None:
         return Declined("its parameters are narrower than its tensors")
     x, y = point
-    said = ask_rule(record.entry, record.module, x, y, paths)
+    said = _asked(record, x, y, paths)
     if isinstance(said, Declined):
         return said
     if record.edge is not None and "input" not in said.jacobians:
@@ -84,6 +85,32 @@ def accept(
     if record.entry.is_fallback and not _confirmed(node, accepted, y):
         return Declined("for each sample alone it is not what autograd says")
     return accepted
+
+
+def _asked(
+    record: Record, x: Tensor, y: Tensor, paths: Mapping[nn.Module, str]
+) -> Described | Declined:
+    """What the rule says of a call, or of the part of it on this rank."""
+    if record.parallel is None:
+        return ask_rule(record.entry, record.module, x, y, paths)
+    said = ask_rule(record.entry, part_of(record.module), x, y, paths)
+    if isinstance(said, Declined):
+        return said
+    return _over_ranks(said, record.parallel, parameters_by_name(record.module))
+
+
+def _over_ranks(
+    said: Described, parallel: Parallel, parameters: dict[str, nn.Parameter]
+) -> Described:
+    """What a rule says of a part of a layer, with the sums over ranks that make it the layer."""
+    jacobians = dict(said.jacobians)
+    j = jacobians.get("input")
+    if j is not None:
+        summed = parallel.summed
+        vjp = (lambda u: summed(j.vjp(u))) if parallel.way == "outputs" else j.vjp
+        jvp = (lambda v: summed(j.jvp(v))) if parallel.way == "inputs" else j.jvp
+        jacobians["input"] = LinearMap(jvp, vjp, j.inputs, j.outputs, j.like, per_row=True)
+    return Described(jacobians, parameters)
 
 
 def _stale(

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
-from nnj.graph.nodes import LEAF, edges, is_alive, leaf_of, node_name
+from nnj.graph.nodes import LEAF, edges, is_alive, leaf_of, node_name, shape_at
 from nnj.graph.refusals import refuse_leaf, refuse_model, refuse_node, refuse_tensor
 from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
@@ -28,6 +29,7 @@ class Graph:
         paths: the name of each module, for errors.
         batched: a leaf that is no parameter but the model's input, with the samples in axis 0.
         products: whether products with bare parameters are taken for linear layers.
+        parallel: whether layers may be distributed by tensor parallelism.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Graph:
         paths: Mapping[nn.Module, str],
         batched: Tensor | None = None,
         products: bool = True,
+        parallel: bool = False,
     ):
         self.roots, self.wanted, self.paths = roots, wanted, paths
         self.batched, self.products = batched, products
+        self.parallel = parallel and dist.is_available() and dist.is_initialized()
         # the edges on which outputs of outermost calls were met
         self.outputs: dict[Edge, CallMark] = {}
         self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
@@ -91,10 +95,11 @@ class Graph:
         if step is None:
             like = edge[0]._input_metadata[edge[1]]
             refuse_tensor(like.is_nested_tensor, like.device)
-            shape = self.shapes[edge] = tuple(like.shape)
+            shape = shape_at(edge) if self.parallel else tuple(like.shape)
+            self.shapes[edge] = shape
             self.dtypes[edge] = like.dtype
             if type(edge[0]) is not LEAF and (mark := edge[0].metadata.get((MARK, edge[1]))):
-                refuse_model(mark.module)
+                refuse_model(mark.module, self.parallel)
                 self.outputs[edge] = mark
             if 0 in shape:
                 step = self._nothing(edge)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.recording.engine import Edge, behind_engine
+from nnj.recording.records import Record
 
 T = TypeVar("T")
 
@@ -21,6 +22,15 @@ T = TypeVar("T")
 def edge_shape(edge: Edge) -> tuple[int, ...]:
     """The shape of the tensor on an edge."""
     return tuple(edge[0]._input_metadata[edge[1]].shape)
+
+
+def shape_at(edge: Edge) -> tuple[int, ...]:
+    """The same as columns have it: of the output of a layer that is distributed, that of its part
+    on this rank.
+    """
+    record = None if isinstance(edge[0], LEAF) else Record.of(*edge)
+    part = record is not None and record.parallel is not None
+    return tuple(record.y.shape) if record is not None and part else edge_shape(edge)
 
 
 def edge_dtype(edge: Edge) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnj.errors import Coupled, NNJError
 from nnj.graph.traverse import children, reachable
 from nnj.recording.scope import modules_of
+from nnj.recording.tensor_parallel import is_passage
 
 
 def refuse_node(node: Any) -> None:
@@ -41,19 +42,30 @@ def refuse_node(node: Any) -> None:
             "copies that are thrown away. Use one device (device_ids=[0]), or "
             "DistributedDataParallel"
         )
+    if is_passage(node):
+        raise NNJError(
+            "a DTensor goes in or out where nnj takes none: it takes linear layers under "
+            "ColwiseParallel and RowwiseParallel between plain tensors (as they are by default: a "
+            "whole input and a part of the output, or a part of the input and a whole output). "
+            "Distribute these, and leave other layers whole on all ranks"
+        )
     if name.startswith("SyncBatchNorm"):
         raise Coupled.at("SyncBatchNorm")
     if module.startswith("torch.distributed.fsdp"):
         raise _sharded("the model")
 
 
-def refuse_model(module: nn.Module) -> None:
-    """Errors: `NNJError` for a model that is sharded or distributed, and not whole now."""
+def refuse_model(module: nn.Module, parallel: bool = False) -> None:
+    """Errors: `NNJError` for a model that is sharded or distributed, and not whole now.
+
+    Args:
+        parallel: whether layers may be distributed by tensor parallelism.
+    """
     parts = modules_of(module)
     for kind in set(map(type, parts)):
         if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
             raise _sharded(kind.__name__)
-    for part in parts:
+    for part in parts if not parallel else ():
         for p in part._parameters.values() if part._parameters else ():
             if p is not None:
                 refuse_leaf(p)
@@ -71,9 +83,10 @@ def refuse_leaf(leaf: Tensor) -> None:
         )
     if type(leaf).__module__.startswith("torch.distributed.tensor"):
         raise NNJError(
-            "a parameter is a DTensor (of tensor parallelism, or distribute_module), of which each "
-            "process has a part: nnj does not take it. Collect with the model before it is "
-            "distributed, or under DistributedDataParallel"
+            "a parameter is a DTensor, of which each process has a part, and takes part where nnj "
+            "takes none: it collects at linear layers under ColwiseParallel and RowwiseParallel, "
+            "and in models that fully_shard shards. Distribute others on one process, or under "
+            "DistributedDataParallel"
         )
 
 

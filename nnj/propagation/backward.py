@@ -4,7 +4,7 @@ at the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
 from nnj.recording.records import Edge, Record
+from nnj.recording.tensor_parallel import shape_here, whole_of
 from nnj.registry.blame import blame
-from nnj.registry.layer_rules import checked
+from nnj.registry.layer_rules import Declined, ask_rule, checked
 
 Sink = Callable[[Tensor, Factor], None]
 
@@ -71,6 +72,7 @@ class Sweep(Plan):
     Attributes:
         uses: at how many steps each parameter has a factor.
         hooks: the user's hooks through which columns go; set by `verification`.
+        gathers: whether factors are those of all of a parameter that is distributed.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Sweep(Plan):
         # what the probe said of edges at which nothing has arrived yet
         self._unchecked: dict[Edge, SampleIndex] = {}
         self.hooks: Hooks | None = None
+        self.gathers, self._wholes = False, dict[Step, dict[str, Jacobian]]()
         self.uses = uses_of(graph.steps)
         if self._has_to_ask():
             own_task(lambda: self._find_sample_indices(sample_indices))
@@ -328,13 +331,35 @@ class Sweep(Plan):
 
     def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
         """Columns at a step's own parameters."""
+        operators: Mapping[str, Jacobian] | None = None
+        if self.gathers and step.params and step.record is not None and step.record.parallel:
+            v = step.record.parallel.whole_output(v)  # once: a bias is known by its weight's
+            operators = self._whole(step, step.record, v)
         for slot, p in step.params:
-            factor = self.operator(step, slot).pullback(v, self.sample_index(edge, step, v))
-            shape = tuple(p.shape)
+            j = self.operator(step, slot) if operators is None else operators[slot]
+            factor = j.pullback(v, self.sample_index(edge, step, v))
+            shape = shape_here(p) if operators is None else tuple(p.shape)
             if step.record is not None and factor.shape != shape:
                 who = self._who(step.record)
                 checked(f"vjp of {slot!r}", torch.empty(factor.shape), shape, who)
             use(p, _wide(factor))
+
+    def _whole(self, step: Step, record: Record, v: Tensor) -> Mapping[str, Jacobian]:
+        """The operators of a layer of which this rank has a part, in all of its parameters.
+
+        Args:
+            v: columns at all of its outputs.
+        """
+        slots = self._wholes.get(step)
+        if slots is None:
+            assert record.parallel is not None
+            x = record.parallel.whole_input(record.x.tensor())
+            y = torch.empty(v.shape[1:], dtype=v.dtype, device="meta")
+            said = ask_rule(record.entry, whole_of(record.module), x, y, self.graph.paths)
+            if isinstance(said, Declined):
+                raise NNJError(f"{self._who(record)}: its rule does not say what all of it is")
+            slots = self._wholes[step] = said.jacobians
+        return slots
 
     def _who(self, record: Record) -> str:
         return blame(record.entry, record.module, self.graph.paths.get(record.module, ""))

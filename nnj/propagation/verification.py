@@ -31,6 +31,7 @@ from nnj.propagation.hooks import OF_MODULE, find_hooks
 from nnj.propagation.plan import device_of
 from nnj.propagation.unharmed import OnBothSides, engine_vjp, leaf_edge, unharmed
 from nnj.recording.records import Edge
+from nnj.recording.tensor_parallel import is_distributed, local_as, shape_here
 
 MODE = "NNJ_VERIFY"
 KEPT = 256  # structures that are remembered for each model
@@ -272,6 +273,9 @@ class _Verification:
 
 
 def _plain(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    if is_distributed(leaf):  # each rank compares its part
+        part = torch.zeros(shape_here(leaf), dtype=leaf.dtype, device=leaf.device)
+        return part if grad is None else local_as(grad, leaf)
     return torch.zeros_like(leaf, requires_grad=False).detach() if grad is None else grad
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnj.recording.tensor_parallel import is_pending
+
 Table = dict[str, Tensor | None]  # the own parameters of a module, by name
 
 
@@ -111,6 +113,7 @@ def is_plain(t: Tensor) -> bool:
     """
     kind = type(t)
     own = kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    own = own or is_pending(t)
     return own and not t.is_nested
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from nnj.recording.tensor_parallel import behind_passage
+
 T = TypeVar("T")
 Edge = tuple[Any, int]  # (grad_fn, output_nr)
 
@@ -32,13 +34,17 @@ def is_engine(node: Any) -> bool:
 
 
 def behind_engine(edge: Edge) -> Edge | None:
-    """Where an edge leads behind nodes that belong to an engine; None for nowhere."""
-    while is_engine(edge[0]):
-        found = dict(zip(_needed(edge[0]), _edges(edge[0]), strict=True)).get(edge[1])
-        if found is None:
-            return None
+    """Where an edge leads behind nodes that belong to an engine, and behind torch's steps between a
+    layer that is distributed and plain tensors; None for nowhere.
+    """
+    while True:
+        if is_engine(edge[0]):
+            found = dict(zip(_needed(edge[0]), _edges(edge[0]), strict=True)).get(edge[1])
+        else:
+            found = behind_passage(edge)
+        if found is None or found is edge:
+            return found
         edge = found
-    return edge
 
 
 def through_engine(node: Any, arrived: Sequence[T | None]) -> list[T | None]:

@@ -30,10 +30,12 @@ from nnj.recording.records import (
     inert,
     tensors,
     write,
+    write_part,
     write_record,
 )
+from nnj.recording.tensor_parallel import is_distributed
 from nnj.recording.wrappers import wrapper_of_call
-from nnj.registry.layer_rules import RuleLookup
+from nnj.registry.layer_rules import RuleLookup, find_rule
 from nnj.registry.manager import manager
 
 # The modules that were given to `extend` (or are copies of such) and are still alive, in order.
@@ -184,13 +186,22 @@ class AfterCall(Hook):
         """Whether there is a record of the call."""
         if before is not None and y is x and before[0] is not None and before[0][0] is y.grad_fn:
             return False  # the call has changed nothing
-        if not _sees_forward(module) or not (is_plain(x) and is_plain(y)):
+        if not (is_plain(x) and is_plain(y)):
+            return self._part(module, x, y)
+        if not _sees_forward(module):
             return False
         entry = self.known.rule(module)
         if entry is None or (entry.is_fallback and not is_leaf_layer(module)):
             return False
         write_record(module, entry, x, y, before)
         return True
+
+    def _part(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """Whether there is a record of a layer that is distributed."""
+        if not is_distributed(x) or not is_distributed(y):
+            return False
+        entry = find_rule(module)
+        return entry is not None and not entry.is_fallback and write_part(module, entry, x, y)
 
 
 class AfterLeafCall(AfterCall):

@@ -17,19 +17,31 @@ from nnj.errors import NNJError
 from nnj.recording.called_with import CalledWith, Replaced, is_moved, is_plain, is_same_place
 from nnj.recording.engine import Edge as Edge
 from nnj.recording.engine import behind_engine
+from nnj.recording.tensor_parallel import (
+    RECORD as RECORD,
+)
+from nnj.recording.tensor_parallel import (
+    Parallel,
+    is_pending,
+    local_of,
+    parallel_of,
+    plain_edge,
+    settled,
+)
 from nnj.registry.claim import Entry
 from nnj.registry.layer_rules import parameters_by_name
 
-RECORD, MARK = "nnj.record", "nnj.call"
+MARK = "nnj.call"
 
 
 def storage_of(t: Tensor) -> tuple[Any, ...]:
     """Where the numbers of a tensor are in memory, and how they are seen: of two tensors with the
-    same the entries are the same, in the same order.
+    same the entries are the same, in the same order. Of one for which a collective is under way
+    nobody knows yet.
     """
     return (
         (t.untyped_storage().data_ptr(), t.data_ptr(), t.shape, t.stride())
-        if t.layout == torch.strided
+        if t.layout == torch.strided and not is_pending(t)
         else (id(t),)
     )
 
@@ -84,13 +96,37 @@ def write_record(
         module,
         entry,
         edge,
-        x.detach() if "x" in uses else (x.shape, x.dtype),
+        settled(x.detach()) if "x" in uses else (x.shape, x.dtype),
         version,
         storage_of(x) if x.grad_fn is None or x._is_view() else None,
-        y.detach() if "y" in uses else (y.shape, y.dtype),
+        settled(y.detach()) if "y" in uses else (y.shape, y.dtype),
         y._version,
         layer_state(module),
+        None,
     )
+
+
+def write_part(module: nn.Module, entry: Entry, x: Tensor, y: Tensor) -> bool:
+    """The same of a layer that tensor parallelism distributes: of its part on this rank, between
+    the plain tensors before and behind it. Whether there is a record of it.
+    """
+    parallel, (plain, edge) = parallel_of(module, x, y), plain_edge(x)
+    if parallel is None or not plain:
+        return False
+    node: Any = y.grad_fn
+    here = local_of(x), local_of(y)
+    state = layer_state(module)
+    noted = module, entry, None if edge is None else behind_engine(edge), here[0]
+    node.metadata[RECORD, y.output_nr] = (
+        *noted,
+        here[0]._version,
+        None,
+        here[1],
+        here[1]._version,
+        state,
+        parallel,
+    )
+    return True
 
 
 class Record:
@@ -98,10 +134,11 @@ class Record:
     input.
     """
 
-    __slots__ = ("edge", "entry", "module", "state", "x", "y")
+    __slots__ = ("edge", "entry", "module", "parallel", "state", "x", "y")
 
     def __init__(self, noted: tuple[Any, ...]):
-        self.module, self.entry, self.edge, x, version, storage, y, now, self.state = noted
+        self.module, self.entry, self.edge, x, version, storage, y, now, self.state = noted[:9]
+        self.parallel: Parallel | None = noted[9]
         self.x, self.y = Point(x, version, storage), Point(y, now)
 
     @staticmethod

@@ -25,6 +25,7 @@ class BatchGradDot(nnj.Quantity):
     source = "gradient"
     degree = 2
     quadratic = True
+    entrywise = False
     of_rank = True
 
     @override

@@ -25,6 +25,7 @@ class BatchGradSqNorm(nnj.Quantity):
     degree = 2
     per_sample = True
     quadratic = True
+    entrywise = False
 
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> Tensor:

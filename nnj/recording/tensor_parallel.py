@@ -1,0 +1,202 @@
+"""Layers that tensor parallelism distributes over the ranks of a mesh (`ColwiseParallel`,
+`RowwiseParallel`): between plain tensors each rank computes with its part of the weight.
+
+Of y = x W^T + b, the ranks of
+
+    ColwiseParallel   have rows of W:     x is whole, y a part; back to x goes a sum over ranks
+    RowwiseParallel   have columns of W:  x is a part, y a sum over ranks; to y comes the whole
+
+so that a record between the plain tensors before and behind such a layer is one of its part, and
+torch's own steps between these and DTensors are never walked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Edge = tuple[Any, int]
+RECORD = "nnj.record"
+
+_STEPS = frozenset({"_ToTorchTensor", "_FromTorchTensor", "Redistribute"})
+
+
+def is_distributed(t: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return isinstance(t, Tensor) and type(t).__module__.startswith("torch.distributed.tensor")
+
+
+def is_pending(t: Tensor) -> bool:
+    """Whether a tensor is one for which a collective may still be under way."""
+    return type(t).__name__ == "AsyncCollectiveTensor"
+
+
+def settled(t: Tensor) -> Tensor:
+    """The numbers of a tensor for which a collective may still be under way."""
+    if not is_pending(t):
+        return t
+    found: Tensor = t.trigger_wait()  # type: ignore[attr-defined]
+    return found
+
+
+def local_of(t: Any) -> Tensor:
+    """The part of a DTensor on this rank."""
+    return settled(t.detach().to_local())
+
+
+def local_as(t: Any, like: Any) -> Tensor:
+    """The part of a DTensor on this rank, placed as another one is."""
+    return local_of(t.redistribute(placements=like.placements))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a layer is distributed.
+
+    Attributes:
+        way: "outputs" where each rank has some of the outputs, "inputs" where some of the inputs.
+        mesh: of one dimension.
+        inputs, outputs: how many there are on all ranks.
+    """
+
+    way: str
+    mesh: Any
+    inputs: int
+    outputs: int
+
+    def summed(self, t: Tensor) -> Tensor:
+        """The sum over the ranks of the mesh."""
+        t = t.contiguous().clone()
+        dist.all_reduce(t, group=self.mesh.get_group())
+        return t
+
+    def whole_input(self, x: Tensor) -> Tensor:
+        return x if self.way == "outputs" else self._gathered(x, self.inputs)
+
+    def whole_output(self, v: Tensor) -> Tensor:
+        return v if self.way == "inputs" else self._gathered(v, self.outputs)
+
+    def _gathered(self, t: Tensor, size: int) -> Tensor:
+        """All entries of the last axis, of which ranks have parts as of `torch.chunk`."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = (*t.shape[:-1], size)
+        stride = torch.empty(shape, device="meta").stride()
+        parts = DTensor.from_local(
+            t.contiguous(),
+            self.mesh,
+            [Shard(t.dim() - 1)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
+        )
+        return settled(parts.full_tensor())
+
+
+def parallel_of(module: nn.Module, x: Any, y: Any) -> Parallel | None:
+    """How a linear layer is distributed whose call is between DTensors; None for anything else."""
+    weight = module._parameters.get("weight")
+    if not (isinstance(module, nn.Linear) and is_distributed(weight) and is_distributed(x)):
+        return None
+    mesh: Any = weight.device_mesh  # type: ignore[union-attr]
+    if mesh.ndim != 1 or 0 in shape_here(weight):  # type: ignore[arg-type]
+        return None
+    seen = _of(weight, 1), _of(x, x.dim() - 1), _of(y, y.dim() - 1)
+    ways = {("rows", "whole", "last"): "outputs", ("last", "last", "sum"): "inputs"}
+    way = ways.get(seen)
+    sizes = weight.shape[1], weight.shape[0]  # type: ignore[union-attr]
+    return None if way is None else Parallel(way, mesh, *sizes)
+
+
+def _of(t: Any, last: int) -> str:
+    """How a DTensor is placed on a mesh of one dimension, in a word."""
+    (at,) = t.placements if len(t.placements) == 1 else (None,)
+    if at is None:
+        return "otherwise"
+    if at.is_replicate():
+        return "whole"
+    if at.is_partial():
+        return "sum" if at.reduce_op == "sum" else "otherwise"
+    return "last" if at.dim == last else "rows" if at.dim == 0 else "otherwise"
+
+
+def plain_edge(x: Any) -> tuple[bool, Edge | None]:
+    """Whether a DTensor is a plain tensor, seen as one, and the edge of that; None where no
+    gradient flows.
+    """
+    node = x.grad_fn
+    if node is None:
+        return not x.requires_grad, None
+    while _step(node) == "Redistribute" and node.current_spec.placements == x.placements:
+        node = node.next_functions[0][0]
+    if _step(node) != "_FromTorchTensor":
+        return False, None
+    same = tuple(node.forward_input_placements) == tuple(x.placements)
+    edge = node.next_functions[0]
+    return same, None if edge[0] is None else edge
+
+
+def behind_passage(edge: Edge) -> Edge:
+    """Behind torch's steps from a DTensor to a plain tensor the output of the layer that made it,
+    if there is a record of that, and columns are the same at both; else the edge itself.
+    """
+    node = edge[0]
+    if _step(node) != "_ToTorchTensor":
+        return edge
+    seen = node.dtensor_spec.placements
+    below, nr = node.next_functions[0]
+    while below is not None and _step(below) == "Redistribute":
+        before = below.current_spec.placements
+        if before != seen and not all(
+            a == b or (a.is_partial() and b.is_replicate())
+            for a, b in zip(before, seen, strict=True)
+        ):
+            return edge
+        seen = before
+        below, nr = below.next_functions[0]
+    if below is None or (RECORD, nr) not in getattr(below, "metadata", {}):
+        return edge
+    return below, nr
+
+
+def is_passage(node: Any) -> bool:
+    """Whether a node is one of torch's steps between DTensors and plain tensors."""
+    return _step(node) is not None
+
+
+def _step(node: Any) -> str | None:
+    function = getattr(type(node), "_forward_cls", None)
+    if function is None or not function.__module__.startswith("torch.distributed.tensor"):
+        return None
+    return function.__name__ if function.__name__ in _STEPS else None
+
+
+def part_of(module: nn.Module) -> nn.Module:
+    """A layer with the part of its parameters on this rank, for its rule."""
+    part = nn.Module.__new__(type(module))
+    part.__dict__.update(module.__dict__)
+    part.__dict__["_parameters"] = {
+        name: p if p is None else nn.Parameter(local_of(p) if is_distributed(p) else p.detach())
+        for name, p in module._parameters.items()
+    }
+    return part
+
+
+def whole_of(module: nn.Module) -> nn.Module:
+    """A layer with parameters of which only the shapes are there."""
+    whole = nn.Module.__new__(type(module))
+    whole.__dict__.update(module.__dict__)
+    whole.__dict__["_parameters"] = {
+        name: p if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        for name, p in module._parameters.items()
+    }
+    return whole
+
+
+def shape_here(p: Tensor) -> tuple[int, ...]:
+    """The shape of the part of a parameter on this rank."""
+    return tuple(p.to_local().shape) if is_distributed(p) else tuple(p.shape)  # type: ignore[attr-defined]
