@@ -31,6 +31,7 @@ from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.matrices.matrix import Matrix
 from nnj.recording.records import LossCall
+from nnj.recording.tensor_parallel import check_group
 from nnj.recording.wrappers import data_group, first_group
 
 # By thread and quantity: the modules that have its attribute, or whose parameters may have it. (Not
@@ -339,6 +340,10 @@ class collect(Collection):  # noqa: N801
                 raise
             self._kept, own = self._kept or error, first_group(accumulator.wrappers)
         group = own if group is None else group
+        try:
+            check_group(group, models_of(accumulator.modules))
+        except NNJError as error:
+            self._kept = self._kept or error
         return None if group is None else Ranks(group, "nnj.collect")
 
     def _over_ranks(self, ranks: Ranks, error: BaseException | None) -> None:

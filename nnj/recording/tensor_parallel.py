@@ -12,12 +12,15 @@ torch's own steps between these and DTensors are never walked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from nnj.errors import NNJError
 
 Edge = tuple[Any, int]
 RECORD = "nnj.record"
@@ -173,6 +176,23 @@ def _step(node: Any) -> str | None:
     if function is None or not function.__module__.startswith("torch.distributed.tensor"):
         return None
     return function.__name__ if function.__name__ in _STEPS else None
+
+
+def check_group(group: Any, models: Iterable[nn.Module]) -> None:
+    """Errors: `NNJError` for a group over which data are split that has ranks which share a
+    model.
+    """
+    meshes = [p.device_mesh for m in models for p in m.parameters() if is_distributed(p)]  # type: ignore[attr-defined]
+    if group is None or not meshes:
+        return
+    ranks = set(dist.get_process_group_ranks(group))
+    for mesh in dict.fromkeys(meshes):
+        if len(ranks & set(mesh.mesh.flatten().tolist())) > 1:
+            raise NNJError(
+                "group= has ranks that share a model by tensor parallelism, which have the same "
+                "data. Name the group over which data are split, without these: "
+                'group=mesh["dp"].get_group()'
+            )
 
 
 def part_of(module: nn.Module) -> nn.Module:
