@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; packages of one floor do not know one another.
 FLOORS = (
     {"_version", "errors", "checks", "generators"},
-    {"distributed"},
-    {"jacobians", "compiling"},
+    {"jacobians", "compiling", "distributed"},
     {"loss_hessian", "matrices"},
     {"registry"},
     {"recording"},

@@ -72,8 +72,8 @@ class collect(Collection):  # noqa: N801
             that only looked, and begins to change gradients, is not seen. NNJ_VERIFY=never, first
             or always in the environment says it for the whole process.
         group: the process group over which data are split. None: that of
-            DistributedDataParallel, where the model is called through it; False: none, so that
-            results are those of this process.
+            DistributedDataParallel, where the model is called through it, or of `fully_shard`;
+            False: none, so that results are those of this process.
         options: keyword arguments of the quantities, such as samples= and generator= of
             ggn_diag_mc, block_limit= of ggn_block. Each goes to all named ones that declare it.
 
@@ -130,6 +130,21 @@ class collect(Collection):  # noqa: N801
           which only some go through DDP. `join` goes inside of the `with`.
         - `nnj.fit` weighs samples by the data set, and this one by the loss of each rank.
 
+        Models that `fully_shard` shards
+            What a backward pass adds is shared out when it ends, after FSDP has reduced the
+            gradients: `p.ggn_diag` is a DTensor placed as p is, also under mixed precision policies
+            and `set_gradient_divide_factor`; ggn_block and ggn are sharded by rows; kfac stands on
+            the modules of one rank each. Rows of samples are of whole parameters. A refusal is
+            raised on all ranks in the same pass. All parameters of a model are whole on each rank
+            while columns walk, and results until the pass ends.
+
+        Tensor parallelism
+            Of linear layers under `ColwiseParallel` and `RowwiseParallel`, between plain tensors,
+            each rank walks with its part: `p.ggn_diag` is placed as p is, `p.batch_grad` one axis
+            on, and norms are sums over the mesh. Blocks and Kronecker factors are whole on all
+            ranks. Name with group= the ranks over which data are split, where they are, too:
+            `group=mesh["dp"].get_group()`.
+
         See nnj/distributed/README.md for what is sent, and how much.
 
     What is refused
@@ -162,9 +177,10 @@ class collect(Collection):  # noqa: N801
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
         - Models, losses and steps under `torch.compile` or `torch.jit` (extend and use what was
           given to it), and `torch.utils.checkpoint` with `use_reentrant=True`.
-        - Parameters that are sharded or distributed (FSDP, `fully_shard`, DTensor, tensor
-          parallelism), DistributedDataParallel with `mixed_precision=`, and DataParallel on several
-          devices: they train on as without nnj. `SyncBatchNorm` in training mode.
+        - FullyShardedDataParallel (use `fully_shard`), models that `fully_shard` shards in parts
+          or over several meshes, DTensors other than in linear layers between plain tensors,
+          DistributedDataParallel with `mixed_precision=`, and DataParallel on several devices: they
+          train on as without nnj. `SyncBatchNorm` in training mode.
         - Models on the device "meta", and nested tensors.
         - Parameters that are others at the time of the backward pass than in the call, and would
           be left without a result: `torch.func.functional_call` with others for all or some of

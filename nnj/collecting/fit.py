@@ -96,6 +96,8 @@ def fit(
         pads its shards with samples that then count twice, which is refused: give
         `torch.utils.data.Subset(data, range(rank, len(data), world_size))`. An error of one rank is
         raised on all, with its rank. Files of separate jobs, without any group: `nnj.Fit.merge`.
+        A model that `fully_shard` shards is called on all ranks in each pass: all have one batch at
+        least, and one that has no more is given its last one again, which counts nothing.
 
     What is refused, what a sample is and what it costs: see `nnj.collect`. A data set of negative
     log likelihoods, for a Laplace posterior, wants scale="sum".
