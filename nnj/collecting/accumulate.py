@@ -361,7 +361,7 @@ class Accumulator:
         """
         ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
         states = self.states(name)
-        if any(is_distributed(holder) for holder in states):
+        if any(map(self._has_parts, states)):
             entrywise = self._quantities[name].entrywise
             states = {h: whole_state(name, entrywise, h, s) for h, s in states.items()}
         found = asked(name, ask, states, self.samples_of(name))
@@ -374,7 +374,13 @@ class Accumulator:
         quantity = self._quantities[name]
         factor = factor * self.loss_factor ** (quantity.degree or 0)
         value = result(name, quantity, holder, state, self.samples_of(name), factor)
-        return placed(name, quantity.entrywise, holder, value) if is_distributed(holder) else value
+        return placed(name, quantity.entrywise, holder, value) if self._has_parts(holder) else value
+
+    def _has_parts(self, holder: Holder) -> bool:
+        """Whether results are of the parts of a parameter that ranks have; what stands at those of
+        sharded models was shared out.
+        """
+        return self.group is None and is_distributed(holder)
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(

@@ -77,6 +77,8 @@ class ShardedPass:
             try:
                 _check_group(request, sharding)
                 part.add_pass([_at_sharded(c, sharding) for c in contributions])
+                for contribution in contributions:  # what is shared out is not held twice
+                    contribution.states = {}
             except NNJError as refused:
                 error = refused
         ranks = Ranks(sharding.group, "nnj.collect")

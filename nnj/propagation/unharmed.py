@@ -103,7 +103,7 @@ class _Alive(NamedTuple):
         everything = gc.get_objects()
         found = list(compress(everything, map(kinds.__contains__, map(type, everything))))
         with torch._C.DisableTorchFunctionSubclass():
-            retaining = [t for t in found if type(t) in tensor and t.retains_grad]
+            retaining = [t for t in found if type(t) in tensor and _retains_grad(t)]
         handles = [thing for thing in found if type(thing) is RemovableHandle]
         return cls(retaining, any(type(thing) is _FRAME for thing in found), handles)
 
@@ -111,6 +111,13 @@ class _Alive(NamedTuple):
         """The tables in which the hooks are."""
         refs = [ref for h in self.handles for ref in (h.hooks_dict_ref, *h.extra_dict_ref)]
         return list({id(table): table for ref in refs if (table := ref()) is not None}.values())
+
+
+def _retains_grad(t: Tensor) -> bool:
+    try:
+        return t.retains_grad
+    except RuntimeError:  # of a tensor that is none, as DistributedDataParallel keeps in torch 2.6
+        return False
 
 
 def _subclasses(kind: type) -> set[type]:

@@ -63,7 +63,7 @@ class Sharding:
                 "which ranks to add up. Shard all of them over one mesh"
             )
         self.group = _group_of(meshes[0])
-        factors = {group.gradient_divide_factor for group in self.groups}
+        factors = {_factor_of(group) for group in self.groups}
         if len(factors) > 1:
             raise NNJError(
                 "set_gradient_divide_factor gives units of the model other factors, so that their "
@@ -145,6 +145,19 @@ def _groups(state: Any) -> list[Any]:
     if several is not None:
         return list(several)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _factor_of(group: Any) -> float | None:
+    """By what a group divides gradients; None for the number of ranks. Errors: `NNJError` for what
+    older torch has in its place.
+    """
+    if getattr(group, "reduce_scatter_reduce_op", None) is not None:
+        raise NNJError(
+            "set_reduce_scatter_divide_factor changes gradients in a way that this version of "
+            "torch does not tell. Leave it out"
+        )
+    found: float | None = getattr(group, "gradient_divide_factor", None)
+    return found
 
 
 def _prefetched(state: Any) -> list[Any]:

@@ -138,7 +138,9 @@ def plain_edge(x: Any) -> tuple[bool, Edge | None]:
         node = node.next_functions[0][0]
     if _step(node) != "_FromTorchTensor":
         return False, None
-    same = tuple(node.forward_input_placements) == tuple(x.placements)
+    older = getattr(node, "previous_placement", None)  # its name in torch 2.6
+    given = node.forward_input_placements if older is None else older
+    same = tuple(given) == tuple(x.placements)
     edge = node.next_functions[0]
     return same, None if edge[0] is None else edge
 
