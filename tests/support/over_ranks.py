@@ -97,12 +97,10 @@ class Way:
 
 
 FIND = dict(find_unused_parameters=True)
-WAYS = {
-    f"{mode}, {extend}": Way(options, extend)
-    for mode, options in MODES.items()
-    for extend in ("inside", "outside")
-}
+WAYS = {f"{mode}, outside": Way(options, "outside") for mode, options in MODES.items()}
 WAYS |= {
+    "plain, inside": Way(),
+    "static_graph, inside": Way(MODES["static_graph"]),
     "every quantity": Way(names=tuple(n for n in EVERY if n != "batch_grad_dot")),
     "tiny buckets": Way(dict(bucket_cap_mb=1e-5)),
     "huge buckets": Way(dict(bucket_cap_mb=1000)),
@@ -374,6 +372,12 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "failing": _failing,
     "dot": _dot,
 }
+
+
+def of_several(rank: int) -> dict[str, Any]:
+    """All of it, in one group of processes; of three less than of two."""
+    found = {"ways": all_ways(rank), "fits": fits(rank)}
+    return found | ({"odd": odd(rank)} if dist.get_world_size() == 2 else {})
 
 
 def dying(rank: int) -> Any:

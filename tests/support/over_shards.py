@@ -84,7 +84,6 @@ PARTS = ("blocks.0", "blocks.1", "head")
 ALL = tuple(name for name in EVERY if name not in ("batch_grad_dot", "ggn_block", "ggn"))
 WAYS = {
     "one unit": Way(),
-    "one unit, inside": Way(extend="inside"),
     "nested": Way(units=NESTED),
     "nested, inside": Way(units=NESTED, extend="inside"),
     "nested, resharded": Way(units=NESTED, options=dict(reshard_after_forward=True)),
@@ -92,7 +91,6 @@ WAYS = {
     "no sync": Way(units=NESTED, unsynced=True),
     "divided by 3": Way(units=NESTED, divides=3.0),
     "blocks": Way(blocks, PARTS),
-    "blocks, resharded": Way(blocks, PARTS, dict(reshard_after_forward=True)),
     "one module": Way(units=NESTED, modules=("head",)),
     "every quantity": Way(units=NESTED, names=EVERY),
     "every quantity of blocks": Way(blocks, PARTS, names=EVERY),
@@ -200,6 +198,12 @@ def all_ways(rank: int) -> dict[str, Any]:
         }
         for name, way in ways(size).items()
     }
+
+
+def of_several(rank: int) -> dict[str, Any]:
+    """All of it, in one group of processes; of three less than of two."""
+    found = {"ways": all_ways(rank)}
+    return found | ({"odd": odd(rank)} if dist.get_world_size() == 2 else {})
 
 
 # -- fit -------------------------------------------------------------------------------------------

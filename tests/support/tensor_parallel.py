@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -23,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import nnj
-from tests.support.over_ranks import EVERY, plain, results, share
+from tests.support.over_ranks import EVERY, net, plain, results, share
 from tests.support.over_shards import where, whole
 
 
@@ -160,7 +161,7 @@ def alone(way: Way) -> dict[str, Any]:
 def odd(rank: int) -> dict[str, Any]:
     """What is said, and found, of other uses."""
     mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), dict[str, Any]()
-    for name, run in ODD.items() if mesh.size() == 2 else [("two dimensions", _two_dimensions)]:
+    for name, run in (ODD if mesh.size() == 2 else OF_FOUR).items():
         dist.barrier()
         try:
             found[name] = run(rank, mesh)
@@ -253,6 +254,27 @@ def _two_dimensions(rank: int, mesh: Any) -> Any:
     return found, _results(one, names, None), mine
 
 
+def _hybrid(rank: int, mesh: Any) -> Any:
+    """Two pairs of ranks, each of which has the whole model in shards."""
+    both, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), net()
+    for part in (model.head, model):
+        fully_shard(part, mesh=both)
+    nnj.extend(model)
+    loss, names = nnj.extend(nn.CrossEntropyLoss()), ("ggn_diag",)
+    with nnj.collect(*names):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    found = {k: whole(t) for k, t in _results(model, names, None).items()}
+    one = nnj.extend(net())
+    with nnj.collect(*names):
+        for r in range(4):
+            (loss(one(share(r, 0)[0]), share(r, 0)[1]) / 4).backward()
+    return found, _results(one, names, None)
+
+
+OF_FOUR: dict[str, Callable[[int, Any], Any]] = {
+    "two dimensions": _two_dimensions,
+    "hybrid": _hybrid,
+}
 FITTED = ("ggn_diag", "kfac", "batch_grad", "ekfac")
 ODD: dict[str, Callable[[int, Any], Any]] = {
     "fitted": _fitted,
@@ -263,6 +285,11 @@ ODD: dict[str, Callable[[int, Any], Any]] = {
     "same group": _same_group,
     "strange": _strange,
 }
+
+
+def of_several(rank: int) -> dict[str, Any]:
+    """All of it, in one group of processes."""
+    return {"ways": all_ways(rank), "odd": odd(rank)}
 
 
 def all_ways(rank: int) -> dict[str, Any]:

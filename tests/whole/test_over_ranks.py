@@ -46,8 +46,17 @@ def is_row(key: str) -> bool:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_over_ranks_results_are_those_of_the_mean_of_the_losses(size):
-    ranks = together("tests.support.over_ranks:all_ways", size=size)
+def test_over_ranks_results_are_those_of_one_process(size):
+    """Of two processes also what else happens to ranks."""
+    found = together("tests.support.over_ranks:of_several", size=size)
+    _check_ways(size, [of_rank["ways"] for of_rank in found])
+    _check_fits(size, [of_rank["fits"] for of_rank in found])
+    if size == 2:
+        _check_odd(size, [of_rank["odd"] for of_rank in found])
+
+
+def _check_ways(size: int, ranks: list[Any]) -> None:
+    """Results are those of the mean of the losses, and training is as without nnj."""
     said = []
     for name, way in ways(size).items():
         for rank in range(size):
@@ -81,9 +90,8 @@ def test_over_ranks_results_are_those_of_the_mean_of_the_losses(size):
     assert not said, "\n".join(said)
 
 
-def test_all_ranks_hear_of_what_one_refuses():
-    size = 2
-    ranks = together("tests.support.over_ranks:odd", size=size, seconds=200)
+def _check_odd(size: int, ranks: list[Any]) -> None:
+    """All ranks hear of what one refuses."""
     for rank, found in enumerate(ranks):
         first = found["refused first"]
         assert "passes" in first  # it is raised at the end of the `with`
@@ -150,9 +158,8 @@ def test_a_rank_that_dies_is_told_of_in_time():
     assert "rank 0 waits for the others of its group of 2, and not all came" in said
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_fit_over_ranks_is_that_of_all_data(size):
-    ranks = together("tests.support.over_ranks:fits", size=size)
+def _check_fits(size: int, ranks: list[Any]) -> None:
+    """A fit over ranks is that of all data."""
     every = len(over_ranks.data())
     for rank, found in enumerate(ranks):
         for scale in ("sum", "mean"):

@@ -54,7 +54,9 @@ def wrong_on_rank(way: Way, rank: int, of_rank: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_results_of_sharded_models_are_those_of_one_process(size):
-    ranks = together("tests.support.over_shards:all_ways", size=size)
+    """Of two processes also fits, and what is refused."""
+    of_ranks = together("tests.support.over_shards:of_several", size=size)
+    ranks = [found["ways"] for found in of_ranks]
     said = []
     for name, way in ways(size).items():
         for rank in range(size):
@@ -66,11 +68,13 @@ def test_results_of_sharded_models_are_those_of_one_process(size):
         if sorted(owners) != sorted(owned):
             said.append(f"{name}: each of {sorted(owned)} is on one rank, and not {sorted(owners)}")
     assert not said, "\n".join(said)
+    if size == 2:
+        _check_odd(size, [found["odd"] for found in of_ranks])
 
 
-def test_fits_and_refusals_of_sharded_models():
-    size, every = 2, len(data())
-    ranks = together("tests.support.over_shards:odd", size=size)
+def _check_odd(size: int, ranks: list[Any]) -> None:
+    """Fits are those of one process, and what is refused is refused on all ranks."""
+    every = len(data())
     model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
     with nnj.collect("ggn_diag"):
         for rank in range(size):

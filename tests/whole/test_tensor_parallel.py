@@ -5,6 +5,8 @@ nnj.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.support.over_ranks import SHARDS
@@ -15,8 +17,8 @@ from tests.whole.test_over_ranks import is_row, same_bits, wrong
 
 def test_results_under_tensor_parallelism_are_those_of_the_whole_model():
     size = 2
-    ranks = together("tests.support.tensor_parallel:all_ways", size=size)
-    said = []
+    of_ranks = together("tests.support.tensor_parallel:of_several", size=size)
+    ranks, said = [found["ways"] for found in of_ranks], []
     for name in WAYS:
         for rank in range(size):
             plain, found, alone = (ranks[rank][name][k] for k in ("plain", "found", "alone"))
@@ -33,10 +35,12 @@ def test_results_under_tensor_parallelism_are_those_of_the_whole_model():
                 if at == ("S(0)",) and list(found["placed"][f"batch_grad {place}"]) != rows:
                     said.append(f"{name}: batch_grad of {place} is not placed one axis on")
     assert not said, "\n".join(said)
+    _check_odd([found["odd"] for found in of_ranks])
 
 
-def test_other_uses_of_tensor_parallelism():
-    for found in together("tests.support.tensor_parallel:odd", size=2):
+def _check_odd(ranks: list[Any]) -> None:
+    """Fits, draws, and what is refused."""
+    for found in ranks:
         assert not list(wrong(*found["fitted"]))
         first, *others = found["draws"]
         assert all(torch.equal(first, other) for other in others)
@@ -53,9 +57,11 @@ SAID = {
 }
 
 
-def test_data_and_tensor_parallelism_together():
+def test_two_dimensions_of_ranks():
+    """Split data and tensor parallelism; and hybrid shards."""
     for found in together("tests.support.tensor_parallel:odd", size=4):
         over, one, mine = found["two dimensions"]
         rows = sum(SHARDS[:mine]), SHARDS[mine]
         one = {k: t.narrow(0, *rows) if is_row(k) else t for k, t in one.items()}
         assert not list(wrong(over, one))
+        assert not list(wrong(*found["hybrid"]))
