@@ -145,12 +145,12 @@ class _Pass:
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
-            no_autocast = torch.autocast(scale.device.type, enabled=False)
-            with self.sharded.whole(call), torch.no_grad(), no_autocast, self.refusals.later():
+            with self.sharded.whole(call), torch.no_grad(), self.refusals.later():
                 refuse_compiled_step(call.name)
                 refuse_tensor(scale.is_nested, scale.device)
-                check_linear(call, node)
-                self.found.append(contribute_signed(call, scale, node, requests))
+                with torch.autocast(scale.device.type, enabled=False):
+                    check_linear(call, node)
+                    self.found.append(contribute_signed(call, scale, node, requests))
         except NNJError as error:
             self.error = error
         except Exception as error:

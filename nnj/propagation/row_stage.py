@@ -69,7 +69,7 @@ class RowSweep(Sweep):
         self.rows_of, self.by_column, self.hooks = of, set(), None
         self._unchecked, self.state = {}, {edge: self._index(edge) for edge in of}
         self.routes = {step: [self._route_to(edge) for edge in step.out] for step in steps}
-        self.uses = uses_of(steps)
+        self.uses, self.gathers, self._wholes = uses_of(steps), False, {}
 
     def _index(self, edge: Edge) -> SampleIndex:
         """That of cotangents with the leading axes as one."""

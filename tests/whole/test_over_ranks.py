@@ -6,43 +6,17 @@ One test for each group of processes, since these take seconds to start; it list
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import nnj
 from tests.support import over_ranks
-from tests.support.over_ranks import EVERY, ROWS, SHARDS, net, share, ways
+from tests.support.over_ranks import EVERY, SHARDS, net, share, ways
 from tests.support.processes import together
-
-
-def wrong(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Where two results differ by more than 1e-10."""
-    if found.keys() != expected.keys():
-        yield f"others: {sorted(found.keys() ^ expected.keys())}"
-    for key in found.keys() & expected.keys():
-        a, b = found[key], expected[key]
-        if not isinstance(a, Tensor):
-            if a != (b if isinstance(b, str) else pytest.approx(b, rel=1e-10)):
-                yield f"{key}: {a}, expected {b}"
-        elif a.shape != b.shape:
-            yield f"{key}: {tuple(a.shape)}, expected {tuple(b.shape)}"
-        elif not torch.allclose(a, b, rtol=1e-10, atol=1e-12):
-            yield f"{key}: off by {float((a - b).abs().max()):.1e}"
-
-
-def same_bits(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(t, other[key]) if isinstance(t, Tensor) else t == other[key]
-        for key, t in one.items()
-    )
-
-
-def is_row(key: str) -> bool:
-    return key.split()[0] in ROWS
+from tests.support.same_results import is_row, same_bits, wrong
 
 
 @pytest.mark.parametrize("size", [2, 3])

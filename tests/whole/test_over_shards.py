@@ -16,7 +16,7 @@ import nnj
 from tests.support.over_ranks import SHARDS, data, net, share
 from tests.support.over_shards import Way, ways
 from tests.support.processes import together
-from tests.whole.test_over_ranks import is_row, same_bits, wrong
+from tests.support.same_results import is_row, same_bits, wrong
 
 OWNED = ("kfac", "ekfac")  # of each module on one rank
 

@@ -11,8 +11,8 @@ import torch
 
 from tests.support.over_ranks import SHARDS
 from tests.support.processes import together
+from tests.support.same_results import is_row, same_bits, wrong
 from tests.support.tensor_parallel import WAYS
-from tests.whole.test_over_ranks import is_row, same_bits, wrong
 
 
 def test_results_under_tensor_parallelism_are_those_of_the_whole_model():
