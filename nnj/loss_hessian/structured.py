@@ -340,7 +340,7 @@ class SoftmaxHessian(LossHessian):
 
 
 def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
-    """sum_c w_nc J_c J_c^T: rows J of (C, d) and weights w of (N, C), in float64, give (N, d, d)."""
+    """sum_c w_nc J_c J_c^T of rows J (C, d): weights w of (N, C), in float64, give (N, d, d)."""
     n, d = len(weight), rows.shape[1]
     total = weight.new_zeros(n, d, d)
     if n < MANY or d > SHORT:
