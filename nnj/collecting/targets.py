@@ -15,6 +15,7 @@ from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.matrices.matrix import Matrix
+from nnj.propagation.allocator import give_back
 from nnj.recording.scope import Scope
 from nnj.registry.manager import manager
 
@@ -214,15 +215,17 @@ def _of_part(part: Part, factor: Factor) -> Factor:
 class ChunkSink:
     """Takes the factors of one chunk of columns to all targets."""
 
-    __slots__ = ("parts", "targets")
+    __slots__ = ("memory", "parts", "targets")
 
     def __init__(self, targets: Sequence[Target], parts: Parts):
         self.targets, self.parts = targets, parts
+        self.memory = min(target.request.memory for target in targets)
 
     def take(self, p: Tensor, factor: Factor) -> None:
         """The factor of one parameter has arrived, with the columns of all sources in it."""
         for target in self.targets:
             target.take(p, factor, self.parts)
+        give_back(self.memory)
 
     def end(self) -> None:
         """No factor of the chunk is to come any more."""

@@ -16,7 +16,7 @@ from nnj.collecting import per_loss
 from nnj.graph import attention
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.propagation import allocator
-from nnj.propagation.allocator import SET_BY_USERS, SWITCH, keep_heap
+from nnj.propagation.allocator import SET_BY_USERS, SWITCH, give_back, keep_heap
 from nnj.propagation.chunking import columns_at_once, even
 
 
@@ -153,6 +153,35 @@ def test_freed_memory_is_kept_for_the_next_turn(library):
     assert made.told == [(-3, 2**20), (-1, 2**20), (-3, 2**28), (-1, 2**28)]
     keep_heap(2**40)
     assert made.told[4:] == [(-3, 2**30), (-1, 2**30)]  # the C library takes an int
+
+
+def test_holes_of_the_heap_are_given_back(library, monkeypatch):
+    """As soon as they are more than half of `memory`; nothing is asked where nothing was
+    set.
+    """
+    made, trimmed = library("mallopt"), []
+    made.malloc_trim = trimmed.append
+    free = iter([1000, 900, 1100, 1150, 1151, 950, 1200, 1201, 1199])
+    monkeypatch.setattr(allocator, "_resident_and_free", lambda: next(free))
+    monkeypatch.setattr(allocator, "_least", sys.maxsize)
+    monkeypatch.setattr(allocator, "PAUSE", 0.0)
+    give_back(500)
+    assert trimmed == [] and next(free) == 1000
+    keep_heap(1000)
+    for count in (0, 0, 0, 1, 1, 2):
+        give_back(500)  # 900; 1100; 1150; 1151, and then 950; 1200; 1201, and then 1199
+        assert len(trimmed) == count
+    monkeypatch.setattr(allocator, "PAUSE", 1e9)
+    give_back(500)  # looks no more
+
+
+def test_what_is_resident_and_free():
+    before = allocator._resident_and_free()
+    if before is None:
+        pytest.skip("the C library does not tell")
+    kept = torch.ones(1 << 22)
+    after = allocator._resident_and_free()
+    assert after is not None and abs(after - before) < kept.nbytes / 2
 
 
 @pytest.mark.parametrize("name", SET_BY_USERS)
