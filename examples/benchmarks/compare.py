@@ -31,7 +31,9 @@ def ratios(row: dict[str, dict[str, Any]]) -> dict[str, tuple[str, float]]:
     right = {
         tool: r
         for tool, r in row.items()
-        if tool not in ("nnj", "nnj-compiled", "gradient") and median(r) > 0 and r["error"] <= WRONG
+        if tool not in ("nnj", "nnj-compiled", "nnj-lean", "gradient")
+        and median(r) > 0
+        and r["error"] <= WRONG
     }
     mine = row.get("nnj", NOTHING)
     if not right or math.isnan(median(mine)):
@@ -130,7 +132,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__, list(NAMES), "benchmark")
+    options = parser(__doc__, [tool for tool in NAMES if tool != "nnj-lean"], "benchmark")
     options.add_argument(
         "--rows", nargs="+", choices=ROWS, default=[r for r in ROWS if r != "tiny"]
     )

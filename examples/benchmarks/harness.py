@@ -103,7 +103,7 @@ class Process:
 
     def clear(self) -> None:
         self.times: list[float] = []
-        self.error = self.bytes = math.nan
+        self.error = self.bytes = self.results = math.nan
         # seconds by the clock, and of cores that other programs had meanwhile
         self.spent = self.others = 0.0
 
@@ -165,6 +165,7 @@ class Process:
             "failed": self.failed,
             "error": self.error,
             "bytes": self.bytes,
+            "results": self.results,
             "times": self.times,
             "others": self.others,
         }
@@ -206,16 +207,21 @@ class Pool:
                 raise SystemExit(f"the reference of {row} failed: {process.failed}")
         return path
 
-    def measure(self, row: str) -> dict[str, dict[str, Any]]:
-        """All tools on one network, and a plain gradient."""
-        path, alive = self.reference(row), list[Process]()
+    def measure(self, row: str, check: bool = True) -> dict[str, dict[str, Any]]:
+        """All tools on one network, and a plain gradient; results are compared only where it is
+        asked for.
+        """
+        path, alive = self.reference(row) if check else None, list[Process]()
         for tool in ("gradient", *self.args.tools):
             process = self.get(tool, row)
             alive.append(process)
             process.ask("time")
             if tool != "gradient":
-                process.error = process.ask("check", path=str(path)).get("error", math.nan)
-                process.bytes = process.ask("memory").get("bytes", math.nan)
+                if path is not None:
+                    process.error = process.ask("check", path=str(path)).get("error", math.nan)
+                found = process.ask("memory")
+                process.bytes = found.get("bytes", math.nan)
+                process.results = found.get("results", math.nan)
         for _ in range(self.args.repeats):
             for process in alive:
                 if process.times and process.spent > process.limit:

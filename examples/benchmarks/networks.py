@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-SCALED = re.compile(r"mlp-N(\d+)-C(\d+)-width(\d+)-depth(\d+)")
+GROWN = re.compile(r"([a-z]+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,45 @@ def resnet18(classes: int = 1000) -> nn.Module:
     return model.eval()
 
 
+class Connected(nn.Module):
+    """Layers of ReLU that are given more than what is right before them.
+
+    Args:
+        depth: how many layers.
+        how: "residual": each adds to what it is given; "sums": each is given the sum of all before
+            it; "concatenated": all before it, side by side, to which it adds 16 features.
+    """
+
+    def __init__(self, depth: int, how: str, width: int = 64, classes: int = 10):
+        super().__init__()
+        self.how, more = how, 16 if how == "concatenated" else 0
+        ends = [(width + i * more, more or width) for i in range(depth)]
+        self.layers = nn.ModuleList(nn.Linear(*end) for end in ends)
+        self.head = nn.Linear(width + depth * more, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(torch.relu(layer(self.join(found))))
+            if self.how == "residual":
+                found = [found[0] + found[1]]
+        return self.head(self.join(found))
+
+    def join(self, found: list[Tensor]) -> Tensor:
+        """What a layer is given."""
+        return torch.cat(found, 1) if self.how == "concatenated" else sum(found[1:], found[0])
+
+
+def convolutions(depth: int, channels: int = 128, classes: int = 100) -> nn.Sequential:
+    """Convolutions of as many channels, for images of 8 x 8."""
+    layers = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
+
+
 class Transformer(nn.Module):
     """A transformer encoder on sequences of vectors, pooled over the sequence."""
 
@@ -214,19 +253,42 @@ ROWS = {
 }
 
 
+def sized(classes: int = 16, n: int = 32, width: int = 128, depth: int = 4) -> Row:
+    """An MLP with inputs as wide as its layers."""
+    build = lambda: mlp(*[width] * depth, classes)
+    return Row(f"MLP, {depth} layers of {width}", build, (n, width), classes)
+
+
+def connected(how: str) -> Callable[[int], Row]:
+    return lambda depth: Row(f"{depth} layers, {how}", lambda: Connected(depth, how), (16, 64), 10)
+
+
+# networks of any size: how each is made
+GROWING: dict[str, Callable[[int], Row]] = {
+    "classes": lambda size: sized(classes=size),
+    "samples": lambda size: sized(n=size),
+    "width": lambda size: sized(width=size),
+    "chain": lambda size: sized(depth=size),
+    **{how: connected(how) for how in ("residual", "sums", "concatenated")},
+    "convolutions": lambda size: Row(
+        f"{size} convolutions", lambda: convolutions(size), (4, 3, 8, 8), 100
+    ),
+    "tokens": lambda size: Row(
+        f"transformer, 2 layers, {size} tokens",
+        lambda: Transformer(64, 2, 10),
+        (2, size, 64),
+        10,
+    ),
+}
+
+
 def find(name: str) -> Row:
-    """The row of that name; `mlp-N64-C10-width256-depth3` is an MLP of that size, 64 samples,
-    inputs as wide as layers.
-    """
+    """The row of that name; `width-256` is the network of GROWING of that size."""
     if name in ROWS:
         return ROWS[name]
-    match = SCALED.fullmatch(name)
-    if match is None:
-        raise KeyError(f"no row {name!r}; there are {', '.join(ROWS)}, and {SCALED.pattern}")
-    n, classes, width, depth = map(int, match.groups())
-    return Row(
-        f"MLP, {depth} layers of {width}",
-        lambda: mlp(*[width] * depth, classes),
-        (n, width),
-        classes,
-    )
+    match = GROWN.fullmatch(name)
+    if match is None or match[1] not in GROWING:
+        raise KeyError(
+            f"no row {name!r}; there are {', '.join(ROWS)}, and of any size {', '.join(GROWING)}"
+        )
+    return GROWING[match[1]](int(match[2]))

@@ -82,9 +82,20 @@ its exact block by nnj.)""",
         "",
     ),
     "scaling": (
-        "How cost grows with classes, samples, width and depth",
-        "`scaling.py` measures an MLP, one of its sizes at a time.",
-        "Time and memory against C, N, width and depth",
+        "How cost grows with classes, samples, width, depth and tokens",
+        """\
+`scaling.py` measures one collect of `ggn_diag` beside one gradient, one size at a time: of an MLP,
+of layers that are given what several layers before them give, of convolutions and of a transformer.
+The exponent is that of the three largest sizes, of the time and of the time in gradients. Peak
+memory, beyond that of a gradient, stands beside what it may be, with the default `memory=2**28` and
+with an eighth of that.
+
+Sums and concatenations of all layers before have one edge for each pair of layers, so that both the
+gradient and the diagonal grow with the square of the depth in the end. An addition is a node of its
+own for each pair, which is crossed in Python where the gradient crosses it in C++; a concatenation
+is one node with all its edges. Columns are as many as classes, or as the last layer is wide where
+that is less; what then grows with classes is the Gram matrix of the last layer's rows.""",
+        "Gradients that the diagonal takes, and its peak memory, against each size",
     ),
     "compiled": (
         "Compiled passes",

@@ -6,6 +6,7 @@ The loss is the mean cross entropy; the result is one tensor for each parameter,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[], list[Tensor]]
+MEMORY = {"nnj": 2**28, "nnj-lean": 2**25}  # what columns may take: the default, and less
 
 
 def split(flat: Tensor, model: nn.Module) -> list[Tensor]:
@@ -36,7 +38,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Run:
     return run
 
 
-def nnj(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+def nnj(model: nn.Module, x: Tensor, y: Tensor, memory: int = MEMORY["nnj"]) -> Run:
     import nnj
 
     nnj.extend(model)
@@ -44,7 +46,7 @@ def nnj(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 
     def run() -> list[Any]:
         model.zero_grad()
-        with nnj.collect("ggn_diag"):
+        with nnj.collect("ggn_diag", memory=memory):
             loss_func(model(x), y).backward()
         return [p.ggn_diag for p in model.parameters()]
 
@@ -265,6 +267,7 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 
 TOOLS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
     "nnj": nnj,
+    "nnj-lean": functools.partial(nnj, memory=MEMORY["nnj-lean"]),
     "backpack": backpack,
     "nngeometry": nngeometry,
     "asdfghjkl": asdfghjkl,
@@ -278,6 +281,7 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
 NAMES = {
     "nnj": "nnj",
     "nnj-compiled": "nnj.compile",
+    "nnj-lean": "nnj, memory=2**25",
     "backpack": "BackPACK",
     "nngeometry": "NNGeometry",
     "asdfghjkl": "ASDL",
@@ -291,6 +295,7 @@ NAMES = {
 PACKAGES = {
     "nnj": ["nnj"],
     "nnj-compiled": [],
+    "nnj-lean": [],
     "backpack": ["backpack-for-pytorch"],
     "nngeometry": ["nngeometry"],
     "asdfghjkl": ["asdfghjkl"],

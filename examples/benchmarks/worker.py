@@ -124,8 +124,8 @@ class Worker:
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory of a run beyond that of a plain gradient. What the tool keeps from run to run
-        is its own.
+        """Peak memory of a run beyond that of a plain gradient, and what its results take. What
+        the tool keeps from run to run is its own.
         """
         self.result = None
         self.model.zero_grad()
@@ -137,7 +137,8 @@ class Worker:
             import jax
 
             top = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        return {"bytes": max(0, top - self.base)} if top == top else {}
+        results = sum(t.numel() * t.element_size() for t in self.result)
+        return {"bytes": max(0, top - self.base), "results": results} if top == top else {}
 
     def save(self, path: str) -> dict[str, Any]:
         import torch

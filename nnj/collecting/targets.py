@@ -15,6 +15,7 @@ from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.matrices.matrix import Matrix
+from nnj.propagation.allocator import give_back
 from nnj.recording.scope import Scope
 from nnj.registry.manager import manager
 
@@ -51,6 +52,9 @@ class Target:
         self._order = _in_order(scope) if self._joints else {}
         self.together: dict[nn.Parameter, None] = {}
         self._all: dict[Tensor, Factor] = {}
+        # what quantities may keep until the last chunk, and whether it has room
+        self._room = request.memory / 3
+        self._has_room: dict[tuple[str, Tensor], bool] = {}
 
     def reach(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
         """Take in which parameters columns will reach.
@@ -105,6 +109,7 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = _of_part(part, factor)
+                mine.may_keep = self._has_room_for(name, p, mine.kept(part.total))
                 _add(self.found, name, quantity, p, [mine], [p], part.total)
         if p in self.together:
             self._all[p] = factor
@@ -113,6 +118,13 @@ class Target:
             factors[p] = factor
             if len(factors) == self._expected[m]:
                 self._take_module(m, self._waiting.pop(m), parts)
+
+    def _has_room_for(self, name: str, p: Tensor, size: int) -> bool:
+        """Whether a quantity may keep so many bytes at a parameter: the same in all chunks."""
+        if (name, p) not in self._has_room:
+            self._has_room[name, p] = size <= self._room
+            self._room -= size if size <= self._room else 0
+        return self._has_room[name, p]
 
     def take_zeros(self, empty: Iterable[Tensor], n: int) -> None:
         """Collect zeros at parameters that are behind tensors without entries alone, as `.grad`
@@ -203,15 +215,17 @@ def _of_part(part: Part, factor: Factor) -> Factor:
 class ChunkSink:
     """Takes the factors of one chunk of columns to all targets."""
 
-    __slots__ = ("parts", "targets")
+    __slots__ = ("memory", "parts", "targets")
 
     def __init__(self, targets: Sequence[Target], parts: Parts):
         self.targets, self.parts = targets, parts
+        self.memory = min(target.request.memory for target in targets)
 
     def take(self, p: Tensor, factor: Factor) -> None:
         """The factor of one parameter has arrived, with the columns of all sources in it."""
         for target in self.targets:
             target.take(p, factor, self.parts)
+        give_back(self.memory)
 
     def end(self) -> None:
         """No factor of the chunk is to come any more."""

@@ -44,26 +44,37 @@ def attention_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
     grouped.
 
     With P the softmax and dP = g V^T:  dV = P^T g,  dS = P o (dP - sum(g o O)),  dQ = dS s K,
-    dK = dS^T s Q, where sum(g o O) = sum(P o dP). Some heads and columns at a time, since what is
-    between, of (K, N, H, T, S), is the largest tensor of a transformer."""
+    dK = dS^T s Q, where sum(g o O) = sum(P o dP). Some heads, queries and columns at a time, since
+    what is between, of (K, N, H, T, S), is the largest tensor of a transformer."""
     saved = _Saved(node)
     q, k, v = saved.q, saved.k, saved.v
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return None
     dq, dk, dv = (_like(t, len(g)) for t in (q, k, v))
     q, k, every = q * saved.scale, k * saved.scale, slice(None)
-    for heads in _groups(q.shape[0], q.shape[1], q.shape[2] * k.shape[2], q.device):
-        p, of_heads = saved.probabilities(heads), g[(every, *heads)]
-        dv[(every, *heads)] = _transposed(p, of_heads)
-        delta = (of_heads * (p @ v[heads])).sum(-1, keepdim=True)
+    for *heads, rows in _groups(q, k):
+        at_keys, at_rows = (every, *heads), (*heads, rows)
+        p, of_heads = saved.probabilities(at_rows), g[(every, *at_rows)]
+        _put(dv, at_keys, _transposed(p, of_heads), rows)
+        keys, values, queries = k[at_keys[1:]], v[at_keys[1:]], q[at_rows]
+        delta = (of_heads * (p @ values)).sum(-1, keepdim=True)
         fits = max(1, _at_once(q.device) // max(1, p.numel()))
         for a in range(0, len(g), fits):
             part = slice(a, a + fits)
-            at = (part, *heads)
-            ds = _scores(p, v[heads], of_heads[part], delta[part])
-            dq[at] = (ds.flatten(2, 3) @ k[heads]).unflatten(2, ds.shape[2:4]).movedim(2, 0)
-            dk[at] = (ds.mT @ q[heads][:, :, None]).movedim(2, 0)
+            ds = _scores(p, values, of_heads[part], delta[part])
+            dq[(part, *at_rows)] = (
+                (ds.flatten(2, 3) @ keys).unflatten(2, ds.shape[2:4]).movedim(2, 0)
+            )
+            _put(dk, (part, *heads), (ds.mT @ queries[:, :, None]).movedim(2, 0), rows)
     return [dq, dk, dv]
+
+
+def _put(out: Tensor, at: tuple[slice, ...], v: Tensor, rows: slice) -> None:
+    """What comes of some queries, to which that of later ones is added."""
+    if rows.start:
+        out[at].add_(v)
+    else:
+        out[at] = v
 
 
 def _transposed(p: Tensor, g: Tensor) -> Tensor:
@@ -97,20 +108,25 @@ def _at_once(device: torch.device) -> int:
     return SCORES if device.type == "cpu" else SCORES_ON_GPU
 
 
-def _groups(n: int, h: int, scores: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """All heads of (N, H) in groups whose scores are so few: of whole samples, or of one."""
-    fits = max(1, _at_once(device) // max(1, scores))
+def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """All heads and queries of (N, H, T) in groups whose scores are so few: of whole samples, of
+    one, or some queries of one head.
+    """
+    (n, h, t), s, at_once = q.shape[:3], k.shape[2], _at_once(q.device)
+    fits = max(1, at_once // max(1, t * s))
     samples, heads = max(1, fits // max(1, h)), min(max(1, h), fits)
+    rows = max(1, t if t * s <= at_once else at_once // s)
     for a in range(0, n, samples):
         for b in range(0, h, heads):
-            yield slice(a, a + samples), slice(b, b + heads)
+            for c in range(0, t, rows):
+                yield slice(a, a + samples), slice(b, b + heads), slice(c, c + rows)
 
 
-def score_entries(t: int, s: int, device: torch.device) -> int:
+def score_entries(s: int, device: torch.device) -> int:
     """How many entries `attention_backward` holds beside columns and results, whatever their
-    number, for T queries and S keys: P, dS, and a copy of either.
+    number, for S keys: P, dS, and a copy of either.
     """
-    return 3 * max(t * s, _at_once(device))
+    return 3 * max(s, _at_once(device))
 
 
 class _Saved:
@@ -123,19 +139,19 @@ class _Saved:
         self.causal, scale = node._saved_is_causal, node._saved_scale
         self.scale: float = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
 
-    def probabilities(self, heads: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
-        """P of some heads, (n, h, T, S)."""
-        scores = (self.q[heads] @ self.k[heads].mT).mul_(self.scale)
+    def probabilities(self, at: tuple[slice, ...] = (slice(None),) * 3) -> Tensor:
+        """P of some samples, heads and queries, (n, h, t, S)."""
+        scores = (self.q[at] @ self.k[at[:2]].mT).mul_(self.scale)
         if self.mask is not None:
             whole = (*self.q.shape[:-1], self.k.shape[-2])
-            mask = self.mask.detach().expand(whole)[heads]
+            mask = self.mask.detach().expand(whole)[at]
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, -math.inf)
             else:
                 scores = scores + mask
         if self.causal:
-            below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores.masked_fill_(~below, -math.inf)
+            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            scores.masked_fill_(~ones.tril(at[2].start or 0), -math.inf)
         p: Tensor = scores.softmax(-1)
         return p.nan_to_num_(0.0)  # a row that is masked as a whole gives zero
 

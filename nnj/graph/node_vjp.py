@@ -33,12 +33,9 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
     Errors: `NNJError` for a function in Python whose backward is not linear."""
     if is_engine(node):
         return through_engine(node, arrived)
-    if fused_attention(node) and arrived[0] is not None:
-        found = attention_backward(node, arrived[0])
-        if found is not None:
-            return found
-    if k > 1 and node_name(node) == "MaxPool2DWithIndices" and arrived[0] is not None:
-        return [_max_pool_backward(node, arrived[0])]
+    known = None if arrived[0] is None else _known(node, arrived[0], k)
+    if known is not None:
+        return known
     in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
     call = node.apply if in_python else node
     if in_python:
@@ -61,6 +58,32 @@ def call_node(node: Any, arrived: list[Tensor | None], k: int) -> list[Tensor | 
     if in_python:
         _check_linear(node, run, given, alone)
     return alone
+
+
+def _known(node: Any, g: Tensor, k: int) -> list[Tensor | None] | None:
+    """What a node makes of its columns, where it need not be asked."""
+    if fused_attention(node):
+        return attention_backward(node, g)
+    name = node_name(node)
+    if name == "Add":
+        return _add_backward(node, g)
+    if k > 1 and name == "MaxPool2DWithIndices":
+        return [_max_pool_backward(node, g)]
+    return None
+
+
+def _add_backward(node: Any, g: Tensor) -> list[Tensor | None] | None:
+    """What an addition sends to its two operands: of layers that are given sums of all before them
+    there are as many as pairs. None where dtypes would have to be told apart.
+    """
+    kind, alpha = type(node), getattr(node, "_saved_alpha", None)
+    if kind.__name__ != "AddBackward0" or alpha is None or g.is_complex():
+        return None
+    shares = (g, g if alpha == 1 else g * alpha)
+    ends = node.next_functions
+    if len(ends) > 2:
+        return None
+    return [None if end is None else v for (end, _), v in zip(ends, shares, strict=False)]
 
 
 def _together(

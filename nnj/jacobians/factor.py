@@ -36,6 +36,7 @@ class Factor:
         device, dtype: of B.
         sparse: whether few rows of B are not zero, so that `inner` with any other factor is best
             asked of this one.
+        may_keep: whether there is room for what `kept` says.
     """
 
     k: int
@@ -44,6 +45,7 @@ class Factor:
     device: torch.device
     dtype: torch.dtype
     sparse: bool = False
+    may_keep: bool = True
 
     # -- must be defined ---------------------------------------------------------------------------
 
@@ -71,6 +73,10 @@ class Factor:
         (by default of K) that come in chunks.
         """
         return SquareSum(self.square_sum())
+
+    def kept(self, total_columns: int) -> int:
+        """The bytes beside results that a term of `squares` takes until the last chunk."""
+        return 0
 
     def gram(self, other: Factor) -> Tensor:
         """B^T B', summed over k and n: the block of the GGN between two parameters, (P, P').

@@ -202,9 +202,17 @@ class OuterProduct(Factor):
         return found.reshape(self.n, *self.shape) if per_sample else found.reshape(self.shape)
 
     def squares(self, total_columns: int | None = None) -> SquareSum:
-        if self.by_gram(total_columns or self.k):
+        total = total_columns or self.k
+        if total <= self.k:  # nothing comes later
+            return SquareSum(self.square_sum())
+        if self.by_gram(total) and (self.may_keep or self.form[2] == 1):
             return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
         return SquareSum(explicit_squares(self.v, self.patches).reshape(self.shape))
+
+    def kept(self, total_columns: int) -> int:
+        (g, o, l), one = self.form, self.form[2] == 1
+        keeps = total_columns > self.k and not one and self.by_gram(total_columns)
+        return 8 * self.n * g * o * l * l if keeps else 0
 
     def by_gram(self, total_columns: int) -> bool:
         """Whether the kernels V^T V over all columns cost less than to form B for each column.

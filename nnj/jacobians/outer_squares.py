@@ -87,12 +87,15 @@ def kernel_squares(kernel: Tensor, patches: Patches, per_sample: bool = False) -
     found = torch.zeros(*lead, g, o, i, dtype=kernel.dtype, device=kernel.device)
     for rows in patches.parts(g * l * l * (o + i)):
         u = patches(rows).to(kernel.dtype)
-        half, both = kernel[rows][..., left, right] * twice, u[..., left] * u[..., right]
+        half, both = kernel[rows][..., left, right].mul_(twice), u[..., left]
+        both.mul_(u[..., right])
         if per_sample:
             found[rows] = half @ both.mT
         else:
             pairs = both.permute(1, 0, 3, 2).flatten(1, 2)
             found += half.permute(1, 2, 0, 3).flatten(2) @ pairs
+            del pairs
+        del u, half, both  # lest they stand beside those of the next samples
     return found.clamp_(min=0)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nnj.checks import enough, number, refuse_unless
 from nnj.errors import Indefinite, NNJError
-from nnj.jacobians.factor import CHUNK
 from nnj.loss_hessian.base import WRITE_A_RULE, LossHessian, infinite
 
 # With so many samples, and rows so short, a weighted Gram matrix is one product for all of them.
 MANY, SHORT = 24, 64
 MATRICES = 1 << 18  # entries of J_c J_c^T that are formed at a time
+WEIGHTED = 1 << 20  # the same, of w_nc J_c
 LEADING = 64  # classes that have a column of their own in a random combination
 
 
@@ -77,7 +77,7 @@ class DiagonalHessian(LossHessian):
             yield rows[a : a + size, None] * weight[a : a + size, :, None]
 
     def gram_through(self, rows: Tensor) -> Tensor:
-        return _weighted_gram(rows.double(), self.diagonal()[..., 0].double())
+        return _weighted_gram(rows, self.diagonal()[..., 0].double())
 
 
 class BlockHessian(LossHessian):
@@ -322,10 +322,13 @@ class SoftmaxHessian(LossHessian):
         """
         if self.places > 1:
             return super().gram_through(rows)
-        rows, p = rows.double(), self.p[:, 0].double()
+        p = self.p[:, 0]
         top = p.argmax(1, keepdim=True)
-        rest = p.scatter(1, top, 0.0)
-        best, mean, mass = rows[top[:, 0]], rest @ rows, rest.sum(1, keepdim=True)
+        rest = p.scatter(1, top, 0.0).double()
+        best, mass = rows[top[:, 0]].double(), rest.sum(1, keepdim=True)
+        mean = torch.zeros_like(best)
+        for at, part in _by_class(rows, WEIGHTED):
+            mean.addmm_(rest[:, at], part)
         cross, r = mean[:, :, None] * best[:, None], mean - mass * best
         whole = (
             _weighted_gram(rows, rest)
@@ -337,19 +340,27 @@ class SoftmaxHessian(LossHessian):
 
 
 def _weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
-    """sum_c w_nc J_c J_c^T: rows J of (C, d) and weights w of (N, C) give (N, d, d)."""
-    (n, c), d = weight.shape, rows.shape[1]
+    """sum_c w_nc J_c J_c^T of rows J (C, d): weights w of (N, C), in float64, give (N, d, d)."""
+    n, d = len(weight), rows.shape[1]
+    total = weight.new_zeros(n, d, d)
     if n < MANY or d > SHORT:
-        step = max(1, CHUNK // max(1, rows.numel()))
-        return torch.cat([(rows.mT * part[:, None]) @ rows for part in weight.split(step)])
+        for at, part in _by_class(rows, WEIGHTED):
+            step = max(1, WEIGHTED // max(1, part.numel()))
+            for sums, w in zip(total.split(step), weight[:, at].split(step), strict=True):
+                sums += (part.mT * w[:, None]) @ part
+        return total
     # w (J_c (x) J_c): the matrices of the rows serve all samples
-    total: Tensor = rows.new_zeros(n, d * d)
-    step = max(1, MATRICES // max(1, d * d))
-    for a in range(0, c, step):
-        part = rows[a : a + step]
+    for at, part in _by_class(rows, MATRICES // max(1, d)):
         matrices = part[:, :, None] * part[:, None]
-        total.addmm_(weight[:, a : a + step], matrices.flatten(1))
-    return total.reshape(n, d, d)
+        total.view(n, d * d).addmm_(weight[:, at], matrices.flatten(1))
+    return total
+
+
+def _by_class(rows: Tensor, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows (C, d) of some classes after the other, in float64, with about so many entries."""
+    step = max(1, entries // max(1, rows.shape[1]))
+    for a in range(0, len(rows), step):
+        yield slice(a, a + step), rows[a : a + step].double()
 
 
 def _wide(t: Tensor) -> Tensor:

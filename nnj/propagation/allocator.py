@@ -9,12 +9,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
+from pathlib import Path
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MOST = 2**30  # mallopt takes an int
 SWITCH = "NNJ_MALLOPT"
 SET_BY_USERS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
+PAUSE = 0.02  # seconds between two looks at the heap
 _kept = 0
+_looked = 0.0
+_least = sys.maxsize  # of what is resident and not in use
 
 
 def keep_heap(memory: int) -> None:
@@ -33,6 +38,49 @@ def keep_heap(memory: int) -> None:
         mallopt(_MMAP, memory)
         mallopt(_TRIM, memory)
         _kept = memory
+
+
+def give_back(memory: float) -> None:
+    """Give what is free in the heap back to the system, where it is more than half of `memory`
+    again: until glibc 2.38 an aligned block does not fit into the hole that one of the same size
+    has left, and with depth there are more and more holes.
+    """
+    global _looked, _least
+    now = time.perf_counter()
+    if not _kept or now - _looked < PAUSE:
+        return
+    _looked = now
+    free = _resident_and_free()
+    if free is None:
+        return
+    _least = min(_least, free)
+    if free - _least > memory / 2:
+        ctypes.CDLL(None).malloc_trim(0)
+        _least = _resident_and_free() or 0
+
+
+class _Mallinfo(ctypes.Structure):
+    """What mallinfo2(3) tells."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        )
+    ]
+
+
+def _resident_and_free() -> int | None:
+    """The bytes of the process that are resident and not in use by malloc, up to a constant (the
+    code, for one); None where the C library does not tell.
+    """
+    ask, path = getattr(ctypes.CDLL(None), "mallinfo2", None), Path("/proc/self/statm")
+    if ask is None or not path.exists():
+        return None
+    ask.restype = _Mallinfo
+    info = ask()
+    resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(resident - info.uordblks - info.hblkhd)
 
 
 def _is_up_to_users() -> bool:

@@ -43,8 +43,8 @@ def _fixed(sweep: Sweep, step: Step) -> int:
     """The entries that a step holds whatever the number of columns: the scores of attention."""
     if step.record is not None or step.leaf is not None or not fused_attention(step.node):
         return 0
-    lengths = [sweep.shapes[edge][-2] for edge in (*step.out[:2], *step.into) if edge is not None]
-    return score_entries(lengths[0], lengths[min(1, len(lengths) - 1)], device_of(step.into[0]))
+    keys = next((sweep.shapes[edge][-2] for edge in step.out[1:3] if edge is not None), 1)
+    return score_entries(keys, device_of(step.into[0]))
 
 
 def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:

@@ -14,8 +14,9 @@ from torch import nn
 import nnj
 from nnj.collecting import per_loss
 from nnj.graph import attention
+from nnj.jacobians.outer_product import OuterProduct
 from nnj.propagation import allocator
-from nnj.propagation.allocator import SET_BY_USERS, SWITCH, keep_heap
+from nnj.propagation.allocator import SET_BY_USERS, SWITCH, give_back, keep_heap
 from nnj.propagation.chunking import columns_at_once, even
 
 
@@ -75,15 +76,51 @@ class Attention(nn.Module):
 
 
 def test_scores_of_attention_count(monkeypatch):
-    """Three times those that are there at once, or of one head, whatever the number of columns."""
+    """Three times those that are there at once, or of one query, whatever the number of
+    columns.
+    """
     model, x = Attention(), torch.randn(5, 9, 4)
-    column, scores = 5 * 9 * (12 + 12) * 3 * 4, 3 * 4 * 9 * 9
+    column, scores = 5 * 9 * (12 + 12) * 3 * 4, 3 * 4 * 9
     monkeypatch.setattr(attention, "SCORES", 1)
     assert lengths(monkeypatch, model, x, 6 * column + scores) == [6]
     assert lengths(monkeypatch, model, x, 6 * column + scores - 1) == [3, 3]
     monkeypatch.setattr(attention, "SCORES", 100)
     assert lengths(monkeypatch, model, x, 6 * column + 3 * 4 * 100) == [6]
     assert lengths(monkeypatch, model, x, 6 * column + 3 * 4 * 100 - 1) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("memory", "layers_that_keep"), [(2**16, 0), (2**17, 1), (2**18, 2), (2**19, 3), (2**28, 0)]
+)
+def test_kernels_of_all_layers_have_a_share_of_memory(monkeypatch, memory, layers_that_keep):
+    """31104 bytes for each convolution, which they keep until the last turn, if there are
+    several.
+    """
+    kept: dict[int, int] = {}
+    squares = OuterProduct.squares
+
+    def noting(self, total_columns=None):
+        found = squares(self, total_columns)
+        if found.later is not None and self.form[2] > 1:
+            kept[id(self.patches.make)] = found.later.kernels.nbytes
+        return found
+
+    monkeypatch.setattr(OuterProduct, "squares", noting)
+    torch.manual_seed(0)
+    convolution = lambda: nn.Conv2d(16, 16, 3, padding=1)
+    layers = [convolution(), nn.Tanh(), convolution(), nn.Tanh(), convolution(), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 30), nn.Tanh()).double()
+    x = torch.randn(3, 16, 3, 3, dtype=torch.float64)
+    found = []
+    for size in (memory, 2**28):
+        with nnj.collect("ggn_diag", memory=size):
+            z = nnj.extend(model)(x)
+            nnj.extend(nn.MSELoss())(z, torch.zeros_like(z)).backward()
+        found.append([p.ggn_diag.clone() for p in model.parameters()])
+        if size == memory:
+            assert sum(kept.values()) <= memory / 3
+            assert len(kept) == layers_that_keep
+    torch.testing.assert_close(*found)
 
 
 class Library:
@@ -116,6 +153,35 @@ def test_freed_memory_is_kept_for_the_next_turn(library):
     assert made.told == [(-3, 2**20), (-1, 2**20), (-3, 2**28), (-1, 2**28)]
     keep_heap(2**40)
     assert made.told[4:] == [(-3, 2**30), (-1, 2**30)]  # the C library takes an int
+
+
+def test_holes_of_the_heap_are_given_back(library, monkeypatch):
+    """As soon as they are more than half of `memory`; nothing is asked where nothing was
+    set.
+    """
+    made, trimmed = library("mallopt"), []
+    made.malloc_trim = trimmed.append
+    free = iter([1000, 900, 1100, 1150, 1151, 950, 1200, 1201, 1199])
+    monkeypatch.setattr(allocator, "_resident_and_free", lambda: next(free))
+    monkeypatch.setattr(allocator, "_least", sys.maxsize)
+    monkeypatch.setattr(allocator, "PAUSE", 0.0)
+    give_back(500)
+    assert trimmed == [] and next(free) == 1000
+    keep_heap(1000)
+    for count in (0, 0, 0, 1, 1, 2):
+        give_back(500)  # 900; 1100; 1150; 1151, and then 950; 1200; 1201, and then 1199
+        assert len(trimmed) == count
+    monkeypatch.setattr(allocator, "PAUSE", 1e9)
+    give_back(500)  # looks no more
+
+
+def test_what_is_resident_and_free():
+    before = allocator._resident_and_free()
+    if before is None:
+        pytest.skip("the C library does not tell")
+    kept = torch.ones(1 << 22)
+    after = allocator._resident_and_free()
+    assert after is not None and abs(after - before) < kept.nbytes / 2
 
 
 @pytest.mark.parametrize("name", SET_BY_USERS)

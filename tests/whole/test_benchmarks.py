@@ -249,22 +249,15 @@ def test_one_part_of_the_page_is_renewed_without_the_others(bench, tmp_path):
 
 
 def test_scaling_on_the_smallest_sizes(bench, tmp_path):
+    options = ["--axes", "classes", "concatenated", "--points", "2", "--repeats", "1"]
+    tools = ["--threads", "1", "--tools", "nnj"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [
             sys.executable,
             str(FOLDER / "scaling.py"),
-            "--axes",
-            "C",
-            "--points",
-            "2",
-            "--repeats",
-            "1",
-            "--threads",
-            "1",
-            "--tools",
-            "nnj",
-            "backpack",
+            *options,
+            *tools,
             "--out",
             str(tmp_path),
             "--no-figure",
@@ -275,13 +268,40 @@ def test_scaling_on_the_smallest_sizes(bench, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
-    assert (
-        "| C = 4 |" in table
-        and "| C = 16 |" in table
-        and "time ∝ C^a" in table
-        and "wrong" not in table
+    for text in ("| C = 2 |", "| C = 10 |", "| depth = 4 |", "time ∝ C^a", "Nowhere is it above"):
+        assert text in table
+    assert "wrong" not in table and len({s.count("|") for s in table.splitlines() if "|" in s}) == 1
+
+
+def test_what_scaling_says_of_memory_and_of_growth(bench):
+    size = bench.scaling.bound("nnj", {"results": 8.0})
+    assert size == 1.1 * 2**28 + 8
+    few, many = (
+        {
+            "gradient": result([0.01 * n]),
+            "nnj": {**result([0.02 * n**2], size=memory), "results": 8.0},
+        }
+        for n, memory in ((2, size), (10, 2 * size))
     )
-    assert find_spec("backpack") or "missing: backpack" in table
+    results = {"machine": "here", "tools": ["nnj"], "sweeps": {"classes": [2, 10]}}
+    results["rows"] = {"classes-2": few, "classes-10": many}
+    lines = bench.scaling.table(results).splitlines()
+    assert lines[3] == "| C = 2 | 20 ms | 80 ms | 4.0 | 282 of 282 |"
+    assert lines[4] == "| C = 10 | 100 ms | 2 s | 20.0 | **563 of 282** |"
+    assert lines[5] == "| time ∝ C^a, a = | 1.00 | 2.00 | 1.00 |  |"
+    assert "Above that: classes-10 (nnj: 563 of 282 MiB). here." in lines[-1]
+
+
+@pytest.mark.skipif(
+    find_spec("matplotlib") is None, reason="needs matplotlib (extra 'examples' or 'benchmarks')"
+)
+def test_a_panel_for_each_size_that_grows(bench, tmp_path):
+    row = {"gradient": result([0.1]), "nnj": {**result([0.2]), "results": 8.0}}
+    sweeps = {axis: [2, 4] for axis in ("classes", "chain", "tokens", "sums")}
+    rows = {f"{axis}-{size}": row for axis in sweeps for size in (2, 4)}
+    results = {"machine": "here", "tools": ["nnj"], "sweeps": sweeps, "rows": rows}
+    bench.scaling.figure(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_exponent(bench):
@@ -289,6 +309,17 @@ def test_exponent(bench):
         1.5
     )
     assert math.isnan(bench.scaling.exponent([(2, 1.0, 0.0)]))
+
+
+@pytest.mark.parametrize("axis", ["classes", "residual", "sums", "concatenated", "tokens"])
+def test_networks_that_grow(bench, axis):
+    import networks
+
+    assert networks.find("tiny") is networks.ROWS["tiny"]
+    with pytest.raises(KeyError, match="no row 'growth-3'"):
+        networks.find("growth-3")
+    model, x, y = networks.find(f"{axis}-4").make()
+    assert model(x).shape[0] == len(y) == len(x) and model(x).shape[1] > int(y.max())
 
 
 def test_the_floor_of_a_row():
