@@ -60,6 +60,35 @@ def test_digits(tmp_path, run):
     assert os.listdir(tmp_path) == ["picture.png"]
 
 
+@pytest.mark.skipif(not READY, reason="needs scikit-learn and matplotlib (extra 'examples')")
+def test_distributed(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    script = [str(ROOT / "examples" / "distributed.py"), "--epochs", "2"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    done = subprocess.run(
+        [*launch, *script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    off = [
+        float(v)
+        for v in re.findall(r"(?:one process|the posterior) to ([\d.e-]+)", done.stdout, re.M)
+    ]
+    sent = [int(v) for v in re.findall(r"(\d+) bytes sent", done.stdout)]
+    assert len(off) == 4 and max(off) < 1e-10, done.stdout
+    assert len(sent) == 2 and sent[0] == sent[1] > 0, done.stdout
+
+
 # by example: what its output must have in each line, and what must hold of the numbers
 GALLERY = {
     "influence": (r"finds (\d\.\d+) of \d+", lambda ours, loss: ours > loss),
