@@ -182,7 +182,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
         for part in (panel, memory):
             part.set_xscale("log")
             part.set_yscale("log")
-            part.minorticks_off()
+            part.set_ylim(0.8, 400)
+            part.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             part.set_xticks(sweeps[axis], list(map(str, sweeps[axis])), fontsize=7)
         panel.grid(alpha=0.3)
         panel.set_title(f"{AXES[axis].heading} ({AXES[axis].symbol})", fontsize=10)
