@@ -30,6 +30,7 @@ from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.matrices.matrix import Matrix
+from nnj.recording.placement import whole_of
 from nnj.recording.records import LossCall
 from nnj.recording.tensor_parallel import check_group
 from nnj.recording.wrappers import data_group, first_group
@@ -399,7 +400,7 @@ class collect(Collection):  # noqa: N801
         for path in names.shapes:
             value = getattr(holder_at(model, path), quantity, None)
             if value is not None:
-                rows[path] = value
+                rows[path] = whole_of(value)
         ranks, group = self._ranks, self.accumulator.group
         if group is not None:
             ranks = Ranks(group, "nnj.collect")
@@ -417,6 +418,12 @@ class collect(Collection):  # noqa: N801
         models.
         """
         asked_for = self._asked(quantity)
+        if self.accumulator.group is not None:
+            raise NNJError(
+                f"{quantity} of a model that fully_shard shards is spread over ranks (DTensors, "
+                "and matrices of some modules), so that no rank has all of the matrix. Take its "
+                "parts from the attributes"
+            )
         model, names = model_and_names(self.accumulator.modules, self.request.modules)
         if asked_for.place is Whole:
             whole = self.__getattr__(quantity)

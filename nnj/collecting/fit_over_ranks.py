@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.request import Request
-from nnj.distributed.ranks import Ranks
+from nnj.distributed.ranks import Ranks, checked_group, same_ranks
 from nnj.errors import NNJError
 from nnj.recording.sharded import Sharding
 from nnj.recording.wrappers import group_of, inside_wrapper
@@ -115,7 +115,7 @@ def shared(
 
 def group_of_shards(sharding: Sharding, group: Any) -> Any:
     """The group over which a sharded model is. Errors: `NNJError` for another one."""
-    if group is not None and group is not sharding.group:
+    if group is not None and not same_ranks(checked_group(group, "nnj.fit"), sharding.group):
         raise NNJError(
             "the model is sharded by fully_shard, over whose ranks the data are split, and group= "
             "says another thing. Leave it out"

@@ -20,6 +20,8 @@ from nnj.collecting.quantity import Quantity, Whole, is_simple
 from nnj.errors import NNJError
 from nnj.matrices.load import read_packed, unpacked
 from nnj.matrices.matrix import Matrix, packed
+from nnj.recording.placement import whole_of
+from nnj.recording.tensor_parallel import is_distributed
 
 _FORMAT = 4
 _FACTS: dict[str, Any] = {  # what is saved beside the values, and of which type it is
@@ -89,6 +91,7 @@ class Fit(Mapping[str, Any]):
             the weights of their classes; of other losses than torch's its samples.
         origin: the model and how batches were read; None of a fit that was read from a file, or
             merged of such.
+        spread: whether each rank has a part of it, as of a model that `fully_shard` shards.
         context: by name, what belongs to all parameters together: tensors.
         trace: under tol=, that of the Hessians in the outputs, of the sum over samples.
         deficit: what was left out under tol=, as a part of that trace.
@@ -119,6 +122,7 @@ class Fit(Mapping[str, Any]):
         self._quantities, self._names = dict(quantities), names
         self._states = dict(states)
         self.origin: Origin | None = None
+        self.spread = False
         for name in _FACTS:
             setattr(self, name, facts[name])
 
@@ -167,6 +171,7 @@ class Fit(Mapping[str, Any]):
         """
         if quantity not in self.values_of:
             raise NNJError(f"{quantity!r} was not fitted. Fitted: {', '.join(self)}")
+        self._check_whole()
         kept = self._kept(quantity)
         if kept["place"] != "parameters":
             raise NNJError(
@@ -175,7 +180,8 @@ class Fit(Mapping[str, Any]):
             )
         axis = 1 if kept["per_sample"] else 0
         flat = [  # also of parameters without axes, or without entries
-            t.reshape(*t.shape[:axis], math.prod(t.shape[axis:])) for t in self[quantity].values()
+            t.reshape(*t.shape[:axis], math.prod(t.shape[axis:]))
+            for t in map(whole_of, self[quantity].values())
         ]
         return torch.cat(flat, axis)
 
@@ -186,12 +192,22 @@ class Fit(Mapping[str, Any]):
         Errors: `NNJError` for a quantity that is no matrix, or not in it.
         """
         asked_for = self._quantity(quantity)
+        self._check_whole()
         if asked_for.place not in (Tensor, nn.Module):
             found = asked_for.matrix(self.context[quantity], self._names.shapes)
             return checked_matrix(quantity, found)
         return checked_matrix(
             quantity, matrix_of_places(asked_for, self.values_of[quantity], self._names)
         )
+
+    def _check_whole(self) -> None:
+        """Errors: `NNJError` where this rank has a part of it."""
+        if self.spread:
+            raise NNJError(
+                "this is the fit of a model that fully_shard shards, of which each rank has a part "
+                "(DTensors, and the factors of some modules). Take what you need of it "
+                "(fit[quantity][name].full_tensor(), on all ranks), or fit the model unsharded"
+            )
 
     @classmethod
     def merge(cls, fits: Sequence[Fit]) -> Fit:
@@ -208,6 +224,7 @@ class Fit(Mapping[str, Any]):
         for fit in fits:
             if not isinstance(fit, Fit):
                 raise NNJError(f"Fit.merge takes nnj.Fits, not {type(fit).__name__}")
+            fit._check_whole()
         if not fits:
             raise NNJError("Fit.merge takes a list of at least one nnj.Fit")
         return functools.reduce(Fit._merged, fits)
@@ -258,7 +275,16 @@ class Fit(Mapping[str, Any]):
     # -- files -------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it to a file, which holds tensors and plain values alone."""
+        """Write all of it to a file, which holds tensors and plain values alone.
+
+        Errors: `NNJError` for what ranks have parts of, of which a file would have one.
+        """
+        self._check_whole()
+        if any(is_distributed(t) for kept in self.values_of.values() for t in kept.values()):
+            raise NNJError(
+                "results under tensor parallelism are DTensors, of which this rank has a part. "
+                "Save fit.vector(quantity), which all ranks call, or fit the model undistributed"
+            )
         kept = {
             "nnj.Fit": _FORMAT,
             "values": packed(self.values_of),

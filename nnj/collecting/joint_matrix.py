@@ -16,6 +16,7 @@ from nnj.matrices.block import BlockDiagonal, Part, Seen
 from nnj.matrices.diagonal import Diagonal
 from nnj.matrices.matrix import Matrix
 from nnj.recording.module_hook import extended_roots
+from nnj.recording.placement import whole_of
 from nnj.recording.wrappers import inside_wrapper
 
 
@@ -105,7 +106,7 @@ def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names
     for path, value in values.items():
         own = names.own[path] if quantity.place is nn.Module else {path: path}
         shapes = {name: names.shapes[full] for name, full in own.items()}
-        found = asked(named(quantity), quantity.matrix, value, shapes)
+        found = asked(named(quantity), quantity.matrix, whole_of(value), shapes)
         if found is None:
             return None
         placed.append(PlacedMatrix(found, own))

@@ -13,7 +13,7 @@ from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.quantity import Holder
 from nnj.collecting.request import Request
-from nnj.distributed.ranks import Ranks
+from nnj.distributed.ranks import Ranks, same_ranks
 from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.recording.records import LossCall
@@ -90,7 +90,8 @@ class ShardedPass:
 
 def _check_group(request: Request, sharding: Sharding) -> None:
     """Errors: `NNJError` for another group than that over which the model is sharded."""
-    if request.group is not None and request.group is not sharding.group:
+    group = request.group
+    if group is False or (group is not None and not same_ranks(group, sharding.group)):
         raise NNJError(
             "the model is sharded by fully_shard, over whose ranks results are added up and "
             "sharded, and group= says another thing. Leave it out"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +68,7 @@ class Ranks:
         """
         key, store = self._next(), _store()
         if store.add(f"{key}/came", 1) == self.size:
+            self._forget_last(store)
             store.set(f"{key}/all", "")
         until, pause = time.monotonic() + store.timeout.total_seconds(), _SOON
         while not store.check([f"{key}/all"]):
@@ -82,13 +83,23 @@ class Ranks:
         if self._why is why:
             return
         said, self._why = f"{type(why).__name__}: {why}", why
-        _store().set(f"{self._next()}/left/{self.rank}", said)
+        with suppress(RuntimeError):  # the store went with its process, and others see that
+            _store().set(f"{self._next()}/left/{self.rank}", said)
 
     def _next(self) -> str:
         """The key of the next meeting, which is the same on all ranks."""
         name = getattr(self.group, "group_name", "")
-        number = _meetings[name] = _meetings.get(name, 0) + 1
-        return f"nnj/{name}/{number}"
+        _meetings[name] = _meetings.get(name, 0) + 1
+        return self._key(_meetings[name])
+
+    def _key(self, number: int) -> str:
+        return f"nnj/{getattr(self.group, 'group_name', '')}/{number}"
+
+    def _forget_last(self, store: Any) -> None:
+        """Delete what the meeting before this one left in the store, where all have gone on."""
+        last = self._key(_meetings[getattr(self.group, "group_name", "")] - 1)
+        for what in ("came", "all"):
+            store.delete_key(f"{last}/{what}")
 
     def notes(self, mine: Any) -> list[Any]:
         """What each rank says, in their order; plain values."""
@@ -277,6 +288,13 @@ def _left(store: Any, key: str, size: int) -> str:
     there = [rank for rank in range(size) if store.check([f"{key}/left/{rank}"])]
     said = [(rank, store.get(f"{key}/left/{rank}").decode()) for rank in there]
     return "; ".join(f"rank {rank} has left by {why}" for rank, why in said)
+
+
+def same_ranks(one: Any, other: Any) -> bool:
+    """Whether two groups have the same ranks."""
+    return one is other or (
+        dist.get_process_group_ranks(one) == dist.get_process_group_ranks(other)
+    )
 
 
 def count_sent(size: int) -> None:

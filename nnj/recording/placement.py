@@ -51,10 +51,13 @@ def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
     )
 
 
+def whole_of(t: Any) -> Any:
+    """All of a DTensor, as a plain one, which is a collective; anything else as it is."""
+    return settled(t.full_tensor()) if is_distributed(t) else t
+
+
 def whole_state(name: str, entrywise: bool, p: Any, state: Any) -> Any:
     """A state at all of a parameter: a collective where it is distributed."""
     if is_distributed(p):
         state = placed(name, entrywise, p, state)
-    return tree_map_only(
-        Tensor, lambda t: settled(t.full_tensor()) if is_distributed(t) else t, state
-    )
+    return tree_map_only(Tensor, whole_of, state)

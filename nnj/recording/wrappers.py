@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnj.distributed.ranks import same_ranks
 from nnj.errors import NNJError
 
 
@@ -52,7 +53,7 @@ def data_group(wrappers: Collection[nn.Module | None], models: Iterable[nn.Modul
     for wrapper in found:
         check_mean(wrapper)
     groups = [group_of(wrapper) for wrapper in found]
-    if any(group is not groups[0] for group in groups):
+    if not all(same_ranks(group, groups[0]) for group in groups):
         raise NNJError(
             "models under wrappers of other process groups took part, so that it is not known over "
             "which ranks to add up. Say group=..., or collect for each in a `with` of its own"

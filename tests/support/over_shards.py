@@ -280,6 +280,37 @@ def _mixed_precision(rank: int, size: int) -> Any:
     return results
 
 
+def _world(rank: int, size: int) -> Any:
+    """group= is another one with the same ranks."""
+    model, loss = sharded(WAYS["nested"])
+    model, loss = nnj.extend(model), nnj.extend(loss)
+    x, y = share(rank, 0)
+    with nnj.collect("ggn_diag", group=dist.new_group()) as context:
+        loss(model(x), y).backward()
+    try:
+        context.matrix("ggn_diag")
+    except nnj.NNJError as error:
+        return whole(model.head.weight.ggn_diag), str(error)
+
+
+def _parts_of_fit(rank: int, size: int) -> Any:
+    """What wants all of a fit."""
+    model, loss = sharded(WAYS["nested"])
+    fit, said = nnj.fit(model, loss, [share(rank, 0)], "ggn_diag", "kfac"), []
+    for ask in (
+        lambda: fit.vector("ggn_diag"),
+        lambda: fit.matrix("kfac"),
+        lambda: fit.save("nowhere"),
+        lambda: nnj.Fit.merge([fit, fit]),
+        lambda: nnj.laplace(fit, "kfac"),
+    ):
+        try:
+            ask()
+        except nnj.NNJError as error:
+            said.append(str(error))
+    return said
+
+
 def _partly(rank: int, size: int) -> Any:
     """Only some parameters are in units."""
     mesh = init_device_mesh("cpu", (size,))
@@ -327,6 +358,8 @@ def _products(rank: int, size: int) -> Any:
 ODD: dict[str, Callable[[int, int], Any]] = {
     "refused": _refused,
     "mixed precision": _mixed_precision,
+    "world": _world,
+    "parts of fit": _parts_of_fit,
     "partly": _partly,
     "alone": _alone,
     "gathered": _gathered,

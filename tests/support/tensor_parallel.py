@@ -185,9 +185,14 @@ def _fitted(rank: int, mesh: Any) -> Any:
     one = nnj.fit(pair(), nn.CrossEntropyLoss(), batches, *FITTED)
     found = [
         {f"{n} {k}": whole(t) for n, values in fit.items() for k, t in values.items()}
+        | {"vector": fit.vector("ggn_diag")}
+        | {f"matrix {n}": fit.matrix(n).dense() for n in ("ggn_diag", "kfac", "ekfac")}
         for fit in (over, one)
     ]
-    return found
+    try:
+        over.save("nowhere")
+    except nnj.NNJError as error:
+        return found, str(error)
 
 
 def _draws(rank: int, mesh: Any) -> Any:

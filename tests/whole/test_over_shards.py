@@ -96,6 +96,11 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
             assert t.dtype == torch.float32 and off < 2e-2, (name, off)
         for rows, grad in found["gathered"].values():
             assert len(rows) == sum(SHARDS[:size]) and torch.allclose(rows.sum(0), grad)
+        later, said = found["world"]
+        assert torch.allclose(later, model.head.weight.ggn_diag, rtol=1e-10)
+        assert "is spread over ranks" in said
+        assert len(found["parts of fit"]) == 5
+        assert all("of which each rank has a part" in said for said in found["parts of fit"])
         for name, text in SAID.items():
             assert text in found[name], (rank, name, found[name])
     for kind in OWNED:

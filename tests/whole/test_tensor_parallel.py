@@ -41,7 +41,8 @@ def test_results_under_tensor_parallelism_are_those_of_the_whole_model():
 def _check_odd(ranks: list[Any]) -> None:
     """Fits, draws, and what is refused."""
     for found in ranks:
-        assert not list(wrong(*found["fitted"]))
+        fits, said = found["fitted"]
+        assert not list(wrong(*fits)) and "of which this rank has a part" in said
         first, *others = found["draws"]
         assert all(torch.equal(first, other) for other in others)
         for name, text in SAID.items():
