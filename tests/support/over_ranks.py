@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import nnj
-from tests.support.data_parallel import MODES
+from tests.support.data_parallel import MODES, Branches, batch
 
 SHARDS = (5, 3, 2, 4)  # samples of a rank in a batch
 SUMS = ("ggn_diag", "ggn_block", "kfac", "ggn_diag_empirical", "grad_variance", "ggn")
@@ -225,6 +225,30 @@ def _left(rank: int, size: int) -> Any:
             raise ValueError("of the user")
 
 
+def _branches(rank: int, size: int) -> Any:
+    """The loss of each rank takes another branch of the model."""
+    names = ("ggn_diag", "kfac", "batch_grad", "grad_variance")
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nnj.extend(Branches().double())
+
+    model, loss = made(), nnj.extend(nn.CrossEntropyLoss())
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    with nnj.collect(*names) as context:
+        x, y = batch(rank, 0)
+        loss(parallel(x)[rank], y).backward()
+    found = results(model, names, context)
+    rows, one = context.gather("batch_grad"), made()
+    with nnj.collect(*names, group=False) as context:
+        for r in range(size):
+            x, y = batch(r, 0)
+            (loss(one(x)[r], y) / size).backward()
+    expected = results(one, names, context)
+    every = {f"batch_grad {name}": t for name, t in rows.items()}
+    return found | every, expected
+
+
 def _no_data(rank: int, size: int) -> Any:
     """Rank 0 has no batch at all."""
     model, loss = _pair()
@@ -357,6 +381,7 @@ def _dot(rank: int, size: int) -> Any:
 ODD: dict[str, Callable[[int, int], Any]] = {
     "refused first": _refused_first,
     "left": _left,
+    "branches": _branches,
     "no data": _no_data,
     "nowhere": _nowhere,
     "other model": _other_model,

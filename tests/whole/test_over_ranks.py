@@ -77,6 +77,8 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
     assert ranks[0]["left"].startswith("NNJError: nnj.collect: rank 0 waits")
     assert "rank 1 has left by ValueError: of the user" in ranks[0]["left"]
     assert ranks[1]["left"] == "ValueError: of the user"
+    for found in ranks:
+        assert not list(wrong(*found["branches"]))
     _check_no_data(ranks)
     _check_join(ranks)
     one, both = ranks[0]["draws"]
