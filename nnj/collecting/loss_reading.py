@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnj.errors import NNJError
 from nnj.graph.node_vjp import call_node
-from nnj.graph.nodes import edge_dtype, edge_shape, edges, leaf_of, own_task, sum_to
+from nnj.graph.nodes import edge_dtype, edges, leaf_of, own_task, shape_at, sum_to
 from nnj.graph.traverse import children, topological
 from nnj.recording.loss_state import as_called, is_as_it_was
 from nnj.recording.records import Edge, LossCall
@@ -102,7 +102,7 @@ def _cross(node: Any, values: dict[Edge, Tensor]) -> None:
     for edge, back in zip(edges(node), answers, strict=False):
         if edge is None or back is None:
             continue
-        share = sum_to(back[0], edge_shape(edge), 0).to(edge_dtype(edge))
+        share = sum_to(back[0], shape_at(edge), 0).to(edge_dtype(edge))
         values[edge] = values[edge] + share if edge in values else share
 
 

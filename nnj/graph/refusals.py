@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nnj.errors import Coupled, NNJError
 from nnj.graph.traverse import children, reachable
 from nnj.recording.scope import modules_of
-from nnj.recording.tensor_parallel import is_passage
+from nnj.recording.tensor_parallel import is_passage, may_be_part
 
 
 def refuse_node(node: Any) -> None:
@@ -65,14 +65,18 @@ def refuse_model(module: nn.Module, parallel: bool = False) -> None:
     for kind in set(map(type, parts)):
         if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
             raise _sharded(kind.__name__)
-    for part in parts if not parallel else ():
+    for part in parts:
         for p in part._parameters.values() if part._parameters else ():
             if p is not None:
-                refuse_leaf(p)
+                refuse_leaf(p, parallel and (may_be_part(part) or not p.requires_grad))
 
 
-def refuse_leaf(leaf: Tensor) -> None:
-    """Errors: `NNJError` for what holds a part of a parameter, or many of them."""
+def refuse_leaf(leaf: Tensor, parallel: bool = False) -> None:
+    """Errors: `NNJError` for what holds a part of a parameter, or many of them.
+
+    Args:
+        parallel: whether it may be a DTensor.
+    """
     own = leaf.__dict__
     if "_is_flat_param" in own or "_fsdp_flattened" in own:
         raise _sharded("the model")
@@ -81,7 +85,7 @@ def refuse_leaf(leaf: Tensor) -> None:
             "the model is under DistributedDataParallel with mixed_precision=, which puts other "
             "data into its parameters for a while. Use torch.autocast"
         )
-    if type(leaf).__module__.startswith("torch.distributed.tensor"):
+    if not parallel and type(leaf).__module__.startswith("torch.distributed.tensor"):
         raise NNJError(
             "a parameter is a DTensor, of which each process has a part, and takes part where nnj "
             "takes none: it collects at linear layers under ColwiseParallel and RowwiseParallel, "

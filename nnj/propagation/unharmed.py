@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from nnj.graph.nodes import refuse_freed
 from nnj.graph.traverse import reachable
 from nnj.recording.engine import Edge, behind_engine, is_engine
+from nnj.recording.tensor_parallel import local_of, parallel_at
 
 _FRAME: type = checkpoint._CheckpointFrame
 
@@ -77,14 +78,28 @@ def _autograd(roots: dict[Edge, Tensor], inputs: list[Edge]) -> list[Tensor | No
         found: Any = torch.autograd.grad(
             [GradientEdge(*edge) for edge in roots],
             [GradientEdge(*edge) for edge in inputs],
-            list(roots.values()),
+            [_for_engine(edge, u) for edge, u in roots.items()],
             retain_graph=True,
             allow_unused=True,
         )
     except RuntimeError as error:
         refuse_freed(error)
         raise
-    return [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
+    return [
+        None if g is None else _from_engine(edge, g.to_dense() if g.is_sparse else g)
+        for edge, g in zip(inputs, found, strict=True)
+    ]
+
+
+def _for_engine(edge: Edge, u: Tensor) -> Tensor:
+    """A cotangent as autograd has it on an edge."""
+    parallel = parallel_at(edge)
+    return u if parallel is None else parallel.for_engine(u)
+
+
+def _from_engine(edge: Edge, g: Tensor) -> Tensor:
+    """A gradient as columns have it on an edge: of layers that are distributed, the part here."""
+    return g if parallel_at(edge) is None else local_of(g)
 
 
 class _Alive(NamedTuple):

@@ -83,21 +83,41 @@ class Parallel:
     def whole_output(self, v: Tensor) -> Tensor:
         return v if self.way == "inputs" else self._gathered(v, self.outputs)
 
+    def for_engine(self, u: Tensor) -> Tensor:
+        """A cotangent of the part of the output on this rank, as autograd has it at the layer."""
+        found: Tensor = self._seen(u, None if self.way == "inputs" else self.outputs)
+        return found
+
+    def _seen(self, t: Tensor, size: int | None) -> Any:
+        """A DTensor of parts of the last axis, of `size` entries in all; or of which each rank has
+        all.
+        """
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = torch.Size(t.shape if size is None else (*t.shape[:-1], size))
+        stride = torch.empty(shape, device="meta").stride()
+        at = [Replicate() if size is None else Shard(t.dim() - 1)]
+        t = t.contiguous()
+        return DTensor.from_local(t, self.mesh, at, run_check=False, shape=shape, stride=stride)
+
     def _gathered(self, t: Tensor, size: int) -> Tensor:
         """All entries of the last axis, of which ranks have parts as of `torch.chunk`."""
-        from torch.distributed.tensor import DTensor, Shard
+        return settled(self._seen(t, size).full_tensor())
 
-        shape = (*t.shape[:-1], size)
-        stride = torch.empty(shape, device="meta").stride()
-        parts = DTensor.from_local(
-            t.contiguous(),
-            self.mesh,
-            [Shard(t.dim() - 1)],
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=stride,
-        )
-        return settled(parts.full_tensor())
+
+def parallel_at(edge: Edge) -> Parallel | None:
+    """How the layer is distributed whose output is on an edge; None for anything else."""
+    noted = getattr(edge[0], "metadata", {}).get((RECORD, edge[1]))
+    found: Parallel | None = None if noted is None else noted[9]
+    return found
+
+
+def may_be_part(module: nn.Module) -> bool:
+    """Whether a module may be a linear layer that is distributed in parts."""
+    weight: Any = module._parameters.get("weight")
+    return isinstance(module, nn.Linear) and (
+        not is_distributed(weight) or any(at.is_shard() for at in weight.placements)
+    )
 
 
 def parallel_of(module: nn.Module, x: Any, y: Any) -> Parallel | None:

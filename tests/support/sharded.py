@@ -58,10 +58,13 @@ SHARDED: dict[str, Wrap] = {
     "FSDP with use_orig_params": _fsdp(use_orig_params=True),
     "FSDP of parts with use_orig_params": _fsdp(use_orig_params=True, auto_wrap_policy=PARTS),
 }
-TAKEN: dict[str, Wrap] = {"fully_shard": _shard, "fully_shard of parts": _shard_parts}
+TAKEN: dict[str, Wrap] = {
+    "fully_shard": _shard,
+    "fully_shard of parts": _shard_parts,
+    "tensor parallel": _tensor_parallel,
+}
 DISTRIBUTED: dict[str, Wrap] = {
     "distribute_module": lambda model, mesh: distribute_module(model, mesh),
-    "tensor parallel": _tensor_parallel,
 }
 CASES = [
     (model, wrap, extend)
@@ -85,7 +88,7 @@ def train(way: tuple[str, str, str], rank: int, mesh: Any, collecting: bool) -> 
     model = (SHARDED | TAKEN | DISTRIBUTED)[wrap](nnj.extend(model) if inside else model, mesh)
     if collecting:
         model, loss = model if inside else nnj.extend(model), nnj.extend(loss)
-    x, y = batch(0 if wrap in DISTRIBUTED else rank, 0)
+    x, y = batch(0 if wrap in (*DISTRIBUTED, "tensor parallel") else rank, 0)
     x = x.float()
     if wrap == "distribute_module":
         x, y = (distribute_tensor(t, mesh, [Replicate()]) for t in (x, y))

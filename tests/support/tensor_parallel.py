@@ -69,6 +69,12 @@ def pair() -> nn.Module:
     ).double()
 
 
+def last() -> nn.Module:
+    """The same, and nothing behind it."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
 def block() -> nn.Module:
     torch.manual_seed(1)
     return Block().double()
@@ -103,6 +109,7 @@ WAYS = {
     "pair, inside": Way(pair, PAIR, extend="inside"),
     "pair, every quantity of parameters": Way(pair, PAIR, BY_PARAMETER),
     "pair, every quantity": Way(pair, PAIR, EVERY),
+    "last": Way(last, PAIR, EVERY),
     "heads": Way(block, HEADS),
     "heads, every quantity of parameters": Way(block, HEADS, BY_PARAMETER),
     "heads, every quantity": Way(block, HEADS, EVERY),

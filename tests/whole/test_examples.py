@@ -121,10 +121,10 @@ def test_gallery(name, tmp_path, run):
 def test_every_example_is_on_its_page():
     page = (ROOT / "examples" / "README.md").read_text()
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert scripts == {*GALLERY, "digits", "jacobians"}
+    assert scripts == {*GALLERY, "digits", "distributed", "jacobians"}
     for name in scripts:
         assert f"]({name}.py)" in page and f"## {name}.py" in page
-        assert name == "jacobians" or f"]({name}.png)" in page
+        assert name in ("distributed", "jacobians") or f"]({name}.png)" in page
 
 
 def blocks(language: str) -> list[str]:

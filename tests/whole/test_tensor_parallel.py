@@ -51,7 +51,7 @@ def _check_odd(ranks: list[Any]) -> None:
 
 SAID = {
     "gathered outputs": "a DTensor goes in or out where nnj takes none",
-    "sequence": "a DTensor goes in or out where nnj takes none",
+    "sequence": "takes part where nnj takes none",
     "products": "a parameter is a DTensor",
     "same group": "group= has ranks that share a model by tensor parallelism",
     "strange": "Say entrywise=False",
