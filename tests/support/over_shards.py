@@ -148,7 +148,7 @@ def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
                 x, y = share(rank, 2 * step + i)
                 loss(model(x), y).backward()
         if collecting and step == 0:
-            parts = _results(model, way.names, context)
+            parts = results(model, way.names, context)
             found["results"] = {key: whole(t) for key, t in parts.items()}
             found["placed"] = {key: where(t) for key, t in parts.items()}
             found["like"] = {name: where(p) for name, p in model.named_parameters()}
@@ -158,18 +158,6 @@ def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
         optimizer.step()
     found["state"] = {n: whole(p.detach()) for n, p in model.named_parameters()}
     return found
-
-
-def _results(model: nn.Module, names: tuple[str, ...], context: Any) -> dict[str, Any]:
-    """All that was collected."""
-    found: dict[str, Any] = {}
-    for name in names:
-        places = [*model.named_parameters(), *model.named_modules()]
-        found |= {f"{name} {key}": getattr(h, name, None) for key, h in places}
-    for name in ("ggn", "noise_terms", "noise_scale"):
-        if {"ggn": "ggn"}.get(name, "grad_variance") in names:
-            found[f"{name} of the context"] = getattr(context, name)
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def alone(way: Way, size: int, single: int | None = None) -> dict[str, Any]:

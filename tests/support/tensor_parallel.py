@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import nnj
-from tests.support.over_ranks import EVERY, net, plain, results, share
+from tests.support.over_ranks import EVERY, net, results, share
 from tests.support.over_shards import where, whole
 
 
@@ -136,7 +136,7 @@ def train(way: Way, mesh: Any, collecting: bool) -> dict[str, Any]:
             x, y = share(0, step)
             loss(model(x), y).backward()
         if collecting and step == 0:
-            parts = _results(model, way.names, context)
+            parts = results(model, way.names, context)
             found["results"] = {key: whole(t) for key, t in parts.items()}
             found["placed"] = {key: where(t) for key, t in parts.items()}
             found["like"] = {name: where(p) for name, p in model.named_parameters()}
@@ -144,17 +144,6 @@ def train(way: Way, mesh: Any, collecting: bool) -> dict[str, Any]:
         optimizer.step()
     found["state"] = {n: whole(p.detach()) for n, p in model.named_parameters()}
     return found
-
-
-def _results(model: nn.Module, names: tuple[str, ...], context: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in names:
-        places = [*model.named_parameters(), *model.named_modules()]
-        found |= {f"{name} {key}": plain(getattr(h, name, None)) for key, h in places}
-    for name in ("ggn", "noise_terms", "noise_scale"):
-        if {"ggn": "ggn"}.get(name, "grad_variance") in names:
-            found[f"{name} of the context"] = getattr(context, name)
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def alone(way: Way) -> dict[str, Any]:
@@ -257,13 +246,13 @@ def _two_dimensions(rank: int, mesh: Any) -> Any:
     with nnj.collect(*names, group=both["dp"].get_group()):
         x, y = share(mine, 0)
         loss(model(x), y).backward()
-    found = {k: whole(t) for k, t in _results(model, names, None).items()}
+    found = {k: whole(t) for k, t in results(model, names, None).items()}
     one = nnj.extend(pair())
     with nnj.collect(*names):
         for r in range(2):
             x, y = share(r, 0)
             (loss(one(x), y) / 2).backward()
-    return found, _results(one, names, None), mine
+    return found, results(one, names, None), mine
 
 
 def _hybrid(rank: int, mesh: Any) -> Any:
@@ -275,12 +264,12 @@ def _hybrid(rank: int, mesh: Any) -> Any:
     loss, names = nnj.extend(nn.CrossEntropyLoss()), ("ggn_diag",)
     with nnj.collect(*names):
         loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
-    found = {k: whole(t) for k, t in _results(model, names, None).items()}
+    found = {k: whole(t) for k, t in results(model, names, None).items()}
     one = nnj.extend(net())
     with nnj.collect(*names):
         for r in range(4):
             (loss(one(share(r, 0)[0]), share(r, 0)[1]) / 4).backward()
-    return found, _results(one, names, None)
+    return found, results(one, names, None)
 
 
 OF_FOUR: dict[str, Callable[[int, Any], Any]] = {
