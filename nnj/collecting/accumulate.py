@@ -239,6 +239,11 @@ class Accumulator:
         for group in groups:
             self._together = _same_parameters(self._together, group.together)
             self.wrappers |= group.wrappers
+        if self.group is not None:
+            raise NNJError(
+                "a pass comes after one of a sharded model, whose results are those of all ranks "
+                "already, and this one's are not. Collect for each in a `with` of its own"
+            )
         starts = [self.samples]
         for group in groups:
             starts.append(starts[-1] + group.n)

@@ -96,7 +96,7 @@ def compile(
 
     Random numbers
         Dropout in training and Monte Carlo columns are drawn anew in each replay. Under "aot", and
-        from a `generator=` of yours under every backend, they are those that the eager pass draws;
+        with a `generator=` of yours under every backend, they are those that the eager pass draws;
         inductor has generators of its own.
 
     Errors: those of `nnj.extend`, `nnj.collect` and the backward pass; `NNJError` for an unknown

@@ -317,9 +317,8 @@ class OverRanks:
         every = [device_of(holder) for holder in places.holders.values()]
         device = next((d for d in every if d.type != "cpu"), every[-1])
         of_owner = set[str]()
-        if (
-            self.sharding is not None and self.spread
-        ):  # what is no parameter's stays with the rank that merges it
+        if self.sharding is not None and self.spread:
+            # what is no parameter's stays with the rank that merges it
             of_owner = {
                 key
                 for key in (key for form in forms for key in form)

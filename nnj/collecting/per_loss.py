@@ -203,8 +203,10 @@ def _open(
     Errors: `NNJError` if no model did.
     """
     calls = frozenset(mark.order for mark in graph.marks)
-    trained = [m for m in graph.marks if any(p.requires_grad for p in m.module.parameters())]
-    wrappers = frozenset(mark.wrapper for mark in trained) or frozenset({None})
+    wrappers = frozenset(mark.wrapper for mark in graph.marks) or frozenset({None})
+    if len(wrappers) > 1:  # a frozen model beside need not be called through one
+        trained = [m for m in graph.marks if any(p.requires_grad for p in m.module.parameters())]
+        wrappers = frozenset(mark.wrapper for mark in trained)
     called = {mark.module for mark in graph.marks}
     took_part = [
         m

@@ -20,7 +20,7 @@ from nnj.graph.traverse import reachable, topological
 from nnj.jacobians.jacobian import Jacobian, LinearMap
 from nnj.recording.called_with import Replaced
 from nnj.recording.records import Edge, Record, check_parameters, replaced_in
-from nnj.recording.tensor_parallel import Parallel, part_of
+from nnj.recording.tensor_parallel import Parallel, part_of_layer
 from nnj.registry.layer_rules import Declined, Described, ask_rule, parameters_by_name
 
 LARGEST_CALL = 10_000  # nodes of a call that are compared with the fallback's answer
@@ -93,7 +93,7 @@ def _asked(
     """What the rule says of a call, or of the part of it on this rank."""
     if record.parallel is None:
         return ask_rule(record.entry, record.module, x, y, paths)
-    said = ask_rule(record.entry, part_of(record.module), x, y, paths)
+    said = ask_rule(record.entry, part_of_layer(record.module), x, y, paths)
     if isinstance(said, Declined):
         return said
     return _over_ranks(said, record.parallel, parameters_by_name(record.module))

@@ -23,7 +23,7 @@ from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
 from nnj.recording.records import Edge, Record
-from nnj.recording.tensor_parallel import shape_here, whole_of
+from nnj.recording.tensor_parallel import shape_here, whole_layer
 from nnj.registry.blame import blame
 from nnj.registry.layer_rules import Declined, ask_rule, checked
 
@@ -355,7 +355,7 @@ class Sweep(Plan):
             assert record.parallel is not None
             x = record.parallel.whole_input(record.x.tensor())
             y = torch.empty(v.shape[1:], dtype=v.dtype, device="meta")
-            said = ask_rule(record.entry, whole_of(record.module), x, y, self.graph.paths)
+            said = ask_rule(record.entry, whole_layer(record.module), x, y, self.graph.paths)
             if isinstance(said, Declined):
                 raise NNJError(f"{self._who(record)}: its rule does not say what all of it is")
             slots = self._wholes[step] = said.jacobians

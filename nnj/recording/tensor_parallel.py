@@ -217,7 +217,7 @@ def check_group(group: Any, models: Iterable[nn.Module]) -> None:
             )
 
 
-def part_of(module: nn.Module) -> nn.Module:
+def part_of_layer(module: nn.Module) -> nn.Module:
     """A layer with the part of its parameters on this rank, for its rule."""
     part = nn.Module.__new__(type(module))
     part.__dict__.update(module.__dict__)
@@ -228,7 +228,7 @@ def part_of(module: nn.Module) -> nn.Module:
     return part
 
 
-def whole_of(module: nn.Module) -> nn.Module:
+def whole_layer(module: nn.Module) -> nn.Module:
     """A layer with parameters of which only the shapes are there."""
     whole = nn.Module.__new__(type(module))
     whole.__dict__.update(module.__dict__)

@@ -27,8 +27,8 @@ class EKFAC(nnj.Quantity):
     unless `basis` gives them.
 
     Args:
-        basis: an earlier kfac: a `nnj.Fit` of it, its `fit["kfac"]`, or a dict of the same form,
-            from names of modules to matrices.
+        basis: an earlier kfac: a `nnj.Fit` of it, its `fit["kfac"]`, or a dict of the same form, of
+            matrices by the names of modules.
         approx, fisher, samples, generator, bias, places, block_limit: as in `kfac`; fisher other
             than "forward", of which `kfac` has the exact moments.
 

@@ -5,11 +5,11 @@ rank's share, and alone, on the shares of all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 import nnj
 from tests.support.data_parallel import MODES, Branches, batch
 
+W = TypeVar("W")
 SHARDS = (5, 3, 2, 4)  # samples of a rank in a batch
 SUMS = ("ggn_diag", "ggn_block", "kfac", "ggn_diag_empirical", "grad_variance", "ggn")
 MOMENTS = ("input_moment",)
@@ -162,17 +163,20 @@ def alone(way: Way, size: int) -> dict[str, Any]:
     return results(model, way.names, context)
 
 
-def all_ways(rank: int) -> dict[str, Any]:
+def compared(
+    ways: Mapping[str, W], train: Callable[[W, bool], Any], alone: Callable[[W], Any]
+) -> dict[str, Any]:
     """Of each way what this rank has without and with nnj, and what one process has."""
-    size = dist.get_world_size()
     return {
-        name: {
-            "plain": train(way, rank, False),
-            "found": train(way, rank, True),
-            "alone": alone(way, size),
-        }
-        for name, way in ways(size).items()
+        name: {"plain": train(way, False), "found": train(way, True), "alone": alone(way)}
+        for name, way in ways.items()
     }
+
+
+def all_ways(rank: int) -> dict[str, Any]:
+    """All of them on a rank."""
+    size = dist.get_world_size()
+    return compared(ways(size), lambda w, on: train(w, rank, on), lambda w: alone(w, size))
 
 
 # -- what else happens to ranks --------------------------------------------------------------------

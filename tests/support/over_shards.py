@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 import nnj
-from tests.support.over_ranks import EVERY, data, net, plain, results, share
+from tests.support.over_ranks import EVERY, compared, data, net, plain, results, share
 
 
 class Block(nn.Module):
@@ -130,6 +130,16 @@ def where(t: Any) -> Any:
     return tuple(map(str, t.placements)) if isinstance(t, DTensor) else None
 
 
+def noted(model: nn.Module, names: tuple[str, ...], context: Any) -> dict[str, Any]:
+    """All that was collected, how it is placed, and how the parameters are."""
+    parts = results(model, names, context)
+    return {
+        "results": {key: whole(t) for key, t in parts.items()},
+        "placed": {key: where(t) for key, t in parts.items()},
+        "like": {name: where(p) for name, p in model.named_parameters()},
+    }
+
+
 def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
     """Two batches in one `with`, and a step of an optimizer; twice."""
     model, loss = sharded(way)
@@ -148,10 +158,7 @@ def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
                 x, y = share(rank, 2 * step + i)
                 loss(model(x), y).backward()
         if collecting and step == 0:
-            parts = results(model, way.names, context)
-            found["results"] = {key: whole(t) for key, t in parts.items()}
-            found["placed"] = {key: where(t) for key, t in parts.items()}
-            found["like"] = {name: where(p) for name, p in model.named_parameters()}
+            found |= noted(model, way.names, context)
             found["samples"] = context.samples
         grads = {n: p.grad for n, p in model.named_parameters()}
         found[f"grad {step}"] = {n: whole(g) for n, g in grads.items()}
@@ -160,7 +167,7 @@ def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
     return found
 
 
-def alone(way: Way, size: int, single: int | None = None) -> dict[str, Any]:
+def alone(way: Way, size: int) -> dict[str, Any]:
     """One process that differentiates the losses of all ranks, over what gradients divide by."""
     model, loss = nnj.extend(way.make()), nnj.extend(nn.CrossEntropyLoss())
     divides = size if way.divides is None else way.divides
@@ -176,16 +183,9 @@ def alone(way: Way, size: int, single: int | None = None) -> dict[str, Any]:
 
 
 def all_ways(rank: int) -> dict[str, Any]:
-    """Of each way what this rank has without and with nnj, and what one process has."""
+    """All of them on a rank."""
     size = dist.get_world_size()
-    return {
-        name: {
-            "plain": train(way, rank, False),
-            "found": train(way, rank, True),
-            "alone": alone(way, size),
-        }
-        for name, way in ways(size).items()
-    }
+    return compared(ways(size), lambda w, on: train(w, rank, on), lambda w: alone(w, size))
 
 
 def of_several(rank: int) -> dict[str, Any]:
@@ -316,6 +316,16 @@ def _alone(rank: int, size: int) -> Any:
         nnj.extend(loss)(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
 
 
+def _then_plain(rank: int, size: int) -> Any:
+    """A pass of a model that is not sharded comes after one of a sharded model."""
+    model, loss = sharded(WAYS["nested"])
+    model, loss, other = nnj.extend(model), nnj.extend(loss), nnj.extend(net())
+    x, y = share(rank, 0)
+    with nnj.collect("ggn_diag"):
+        loss(model(x), y).backward()
+        loss(other(x), y).backward()
+
+
 def _gathered(rank: int, size: int) -> Any:
     model, loss = sharded(WAYS["nested"])
     nnj.extend(model)
@@ -350,6 +360,7 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "parts of fit": _parts_of_fit,
     "partly": _partly,
     "alone": _alone,
+    "then plain": _then_plain,
     "gathered": _gathered,
     "factors": _factors,
     "no batch": _no_batch,

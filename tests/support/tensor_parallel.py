@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import nnj
-from tests.support.over_ranks import EVERY, net, results, share
-from tests.support.over_shards import where, whole
+from tests.support.over_ranks import EVERY, compared, net, results, share
+from tests.support.over_shards import noted, whole
 
 
 class Attention(nn.Module):
@@ -136,10 +136,7 @@ def train(way: Way, mesh: Any, collecting: bool) -> dict[str, Any]:
             x, y = share(0, step)
             loss(model(x), y).backward()
         if collecting and step == 0:
-            parts = results(model, way.names, context)
-            found["results"] = {key: whole(t) for key, t in parts.items()}
-            found["placed"] = {key: where(t) for key, t in parts.items()}
-            found["like"] = {name: where(p) for name, p in model.named_parameters()}
+            found |= noted(model, way.names, context)
         found[f"grad {step}"] = {n: whole(p.grad) for n, p in model.named_parameters()}
         optimizer.step()
     found["state"] = {n: whole(p.detach()) for n, p in model.named_parameters()}
@@ -294,13 +291,6 @@ def of_several(rank: int) -> dict[str, Any]:
 
 
 def all_ways(rank: int) -> dict[str, Any]:
-    """Of each way what this rank has without and with nnj, and what one process has."""
+    """All of them on a rank."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {
-        name: {
-            "plain": train(way, mesh, False),
-            "found": train(way, mesh, True),
-            "alone": alone(way),
-        }
-        for name, way in WAYS.items()
-    }
+    return compared(WAYS, lambda w, on: train(w, mesh, on), alone)

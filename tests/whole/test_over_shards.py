@@ -111,6 +111,7 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
 
 SAID = {
     "partly": "parameter 'conv.weight' is in no unit of fully_shard",
+    "then plain": "a pass comes after one of a sharded model",
     "alone": "group= says another thing",
     "factors": "set_gradient_divide_factor gives units of the model other factors",
     "no batch": "rank 1 has no batch, and a sharded model is called on all ranks",
