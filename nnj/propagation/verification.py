@@ -10,8 +10,9 @@ not linear, and what happens inside of the loss."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
 from nnj.jacobians.factor import Factor
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.propagation.backward import Sweep
+from nnj.propagation.backward import Sweep, uses_of
 from nnj.propagation.culprit import Tangents, culprit, differs
 from nnj.propagation.hooks import OF_MODULE, find_hooks
 from nnj.propagation.plan import device_of
@@ -63,6 +64,7 @@ def verify(
     wanted: Iterable[Tensor],
     owner: nn.Module | None,
     hooks: bool = True,
+    memory: float = math.inf,
 ) -> None:
     """Compare a sweep with autograd, unless that was done for another one of the same structure.
     One whose gradients linear hooks change is told of them, and compared in each pass.
@@ -74,6 +76,8 @@ def verify(
         owner: the model, or a layer, with which what was verified is forgotten; None where no layer
             has a record.
         hooks: whether columns may go through hooks.
+        memory: bytes that gradients of autograd may take, of which those of one leaf at least are
+            compared at a time.
 
     Errors: `NNJError` that names the culprit.
     """
@@ -88,7 +92,7 @@ def verify(
     hooked = there is not None and there.hooked
     if mode == "first" and there is not None and not hooked:
         return
-    _Verification(sweep, rows, wanted).run(hooks, hooked)
+    _Verification(sweep, rows, wanted, memory).run(hooks, hooked)
     while len(known) >= KEPT:
         known.pop(next(iter(known)))
     rules = [s.record.entry for s in sweep.graph.steps if s.record is not None]
@@ -158,9 +162,17 @@ class _Verification:
     Args: as those of `verify`.
     """
 
-    def __init__(self, sweep: Sweep, rows: dict[Edge, SampleIndex], wanted: Iterable[Tensor]):
-        self.sweep, graph = sweep, sweep.graph
-        self.leaves = [p for p in dict.fromkeys(wanted) if graph.wanted(p)]
+    def __init__(
+        self,
+        sweep: Sweep,
+        rows: dict[Edge, SampleIndex],
+        wanted: Iterable[Tensor],
+        memory: float = math.inf,
+    ):
+        self.sweep, self.memory, graph = sweep, memory, sweep.graph
+        wanted = dict.fromkeys(p for p in wanted if graph.wanted(p))
+        in_order = [p for p in uses_of(graph.steps) if p in wanted]  # the same in all processes
+        self.leaves = list(dict.fromkeys([*in_order, *wanted]))
         self.tangents = _tangents(sweep, rows)
         self.eps = coarsest(sweep)
         self.give_back: Callable[[], None] = lambda: None  # that of `unharmed`
@@ -198,33 +210,34 @@ class _Verification:
 
     def _wrong(self, tangents: Tangents) -> bool:
         """Whether a leaf differs from autograd's, by more than rounding."""
-        found = self._both(tangents)
-        sizes = [at.size for at in found]
-        largest = max(sizes, default=0.0)
+        sizes, gaps = dict[Tensor, float](), dict[Tensor, float]()
+        suspects = dict[Tensor, _At]()
+        for at in self._both(tangents, self.leaves):
+            leaf = at.leaf
+            sizes[leaf], gaps[leaf] = at.size, self._gap(at)
+            if gaps[leaf] > self.slack(sizes[leaf]):
+                suspects[leaf] = at
+        largest = max(sizes.values(), default=0.0)
         # Below it nothing can be told from the rounding of the forward pass, which is the same for
         # every cotangent: a norm over one feature has J = 0, of which autograd has 1e-14.
         least_of_all = self.eps**0.75
         least = least_of_all * (largest or 1.0)
-        off = [
-            (i, gap)
-            for i, at in enumerate(found)
-            if (gap := self._gap(at)) > max(self.slack(sizes[i]), least)
-        ]
+        off = {leaf: gaps[leaf] for leaf in suspects if gaps[leaf] > least}
         if not off:
             return False
         # What would be zero without rounding, such as the gradient at the bias of keys, is told
         # from what is small by being computed again with other rounding.
-        again = self._both(tangents.times(AGAIN))
         often = max(10.0, min(1e3, 0.1 * self.eps**-0.5))
-        rounding = {i: _rounding(found[i], again[i]) for i, _ in off}
-        if any(gap > often * rounding[i] for i, gap in off):
+        again = self._both(tangents.times(AGAIN), list(off))
+        rounding = {at.leaf: _rounding(suspects[at.leaf], at) for at in again}
+        if any(gap > often * rounding[leaf] for leaf, gap in off.items()):
             return True
-        large = [i for i, gap in off if gap > self.slack(largest)]
+        large = [leaf for leaf, gap in off.items() if gap > self.slack(largest)]
         if not large:
             return False
         # Nothing but rounding is left of any of them, as of all that a norm takes away, if every
         # step by itself is right. The cotangents are about 1.
-        if max(rounding[i] for i in large) > least_of_all:
+        if max(rounding[leaf] for leaf in large) > least_of_all:
             return True
         return differs(self.sweep, tangents, self.leaves, self.eps, self.give_back)
 
@@ -233,18 +246,33 @@ class _Verification:
         result: float = self.eps**0.5 * size
         return result
 
-    def _both(self, tangents: Tangents) -> list[_At]:
+    def _both(self, tangents: Tangents, leaves: Sequence[Tensor]) -> Iterator[_At]:
+        """Some leaves, in their order; what autograd has for them is computed for as many at a time
+        as there is room for.
+        """
         factors: dict[Tensor, Factor] = {}
         self.sweep.run(tangents.stacked(), 2, factors.__setitem__)
-        edges = [leaf_edge(leaf) for leaf in self.leaves]
-        answers = []
-        for roots in (tangents.whole, tangents.half):
-            answers.append(engine_vjp(roots, edges))
-            self.give_back()
-        return [
-            _At(leaf, factors.get(leaf), [_plain(answer[i], leaf) for answer in answers])
-            for i, leaf in enumerate(self.leaves)
-        ]
+        for some in self._fitting(leaves):
+            edges = [leaf_edge(leaf) for leaf in some]
+            answers = []
+            for roots in (tangents.whole, tangents.half):
+                answers.append(engine_vjp(roots, edges))
+                self.give_back()
+            for i, leaf in enumerate(some):
+                grads = [_plain(answer[i], leaf) for answer in answers]
+                yield _At(leaf, factors.pop(leaf, None), grads)
+
+    def _fitting(self, leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """The leaves in parts whose gradients of both cotangents have room."""
+        part, room = list[Tensor](), self.memory
+        for leaf in leaves:
+            size = 2 * leaf.numel() * leaf.element_size()
+            if part and size > room:
+                yield part
+                part, room = [], self.memory
+            part.append(leaf)
+            room -= size
+        yield part
 
     def _gap(self, at: _At) -> float:
         """By how much the shares at a leaf do not add up to the gradients, or are outside of the
