@@ -4,12 +4,14 @@
 
 trains a small network on handwritten digits with DistributedDataParallel, fits its curvature with
 each rank reading its own digits, and compares all of it with what one process has that reads
-everything. Then a wide network, sharded by fully_shard, beside the same in one process.
+everything. `--memory sharded` prints the memory of a step of a wide network that fully_shard
+shards, and `--memory one` that of one process.
 """
 
 import argparse
-import resource
-import sys
+import contextlib
+import ctypes
+import threading
 
 import torch
 import torch.distributed as dist
@@ -71,29 +73,65 @@ def laplace_over_shards(rank, size, epochs):
     ]
 
 
-def peak():
-    """The most memory that this process has had, in MiB."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / MIB
+class Allocated(ctypes.Structure):
+    """What glibc's mallinfo2 says."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
-def memory(rank, size, width, sharded):
-    """What a step and its diagonal take beyond what was there before, in MiB."""
+def allocated():
+    """The MiB that this process has taken and not given back: what is resident counts holes of the
+    heap and what gloo's threads keep, too.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / MIB
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Allocated
+    said = ask()
+    return (said.uordblks + said.hblkhd) / MIB
+
+
+class Peak:
+    """The most that is allocated inside of a `with`, looked at every millisecond."""
+
+    def __enter__(self):
+        self.most, self._over = allocated(), threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self):
+        while not self._over.wait(1e-3):
+            self.most = max(self.most, allocated())
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+
+def memory(rank, size, width, sharded, collects):
+    """What a step, with or without its diagonal, takes beyond what was there before, in MiB, and
+    what of the diagonal is kept.
+    """
     torch.manual_seed(0)
-    before = peak()
+    before = allocated()
     layers = [nn.Linear(width, width) for _ in range(8)]
     model, loss = nn.Sequential(*layers, nn.Linear(width, 10)), nnj.extend(nn.CrossEntropyLoss())
     if sharded:
-        mesh = init_device_mesh("cpu", (size,))
+        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (size,))
         for layer in model:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    del layers
     nnj.extend(model)
     x, y = torch.randn(8, width), torch.randint(10, (8,))
-    with nnj.collect("ggn_diag"):
-        loss(model(x), y).backward()
-    own = [p.ggn_diag.to_local() if sharded else p.ggn_diag for p in model.parameters()]
-    return peak() - before, sum(t.nbytes for t in own) / MIB
+    with Peak() as step:
+        with nnj.collect("ggn_diag") if collects else contextlib.nullcontext():
+            loss(model(x), y).backward()
+    found = [p.ggn_diag for p in model.parameters()] if collects else []
+    kept = sum((t.to_local() if sharded else t).nbytes for t in found)
+    return step.most - before, kept / MIB
 
 
 def main():
@@ -105,8 +143,13 @@ def main():
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     if given.memory:
-        most, kept = memory(rank, size, given.width, given.memory == "sharded")
-        said = [f"{given.memory}: peak {most:.0f} MiB, diagonal kept here {kept:.0f} MiB"]
+        how = given.memory == "sharded"
+        alone, _ = memory(rank, size, given.width, how, False)
+        most, kept = memory(rank, size, given.width, how, True)
+        said = [
+            f"{given.memory}: peak of a step {alone:.0f} MiB, with the diagonal {most:.0f} MiB, "
+            f"of which {kept:.0f} MiB are kept here"
+        ]
     else:
         said = laplace_over_shards(rank, size, given.epochs)
     every = [None] * size

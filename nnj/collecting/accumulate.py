@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnj.collecting.quantity import Holder, Quantity, Whole, failed, of_dtype, times
+from nnj.collecting.quantity import (
+    Holder,
+    Quantity,
+    Whole,
+    added,
+    failed,
+    of_dtype,
+    times,
+    two_losses,
+)
 from nnj.errors import NNJError
 from nnj.recording.placement import placed, whole_state
 from nnj.recording.tensor_parallel import is_distributed
@@ -59,6 +68,7 @@ class Contribution:
         states: of each quantity, at each place that the loss has reached.
         together: which parameters a joint state is over, in order.
         exact: its exact columns.
+        shared: the quantities and places of which ranks have put together something already.
     """
 
     def __init__(
@@ -73,18 +83,21 @@ class Contribution:
         self.exact = ExactColumns()
         self.states: dict[str, dict[Holder, Any]] = {}
         self.together: tuple[int, ...] = ()
+        self.shared: set[tuple[str, Holder]] = set()
 
     def end(self, quantities: Mapping[str, Quantity]) -> None:
         """No chunk of columns is to come any more."""
         for name, states in self.states.items():
             end = quantities[name].end_pass
-            if type(quantities[name]).end_pass is not Quantity.end_pass:
-                for holder, state in states.items():
-                    states[holder] = asked(name, end, state)
+            for holder, state in states.items():
+                states[holder] = asked(name, end, state)
 
     def at(self, name: str) -> Mapping[Holder, Any]:
         """The states of a quantity, where the loss reached something."""
         return self.states.get(name, {})
+
+    def _reached(self, name: str, holder: Holder) -> bool:
+        return (name, holder) in self.shared or holder in self.at(name)
 
     def of_quantities(self, names: Container[str]) -> Contribution:
         """The part of some quantities."""
@@ -107,6 +120,11 @@ class Contribution:
         self.holders |= other.holders
         self.exact = self.exact.plus(other.exact)
         self.together = _same_parameters(self.together, other.together)
+        for name, holder in self.shared | other.shared:
+            twice = self._reached(name, holder) and other._reached(name, holder)
+            if twice and quantities[name].quadratic:
+                raise two_losses(quantities[name])
+        self.shared |= other.shared
         for name, states in other.states.items():
             mine, quantity = self.states.setdefault(name, {}), quantities[name]
             for holder, state in states.items():
@@ -349,6 +367,12 @@ class Accumulator:
             total = _empty(self._quantities[name])
             total.take([(0, state)] if isinstance(total, _Rows) else state)
             self._totals[name][holder] = total
+
+    def plus(self, name: str, states: Mapping[Holder, Any]) -> None:
+        """Add other states to those so far, of sums."""
+        for holder, state in states.items():
+            there = self.state(name, holder)
+            self.replace(name, {holder: state if there is None else added(there, state)})
 
     def forget(self, name: str, holder: Holder) -> None:
         """That another rank has a state."""

@@ -132,12 +132,11 @@ class collect(Collection):  # noqa: N801
         - `nnj.fit` weighs samples by the data set, and this one by the loss of each rank.
 
         Models that `fully_shard` shards
-            What a backward pass adds is shared out when it ends, after FSDP has reduced the
-            gradients: `p.ggn_diag` is a DTensor placed as p is, also under mixed precision policies
-            and `set_gradient_divide_factor`; ggn_block and ggn are sharded by rows; kfac stands on
-            the modules of one rank each. Rows of samples are of whole parameters. A refusal is
-            raised on all ranks in the same pass. All parameters of a model are whole on each rank
-            while columns walk, and results until the pass ends.
+            Columns walk while two units at most are whole that FSDP had sharded, and sums are
+            shared out as they are done: `p.ggn_diag` is a DTensor placed as p is, also under mixed
+            precision policies and `set_gradient_divide_factor`; ggn_block and ggn are sharded by
+            rows; kfac, shared out when the pass ends, stands on the modules of one rank each. Rows
+            of samples are of whole parameters. A refusal is raised on all ranks in the same pass.
 
         Tensor parallelism
             Of linear layers under `ColwiseParallel` and `RowwiseParallel`, between plain tensors,

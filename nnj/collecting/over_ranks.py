@@ -287,10 +287,8 @@ class OverRanks:
                     tensors += mine
                     known.append((name, holder, forms[0]))
                     continue
-                like, others = self.sharding.like(holder), self.ranks.size - 1
-                count_sent(sum(others * t.nbytes for t in mine) // self.ranks.size)
-                parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
-                self.accumulator.replace(name, {holder: filled(forms[0], parts)})
+                part = shared_out(filled(forms[0], mine), self.sharding.like(holder), self.ranks)
+                self.accumulator.replace(name, {holder: part})
         left = iter(self.ranks.sums(tensors))
         for name, holder, form in known:
             self.accumulator.replace(name, {holder: filled(form, left)})
@@ -340,6 +338,14 @@ class OverRanks:
         """The state of a sharded parameter: of each tensor of its shape the part of this rank."""
         tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
         return filled(form_of(state), tensors)
+
+
+def shared_out(state: Any, like: Tensor, ranks: Ranks) -> Any:
+    """The sum over ranks of a state, each with a part of it, at a sharded parameter."""
+    mine = tensors_of(state)
+    count_sent(sum((ranks.size - 1) * t.nbytes for t in mine) // ranks.size)
+    parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
+    return filled(form_of(state), parts)
 
 
 def device_of(holder: Holder) -> torch.device:

@@ -130,7 +130,7 @@ class _Pass:
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
         self.calls: list[LossCall] = []
-        self.sharded = ShardedPass()
+        self.sharded = ShardedPass({c.request: c.counts for c in collections})
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
         self.refusals = Refusals()
@@ -150,7 +150,8 @@ class _Pass:
                 refuse_tensor(scale.is_nested, scale.device)
                 with torch.autocast(scale.device.type, enabled=False):
                     check_linear(call, node)
-                    self.found.append(contribute_signed(call, scale, node, requests))
+                    shares = self.sharded.shares
+                    self.found.append(contribute_signed(call, scale, node, requests, shares))
         except NNJError as error:
             self.error = error
         except Exception as error:

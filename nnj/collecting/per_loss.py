@@ -16,6 +16,7 @@ from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.parallel_results import is_parallel, mesh_of, over_mesh
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
+from nnj.collecting.shares import Shares
 from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
@@ -39,6 +40,8 @@ def contribute(
     node: Any,
     requests: Sequence[Request],
     columns: LossColumns,
+    shares: Shares | None = None,
+    sign: int = 1,
 ) -> dict[Request, Contribution]:
     """What one loss adds to each request; columns are propagated once for all of them.
 
@@ -47,12 +50,13 @@ def contribute(
         scale: the gradient that arrived at its value.
         node: autograd's node of the loss.
         columns: those of the loss, or of a part of its Hessian.
+        shares: takes in sums of sharded models, `sign` times what is found.
 
     Errors: `NNJError` wherever a number would not be exact.
     """
     firsts = {request: first for request in requests if (first := request.first()) is not None}
     if not firsts:
-        return _contribute(call, scale, node, requests, columns)
+        return _contribute(call, scale, node, requests, columns, shares, sign)
     # what some quantities must know before their columns, of this loss alone
     found = _contribute(call, scale, node, list(firsts.values()), columns)
     try:
@@ -64,7 +68,7 @@ def contribute(
                     for place, state in states.items()
                 }
                 request.quantities[name].given(made)
-        return _contribute(call, scale, node, requests, columns)
+        return _contribute(call, scale, node, requests, columns, shares, sign)
     finally:
         for request, first in firsts.items():
             for name in first.quantities:
@@ -77,9 +81,11 @@ def _contribute(
     node: Any,
     requests: Sequence[Request],
     columns: LossColumns,
+    shares: Shares | None = None,
+    sign: int = 1,
 ) -> dict[Request, Contribution]:
     scope = Scope(extended_roots())
-    targets = [Target(request, scope) for request in requests]
+    targets = [Target(request, scope, shares, sign) for request in requests]
     wanted: set[Tensor] = set().union(*(target.params for target in targets))
     check_arguments(call, node, wanted)
     if call.edges:
@@ -97,7 +103,7 @@ def _contribute(
         _check_met(graph, requests, met | empty.keys())
         check_replaced(graph, wanted, met | empty.keys(), scope.paths)
         if planned is not None:
-            _Pass(call, columns, planned, targets, wanted).run()
+            _Pass(call, columns, planned, targets, wanted, shares).run()
         for target in targets if empty else ():
             target.take_zeros(empty, n)
     return {target.request: target.found for target in targets}
@@ -181,13 +187,13 @@ def _planned(graph: Graph, columns: LossColumns, requests: Sequence[Request]) ->
     return planned
 
 
-def _verified(planned: Planned, wanted: set[Tensor]) -> None:
+def _verified(planned: Planned, wanted: set[Tensor], memory: float) -> None:
     """Errors: `NNJError` where the sweep is not what autograd computes."""
     sweep, graph = planned.sweep, planned.sweep.graph
     calls = graph.marks
     layers = (step.record.module for step in graph.steps if step.record is not None)
     owner = calls[-1].module if calls else next(layers, None)
-    verify(sweep, planned.roots, wanted, owner)
+    verify(sweep, planned.roots, wanted, owner, memory=memory)
 
 
 def _open(
@@ -234,6 +240,7 @@ class _Pass:
     Args:
         planned: by sample.
         wanted: the parameters of all targets.
+        shares: of a sharded model.
     """
 
     def __init__(
@@ -243,12 +250,16 @@ class _Pass:
         planned: Planned,
         targets: Sequence[Target],
         wanted: set[Tensor],
+        shares: Shares | None,
     ):
         self.columns, self.targets, self.wanted = columns, targets, wanted
         self.edges, self.planned = call.edges, planned
         requests = [target.request for target in targets]
         self.sources = list(dict.fromkeys(s for r in requests for s in r.sources.values()))
         self.memory = min(request.memory for request in requests)
+        self.room = self.memory / 2  # of verification
+        if shares is not None:
+            self.room = min(self.room, shares.room)
         self.tol = min((r.tol for r in requests if EXACT in r.sources.values()), default=0.0)
         self.verify = any(request.verify for request in requests)
         every = [q for request in requests for q in request.quantities.values()]
@@ -299,7 +310,7 @@ class _Pass:
         self, planned: Planned, sources: Sequence[ColumnSource], sample: Tensor | None
     ) -> None:
         if self.verify:
-            _verified(planned, self.wanted)
+            _verified(planned, self.wanted, self.room)
         sweep, columns, targets = planned.sweep, self.columns, self.targets
         sweep.gathers = self.gathers
         at_most, about = columns_at_once(sweep, self.memory)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnj.errors import NNJError
 from nnj.jacobians.factor import Factor
+from nnj.jacobians.square_sum import SquareSum
 from nnj.matrices.matrix import Matrix
 from nnj.registry.manager import manager
 
@@ -173,8 +174,10 @@ class Quantity:
         return value if state is None else state + value
 
     def end_pass(self, state: Any) -> Any:
-        """What is kept of one loss in one backward pass, when its last chunk was added."""
-        return state
+        """What is kept of one loss in one backward pass, when its last chunk was added: by default
+        the state, or of a `SquareSum` its value.
+        """
+        return state.value() if isinstance(state, SquareSum) else state
 
     # -- may override: several ---------------------------------------------------------------------
 
@@ -191,11 +194,7 @@ class Quantity:
         Errors: `NNJError` where the quantity is `quadratic`.
         """
         if self.quadratic:
-            raise NNJError(
-                f"{named(self)}: two losses of the same samples are in one backward pass, and what "
-                "is quadratic in a sample's gradient is not the sum of theirs. Make one loss of "
-                "them: nnj.extend a function of all their outputs and targets"
-            )
+            raise two_losses(self)
         return added(one, other)
 
     # -- may override: results ---------------------------------------------------------------------
@@ -221,6 +220,15 @@ class Quantity:
         return None
 
 
+def two_losses(quantity: Quantity) -> NNJError:
+    """The error of what is quadratic in a sample's gradient, for two losses of the same samples."""
+    return NNJError(
+        f"{named(quantity)}: two losses of the same samples are in one backward pass, and what is "
+        "quadratic in a sample's gradient is not the sum of theirs. Make one loss of them: "
+        "nnj.extend a function of all their outputs and targets"
+    )
+
+
 def named(quantity: Quantity) -> str:
     """The name under which the results of an instance stand."""
     if quantity.name is not None:
@@ -235,6 +243,15 @@ def named(quantity: Quantity) -> str:
 def is_sum(quantity: Quantity) -> bool:
     """Whether results of other samples are simply added."""
     return not quantity.per_sample and type(quantity).merge is Quantity.merge
+
+
+def is_sum_of_chunks(quantity: Quantity) -> bool:
+    """Whether what is added chunk by chunk, and loss by loss, is a sum, so that parts of it may be
+    added in any order.
+    """
+    cls, own = type(quantity), ("start", "add", "end_pass", "merge_losses")
+    as_usual = all(getattr(cls, name) is getattr(Quantity, name) for name in own)
+    return as_usual and is_sum(quantity) and not quantity.of_rank and cls.place is not Whole
 
 
 def is_simple(quantity: Quantity) -> bool:

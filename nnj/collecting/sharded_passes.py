@@ -1,10 +1,10 @@
-"""Backward passes of models that FSDP2 shards: the parameters are whole while columns walk, and
-what a pass adds is shared out over the ranks when it ends.
+"""Backward passes of models that FSDP2 shards: units are whole while they are read, sums are shared
+out over the ranks as they are done, and all else when the pass ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,14 @@ from nnj.collecting.accumulate import Accumulator, Contribution
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.quantity import Holder
 from nnj.collecting.request import Request
+from nnj.collecting.shares import Shares
 from nnj.distributed.ranks import Ranks, same_ranks
+from nnj.distributed.rounds import Rounds
 from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding, sharded_models
+from nnj.recording.units_on_read import UnitsOnRead
 
 
 @dataclass
@@ -36,27 +39,48 @@ class OverShards:
 class ShardedPass:
     """What is known of the sharded models of one backward pass.
 
+    Args:
+        requests: those of the collections, each with whether what this rank has counts.
+
     Attributes:
-        sharding: their units; None while no model is sharded.
+        sharding: the units; None while no model is sharded.
+        shares: what is shared out before the pass ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, requests: Mapping[Request, bool]) -> None:
+        self._requests = requests
         self.sharding: Sharding | None = None
+        self.shares: Shares | None = None
 
     @contextmanager
     def whole(self, call: LossCall) -> Iterator[None]:
-        """The models behind a loss whole."""
+        """The units of the models behind a loss whole while they are read."""
         models = sharded_models(mark.module for mark in marks_behind(call.edges))
         if not models:
             yield
             return
-        sharding = Sharding(models)
         if self.sharding is not None and self.sharding.models != models:
-            sharding = Sharding([*self.sharding.models, *models])
-        self.sharding = sharding
-        with sharding.whole():
-            sharding.check_covered()
-            yield
+            models = list(dict.fromkeys([*self.sharding.models, *models]))
+        sharding = self.sharding = Sharding(models)
+        shares = self.shares = self.shares or Shares(self._requests)
+        ranks = Ranks(sharding.group, "nnj.collect")
+        with sharding.at_rest():
+            units = UnitsOnRead(sharding, lambda unit: rounds.need(unit))
+            rounds = Rounds(ranks, units.gather, shares.size, shares.share)
+            shares.begin(sharding, ranks, rounds)
+            try:
+                for unit in sharding.never_whole():
+                    rounds.need(unit)
+                sharding.check_covered()
+                with units:
+                    yield
+            except Exception:
+                rounds.end()
+                raise
+            else:
+                rounds.end()
+            finally:
+                units.close_all()
 
     def share_out(
         self,
@@ -70,8 +94,8 @@ class ShardedPass:
 
         Errors: `NNJError`, on all ranks, for what any has refused.
         """
-        sharding = self.sharding
-        assert sharding is not None
+        sharding, shares = self.sharding, self.shares
+        assert sharding is not None and shares is not None
         part = Accumulator(request.quantities)
         if error is None:
             try:
@@ -79,11 +103,15 @@ class ShardedPass:
                 part.add_pass([_at_sharded(c, sharding) for c in contributions])
                 for contribution in contributions:  # what is shared out is not held twice
                     contribution.states = {}
+                for name, states in shares.waiting(request).items():
+                    part.plus(name, states)
             except NNJError as refused:
                 error = refused
         ranks = Ranks(sharding.group, "nnj.collect")
         over = OverRanks(part, request, ranks, how.mean, sharding, how.spread)
         over.add_up(sharding.models, (), error)
+        for name, states in shares.shared(request).items():
+            part.plus(name, states)
         accumulator.absorb(part)
         accumulator.group = sharding.group
 

@@ -15,14 +15,22 @@ from nnj.collecting.loss_columns import LossColumns
 from nnj.collecting.loss_reading import check_as_called
 from nnj.collecting.per_loss import contribute
 from nnj.collecting.request import GRADIENT, Request
+from nnj.collecting.shares import Shares
 from nnj.errors import Indefinite
 from nnj.recording.records import LossCall
 
 
 def contribute_signed(
-    call: LossCall, scale: Tensor, node: Any, requests: Sequence[Request]
+    call: LossCall,
+    scale: Tensor,
+    node: Any,
+    requests: Sequence[Request],
+    shares: Shares | None = None,
 ) -> dict[Request, Contribution]:
     """`contribute` for all requests; those that are signed get the difference of the two parts.
+
+    Args:
+        shares: takes in sums of sharded models.
 
     Errors: those of `contribute`.
     """
@@ -33,9 +41,9 @@ def contribute_signed(
     if convex:
         curvature = any(s is not GRADIENT for r in requests for s in r.sources.values())
         columns = LossColumns(call, scale, node, curvature=curvature)
-        found = contribute(call, scale, node, convex, columns)
+        found = contribute(call, scale, node, convex, columns, shares)
     for sign, columns in _parts(call, scale, node).items() if signed else ():
-        for request, part in contribute(call, scale, node, signed, columns).items():
+        for request, part in contribute(call, scale, node, signed, columns, shares, sign).items():
             mine = found.setdefault(request, Contribution(part.calls, part.n))
             mine.absorb(part, request.quantities, sign)
     return found

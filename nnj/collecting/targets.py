@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from nnj.collecting.accumulate import Contribution, asked
 from nnj.collecting.loss_columns import Part
-from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole
+from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_sum_of_chunks
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
+from nnj.collecting.shares import Shares
 from nnj.errors import PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
+from nnj.jacobians.square_sum import SquareSum
 from nnj.matrices.matrix import Matrix
 from nnj.propagation.allocator import give_back
 from nnj.recording.scope import Scope
@@ -28,6 +30,7 @@ class Target:
 
     Args:
         scope: the extended models, at which it collects if it names no modules.
+        shares: takes in sums of sharded models, `sign` times what is found; None keeps all.
 
     Attributes:
         own, params: where it collects: the own parameters of each module, and all of them (a dict
@@ -35,8 +38,9 @@ class Target:
         found: what it has collected.
     """
 
-    def __init__(self, request: Request, scope: Scope):
+    def __init__(self, request: Request, scope: Scope, shares: Shares | None = None, sign: int = 1):
         self.request, self.found = request, Contribution()
+        self._shares, self._sign = shares, sign
         self.own = scope.own if request.modules is None else scope.of(request.modules)
         self.params = dict.fromkeys(p for own in self.own.values() for p in own)
         asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
@@ -54,6 +58,7 @@ class Target:
         self._all: dict[Tensor, Factor] = {}
         # what quantities may keep until the last chunk, and whether it has room
         self._room = request.memory / 3
+        self._seen: dict[tuple[str, Holder], int] = {}  # columns, where sums are shared out
         self._has_room: dict[tuple[str, Tensor], bool] = {}
 
     def reach(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
@@ -111,6 +116,7 @@ class Target:
                 mine = _of_part(part, factor)
                 mine.may_keep = self._has_room_for(name, p, mine.kept(part.total))
                 _add(self.found, name, quantity, p, [mine], [p], part.total)
+                self._share(name, quantity, p, part)
         if p in self.together:
             self._all[p] = factor
         for m in self._owners.get(p, ()):
@@ -176,6 +182,21 @@ class Target:
             mine = {p: _of_part(part, factor) for p, factor in factors.items()}
             given = [mine.get(p) for p in params]
             _add(self.found, name, quantity, place, given, params, part.total)
+            self._share(name, quantity, place, part)
+
+    def _share(self, name: str, quantity: Quantity, place: Holder, part: Part) -> None:
+        """Give away the state of a place that is a sum, and may be added to others now."""
+        if self._shares is None or not is_sum_of_chunks(quantity):
+            return
+        seen = self._seen.get((name, place), 0) + part.columns.stop - part.columns.start
+        self._seen[name, place] = seen
+        state = self.found.states[name][place]
+        is_squares = isinstance(state, SquareSum) and (state.later is None or seen >= part.total)
+        if is_squares or isinstance(state, Tensor):
+            del self.found.states[name][place]
+            self.found.shared.add((name, place))
+            given = asked(name, quantity.end_pass, state)
+            self._shares.take(self.request, name, place, given, self._sign)
 
 
 def _in_order(scope: Scope) -> dict[nn.Parameter, None]:

@@ -2,6 +2,7 @@
 
     meet          waits until all have come; who does not come says so by `leave`
     notes         what each rank says, to all of them
+    numbers       the same, of a few whole numbers, at less cost
     sums          sums over ranks
     merged        what one rank makes of the trees that all have, to all of them
     rows          rows of all ranks, one rank after the other
@@ -104,9 +105,17 @@ class Ranks:
     def notes(self, mine: Any) -> list[Any]:
         """What each rank says, in their order; plain values."""
         found: list[Any] = [None] * self.size
-        with self._together():
+        with self.together():
             dist.all_gather_object(found, mine, group=self.group)
         return found
+
+    def numbers(self, mine: Sequence[int]) -> list[list[int]]:
+        """The whole numbers of each rank, in their order; as many of all."""
+        row = self._carried(torch.tensor(mine))
+        found = [torch.empty_like(row) for _ in range(self.size)]
+        with self.together():
+            dist.all_gather(found, row, group=self.group)
+        return [[int(n) for n in row] for row in torch.stack(found).tolist()]
 
     def agreed(self, work: Callable[[], T], says: Callable[[T], Any]) -> tuple[T, list[Any]]:
         """What this rank has made of its own, and what all say of theirs.
@@ -129,7 +138,7 @@ class Ranks:
         return mine[0], [note for _, note in notes]
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Errors: `NNJError`, with torch's own, for a rank that has ended."""
         try:
             yield
@@ -155,7 +164,7 @@ class Ranks:
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in mine])
             wide = self._carried(torch.view_as_real(flat).reshape(-1) if dtype.is_complex else flat)
             if wide.numel():
-                with self._together():
+                with self.together():
                     dist.all_reduce(wide, group=self.group)
                 # of a ring: each entry once to be added, and once as a sum
                 count_sent(2 * (self.size - 1) * wide.nbytes // self.size)
@@ -266,7 +275,7 @@ class Ranks:
         sizes = [sum(slot.room for slot in row) for row in slots]
         out = torch.cat(rows)
         into = torch.empty(sum(sizes), dtype=torch.uint8, device=out.device)
-        with self._together():
+        with self.together():
             dist.all_to_all_single(into, out, sizes, list(map(len, rows)), group=self.group)
         count_sent(len(out) - len(rows[self.rank]))
         parts = into.to(device).split(sizes)

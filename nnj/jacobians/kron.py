@@ -42,7 +42,7 @@ class Arrived(NamedTuple):
             a.dim() - 1 if arrived.last else 2 for a, arrived in ((u, self), (v, other))
         )
         return (
-            u.data_ptr() == v.data_ptr()
+            0 != u.data_ptr() == v.data_ptr()  # 0 where the memory of a sharded unit is free
             and (len(u), u.numel(), u.dtype) == (len(v), v.numel(), v.dtype)
             and (u.shape[mine], u.stride(mine)) == (v.shape[theirs], v.stride(theirs))
             and _has_no_repeats(u)

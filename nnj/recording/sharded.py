@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnj.errors import NNJError
 from nnj.recording.scope import modules_of
+from nnj.recording.tensor_parallel import settled
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -71,12 +72,22 @@ class Sharding:
             )
         (factor,) = factors
         self.divides = float(dist.get_world_size(self.group) if factor is None else factor)
+        self._asleep: list[Any] = []  # groups that are sharded, while all are at rest
 
     @property
     def sharded(self) -> dict[Tensor, nn.Parameter]:
         """The sharded parameters, by the whole ones."""
         known = [param for param in self.params if hasattr(param, "_unsharded_param")]
         return {param._unsharded_param: param.sharded_param for param in known}
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest unit while it is whole."""
+        sizes = (
+            sum(p.numel() * p.element_size() for p in (f.sharded_param for f in group.fsdp_params))
+            for group in self.groups
+        )
+        return max(sizes, default=0)
 
     def like(self, holder: Any) -> Tensor:
         """A sharded parameter on whose mesh a result is placed."""
@@ -102,41 +113,91 @@ class Sharding:
                     "too, which nnj does not take yet. Collect with one of both"
                 )
 
+    # -- whole for a while -------------------------------------------------------------------------
+
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """All parameters whole, and FSDP's hooks at rest: afterwards all is as it was. A collective
-        of all ranks.
+    def at_rest(self) -> Iterator[None]:
+        """FSDP's hooks at rest, and in the model the whole parameters, which of sharded units have
+        no memory until `open`: afterwards all is as it was.
         """
-        asleep = [group for group in self.groups if not group.is_unsharded]
-        kept = [(state, state._training_state, _prefetched(state)) for state in self.states]
-        queued = [
-            (s._state_ctx, s._state_ctx.post_backward_final_callback_queued) for s in self.states
+        self._asleep = [group for group in self.groups if not group.is_unsharded]
+        states, contexts = self.states, [state._state_ctx for state in self.states]
+        kept = [
+            *_attributes(states, "_training_state", "_states_to_backward_prefetch"),
+            *_attributes(contexts, "post_backward_final_callback_queued"),
+            *_attributes(self.groups, "_training_state"),
         ]
-        for group in asleep:
+        for group in self._asleep:
             group.lazy_init()
-            group.unshard()
-            group.wait_for_unshard()
         try:
-            for state in self.states:
-                state._state_ctx.post_backward_final_callback_queued = True
+            for state, context in zip(states, contexts, strict=True):
+                context.post_backward_final_callback_queued = True
                 state._states_to_backward_prefetch = []
             for group in self.groups:
-                group.pre_backward = group.post_backward = _nothing
+                vars(group).update(dict.fromkeys(_AT_REST, _nothing))
+            for _, param in self._asleep_fsdp():
+                param._setattr_on_modules(param._unsharded_param)
             yield
         finally:
             for group in self.groups:
-                vars(group).pop("pre_backward", None)
-                vars(group).pop("post_backward", None)
-            for state, training, prefetched in kept:
-                state._training_state, state._states_to_backward_prefetch = training, prefetched
-            for context, was in queued:
-                context.post_backward_final_callback_queued = was
-            for group in asleep:
-                group.reshard()
+                for name in _AT_REST:
+                    vars(group).pop(name, None)
+            for owner, name, value in kept:
+                setattr(owner, name, value)
+            for _, param in self._asleep_fsdp():
+                param._setattr_on_modules(_between(param))
+            self._asleep = []
+
+    def never_whole(self) -> list[int]:
+        """The numbers of units at rest that have not been whole yet."""
+        whole = {unit for unit, _ in self._asleep_fsdp()}
+        return [i for i, group in enumerate(self._asleep) if group.fsdp_params and i not in whole]
+
+    def asleep_params(self) -> list[tuple[int, Tensor]]:
+        """The whole parameters of units that are sharded while at rest, by the number of the
+        unit.
+        """
+        return [(i, param._unsharded_param) for i, param in self._asleep_fsdp()]
+
+    def _asleep_fsdp(self) -> list[tuple[int, Any]]:
+        every = [(i, param) for i, group in enumerate(self._asleep) for param in group.fsdp_params]
+        return [(i, param) for i, param in every if _whole(param) is not None]
+
+    def open(self, unit: int) -> None:
+        """Make a unit at rest whole. A collective of all ranks."""
+        group = self._asleep[unit]
+        was, group._training_state = group._training_state, _idle(group)
+        type(group).unshard(group)
+        type(group).wait_for_unshard(group)
+        group._training_state = was
+
+    def close(self, unit: int) -> None:
+        """Free what `open` took."""
+        group = self._asleep[unit]
+        was, group._training_state = group._training_state, _idle(group)
+        type(group).reshard(group)
+        group._training_state = was
+        for param in group.fsdp_params:
+            param._setattr_on_modules(param._unsharded_param)
 
 
-def _nothing(*given: Any) -> None:
-    """In the place of what FSDP does before and behind the backward pass of a unit."""
+# What FSDP does of a group around the forward and the backward pass of its unit.
+_AT_REST = ("pre_backward", "post_backward", "unshard", "wait_for_unshard", "reshard")
+
+
+def _nothing(*given: Any, **options: Any) -> None:
+    """In the place of what FSDP does by itself."""
+
+
+def _idle(group: Any) -> Any:
+    """FSDP's word for a group that is in no pass."""
+    return type(group._training_state).IDLE
+
+
+def _between(param: Any) -> Any:
+    """What a model has of a parameter that is sharded."""
+    state = getattr(param.sharded_state, "name", "")
+    return param._sharded_post_forward_param if "POST_FORWARD" in state else param.sharded_param
 
 
 def _groups(state: Any) -> list[Any]:
@@ -160,9 +221,9 @@ def _factor_of(group: Any) -> float | None:
     return found
 
 
-def _prefetched(state: Any) -> list[Any]:
-    found: list[Any] = state._states_to_backward_prefetch
-    return found
+def _attributes(owners: Iterable[Any], *names: str) -> list[tuple[Any, str, Any]]:
+    """What owners have under some names now."""
+    return [(owner, name, getattr(owner, name)) for owner in owners for name in names]
 
 
 def _whole(param: Any) -> Any:
@@ -190,8 +251,7 @@ def placed_like(t: Tensor, p: Tensor) -> Tensor:
     terms, placements = _terms(t, p)
     if t.shape != p.shape:
         placements = [_rows() if at.is_shard() else at for at in placements]
-    found: Tensor = terms.redistribute(placements=placements)
-    return found
+    return _arrived(terms.redistribute(placements=placements))
 
 
 def whole_sum(t: Tensor, p: Tensor) -> Tensor:
@@ -206,7 +266,15 @@ def part_of(t: Tensor, p: Tensor) -> Tensor:
 
     mesh: Any = p.device_mesh  # type: ignore[attr-defined]
     every = DTensor.from_local(t.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    found: Tensor = every.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return _arrived(every.redistribute(placements=p.placements))  # type: ignore[attr-defined]
+
+
+def _arrived(t: Any) -> Tensor:
+    """A DTensor when its collective is over: until somebody waits for it, torch keeps what it was
+    given.
+    """
+    settled(t.to_local())
+    found: Tensor = t
     return found
 
 

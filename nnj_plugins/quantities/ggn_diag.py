@@ -25,10 +25,6 @@ class GGNDiag(nnj.Quantity):
         return factor.squares(total_columns)
 
     @override
-    def end_pass(self, state: nnj.SquareSum) -> Tensor:
-        return state.value()
-
-    @override
     def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:
         return nnj.matrices.Diagonal(shapes, result.flatten())
 

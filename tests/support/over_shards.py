@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 import nnj
+from nnj.collecting.shares import Shares
+from nnj.distributed import rounds
+from nnj.recording.sharded import Sharding
 from tests.support.over_ranks import EVERY, compared, data, net, plain, results, share
 
 
@@ -67,6 +70,7 @@ class Way:
         unsynced: whether the gradients of the first of two batches are not reduced.
         divides: as of set_gradient_divide_factor.
         modules: of collect, by their paths.
+        of_rank: options of collect, by the rank.
     """
 
     make: Callable[[], nn.Module] = net
@@ -77,6 +81,12 @@ class Way:
     unsynced: bool = False
     divides: float | None = None
     modules: tuple[str, ...] = ()
+    of_rank: Callable[[int], dict[str, Any]] = lambda rank: {}
+
+
+def out_of_step(rank: int) -> dict[str, Any]:
+    """Rank 1 walks one column at a time, and verifies nothing."""
+    return dict(memory=1, verify=False) if rank == 1 else {}
 
 
 NESTED = ("conv", "twice", "head")
@@ -94,6 +104,7 @@ WAYS = {
     "one module": Way(units=NESTED, modules=("head",)),
     "every quantity": Way(units=NESTED, names=EVERY),
     "every quantity of blocks": Way(blocks, PARTS, names=EVERY),
+    "out of step": Way(blocks, PARTS, names=EVERY, of_rank=out_of_step),
 }
 
 
@@ -150,7 +161,8 @@ def train(way: Way, rank: int, collecting: bool) -> dict[str, Any]:
     tops = [model.get_submodule(path) for path in way.modules] or None
     for step in range(2):
         optimizer.zero_grad()
-        collect = nnj.collect(*way.names, modules=tops) if collecting else nullcontext()
+        options = way.of_rank(rank)
+        collect = nnj.collect(*way.names, modules=tops, **options) if collecting else nullcontext()
         with collect as context:
             for i in range(2 if "batch_grad_dot" not in way.names else 1):
                 if way.unsynced:
@@ -183,8 +195,10 @@ def alone(way: Way, size: int) -> dict[str, Any]:
 
 
 def all_ways(rank: int) -> dict[str, Any]:
-    """All of them on a rank."""
+    """All of them on a rank: of two processes, sums are shared as soon as there are any."""
     size = dist.get_world_size()
+    if size == 2:
+        rounds.BUCKET = 1
     return compared(ways(size), lambda w, on: train(w, rank, on), lambda w: alone(w, size))
 
 
@@ -349,6 +363,59 @@ def _no_batch(rank: int, size: int) -> Any:
     nnj.fit(model, loss, [share(0, 0)] if rank == 0 else [], "ggn_diag")
 
 
+class Watch:
+    """How many units are whole at a time, and how many bytes of results wait to be shared."""
+
+    def __init__(self) -> None:
+        self.opened, self.whole, self.most, self.waited = list[int](), set[int](), 0, 0
+        self._kept = Sharding.open, Sharding.close, Shares.size
+
+    def __enter__(self) -> Watch:
+        opens, closes, size = self._kept
+
+        def opened(sharding: Sharding, unit: int) -> None:
+            opens(sharding, unit)
+            self.opened.append(unit)
+            self.whole.add(unit)
+            self.most = max(self.most, len(self.whole))
+
+        def closed(sharding: Sharding, unit: int) -> None:
+            closes(sharding, unit)
+            self.whole.remove(unit)
+
+        def sized(shares: Shares) -> int:
+            found = size(shares)
+            self.waited = max(self.waited, found)
+            return found
+
+        Sharding.open, Sharding.close, Shares.size = opened, closed, sized  # type: ignore
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        Sharding.open, Sharding.close, Shares.size = self._kept  # type: ignore[method-assign]
+
+
+def _memory(rank: int, size: int) -> Any:
+    """Six layers, a unit each, of as many parameters."""
+    mesh = init_device_mesh("cpu", (size,))
+    layers = [m for _ in range(6) for m in (nn.Linear(12, 12), nn.Tanh())]
+    model = nn.Sequential(*layers).double()
+    for layer in model[::2]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model, loss = nnj.extend(model), nnj.extend(nn.MSELoss())
+    x, y = torch.randn(3, 12).double(), torch.randn(3, 12).double()
+    rounds.BUCKET, found = 1, {}
+    for name in ("first", "known", "in chunks"):
+        options = dict(memory=1) if name == "in chunks" else {}
+        with nnj.collect("ggn_diag", **options) as context, Watch() as watch:
+            value = loss(model(x), y)
+            value.backward()
+        found[name] = len(watch.opened), len(watch.whole), watch.most, watch.waited
+    asleep = [p.numel() for p in model.parameters() if isinstance(p, DTensor)]
+    return found, sum(asleep), context.samples
+
+
 def _products(rank: int, size: int) -> Any:
     nnj.jacobian(nnj.extend(sharded(WAYS["nested"])[0]), share(rank, 0)[0], "weight")
 
@@ -365,4 +432,5 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "factors": _factors,
     "no batch": _no_batch,
     "products": _products,
+    "memory": _memory,
 }

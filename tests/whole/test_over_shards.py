@@ -101,12 +101,26 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
         assert "is spread over ranks" in said
         assert len(found["parts of fit"]) == 5
         assert all("of which each rank has a part" in said for said in found["parts of fit"])
+        _check_memory(*found["memory"])
         for name, text in SAID.items():
             assert text in found[name], (rank, name, found[name])
     for kind in OWNED:
         owned = {k for k in ranks[0]["sum"][1] if k.startswith(f"{kind} ")}
         owners = [k for found in ranks for k in found["sum"][0] if k in owned]
         assert sorted(owners) == sorted(owned)
+
+
+def _check_memory(passes: dict[str, Any], every: int, samples: int) -> None:
+    """Two units at most are whole, and one result waits; a pass that is known makes each unit whole
+    once for each chunk of columns, but for the first layer, whose weight nothing reads.
+    """
+    layer = 8 * (12 * 12 + 12)
+    assert every == 6 * layer // 8 and samples == 6
+    for name, (_, whole, most, waited) in passes.items():
+        assert (whole, most) == (0, 2), (name, whole, most)
+        assert 0 < waited <= layer, (name, waited)
+    assert passes["known"][0] == 5 < passes["first"][0]
+    assert passes["in chunks"][0] == 12 * 5
 
 
 SAID = {
