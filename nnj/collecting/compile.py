@@ -97,7 +97,8 @@ def compile(
     Random numbers
         Dropout in training and Monte Carlo columns are drawn anew in each replay. Under "aot", and
         with a `generator=` of yours under every backend, they are those that the eager pass draws;
-        inductor has generators of its own.
+        inductor has generators of its own. Ranks whose generators have one seed draw the same here,
+        unlike in the eager pass: give `generator=` a seed of its own on each.
 
     Errors: those of `nnj.extend`, `nnj.collect` and the backward pass; `NNJError` for an unknown
     backend, and inside a `with nnj.collect` that asks for what was not compiled."""
