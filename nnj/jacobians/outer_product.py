@@ -5,7 +5,7 @@ factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ class OuterProduct(Factor):
         if len(self.shape) < 2 or self.shape[0] != g * o:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx)
+        outer_v = self.outer_v if g == self.form[2] == 1 else None
+        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx, outer_v)
         kron.columns = self.of
         return [kron]
 
@@ -238,12 +239,24 @@ class OuterProduct(Factor):
         return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
     def _one_place(self) -> Tensor:
+        known = self._of_columns("nnj_squares", lambda: self.v.square().sum(0))
+        every = known.reshape(*self.v.shape[1:], 1)
+        return every if self.origin is None else every.clone()  # kernels are added to in place
+
+    def outer_v(self) -> Tensor:
+        """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""
+        flat = self.v.reshape(-1, self.form[1])
+        return self._of_columns("nnj_outer", lambda: flat.mT @ flat)
+
+    def _of_columns(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What several parameters ask of the same columns, made once."""
         if self.origin is None:
-            return self.v.square().sum(0)[..., None]
-        known = getattr(self.origin, "nnj_squares", None)
+            return make()
+        known: Tensor | None = getattr(self.origin, name, None)
         if known is None:
-            known = self.origin.nnj_squares = self.v.square().sum(0)  # type: ignore[attr-defined]
-        return known.reshape(*self.v.shape[1:], 1).clone()  # kernels are added to in place
+            known = make()
+            setattr(self.origin, name, known)
+        return known
 
     # -- two factors at one parameter --------------------------------------------------------------
 
@@ -353,6 +366,10 @@ class OuterProduct(Factor):
         a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
         x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]
         o, q, i, j = a.shape[2], b.shape[2], x.shape[1], y.shape[1]
+        if self is other and self.is_bias:  # its input is one
+            return self.outer_v().clone()
+        if i == j == 1:
+            return (a * x).flatten(0, 1).mT @ (b * y).flatten(0, 1)
         total = torch.zeros(o * q, i * j, dtype=self.dtype, device=self.device)
         step = max(1, CHUNK // max(1, o * q + i * j))
         for s in range(0, self.n, step):

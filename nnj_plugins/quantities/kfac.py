@@ -203,8 +203,9 @@ class _Product:
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
         count = self.kron.count(self.alive)
-        right = self.kron.outer_u(self.alive, ones=self.bias is not None) / count.clamp(min=1)
-        left = self.left * scale
+        # a tensor of its own, and often the largest of all
+        right = self.kron.outer_u(self.alive, ones=self.bias is not None).div_(count.clamp(min=1))
+        left = self.left if scale == 1 else self.left * scale
         if forward:
             left = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) * count
             left = left.expand_as(self.left).clone()
@@ -237,7 +238,7 @@ class Rest:
         return self
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
-        return {"names": self.names, self.form: self.value * scale}
+        return {"names": self.names, self.form: self.value if scale == 1 else self.value * scale}
 
 
 def _joint(
