@@ -293,6 +293,8 @@ class OuterProduct(Factor):
             return super().kernel(other, pairs)
         if d is not None:
             d = d.reshape(*(self._lead(d) or (1,)), *self.form[:2], self.patches.inputs)
+        if one_place and base is self and d is None and pairs == "row":
+            return self._square_norms()
         if one_place:
             found = self._kernel_of_vectors(base, d, pairs)
             return found if pairs == "sample" else found.mT
@@ -306,9 +308,23 @@ class OuterProduct(Factor):
     def _kernel_of_all(self, other: OuterProduct) -> Tensor:
         """(V V'^T) o (U U'^T): no entry of B is formed."""
         v, w = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
-        u = self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT
-        every: Tensor = torch.tensordot(v, w, ([2], [2])) * u[:, None]
-        return every
+        make = lambda: torch.tensordot(v, w, ([2], [2]))
+        if other is not self:
+            return make() * self._dots(other)
+        found = self._of_columns("nnj_kernel", make)
+        return found.clone() if self.is_bias else found * self._dots(self)
+
+    def _dots(self, other: OuterProduct) -> Tensor:
+        """u u', (N, 1, N'), of one place and one group."""
+        return (self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT)[:, None]
+
+    def _square_norms(self) -> Tensor:
+        """|v|^2 |u|^2 of one place, summed over groups, (K, N)."""
+        # a bias has one group where its weight may have several
+        name = f"nnj_norms_{self.form[0]}"
+        v = self._of_columns(name, lambda: self.v.square().sum((3, 4)))  # (K, N, G)
+        every = v if self.is_bias else v * self.u.square().sum((2, 3))
+        return every.sum(2)
 
     def _meets_by_places(self, other: OuterProduct) -> bool:
         """Whether pairs of places cost less than rows of B do, in multiply-adds: a row is formed

@@ -113,6 +113,9 @@ class SharedColumns(OuterProduct):
             return w @ both.mT if w.shape[1] > 1 else w * both.sum(1)
         return (self.shared * w[:, None]) @ other.shared.mT
 
+    def _square_norms(self) -> Tensor:
+        return self._kernel_of_vectors(self, None, "row").mT
+
     def _weight(self, other: OuterProduct, d: Tensor | None) -> Tensor:
         """sum_i d_oi u_i u'_i, (N, O), or (N, 1) where it is the same for all outputs."""
         u = (self.u * other.u)[:, 0, :, 0]

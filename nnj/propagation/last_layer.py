@@ -56,13 +56,23 @@ class LastLayerFactor(OuterProduct):
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
 
     def kron(self, approx: Approx = "expand") -> list[Kron] | None:
-        found = super().kron(approx)
-        if found is None:
+        if len(self.shape) < 2 or self.shape[0] != self.form[1]:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        kron = LastLayerKron(self.hessian, self.patches, lambda: self.v, self.form, like, approx)
+        given = self.patches, lambda: self.v, self.form, like, approx, self.outer_v
+        kron = LastLayerKron(self.hessian, *given)
         kron.columns = self.of
         return [kron]
+
+    def outer_v(self) -> Tensor:
+        """The sum of H over the samples, by some columns at a time."""
+        size = self.form[1]
+        eye = torch.eye(size, dtype=self.dtype, device=self.device)
+        total = torch.zeros_like(eye)
+        for v in self.hessian.columns_through(eye, 64):
+            flat = v.reshape(-1, size)
+            total.addmm_(flat.mT, flat)
+        return total
 
     def same_v(self, other: OuterProduct) -> bool:
         return isinstance(other, LastLayerFactor) and other.hessian is self.hessian
@@ -76,22 +86,11 @@ class LastLayerFactor(OuterProduct):
 
 
 class LastLayerKron(OuterKron):
-    """Of V that is all of S: sum v v^T is the sum of H over the samples, by some columns at a
-    time.
-    """
+    """Of V that is all of S: a place is alive where a diagonal of H is."""
 
     def __init__(self, hessian: LossHessian, *given: Any):
         super().__init__(*given)
         self.hessian = hessian
-
-    def outer_v(self) -> Tensor:
-        size = self.form[1]
-        total = self.like.new_zeros(1, size, size)
-        eye = torch.eye(size, dtype=self.like.dtype, device=self.like.device)
-        for v in self.hessian.columns_through(eye, 64):
-            flat = v.reshape(-1, size)
-            total[0].addmm_(flat.mT, flat)
-        return total
 
     def alive(self) -> Tensor:
         return (self.hessian.flat_diagonal != 0).any(-1, keepdim=True)
