@@ -30,8 +30,8 @@ class OuterProduct(Factor):
         u: U, (N, G, I, L), or the patches that make it.
         v: V, (K, N, G, O, L).
         shape: of the parameter, (G * O, ...).
-        origin: the columns of which v is another view, so that what several parameters ask of
-            them is computed once.
+        origin: the columns of which v is another view, or what stands for them, so that what
+            several parameters ask of them is computed once.
 
     Attributes:
         of: the columns of which each place of V is a view, or of whose places it is a sum, where
@@ -40,12 +40,12 @@ class OuterProduct(Factor):
     """
 
     v: Tensor
-    origin: Tensor | None = None
+    origin: object | None = None
     of: Columns = ()
     is_bias: bool = False
 
     def __init__(
-        self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
+        self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: object | None = None
     ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
@@ -308,10 +308,10 @@ class OuterProduct(Factor):
     def _kernel_of_all(self, other: OuterProduct) -> Tensor:
         """(V V'^T) o (U U'^T): no entry of B is formed."""
         v, w = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
-        make = lambda: torch.tensordot(v, w, ([2], [2]))
         if other is not self:
-            return make() * self._dots(other)
-        found = self._of_columns("nnj_kernel", make)
+            found: Tensor = torch.tensordot(v, w, ([2], [2])) * self._dots(other)
+            return found
+        found = self._of_columns("nnj_kernel", lambda: torch.tensordot(v, v, ([2], [2])))
         return found.clone() if self.is_bias else found * self._dots(self)
 
     def _dots(self, other: OuterProduct) -> Tensor:
@@ -368,8 +368,11 @@ class OuterProduct(Factor):
     # -- blocks ------------------------------------------------------------------------------------
 
     def gram(self, other: Factor) -> Tensor:
-        if isinstance(other, OuterProduct) and self.k > 1 and self._is_row and other._is_row:
-            return self._gram_of_rows(other)
+        if isinstance(other, OuterProduct) and self._is_row and other._is_row:
+            if self is other and self.is_bias:
+                return self.outer_v().clone()
+            if self.k > 1:
+                return self._gram_of_rows(other)
         return super().gram(other)
 
     @property
@@ -382,8 +385,6 @@ class OuterProduct(Factor):
         a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
         x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]
         o, q, i, j = a.shape[2], b.shape[2], x.shape[1], y.shape[1]
-        if self is other and self.is_bias:  # its input is one
-            return self.outer_v().clone()
         if i == j == 1:
             return (a * x).flatten(0, 1).mT @ (b * y).flatten(0, 1)
         total = torch.zeros(o * q, i * j, dtype=self.dtype, device=self.device)

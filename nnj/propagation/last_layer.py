@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class LastLayerFactor(OuterProduct):
         return [kron]
 
     def outer_v(self) -> Tensor:
+        return self._of_columns("nnj_outer", self._sum_of_hessians)
+
+    def _sum_of_hessians(self) -> Tensor:
         """The sum of H over the samples, by some columns at a time."""
         size = self.form[1]
         eye = torch.eye(size, dtype=self.dtype, device=self.device)
@@ -114,7 +118,7 @@ class LastLayerColumns:
         hessian: LossHessian,
         shared: set[Tensor],
         selection: ColumnSelection | None = None,
-        factor: Callable[..., Factor] = LastLayerFactor,
+        factor: Callable[..., OuterProduct] = LastLayerFactor,
     ):
         self._made = factor
         self.sweep, self.hessian, self.shared, self.selection = sweep, hessian, shared, selection
@@ -163,6 +167,7 @@ class LastLayerColumns:
         if step.params and self.steps:
             return None
         found: list[tuple[Tensor, Factor]] = []
+        columns = SimpleNamespace()  # all of them have the same
         for slot, p in step.params:
             if self.sweep.uses[p] > 1 or p in self.shared:
                 return None
@@ -170,7 +175,9 @@ class LastLayerColumns:
             if patches is None:
                 return None
             shape = tuple(p.shape)
-            found.append((p, self._made(self.hessian, patches.to(dtype), shape, dtype)))
+            factor = self._made(self.hessian, patches.to(dtype), shape, dtype)
+            factor.origin = columns
+            found.append((p, factor))
         return found
 
     @property
