@@ -12,6 +12,12 @@ from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.kron import Approx, Bias, Columns, Kron
+from nnj.jacobians.outer_kernels import (
+    Sides,
+    has_few_places,
+    kernel_of_all,
+    square_norms_by_places,
+)
 from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
@@ -286,26 +292,36 @@ class OuterProduct(Factor):
             return super().kernel(other, pairs)
         one_place = self.form[2] == base.form[2] == 1
         if pairs == "all":
-            if d is None and one_place and self._is_row:
-                return self._kernel_of_all(base)
-            if d is None and self._meets_by_places(base):
-                return self._kernel_of_places(base)
-            return super().kernel(other, pairs)
+            found = self._kernel_of_all(base, one_place) if d is None else None
+            return super().kernel(other, pairs) if found is None else found
+        if pairs == "row" and base is self and d is None:
+            return self._square_norms()
         if d is not None:
             d = d.reshape(*(self._lead(d) or (1,)), *self.form[:2], self.patches.inputs)
-        if one_place and base is self and d is None and pairs == "row":
-            return self._square_norms()
+        found = self._kernel_within(base, d, pairs, one_place)
+        return found if pairs == "sample" else found.mT
+
+    def _kernel_within(
+        self, other: OuterProduct, d: Tensor | None, pairs: Pairs, one_place: bool
+    ) -> Tensor:
+        """Within each sample (N, K, K'), or of each row with the same one (N, K)."""
         if one_place:
-            found = self._kernel_of_vectors(base, d, pairs)
-            return found if pairs == "sample" else found.mT
-        shape = (self.n, self.k, base.k) if pairs == "sample" else (self.n, self.k)
+            return self._kernel_of_vectors(other, d, pairs)
+        shape = (self.n, self.k, other.k) if pairs == "sample" else (self.n, self.k)
         total = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for rows, a, b in self._both(base):
+        for rows, a, b in self._both(other):
             scaled = b if d is None else b * (d if len(d) == 1 else d[rows])
             total[rows] = _contracted(a, scaled, pairs)
-        return total if pairs == "sample" else total.mT
+        return total
 
-    def _kernel_of_all(self, other: OuterProduct) -> Tensor:
+    def _kernel_of_all(self, other: OuterProduct, one_place: bool) -> Tensor | None:
+        """Of every two rows; None where dense chunks are as good."""
+        if one_place and self._is_row:
+            return self._kernel_of_rows(other)
+        mine, theirs = Sides(self.patches, self.v), Sides(other.patches, other.v)
+        return kernel_of_all(mine, mine if other is self else theirs)
+
+    def _kernel_of_rows(self, other: OuterProduct) -> Tensor:
         """(V V'^T) o (U U'^T): no entry of B is formed."""
         v, w = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
         if other is not self:
@@ -319,33 +335,16 @@ class OuterProduct(Factor):
         return (self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT)[:, None]
 
     def _square_norms(self) -> Tensor:
-        """|v|^2 |u|^2 of one place, summed over groups, (K, N)."""
-        # a bias has one group where its weight may have several
+        """The squared norm of each row, (K, N)."""
+        if self.form[2] != 1:
+            sides = Sides(self.patches, self.v)
+            found = square_norms_by_places(sides) if has_few_places(sides) else None
+            return self._kernel_within(self, None, "row", False).mT if found is None else found
+        # |v|^2 |u|^2; a bias has one group where its weight may have several
         name = f"nnj_norms_{self.form[0]}"
         v = self._of_columns(name, lambda: self.v.square().sum((3, 4)))  # (K, N, G)
         every = v if self.is_bias else v * self.u.square().sum((2, 3))
         return every.sum(2)
-
-    def _meets_by_places(self, other: OuterProduct) -> bool:
-        """Whether pairs of places cost less than rows of B do, in multiply-adds: a row is formed
-        once for each sample, and met by all others.
-        """
-        o, i = self.form[1], self.patches.inputs
-        l, m, k, q = self.form[2], other.form[2], self.k, other.k
-        pairs = self.n * other.n
-        by_places = pairs * l * (m * (i + q * o) + k * q * o)
-        return by_places < o * i * (pairs * k * q + self.n * k * l + other.n * q * m)
-
-    def _kernel_of_places(self, other: OuterProduct) -> Tensor:
-        """sum_{g,l,m} (u_l u'_m) (v_l v'_m), the latter summed over m first."""
-        g, o, l = self.form
-        total = self.v.new_zeros(self.k, self.n, other.k, other.n)
-        theirs = other.patches()
-        for rows in self.patches.parts(g * l * other.n * (other.form[2] + other.k * o)):
-            met = torch.einsum("ngil,pgim->ngplm", self.patches(rows), theirs)
-            there = torch.einsum("ngplm,qpgom->ngloqp", met, other.v)
-            total[:, rows] = torch.einsum("kngol,ngloqp->knqp", self.v[:, rows], there)
-        return total
 
     def _kernel_of_vectors(self, other: OuterProduct, d: Tensor | None, pairs: Pairs) -> Tensor:
         """sum_o v_ko v'_k'o (sum_i d_oi u_i u'_i), for d of (N or 1, G, O, I)."""
