@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ from nnj.jacobians.square_sum import SquareSum
 KERNELS = 1 << 22
 
 
+class Scale(Protocol):
+    """A scale and shift, of which J is a diagonal at each place."""
+
+    def of_same_call(self, other: Any) -> bool:
+        """Whether both are of one call of a layer."""
+        ...
+
+    def products(self, other: Any) -> Tensor | None:
+        """J * J' summed over rows and places, (P,); None where J^T J' is no diagonal."""
+        ...
+
+
 class OuterProduct(Factor):
     """B = V U^T: sum over places l of v[.., o, l] u[.., i, l], for each column, sample and group.
 
@@ -43,12 +56,14 @@ class OuterProduct(Factor):
         of: the columns of which each place of V is a view, or of whose places it is a sum, where
             they are known.
         is_bias: whether it is a sum over places of columns, and U is one.
+        scales: the scales and shifts that it comes from, one for each use.
     """
 
     v: Tensor
     origin: object | None = None
     of: Columns = ()
     is_bias: bool = False
+    scales: Sequence[Scale] = ()
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: object | None = None
@@ -72,7 +87,7 @@ class OuterProduct(Factor):
             return self
         found = OuterProduct(self.patches, self.v[which], self.shape)
         found.of = [(u, a + which.start, a + which.stop) for u, a, _ in self.of]
-        found.is_bias = self.is_bias
+        found.is_bias, found.scales = self.is_bias, self.scales
         return found
 
     def made_of(self, u: object, is_bias: bool = False) -> OuterProduct:
@@ -120,13 +135,25 @@ class OuterProduct(Factor):
 
     def kron(self, approx: Approx = "expand") -> list[Kron] | None:
         g, o, _ = self.form
-        if len(self.shape) < 2 or self.shape[0] != g * o:
+        if len(self.shape) < 2 or self.shape[0] != g * o or self.scales:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         outer_v = self.outer_v if g == self.form[2] == 1 else None
         kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx, outer_v)
         kron.columns = self.of
         return [kron]
+
+    def output_squares(self, other: Factor) -> Tensor | None:
+        if not isinstance(other, OuterProduct) or not self.scales or not other.scales:
+            return None
+        total = torch.zeros(math.prod(self.shape), dtype=self.dtype, device=self.device)
+        for one in self.scales:
+            for two in other.scales:
+                share = one.products(two) if one.of_same_call(two) else 0.0
+                if share is None:
+                    return None
+                total += share
+        return total
 
     def biases(self) -> list[Bias]:
         return [Bias(self.of)] if self.is_bias and len(self.shape) == 1 else []
@@ -197,6 +224,8 @@ class OuterProduct(Factor):
         if all(use.of for use in uses):
             found.of = [columns for use in uses for columns in use.of]
         found.is_bias = all(use.is_bias for use in uses)
+        if all(use.scales for use in uses):
+            found.scales = [scale for use in uses for scale in use.scales]
         return found
 
     # -- squares -----------------------------------------------------------------------------------

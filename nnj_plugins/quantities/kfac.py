@@ -54,7 +54,8 @@ class KFAC(nnj.Quantity):
             them; "empirical" the gradient of each sample, of degree 2 in the loss: under a mean
             over the batch it is N times smaller than "exact" where both estimate one matrix;
             "forward" no columns: S = N L I, the GGN of half the summed squares of this layer's
-            output, whatever the loss (there, what is no matrix product is left out).
+            output, whatever the loss, which is exact at norms and biases, too (layers without a
+            rule are left out).
         samples, generator: of "mc", as in `ggn_diag_mc`.
         bias: "joint", or "separate": then biases have their exact block.
         places: "all", as published; or "alive": places at which every column is zero, such as
@@ -130,8 +131,11 @@ class KFAC(nnj.Quantity):
         ]
         taken = {bias for bias, _ in joint.values()}
         rest = {n: f for n, f in factors.items() if products[n] is None and n not in taken}
-        if rest and self.fisher != "forward":
-            parts.append(Rest(rest, self.block_limit))
+        if self.fisher == "forward":
+            rest = {n: f for n, f in rest.items() if f.output_squares(f) is not None}
+        if rest:
+            made = OfOutput if self.fisher == "forward" else Rest
+            parts.append(made(rest, self.block_limit))
         return parts
 
     @override
@@ -239,6 +243,38 @@ class Rest:
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
         return {"names": self.names, self.form: self.value if scale == 1 else self.value * scale}
+
+
+class OfOutput(Rest):
+    """The GGN of half the summed squares of a layer's output, in its scale and shift: a diagonal
+    in each, and one between them.
+    """
+
+    def __init__(self, factors: dict[str, nnj.Factor], limit: float):
+        self.names, every = list(factors), list(factors.values())
+        sizes = [math.prod(f.shape) for f in every]
+        self.form = "block" if sum(sizes) <= limit else "diagonal"
+        if self.form == "diagonal":
+            self.value = torch.cat([_squares(f, f) for f in every])
+            return
+        some = every[0]
+        self.value = torch.zeros(sum(sizes), sum(sizes), dtype=some.dtype, device=some.device)
+        rows = self.value.split(sizes)
+        for f, strip in zip(every, rows, strict=True):
+            for g, block in zip(every, strip.split(sizes, 1), strict=True):
+                block.diagonal().copy_(_squares(f, g))
+
+
+def _squares(one: nnj.Factor, other: nnj.Factor) -> Tensor:
+    """Errors: `NNJError` where it is not known."""
+    found = one.output_squares(other) if one.shape == other.shape else None
+    if found is None:
+        raise nnj.NNJError(
+            "kfac: two parameters of a module scale its output along other axes, so that "
+            "fisher='forward' has no diagonal between them. Collect with fisher='exact', or name "
+            "other modules"
+        )
+    return found
 
 
 def _joint(

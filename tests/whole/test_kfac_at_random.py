@@ -22,7 +22,8 @@ from torch.func import functional_call, jacrev
 import nnj
 from tests.support.oracle import close
 
-SEEDS = 24
+SEEDS = 30
+MATRIX_PRODUCTS = nn.Linear, nn.Embedding, nn.modules.conv._ConvNd
 
 
 class Draft(NamedTuple):
@@ -45,7 +46,10 @@ class Draft(NamedTuple):
 
 def drafts(r: random.Random) -> Draft:
     """One at random."""
-    bias, kind = r.random() < 0.8, r.choice(["linear", "conv", "transposed", "embedding", "tied"])
+    kinds = ["linear", "conv", "transposed", "embedding", "tied", "norm"]
+    bias, kind = r.random() < 0.8, r.choice(kinds)
+    if kind == "norm":
+        return norms(r)
     if kind in ("linear", "tied"):
         axes, i = [r.randint(1, 3) for _ in range(r.randint(0, 2))], r.randint(1, 4)
         o = i if kind == "tied" else r.randint(1, 4)
@@ -72,6 +76,29 @@ def drafts(r: random.Random) -> Draft:
         lambda n: torch.randn(n, i, *[size] * dims),
         groups=groups,
     )
+
+
+def norms(r: random.Random) -> Draft:
+    """A norm, once or twice."""
+    axes, twice = [r.randint(2, 3) for _ in range(r.randint(1, 2))], r.random() < 0.3
+    last: Any = r.choice([nn.LayerNorm, nn.RMSNorm])
+    size = r.randint(1, len(axes))
+    made = {
+        "last": lambda: last(axes[-size:]),
+        "groups": lambda: nn.GroupNorm(2, 4),
+        "instances": lambda: nn.InstanceNorm1d(4, affine=True),
+        "batch": lambda: nn.BatchNorm1d(4, affine=True).eval(),
+    }
+    name = r.choice(list(made))
+    shape = axes if name == "last" else [4, 3]
+
+    def make() -> nn.Module:
+        m = made[name]()
+        for p in m.parameters():
+            nn.init.normal_(p)
+        return m
+
+    return Draft(make, lambda n: torch.randn(n, *shape), -1 if name == "last" else 1, twice=twice)
 
 
 class Model(nn.Module):
@@ -112,16 +139,17 @@ class Truth:
         if fisher == "empirical":
             g = torch.func.grad(lambda z: loss(z, y))(z)
             rows = torch.einsum("nc,ncmol->nmol", g, j.unflatten(0, z.shape))
-            self.columns = rows.diagonal(dim1=0, dim2=1).movedim(-1, 0)[None]  # (1, N, O, L)
+            # (1, N, O, L)
+            self.columns = rows.diagonal(dim1=0, dim2=1).movedim(-1, 0)[None].detach()
         else:
             h = torch.func.hessian(lambda z: loss(z, y))(z).reshape(z.numel(), z.numel())
             values, vectors = torch.linalg.eigh(h)
             root = vectors * values.clamp(min=0).sqrt()
-            self.columns = torch.einsum("dk,dmol->kmol", root, j)
+            self.columns = torch.einsum("dk,dmol->kmol", root, j).detach()
         self.inputs = {}
         for name, p in model.layer.named_parameters():
             if p.requires_grad:
-                self.inputs[name] = torch.cat([self._inputs(name, x) for x in given], -1)
+                self.inputs[name] = torch.cat([self._inputs(name, x) for x in given], -1).detach()
 
     def _outputs(self, model: Model, x: Tensor, given: list[Tensor]) -> list[Tensor]:
         found = list[Tensor]()
@@ -146,6 +174,7 @@ class Truth:
 def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor:
     """The matrix over the module's parameters, of all batches."""
     groups, names = truths[0].draft.groups, list(truths[0].inputs)
+    exact = names == ["bias"] or not isinstance(truths[0].layer, MATRIX_PRODUCTS)
     table = isinstance(truths[0].layer, nn.Embedding)
     left: Any = 0
     moment: Any = 0
@@ -153,8 +182,11 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
     for truth in truths:
         v = truth.columns
         u = torch.cat([truth.inputs[name] for name in names], 2)  # (N, O, P, L)
-        whole = torch.einsum("knol,nopl->knp", v, u)
-        wholes.append(torch.einsum("knp,knq->pq", whole, whole))
+        if fisher == "forward":
+            wholes.append(torch.einsum("nopl,noql->pq", u, u))
+        else:
+            whole = torch.einsum("knol,nopl->knp", v, u)
+            wholes.append(torch.einsum("knp,knq->pq", whole, whole))
         there = torch.ones_like(u[:, 0, 0], dtype=torch.bool)
         if table:
             there = (u != 0).flatten(1, 2).any(1)  # padding is no place
@@ -165,6 +197,8 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
         left = left + torch.einsum("knol,knql->oq", v, v)
         count += len(there) if approx == "reduce" else int(there.sum())
         moment = moment + torch.einsum("nopl,nqrl->opqr", u, u)
+    if exact:
+        return sum(wholes)  # type: ignore[return-value]
     if fisher == "forward":
         left = torch.eye(len(left), dtype=left.dtype) * count
     group = torch.arange(len(left)) * groups // max(len(left), 1)
@@ -195,10 +229,11 @@ def check(seed: int) -> str:
     torch.manual_seed(seed)
     draft, classes = drafts(r), r.randint(2, 3)
     model = Model(draft, classes).double()
-    if r.random() < 0.2 and getattr(model.layer, "bias", None) is not None:
-        model.layer.bias.requires_grad_(False)
+    frozen = r.choice(["weight", "bias", "", ""])
+    if len(list(model.layer.parameters())) == 2 and frozen:
+        getattr(model.layer, frozen).requires_grad_(False)
     approx, fisher = r.choice(["expand", "reduce"]), r.choice(["exact", "empirical", "forward"])
-    bias = r.choice(["joint", "separate"]) if fisher != "forward" else "joint"
+    bias = r.choice(["joint", "separate"])
     reduction, factor = r.choice(["mean", "sum"]), r.choice([1.0, 0.5])
     plain: Any = r.choice([nn.CrossEntropyLoss, nn.MSELoss])(reduction=reduction)
     is_class = isinstance(plain, nn.CrossEntropyLoss)

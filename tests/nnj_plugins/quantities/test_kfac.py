@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
+from nnj.jacobians.sample_index import SampleIndex
+from nnj_plugins.quantities.kfac import KFAC
 
 N, CLASSES = 4, 5
 
@@ -320,7 +322,42 @@ def test_forward_is_of_the_inputs():
     with nnj.collect("kfac", fisher="forward"):
         (7 * loss(model(x), y)).backward()
     close(model[0].kfac.dense(), once)
-    assert model[2].kfac is None  # a norm has no inputs
+
+
+@pytest.mark.parametrize("limit", [10_000, 3])
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(4), lambda: nn.GroupNorm(2, 4)])
+def test_forward_of_norms_and_lone_biases(make: Any, limit: int):
+    """The GGN of half the summed squares of their own output, or its diagonal."""
+    half = nnj.extend(lambda z, y: 0.5 * z.square().sum())
+    lone = nn.Linear(4, 4)
+    lone.weight.requires_grad_(False)
+    for m in (make().double(), lone.double()):
+        x = torch.randn(N, 4).double()
+        nnj.extend(m)
+        with nnj.collect("kfac", "ggn_block", fisher="forward", modules=[m]) as context:
+            half(m(x), None).backward()
+        kfac, block = context.matrix("kfac").dense(), m.ggn_block
+        close(kfac, block)
+        with nnj.collect("kfac", fisher="forward", block_limit=limit):
+            half(m(x), None).backward()
+        close(m.kfac.dense(), block if limit > 3 else block.diagonal().diag())
+
+
+def test_forward_of_scales_along_two_axes_is_refused():
+    """J^T J between them is no diagonal."""
+    x, u = torch.randn(N, 3, 3).double(), torch.randn(1, N, 3, 3).double()
+    scales = [
+        nnj.ScaleShift((3,), (3, 3), x, m=lambda: x),
+        nnj.ScaleShift((3,), (3, 3), x, last=False),
+    ]
+    params = [nn.Parameter(torch.randn(3).double()) for _ in scales]
+    module = nn.Module()
+    module.weight, module.bias = params
+    factors = [j.pullback(u, SampleIndex(N)) for j in scales]
+    quantity = KFAC(fisher="forward")
+    match = "^kfac: two parameters of a module scale its output along other axes"
+    with pytest.raises(nnj.NNJError, match=match):
+        quantity.add(quantity.start(module, params), factors, params, 1)
 
 
 # -- what is at which module -----------------------------------------------------------------------
