@@ -35,8 +35,8 @@ class Scale(Protocol):
         """Whether both are of one call of a layer."""
         ...
 
-    def products(self, other: Any) -> Tensor | None:
-        """J * J' summed over rows and places, (P,); None where J^T J' is no diagonal."""
+    def products(self, other: Any, dtype: torch.dtype) -> Tensor | None:
+        """J * J' summed over rows and places in a dtype, (P,); None where J^T J' is no diagonal."""
         ...
 
 
@@ -96,7 +96,9 @@ class OuterProduct(Factor):
         return self
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
+        found = OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
+        found.of, found.is_bias, found.scales = self.of, self.is_bias, self.scales
+        return found
 
     def write(self, out: Tensor, more: bool) -> None:
         (g, o, l), i = self.form, self.patches.inputs
@@ -149,7 +151,7 @@ class OuterProduct(Factor):
         total = torch.zeros(math.prod(self.shape), dtype=self.dtype, device=self.device)
         for one in self.scales:
             for two in other.scales:
-                share = one.products(two) if one.of_same_call(two) else 0.0
+                share = one.products(two, self.dtype) if one.of_same_call(two) else 0.0
                 if share is None:
                     return None
                 total += share

@@ -260,20 +260,18 @@ class ScaleShift(Jacobian):
         """Whether both are of one call of a layer."""
         return self.like is other.like
 
-    def products(self, other: ScaleShift) -> Tensor | None:
-        """J * J' summed over rows and places, (P,); None where they go along other axes, so that
-        J^T J' is no diagonal.
+    def products(self, other: ScaleShift, dtype: torch.dtype) -> Tensor | None:
+        """J * J' summed over rows and places in a dtype, (P,); None where they go along other axes,
+        so that J^T J' is no diagonal.
         """
         m, n = self.m, other.m
         if self.fold.key != other.fold.key:
             return None
         if m is None and n is None:
             places = math.prod(self.outputs) // self.fold.channels
-            return self.like.new_full((self.fold.channels,), self.n * places)
-        if m is not None and n is not None:
-            both = m().square() if self is other else m() * n()
-        else:
-            both = (m or n)()  # type: ignore[misc]
+            return self.like.new_full((self.fold.channels,), self.n * places, dtype=dtype)
+        made = [j.m().to(dtype) for j in (self, other) if j.m is not None]
+        both = made[0] * made[-1] if len(made) == 2 else made[0]
         return self.fold(both, 1).sum((0, 1, 3))
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:

@@ -343,6 +343,23 @@ def test_forward_of_norms_and_lone_biases(make: Any, limit: int):
         close(m.kfac.dense(), block if limit > 3 else block.diagonal().diag())
 
 
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_the_same_blocks(dtype: torch.dtype, fisher: str):
+    """Joint biases, and norms, as in single precision."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, CLASSES))
+    x, y, found = torch.randn(5, 3), torch.arange(5) % CLASSES, []
+    for other in (torch.float32, dtype):
+        nnj.extend(model.to(other))
+        with nnj.collect("kfac", fisher=fisher):
+            nnj.extend(nn.CrossEntropyLoss())(model(x.to(other)), y).backward()
+        found.append([model[i].kfac for i in (0, 2, 3)])
+    for one, half in zip(*found, strict=True):
+        assert type(one) is type(half)
+        scale = float(one.dense().abs().max())
+        torch.testing.assert_close(one.dense(), half.dense().float(), rtol=0, atol=0.05 * scale)
+
+
 def test_forward_of_scales_along_two_axes_is_refused():
     """J^T J between them is no diagonal."""
     x, u = torch.randn(N, 3, 3).double(), torch.randn(1, N, 3, 3).double()
