@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 import nnj
@@ -62,7 +63,8 @@ class KFAC(nnj.Quantity):
             padding, are left out of the sum and of the count.
         block_limit: the largest exact block.
 
-    Errors: `NNJError` for another option; for a gradient of two losses of the same samples.
+    Errors: `NNJError` for another option; for two losses of the same samples in one backward pass,
+        if "empirical", or if "forward" and they reach a module by other calls.
     """
 
     place = nn.Module
@@ -85,7 +87,7 @@ class KFAC(nnj.Quantity):
         self.draws, self.generator = samples, generator
         self.block_limit = checked_limit(block_limit)
         self.source, self.degree = FISHERS[fisher]
-        self.sees_samples, self.quadratic = approx == "reduce", self.source == "gradient"
+        self.sees_samples, self.quadratic = approx == "reduce", fisher == "empirical"
 
     # -- chunks of columns -------------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ class KFAC(nnj.Quantity):
     def merge_losses(self, one: Any, other: Any) -> Any:
         if self.quadratic:
             return super().merge_losses(one, other)  # which refuses it
-        return _merged(one, other, same_places=True)
+        return _same(one, other) if self.fisher == "forward" else _merged(one, other, True)
 
     @override
     def finish(self, state: Any, samples: int) -> nnj.matrices.Matrix | None:
@@ -313,6 +315,19 @@ def _merged(one: Any, other: Any, same_places: bool) -> Any:
         )
     parts = zip(one["parts"], other["parts"], strict=True)
     return {"shapes": one["shapes"], "parts": [_plus(a, b, same_places) for a, b in parts]}
+
+
+def _same(one: Any, other: Any) -> Any:
+    """Of two losses that see the same inputs, which count once. Errors: `NNJError` for others."""
+    (mine, form), (theirs, other_form) = (tree_flatten(kept["parts"]) for kept in (one, other))
+    pairs = zip(mine, theirs, strict=False)
+    if form != other_form or any(bool((torch.as_tensor(a != b)).any()) for a, b in pairs):
+        raise nnj.NNJError(
+            "kfac: two losses of the same samples see other inputs of a module, so that with "
+            "fisher='forward' some would count once and some twice. Collect it in the pass of one "
+            "loss"
+        )
+    return one
 
 
 def _form(part: dict[str, Any]) -> dict[str, Any]:

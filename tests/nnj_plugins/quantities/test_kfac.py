@@ -360,6 +360,37 @@ def test_half_precision_has_the_same_blocks(dtype: torch.dtype, fisher: str):
         torch.testing.assert_close(one.dense(), half.dense().float(), rtol=0, atol=0.05 * scale)
 
 
+class Twice(nn.Module):
+    """Two outputs, of which the second is of one layer more, the first once again or another."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.LayerNorm(3)
+        self.third = self.one if again else nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.two(self.one(x))
+        return z, self.third(z)
+
+
+def test_forward_of_two_losses_of_the_same_samples_counts_inputs_once():
+    x, y = torch.randn(N, 3).double(), torch.arange(N) % 3
+    loss, model = nnj.extend(nn.CrossEntropyLoss()), nnj.extend(Twice(False).double())
+    found = []
+    for both in (False, True):
+        with nnj.collect("kfac", fisher="forward"):
+            one, two = model(x)
+            (loss(two, y) + (loss(one, y) if both else 0)).backward()
+        found.append([m.kfac.dense() for m in (model.one, model.two, model.third)])
+    for alone, together in zip(*found, strict=True):
+        close(together, alone)
+    model = nnj.extend(Twice(True).double())
+    match = "^kfac: two losses of the same samples see other inputs of a module"
+    with pytest.raises(nnj.NNJError, match=match), nnj.collect("kfac", fisher="forward"):
+        one, two = model(x)
+        (loss(two, y) + loss(one, y)).backward()
+
+
 def test_forward_of_scales_along_two_axes_is_refused():
     """J^T J between them is no diagonal."""
     x, u = torch.randn(N, 3, 3).double(), torch.randn(1, N, 3, 3).double()
