@@ -171,6 +171,16 @@ class Truth:
         return found.flatten(3).movedim(2, -1)
 
 
+def block(truths: list[Truth]) -> Tensor:
+    """The GGN over the module's parameters, of all batches."""
+    found: Any = 0
+    for truth in truths:
+        u = torch.cat(list(truth.inputs.values()), 2)
+        rows = torch.einsum("knol,nopl->knp", truth.columns, u).flatten(0, 1)
+        found = found + rows.mT @ rows
+    return torch.as_tensor(found)
+
+
 def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor:
     """The matrix over the module's parameters, of all batches."""
     groups, names = truths[0].draft.groups, list(truths[0].inputs)
@@ -178,15 +188,11 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
     table = isinstance(truths[0].layer, nn.Embedding)
     left: Any = 0
     moment: Any = 0
-    count, wholes = 0, []
+    count, outputs = 0, []
     for truth in truths:
         v = truth.columns
         u = torch.cat([truth.inputs[name] for name in names], 2)  # (N, O, P, L)
-        if fisher == "forward":
-            wholes.append(torch.einsum("nopl,noql->pq", u, u))
-        else:
-            whole = torch.einsum("knol,nopl->knp", v, u)
-            wholes.append(torch.einsum("knp,knq->pq", whole, whole))
+        outputs.append(torch.einsum("nopl,noql->pq", u, u))
         there = torch.ones_like(u[:, 0, 0], dtype=torch.bool)
         if table:
             there = (u != 0).flatten(1, 2).any(1)  # padding is no place
@@ -197,8 +203,9 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
         left = left + torch.einsum("knol,knql->oq", v, v)
         count += len(there) if approx == "reduce" else int(there.sum())
         moment = moment + torch.einsum("nopl,nqrl->opqr", u, u)
+    whole = torch.as_tensor(sum(outputs)) if fisher == "forward" else block(truths)
     if exact:
-        return sum(wholes)  # type: ignore[return-value]
+        return whole
     if fisher == "forward":
         left = torch.eye(len(left), dtype=left.dtype) * count
     group = torch.arange(len(left)) * groups // max(len(left), 1)
@@ -207,7 +214,7 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
     if table:  # A is diagonal
         row = torch.arange(len(found)) // len(left)
         found = found * (row[:, None] == row)
-    return _apart(found, sum(wholes), truths[0].inputs) if bias == "separate" else found
+    return _apart(found, whole, truths[0].inputs) if bias == "separate" else found
 
 
 def _apart(found: Tensor, whole: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -259,6 +266,13 @@ def check(seed: int) -> str:
     truths = [Truth(model, draft, summed, x, y, fisher) for x, y in batches]
     (found,) = fit["kfac"].values()
     fault = close(found.dense(), expected(truths, approx, fisher, bias))
+    if not fault and fisher != "forward":
+        truth = block(truths)
+        both = nnj.fit(model, plain, batches, "ekfac", modules=[model.layer], **options)
+        (better,) = both["ekfac"].values()
+        fault = close(better.trace(), truth.trace()) and "the trace of ekfac"
+        errors = [float((m.dense() - truth).norm()) for m in (better, found)]
+        fault = fault or (errors[0] > errors[1] + 1e-10) * f"ekfac is off by {errors}"
     return f"fit of {model.layer}, {options}: {fault}" if fault else ""
 
 
