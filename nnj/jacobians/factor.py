@@ -173,6 +173,13 @@ class Factor:
         """
         return None
 
+    def output_squares(self, other: Factor) -> Tensor | None:
+        """sum over rows and places of J * J', entry by entry, of the layer's own Jacobians at this
+        parameter and another one of as many entries, which are diagonals: (P,), the GGN of half the
+        summed squares of the layer's output. None where they are no diagonals, or unknown.
+        """
+        return None
+
     def biases(self) -> list[Bias]:
         """What of it is a sum of columns over places, as at a bias, for each view."""
         return []

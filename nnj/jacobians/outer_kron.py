@@ -18,6 +18,7 @@ class OuterKron(Kron):
         patches: U, (N, G, I, L).
         v: makes V, (K, N, G, O, L).
         form: G, O and L.
+        outer_v: makes S, (O, O), where that is known to be of one place and one group.
     """
 
     def __init__(
@@ -27,22 +28,25 @@ class OuterKron(Kron):
         form: tuple[int, int, int],
         like: Tensor,
         approx: Approx,
+        outer_v: Callable[[], Tensor] | None = None,
     ):
         self.patches, self.v, self.form, self.like = patches, v, form, like
-        self.reduce = approx == "reduce"
+        self.reduce, self.known = approx == "reduce", outer_v
 
     def forget_columns(self) -> None:
         super().forget_columns()
-        self.v = _forgotten
+        self.v, self.known = _forgotten, None
 
     def outer_v(self) -> Tensor:
+        if self.known is not None:
+            return self.known()[None]
         g, o, _ = self.form
         v = self.v()
         if self.reduce:
             v = v.sum(-1, keepdim=True)
         if g == v.shape[-1] == 1:
-            flat = v.reshape(-1, o)
-            return (flat.mT @ flat)[None]
+            rows = v.reshape(-1, o)
+            return (rows.mT @ rows)[None]
         flat = v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
         return flat @ flat.mT
 
@@ -50,7 +54,7 @@ class OuterKron(Kron):
         g, _, l = self.form
         i = self.patches.inputs + ones
         total: Tensor | None = None
-        for rows in self.patches.parts(g * i * max(l, i)):
+        for rows in self.patches.parts(g * i * l):
             u = self.patches(rows).to(self.like.dtype)
             if ones:
                 u = torch.cat([u, u.new_ones(len(u), g, 1, l)], 2)

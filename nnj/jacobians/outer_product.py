@@ -5,13 +5,20 @@ factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.kron import Approx, Bias, Columns, Kron
+from nnj.jacobians.outer_kernels import (
+    Sides,
+    has_few_places,
+    kernel_of_all,
+    square_norms_by_places,
+)
 from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
@@ -19,6 +26,18 @@ from nnj.jacobians.square_sum import SquareSum
 
 # entries of all kernels of one parameter: a chunk that adds to more goes through main memory
 KERNELS = 1 << 22
+
+
+class Scale(Protocol):
+    """A scale and shift, of which J is a diagonal at each place."""
+
+    def of_same_call(self, other: Any) -> bool:
+        """Whether both are of one call of a layer."""
+        ...
+
+    def products(self, other: Any, dtype: torch.dtype) -> Tensor | None:
+        """J * J' summed over rows and places in a dtype, (P,); None where J^T J' is no diagonal."""
+        ...
 
 
 class OuterProduct(Factor):
@@ -30,22 +49,24 @@ class OuterProduct(Factor):
         u: U, (N, G, I, L), or the patches that make it.
         v: V, (K, N, G, O, L).
         shape: of the parameter, (G * O, ...).
-        origin: the columns of which v is another view, so that what several parameters ask of
-            them is computed once.
+        origin: the columns of which v is another view, or what stands for them, so that what
+            several parameters ask of them is computed once.
 
     Attributes:
         of: the columns of which each place of V is a view, or of whose places it is a sum, where
             they are known.
         is_bias: whether it is a sum over places of columns, and U is one.
+        scales: the scales and shifts that it comes from, one for each use.
     """
 
     v: Tensor
-    origin: Tensor | None = None
+    origin: object | None = None
     of: Columns = ()
     is_bias: bool = False
+    scales: Sequence[Scale] = ()
 
     def __init__(
-        self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
+        self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: object | None = None
     ):
         self.patches = Patches.of(u) if isinstance(u, Tensor) else u
         self.v, self.shape, self.origin = v, tuple(shape), origin
@@ -66,7 +87,7 @@ class OuterProduct(Factor):
             return self
         found = OuterProduct(self.patches, self.v[which], self.shape)
         found.of = [(u, a + which.start, a + which.stop) for u, a, _ in self.of]
-        found.is_bias = self.is_bias
+        found.is_bias, found.scales = self.is_bias, self.scales
         return found
 
     def made_of(self, u: object, is_bias: bool = False) -> OuterProduct:
@@ -75,7 +96,9 @@ class OuterProduct(Factor):
         return self
 
     def to(self, dtype: torch.dtype) -> Factor:
-        return OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
+        found = OuterProduct(self.patches.to(dtype), self.v.to(dtype), self.shape)
+        found.of, found.is_bias, found.scales = self.of, self.is_bias, self.scales
+        return found
 
     def write(self, out: Tensor, more: bool) -> None:
         (g, o, l), i = self.form, self.patches.inputs
@@ -114,12 +137,25 @@ class OuterProduct(Factor):
 
     def kron(self, approx: Approx = "expand") -> list[Kron] | None:
         g, o, _ = self.form
-        if len(self.shape) < 2 or self.shape[0] != g * o:
+        if len(self.shape) < 2 or self.shape[0] != g * o or self.scales:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx)
+        outer_v = self.outer_v if g == self.form[2] == 1 else None
+        kron = OuterKron(self.patches, lambda: self.v, self.form, like, approx, outer_v)
         kron.columns = self.of
         return [kron]
+
+    def output_squares(self, other: Factor) -> Tensor | None:
+        if not isinstance(other, OuterProduct) or not self.scales or not other.scales:
+            return None
+        total = torch.zeros(math.prod(self.shape), dtype=self.dtype, device=self.device)
+        for one in self.scales:
+            for two in other.scales:
+                share = one.products(two, self.dtype) if one.of_same_call(two) else 0.0
+                if share is None:
+                    return None
+                total += share
+        return total
 
     def biases(self) -> list[Bias]:
         return [Bias(self.of)] if self.is_bias and len(self.shape) == 1 else []
@@ -190,6 +226,8 @@ class OuterProduct(Factor):
         if all(use.of for use in uses):
             found.of = [columns for use in uses for columns in use.of]
         found.is_bias = all(use.is_bias for use in uses)
+        if all(use.scales for use in uses):
+            found.scales = [scale for use in uses for scale in use.scales]
         return found
 
     # -- squares -----------------------------------------------------------------------------------
@@ -238,12 +276,24 @@ class OuterProduct(Factor):
         return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
     def _one_place(self) -> Tensor:
+        known = self._of_columns("nnj_squares", lambda: self.v.square().sum(0))
+        every = known.reshape(*self.v.shape[1:], 1)
+        return every if self.origin is None else every.clone()  # kernels are added to in place
+
+    def outer_v(self) -> Tensor:
+        """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""
+        flat = self.v.reshape(-1, self.form[1])
+        return self._of_columns("nnj_outer", lambda: flat.mT @ flat)
+
+    def _of_columns(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What several parameters ask of the same columns, made once."""
         if self.origin is None:
-            return self.v.square().sum(0)[..., None]
-        known = getattr(self.origin, "nnj_squares", None)
+            return make()
+        known: Tensor | None = getattr(self.origin, name, None)
         if known is None:
-            known = self.origin.nnj_squares = self.v.square().sum(0)  # type: ignore[attr-defined]
-        return known.reshape(*self.v.shape[1:], 1).clone()  # kernels are added to in place
+            known = make()
+            setattr(self.origin, name, known)
+        return known
 
     # -- two factors at one parameter --------------------------------------------------------------
 
@@ -273,50 +323,59 @@ class OuterProduct(Factor):
             return super().kernel(other, pairs)
         one_place = self.form[2] == base.form[2] == 1
         if pairs == "all":
-            if d is None and one_place and self._is_row:
-                return self._kernel_of_all(base)
-            if d is None and self._meets_by_places(base):
-                return self._kernel_of_places(base)
-            return super().kernel(other, pairs)
+            found = self._kernel_of_all(base, one_place) if d is None else None
+            return super().kernel(other, pairs) if found is None else found
+        if pairs == "row" and base is self and d is None:
+            return self._square_norms()
         if d is not None:
             d = d.reshape(*(self._lead(d) or (1,)), *self.form[:2], self.patches.inputs)
+        found = self._kernel_within(base, d, pairs, one_place)
+        return found if pairs == "sample" else found.mT
+
+    def _kernel_within(
+        self, other: OuterProduct, d: Tensor | None, pairs: Pairs, one_place: bool
+    ) -> Tensor:
+        """Within each sample (N, K, K'), or of each row with the same one (N, K)."""
         if one_place:
-            found = self._kernel_of_vectors(base, d, pairs)
-            return found if pairs == "sample" else found.mT
-        shape = (self.n, self.k, base.k) if pairs == "sample" else (self.n, self.k)
+            return self._kernel_of_vectors(other, d, pairs)
+        shape = (self.n, self.k, other.k) if pairs == "sample" else (self.n, self.k)
         total = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for rows, a, b in self._both(base):
+        for rows, a, b in self._both(other):
             scaled = b if d is None else b * (d if len(d) == 1 else d[rows])
             total[rows] = _contracted(a, scaled, pairs)
-        return total if pairs == "sample" else total.mT
+        return total
 
-    def _kernel_of_all(self, other: OuterProduct) -> Tensor:
+    def _kernel_of_all(self, other: OuterProduct, one_place: bool) -> Tensor | None:
+        """Of every two rows; None where dense chunks are as good."""
+        if one_place and self._is_row:
+            return self._kernel_of_rows(other)
+        mine, theirs = Sides(self.patches, self.v), Sides(other.patches, other.v)
+        return kernel_of_all(mine, mine if other is self else theirs)
+
+    def _kernel_of_rows(self, other: OuterProduct) -> Tensor:
         """(V V'^T) o (U U'^T): no entry of B is formed."""
         v, w = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
-        u = self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT
-        every: Tensor = torch.tensordot(v, w, ([2], [2])) * u[:, None]
-        return every
+        if other is not self:
+            found: Tensor = torch.tensordot(v, w, ([2], [2])) * self._dots(other)
+            return found
+        found = self._of_columns("nnj_kernel", lambda: torch.tensordot(v, v, ([2], [2])))
+        return found.clone() if self.is_bias else found * self._dots(self)
 
-    def _meets_by_places(self, other: OuterProduct) -> bool:
-        """Whether pairs of places cost less than rows of B do, in multiply-adds: a row is formed
-        once for each sample, and met by all others.
-        """
-        o, i = self.form[1], self.patches.inputs
-        l, m, k, q = self.form[2], other.form[2], self.k, other.k
-        pairs = self.n * other.n
-        by_places = pairs * l * (m * (i + q * o) + k * q * o)
-        return by_places < o * i * (pairs * k * q + self.n * k * l + other.n * q * m)
+    def _dots(self, other: OuterProduct) -> Tensor:
+        """u u', (N, 1, N'), of one place and one group."""
+        return (self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT)[:, None]
 
-    def _kernel_of_places(self, other: OuterProduct) -> Tensor:
-        """sum_{g,l,m} (u_l u'_m) (v_l v'_m), the latter summed over m first."""
-        g, o, l = self.form
-        total = self.v.new_zeros(self.k, self.n, other.k, other.n)
-        theirs = other.patches()
-        for rows in self.patches.parts(g * l * other.n * (other.form[2] + other.k * o)):
-            met = torch.einsum("ngil,pgim->ngplm", self.patches(rows), theirs)
-            there = torch.einsum("ngplm,qpgom->ngloqp", met, other.v)
-            total[:, rows] = torch.einsum("kngol,ngloqp->knqp", self.v[:, rows], there)
-        return total
+    def _square_norms(self) -> Tensor:
+        """The squared norm of each row, (K, N)."""
+        if self.form[2] != 1:
+            sides = Sides(self.patches, self.v)
+            found = square_norms_by_places(sides) if has_few_places(sides) else None
+            return self._kernel_within(self, None, "row", False).mT if found is None else found
+        # |v|^2 |u|^2; a bias has one group where its weight may have several
+        name = f"nnj_norms_{self.form[0]}"
+        v = self._of_columns(name, lambda: self.v.square().sum((3, 4)))  # (K, N, G)
+        every = v if self.is_bias else v * self.u.square().sum((2, 3))
+        return every.sum(2)
 
     def _kernel_of_vectors(self, other: OuterProduct, d: Tensor | None, pairs: Pairs) -> Tensor:
         """sum_o v_ko v'_k'o (sum_i d_oi u_i u'_i), for d of (N or 1, G, O, I)."""
@@ -339,8 +398,11 @@ class OuterProduct(Factor):
     # -- blocks ------------------------------------------------------------------------------------
 
     def gram(self, other: Factor) -> Tensor:
-        if isinstance(other, OuterProduct) and self.k > 1 and self._is_row and other._is_row:
-            return self._gram_of_rows(other)
+        if isinstance(other, OuterProduct) and self._is_row and other._is_row:
+            if self is other and self.is_bias:
+                return self.outer_v().clone()
+            if self.k > 1:
+                return self._gram_of_rows(other)
         return super().gram(other)
 
     @property
@@ -353,6 +415,8 @@ class OuterProduct(Factor):
         a, b = self.v[:, :, 0, :, 0], other.v[:, :, 0, :, 0]
         x, y = self.u[:, 0, :, 0], other.u[:, 0, :, 0]
         o, q, i, j = a.shape[2], b.shape[2], x.shape[1], y.shape[1]
+        if i == j == 1:
+            return (a * x).flatten(0, 1).mT @ (b * y).flatten(0, 1)
         total = torch.zeros(o * q, i * j, dtype=self.dtype, device=self.device)
         step = max(1, CHUNK // max(1, o * q + i * j))
         for s in range(0, self.n, step):

@@ -113,6 +113,9 @@ class SharedColumns(OuterProduct):
             return w @ both.mT if w.shape[1] > 1 else w * both.sum(1)
         return (self.shared * w[:, None]) @ other.shared.mT
 
+    def _square_norms(self) -> Tensor:
+        return self._kernel_of_vectors(self, None, "row").mT
+
     def _weight(self, other: OuterProduct, d: Tensor | None) -> Tensor:
         """sum_i d_oi u_i u'_i, (N, O), or (N, 1) where it is the same for all outputs."""
         u = (self.u * other.u)[:, 0, :, 0]
@@ -120,9 +123,9 @@ class SharedColumns(OuterProduct):
             return u.sum(1, keepdim=True)
         return u @ d[0, 0].mT if len(d) == 1 else (d[:, 0] @ u[..., None])[..., 0]
 
-    def _kernel_of_all(self, other: OuterProduct) -> Tensor:
+    def _kernel_of_rows(self, other: OuterProduct) -> Tensor:
         if not isinstance(other, SharedColumns):
-            return super()._kernel_of_all(other)
+            return super()._kernel_of_rows(other)
         u = self.u[:, 0, :, 0] @ other.u[:, 0, :, 0].mT
         every: Tensor = (self.shared @ other.shared.mT)[:, None, :, None] * u[None, :, None]
         return every

@@ -253,7 +253,26 @@ class ScaleShift(Jacobian):
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
         ones = total.new_ones(sample_index.n, 1, 1, 1)
         found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        found.scales = [self]
         return found if self.m is not None else found.made_of(Arrived(u, self.fold.last), True)
+
+    def of_same_call(self, other: ScaleShift) -> bool:
+        """Whether both are of one call of a layer."""
+        return self.like is other.like
+
+    def products(self, other: ScaleShift, dtype: torch.dtype) -> Tensor | None:
+        """J * J' summed over rows and places in a dtype, (P,); None where they go along other axes,
+        so that J^T J' is no diagonal.
+        """
+        m, n = self.m, other.m
+        if self.fold.key != other.fold.key:
+            return None
+        if m is None and n is None:
+            places = math.prod(self.outputs) // self.fold.channels
+            return self.like.new_full((self.fold.channels,), self.n * places, dtype=dtype)
+        made = [j.m().to(dtype) for j in (self, other) if j.m is not None]
+        both = made[0] * made[-1] if len(made) == 2 else made[0]
+        return self.fold(both, 1).sum((0, 1, 3))
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
         """v of (K, R, 1, D, L), summed over all places of each sample, (K, n, 1, D); None where a

@@ -73,7 +73,9 @@ class HessianOperator(DataOperator):
     """The Hessian of the loss of a data set in the parameters, matrix-free, by differentiating
     twice (Pearlmutter 1994): symmetric, and not positive semi-definite in general.
 
-    Scaled as `GGN`. `diagonal`, and `trace` without samples, take P products.
+    Scaled as `GGN`. `diagonal`, and `trace` without samples, take P products, 64 at a time: for a
+    model of any kind no exact way is cheaper, since part of H is curvature within the model, which
+    no factor of its loss knows. Give `trace(samples=)` where P is more than a few thousand.
 
     Arguments, attributes and errors: see `nnj.operators.data_operator.DataOperator`.
     """

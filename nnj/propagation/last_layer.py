@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,13 +57,26 @@ class LastLayerFactor(OuterProduct):
         return LastLayerFactor(self.hessian, self.patches.to(dtype), self.shape, dtype)
 
     def kron(self, approx: Approx = "expand") -> list[Kron] | None:
-        found = super().kron(approx)
-        if found is None:
+        if len(self.shape) < 2 or self.shape[0] != self.form[1]:
             return None
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        kron = LastLayerKron(self.hessian, self.patches, lambda: self.v, self.form, like, approx)
+        given = self.patches, lambda: self.v, self.form, like, approx, self.outer_v
+        kron = LastLayerKron(self.hessian, *given)
         kron.columns = self.of
         return [kron]
+
+    def outer_v(self) -> Tensor:
+        return self._of_columns("nnj_outer", self._sum_of_hessians)
+
+    def _sum_of_hessians(self) -> Tensor:
+        """The sum of H over the samples, by some columns at a time."""
+        size = self.form[1]
+        eye = torch.eye(size, dtype=self.dtype, device=self.device)
+        total = torch.zeros_like(eye)
+        for v in self.hessian.columns_through(eye, 64):
+            flat = v.reshape(-1, size)
+            total.addmm_(flat.mT, flat)
+        return total
 
     def same_v(self, other: OuterProduct) -> bool:
         return isinstance(other, LastLayerFactor) and other.hessian is self.hessian
@@ -76,22 +90,11 @@ class LastLayerFactor(OuterProduct):
 
 
 class LastLayerKron(OuterKron):
-    """Of V that is all of S: sum v v^T is the sum of H over the samples, by some columns at a
-    time.
-    """
+    """Of V that is all of S: a place is alive where a diagonal of H is."""
 
     def __init__(self, hessian: LossHessian, *given: Any):
         super().__init__(*given)
         self.hessian = hessian
-
-    def outer_v(self) -> Tensor:
-        size = self.form[1]
-        total = self.like.new_zeros(1, size, size)
-        eye = torch.eye(size, dtype=self.like.dtype, device=self.like.device)
-        for v in self.hessian.columns_through(eye, 64):
-            flat = v.reshape(-1, size)
-            total[0].addmm_(flat.mT, flat)
-        return total
 
     def alive(self) -> Tensor:
         return (self.hessian.flat_diagonal != 0).any(-1, keepdim=True)
@@ -115,7 +118,7 @@ class LastLayerColumns:
         hessian: LossHessian,
         shared: set[Tensor],
         selection: ColumnSelection | None = None,
-        factor: Callable[..., Factor] = LastLayerFactor,
+        factor: Callable[..., OuterProduct] = LastLayerFactor,
     ):
         self._made = factor
         self.sweep, self.hessian, self.shared, self.selection = sweep, hessian, shared, selection
@@ -164,6 +167,7 @@ class LastLayerColumns:
         if step.params and self.steps:
             return None
         found: list[tuple[Tensor, Factor]] = []
+        columns = SimpleNamespace()  # all of them have the same
         for slot, p in step.params:
             if self.sweep.uses[p] > 1 or p in self.shared:
                 return None
@@ -171,7 +175,9 @@ class LastLayerColumns:
             if patches is None:
                 return None
             shape = tuple(p.shape)
-            found.append((p, self._made(self.hessian, patches.to(dtype), shape, dtype)))
+            factor = self._made(self.hessian, patches.to(dtype), shape, dtype)
+            factor.origin = columns
+            found.append((p, factor))
         return found
 
     @property

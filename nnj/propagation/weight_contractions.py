@@ -200,7 +200,7 @@ class UnitHessian(LossHessian):
 
 def _unit_factor(
     hessian: LossHessian, patches: Patches, shape: tuple[int, ...], dtype: torch.dtype
-) -> Factor:
+) -> SharedColumns:
     like = torch.empty(0, dtype=dtype, device=hessian.device)
     return SharedColumns(patches, Unit(0, hessian.block, hessian.block), shape, like)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 import nnj
@@ -54,14 +55,16 @@ class KFAC(nnj.Quantity):
             them; "empirical" the gradient of each sample, of degree 2 in the loss: under a mean
             over the batch it is N times smaller than "exact" where both estimate one matrix;
             "forward" no columns: S = N L I, the GGN of half the summed squares of this layer's
-            output, whatever the loss (there, what is no matrix product is left out).
+            output, whatever the loss, which is exact at norms and biases, too (layers without a
+            rule are left out).
         samples, generator: of "mc", as in `ggn_diag_mc`.
         bias: "joint", or "separate": then biases have their exact block.
         places: "all", as published; or "alive": places at which every column is zero, such as
             padding, are left out of the sum and of the count.
         block_limit: the largest exact block.
 
-    Errors: `NNJError` for another option; for a gradient of two losses of the same samples.
+    Errors: `NNJError` for another option; for two losses of the same samples in one backward pass,
+        if "empirical", or if "forward" and they reach a module by other calls.
     """
 
     place = nn.Module
@@ -84,7 +87,7 @@ class KFAC(nnj.Quantity):
         self.draws, self.generator = samples, generator
         self.block_limit = checked_limit(block_limit)
         self.source, self.degree = FISHERS[fisher]
-        self.sees_samples, self.quadratic = approx == "reduce", self.source == "gradient"
+        self.sees_samples, self.quadratic = approx == "reduce", fisher == "empirical"
 
     # -- chunks of columns -------------------------------------------------------------------------
 
@@ -130,8 +133,11 @@ class KFAC(nnj.Quantity):
         ]
         taken = {bias for bias, _ in joint.values()}
         rest = {n: f for n, f in factors.items() if products[n] is None and n not in taken}
-        if rest and self.fisher != "forward":
-            parts.append(Rest(rest, self.block_limit))
+        if self.fisher == "forward":
+            rest = {n: f for n, f in rest.items() if f.output_squares(f) is not None}
+        if rest:
+            made = OfOutput if self.fisher == "forward" else Rest
+            parts.append(made(rest, self.block_limit))
         return parts
 
     @override
@@ -150,7 +156,7 @@ class KFAC(nnj.Quantity):
     def merge_losses(self, one: Any, other: Any) -> Any:
         if self.quadratic:
             return super().merge_losses(one, other)  # which refuses it
-        return _merged(one, other, same_places=True)
+        return _same(one, other) if self.fisher == "forward" else _merged(one, other, True)
 
     @override
     def finish(self, state: Any, samples: int) -> nnj.matrices.Matrix | None:
@@ -203,8 +209,9 @@ class _Product:
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
         count = self.kron.count(self.alive)
-        right = self.kron.outer_u(self.alive, ones=self.bias is not None) / count.clamp(min=1)
-        left = self.left * scale
+        # a tensor of its own, and often the largest of all
+        right = self.kron.outer_u(self.alive, ones=self.bias is not None).div_(count.clamp(min=1))
+        left = self.left if scale == 1 else self.left * scale
         if forward:
             left = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) * count
             left = left.expand_as(self.left).clone()
@@ -237,7 +244,39 @@ class Rest:
         return self
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
-        return {"names": self.names, self.form: self.value * scale}
+        return {"names": self.names, self.form: self.value if scale == 1 else self.value * scale}
+
+
+class OfOutput(Rest):
+    """The GGN of half the summed squares of a layer's output, in its scale and shift: a diagonal
+    in each, and one between them.
+    """
+
+    def __init__(self, factors: dict[str, nnj.Factor], limit: float):
+        self.names, every = list(factors), list(factors.values())
+        sizes = [math.prod(f.shape) for f in every]
+        self.form = "block" if sum(sizes) <= limit else "diagonal"
+        if self.form == "diagonal":
+            self.value = torch.cat([_squares(f, f) for f in every])
+            return
+        some = every[0]
+        self.value = torch.zeros(sum(sizes), sum(sizes), dtype=some.dtype, device=some.device)
+        rows = self.value.split(sizes)
+        for f, strip in zip(every, rows, strict=True):
+            for g, block in zip(every, strip.split(sizes, 1), strict=True):
+                block.diagonal().copy_(_squares(f, g))
+
+
+def _squares(one: nnj.Factor, other: nnj.Factor) -> Tensor:
+    """Errors: `NNJError` where it is not known."""
+    found = one.output_squares(other) if one.shape == other.shape else None
+    if found is None:
+        raise nnj.NNJError(
+            "kfac: two parameters of a module scale its output along other axes, so that "
+            "fisher='forward' has no diagonal between them. Collect with fisher='exact', or name "
+            "other modules"
+        )
+    return found
 
 
 def _joint(
@@ -276,6 +315,19 @@ def _merged(one: Any, other: Any, same_places: bool) -> Any:
         )
     parts = zip(one["parts"], other["parts"], strict=True)
     return {"shapes": one["shapes"], "parts": [_plus(a, b, same_places) for a, b in parts]}
+
+
+def _same(one: Any, other: Any) -> Any:
+    """Of two losses that see the same inputs, which count once. Errors: `NNJError` for others."""
+    (mine, form), (theirs, other_form) = (tree_flatten(kept["parts"]) for kept in (one, other))
+    pairs = zip(mine, theirs, strict=False)
+    if form != other_form or any(bool((torch.as_tensor(a != b)).any()) for a, b in pairs):
+        raise nnj.NNJError(
+            "kfac: two losses of the same samples see other inputs of a module, so that with "
+            "fisher='forward' some would count once and some twice. Collect it in the pass of one "
+            "loss"
+        )
+    return one
 
 
 def _form(part: dict[str, Any]) -> dict[str, Any]:

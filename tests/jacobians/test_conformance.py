@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nnj
 from nnj.jacobians import factor as factor_file
-from nnj.jacobians import outer_product, outer_squares
+from nnj.jacobians import outer_kernels, outer_product, outer_squares
 from nnj.jacobians import patches as patches_file
 from nnj.jacobians.factor import DenseFactor, Factor, ScaledFactor, SumFactor, merge_uses
 from nnj.jacobians.kron import Kron
@@ -107,6 +107,8 @@ CASES: dict[str, Callable[[int, int], Factor]] = {
     ),
     "outer, places": lambda k, n: outer(k, n, W, 2),
     "outer, many places": lambda k, n: outer(k, n, W, 40),
+    "outer, few places of many entries": lambda k, n: outer(k, n, (24, 20), 2),
+    "outer, groups, few places": lambda k, n: outer(k, n, (48, 20), 2, 2),
     "outer, one row": lambda k, n: outer(k, n, (1, 3), 2),
     "outer, a bias": lambda k, n: OuterProduct(
         torch.ones(n, 1, 1, 1, dtype=torch.float64), normal(k, n, 1, 4, 1), (4,)
@@ -365,7 +367,7 @@ def check_pair(f: Factor, g: Factor) -> None:
 def chunks(request: Any, monkeypatch: Any) -> str:
     """With chunks of a few entries, every factor is taken in parts."""
     if request.param:
-        for file in (factor_file, outer_product, patches_file):
+        for file in (factor_file, outer_kernels, outer_product, patches_file):
             monkeypatch.setattr(file, "CHUNK", 30)
         monkeypatch.setattr(outer_squares, "SQUARED", 30)
     return request.param

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
+from nnj.jacobians.sample_index import SampleIndex
+from nnj_plugins.quantities.kfac import KFAC
 
 N, CLASSES = 4, 5
 
@@ -320,7 +322,90 @@ def test_forward_is_of_the_inputs():
     with nnj.collect("kfac", fisher="forward"):
         (7 * loss(model(x), y)).backward()
     close(model[0].kfac.dense(), once)
-    assert model[2].kfac is None  # a norm has no inputs
+
+
+@pytest.mark.parametrize("limit", [10_000, 3])
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(4), lambda: nn.GroupNorm(2, 4)])
+def test_forward_of_norms_and_lone_biases(make: Any, limit: int):
+    """The GGN of half the summed squares of their own output, or its diagonal."""
+    half = nnj.extend(lambda z, y: 0.5 * z.square().sum())
+    lone = nn.Linear(4, 4)
+    lone.weight.requires_grad_(False)
+    for m in (make().double(), lone.double()):
+        x = torch.randn(N, 4).double()
+        nnj.extend(m)
+        with nnj.collect("kfac", "ggn_block", fisher="forward", modules=[m]) as context:
+            half(m(x), None).backward()
+        kfac, block = context.matrix("kfac").dense(), m.ggn_block
+        close(kfac, block)
+        with nnj.collect("kfac", fisher="forward", block_limit=limit):
+            half(m(x), None).backward()
+        close(m.kfac.dense(), block if limit > 3 else block.diagonal().diag())
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_the_same_blocks(dtype: torch.dtype, fisher: str):
+    """Joint biases, and norms, as in single precision."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, CLASSES))
+    x, y, found = torch.randn(5, 3), torch.arange(5) % CLASSES, []
+    for other in (torch.float32, dtype):
+        nnj.extend(model.to(other))
+        with nnj.collect("kfac", fisher=fisher):
+            nnj.extend(nn.CrossEntropyLoss())(model(x.to(other)), y).backward()
+        found.append([model[i].kfac for i in (0, 2, 3)])
+    for one, half in zip(*found, strict=True):
+        assert type(one) is type(half)
+        scale = float(one.dense().abs().max())
+        torch.testing.assert_close(one.dense(), half.dense().float(), rtol=0, atol=0.05 * scale)
+
+
+class Twice(nn.Module):
+    """Two outputs, of which the second is of one layer more, the first once again or another."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.LayerNorm(3)
+        self.third = self.one if again else nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.two(self.one(x))
+        return z, self.third(z)
+
+
+def test_forward_of_two_losses_of_the_same_samples_counts_inputs_once():
+    x, y = torch.randn(N, 3).double(), torch.arange(N) % 3
+    loss, model = nnj.extend(nn.CrossEntropyLoss()), nnj.extend(Twice(False).double())
+    found = []
+    for both in (False, True):
+        with nnj.collect("kfac", fisher="forward"):
+            one, two = model(x)
+            (loss(two, y) + (loss(one, y) if both else 0)).backward()
+        found.append([m.kfac.dense() for m in (model.one, model.two, model.third)])
+    for alone, together in zip(*found, strict=True):
+        close(together, alone)
+    model = nnj.extend(Twice(True).double())
+    match = "^kfac: two losses of the same samples see other inputs of a module"
+    with pytest.raises(nnj.NNJError, match=match), nnj.collect("kfac", fisher="forward"):
+        one, two = model(x)
+        (loss(two, y) + loss(one, y)).backward()
+
+
+def test_forward_of_scales_along_two_axes_is_refused():
+    """J^T J between them is no diagonal."""
+    x, u = torch.randn(N, 3, 3).double(), torch.randn(1, N, 3, 3).double()
+    scales = [
+        nnj.ScaleShift((3,), (3, 3), x, m=lambda: x),
+        nnj.ScaleShift((3,), (3, 3), x, last=False),
+    ]
+    params = [nn.Parameter(torch.randn(3).double()) for _ in scales]
+    module = nn.Module()
+    module.weight, module.bias = params
+    factors = [j.pullback(u, SampleIndex(N)) for j in scales]
+    quantity = KFAC(fisher="forward")
+    match = "^kfac: two parameters of a module scale its output along other axes"
+    with pytest.raises(nnj.NNJError, match=match):
+        quantity.add(quantity.start(module, params), factors, params, 1)
 
 
 # -- what is at which module -----------------------------------------------------------------------
