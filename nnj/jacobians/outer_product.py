@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.kron import Approx, Bias, Columns, Kron
+from nnj.jacobians.outer_kernels import Thin, kernel_within
 from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
@@ -283,12 +284,10 @@ class OuterProduct(Factor):
         if one_place:
             found = self._kernel_of_vectors(base, d, pairs)
             return found if pairs == "sample" else found.mT
-        shape = (self.n, self.k, base.k) if pairs == "sample" else (self.n, self.k)
-        total = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for rows, a, b in self._both(base):
-            scaled = b if d is None else b * (d if len(d) == 1 else d[rows])
-            total[rows] = _contracted(a, scaled, pairs)
-        return total if pairs == "sample" else total.mT
+        mine = Thin(self.v, self.patches)
+        theirs = mine if base is self else Thin(base.v, base.patches)
+        found = kernel_within(mine, theirs, d, pairs).to(self.dtype)
+        return found if pairs == "sample" else found.mT
 
     def _kernel_of_all(self, other: OuterProduct) -> Tensor:
         """(V V'^T) o (U U'^T): no entry of B is formed."""
