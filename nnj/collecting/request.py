@@ -19,6 +19,7 @@ from nnj.collecting.quantities_by_name import make
 from nnj.collecting.quantity import Quantity, is_sum
 from nnj.distributed.ranks import checked_group
 from nnj.errors import NNJError, PluginError
+from nnj.propagation.chunking import checked_memory
 from nnj.recording.wrappers import first_group
 
 
@@ -88,8 +89,7 @@ class Request:
         items = self.quantities.items()
         self._askers = [name for name, q in items if type(q).first is not Quantity.first]
         self.modules = None if modules is None else _checked_modules(modules)
-        _check_memory(memory)
-        self.memory, self.tol, self.signed = memory, _number(tol), signed
+        self.memory, self.tol, self.signed = checked_memory(memory), _number(tol), signed
         self.verify = verify
         self.group = group if group in (None, False) else checked_group(group, "nnj.collect")
         self._check_tolerance(tol)
@@ -236,15 +236,6 @@ def _number(tol: Any) -> float:
         return float(tol)
     except (TypeError, ValueError):
         return math.nan
-
-
-def _check_memory(memory: Any) -> None:
-    """Errors: `NNJError` for what is no number of bytes."""
-    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory >= 0:
-        raise NNJError(
-            f"memory={memory!r}: the bytes that columns may take are a number, at least 0 (then "
-            "they go one by one)"
-        )
 
 
 def _checked_modules(modules: Any) -> list[nn.Module]:

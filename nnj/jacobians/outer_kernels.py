@@ -1,5 +1,5 @@
-"""B B'^T of B = V U^T with several places, by what costs less: pairs of places, or rows of B, of
-which a part stands in memory at once.
+"""B B'^T between all samples of B = V U^T with several places, by what costs less: pairs of places,
+or rows of B, of which a part stands in memory at once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from nnj.jacobians.factor import CHUNK
 from nnj.jacobians.patches import Patches, outer
 
 
-class Sides(NamedTuple):
+class Thin(NamedTuple):
     """V U^T, as its two thin factors.
 
     Attributes:
-        patches: U, (N, G, I, L).
         v: V, (K, N, G, O, L).
+        patches: U, (N, G, I, L).
     """
 
-    patches: Patches
     v: Tensor
+    patches: Patches
 
     @property
     def entries_of_channel(self) -> int:
@@ -31,7 +31,7 @@ class Sides(NamedTuple):
         return k * n * g * self.patches.inputs
 
 
-def kernel_of_all(one: Sides, other: Sides) -> Tensor | None:
+def kernel_of_all(one: Thin, other: Thin) -> Tensor | None:
     """Between every two rows, (K, N, K', N'); None where one channel of all rows is too large."""
     if _meets_by_places(one, other):
         return _by_places(one, other)
@@ -40,7 +40,7 @@ def kernel_of_all(one: Sides, other: Sides) -> Tensor | None:
     return _by_channels(one, other, max(1, CHUNK // max(1, entries))) if entries <= CHUNK else None
 
 
-def _meets_by_places(one: Sides, other: Sides) -> bool:
+def _meets_by_places(one: Thin, other: Thin) -> bool:
     """Whether pairs of places cost less than rows of B do, in multiply-adds: a row is formed once
     for each sample, and met by all others.
     """
@@ -50,7 +50,7 @@ def _meets_by_places(one: Sides, other: Sides) -> bool:
     return by_places < o * i * (pairs * k * q + n * k * l + m * q * places)
 
 
-def _by_places(one: Sides, other: Sides) -> Tensor:
+def _by_places(one: Thin, other: Thin) -> Tensor:
     """sum_{g,l,m} (u_l u'_m) (v_l v'_m), the latter summed over m first."""
     (k, n, g, o, l), (q, m, _, _, places) = one.v.shape, other.v.shape
     total = one.v.new_zeros(k, n, q, m)
@@ -62,7 +62,7 @@ def _by_places(one: Sides, other: Sides) -> Tensor:
     return total
 
 
-def _by_channels(one: Sides, other: Sides, step: int) -> Tensor:
+def _by_channels(one: Thin, other: Thin, step: int) -> Tensor:
     """The sum over output channels, `step` at a time, of which all rows are formed once."""
     (k, n, _, o, _), (q, m) = one.v.shape, other.v.shape[:2]
     total = one.v.new_zeros(k * n, q * m)
@@ -73,7 +73,7 @@ def _by_channels(one: Sides, other: Sides, step: int) -> Tensor:
     return total.reshape(k, n, q, m)
 
 
-def _channels(of: Sides, some: slice) -> Tensor:
+def _channels(of: Thin, some: slice) -> Tensor:
     """Some output channels of all rows of B, (K N, G channels I)."""
     v, inputs = of.v[:, :, :, some], of.patches.inputs
     k, n, g, channels, l = v.shape
@@ -84,23 +84,3 @@ def _channels(of: Sides, some: slice) -> Tensor:
     for rows in parts:
         found[:, rows] = outer(v[:, rows], of.patches(rows)).flatten(2)
     return found.flatten(0, 1)
-
-
-def has_few_places(of: Sides) -> bool:
-    """Whether the norms of rows cost less by pairs of places, in multiply-adds of float64, than by
-    rows (Li et al. 2022).
-    """
-    (k, _, _, o, l), i = of.v.shape, of.patches.inputs
-    return 4 * l * (k * o + i) < k * o * i
-
-
-def square_norms_by_places(of: Sides) -> Tensor:
-    """sum_{g,l,m} (u_l u_m) (v_l v_m), (K, N)."""
-    k, n, g, o, l = of.v.shape
-    total = of.v.new_zeros(k, n)
-    for rows in of.patches.parts(2 * g * l * (k * (o + l) + of.patches.inputs + l)):
-        # places may cancel, which single precision would leave as noise
-        u, v = of.patches(rows).double(), of.v[:, rows].double()
-        pairs = (v.mT @ v).mul_(u.mT @ u)
-        total[:, rows] = pairs.sum((2, 3, 4)).clamp(min=0).to(total.dtype)
-    return total

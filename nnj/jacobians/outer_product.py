@@ -13,12 +13,8 @@ from torch import Tensor
 
 from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.kron import Approx, Bias, Columns, Kron
-from nnj.jacobians.outer_kernels import (
-    Sides,
-    has_few_places,
-    kernel_of_all,
-    square_norms_by_places,
-)
+from nnj.jacobians.outer_kernels import Thin, kernel_of_all
+from nnj.jacobians.outer_kernels_within import kernel_within
 from nnj.jacobians.outer_kron import OuterKron
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
@@ -338,18 +334,15 @@ class OuterProduct(Factor):
         """Within each sample (N, K, K'), or of each row with the same one (N, K)."""
         if one_place:
             return self._kernel_of_vectors(other, d, pairs)
-        shape = (self.n, self.k, other.k) if pairs == "sample" else (self.n, self.k)
-        total = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for rows, a, b in self._both(other):
-            scaled = b if d is None else b * (d if len(d) == 1 else d[rows])
-            total[rows] = _contracted(a, scaled, pairs)
-        return total
+        mine = Thin(self.v, self.patches)
+        theirs = mine if other is self else Thin(other.v, other.patches)
+        return kernel_within(mine, theirs, d, pairs).to(self.dtype)
 
     def _kernel_of_all(self, other: OuterProduct, one_place: bool) -> Tensor | None:
         """Of every two rows; None where dense chunks are as good."""
         if one_place and self._is_row:
             return self._kernel_of_rows(other)
-        mine, theirs = Sides(self.patches, self.v), Sides(other.patches, other.v)
+        mine, theirs = Thin(self.v, self.patches), Thin(other.v, other.patches)
         return kernel_of_all(mine, mine if other is self else theirs)
 
     def _kernel_of_rows(self, other: OuterProduct) -> Tensor:
@@ -368,9 +361,7 @@ class OuterProduct(Factor):
     def _square_norms(self) -> Tensor:
         """The squared norm of each row, (K, N)."""
         if self.form[2] != 1:
-            sides = Sides(self.patches, self.v)
-            found = square_norms_by_places(sides) if has_few_places(sides) else None
-            return self._kernel_within(self, None, "row", False).mT if found is None else found
+            return self._kernel_within(self, None, "row", False).mT
         # |v|^2 |u|^2; a bias has one group where its weight may have several
         name = f"nnj_norms_{self.form[0]}"
         v = self._of_columns(name, lambda: self.v.square().sum((3, 4)))  # (K, N, G)

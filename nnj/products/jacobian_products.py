@@ -34,13 +34,8 @@ from nnj.products.metrics import (
 )
 from nnj.propagation.linearize import Linearization, Modules, Slot, linearization
 from nnj.propagation.linearized import Linearized
-from nnj.propagation.weight_contractions import (
-    DiagonalMetric,
-    diagonal_pulled_back,
-    pushed_forward,
-)
-
-ENTRIES = 1 << 24  # of J that stand in memory at once where J need not stand as a whole
+from nnj.propagation.weight_contractions import diagonal_pulled_back, pushed_forward
+from nnj.propagation.weight_metrics import DiagonalMetric
 
 
 def jacobian(
@@ -181,6 +176,7 @@ def jTmjp(
     diag_backprop: bool = False,
     joint: bool = False,
     modules: Modules = None,
+    memory: int = 2**28,
 ) -> Any:
     """J^T M J: a metric on the output pulled back to the input, (N, in, in), or to the parameters.
 
@@ -203,6 +199,8 @@ def jTmjp(
             gradients are refused; the squares of J, by a rule's `square` or of an operation, are
             compared with nothing.
         joint: one matrix on all parameters in place of the blocks.
+        memory: with to_diag, bytes that cotangents may take on their way back; where they are
+            more, they go in chunks.
 
     Errors: `NNJError` for shapes that do not fit; for `joint` with wrt="input", to_diag or
     diag_backprop. With diag_backprop for an operation of whose Jacobian nnj does not know the
@@ -215,7 +213,7 @@ def jTmjp(
         _check_all(modules)
         point = linearize_diagonal(module, x, slot)
         return pull_back(point, metric_on_outputs(matrix, point, from_diag), to_diag)
-    at = linearization(module, x, slot, modules)
+    at = linearization(module, x, slot, modules, memory=memory)
     m = metric_on_outputs(matrix, at, from_diag)
     if to_diag:
         return diagonal_pulled_back(at, m)
@@ -232,6 +230,7 @@ def jmjTp(
     to_diag: bool = False,
     diag_backprop: bool = False,
     modules: Modules = None,
+    memory: int = 2**28,
 ) -> Tensor:
     """J M J^T: a metric on the input or the parameters pushed forward to the output, (N, out, out).
 
@@ -248,6 +247,8 @@ def jmjTp(
         diag_backprop: an approximation, as in `jTmjp`: between layers only the diagonal of the
             metric is kept. It enters the first layer and each layer's own parameters exactly,
             without what lies between layers, and leaves the last exactly.
+        memory: where J is not formed, or a few rows at a time, bytes that these and the cotangents
+            may take, as in `nnj.linearize`.
 
     Errors: `NNJError` for shapes that do not fit, and for blocks with wrt="input" or from_diag;
     with diag_backprop as in `jTmjp`; else as `jacobian`.
@@ -255,13 +256,13 @@ def jmjTp(
     slot = slot_of(wrt)
     if isinstance(matrix, Matrix):
         _check_of_parameters(slot, from_diag or diag_backprop)
-        found = Linearized(linearization(module, x, slot, modules))
+        found = Linearized(linearization(module, x, slot, modules, memory=memory))
         return found.variance(matrix) if to_diag else found.covariance(matrix)
     if diag_backprop:
         _check_all(modules)
         point = linearize_diagonal(module, x, slot)
         return push_forward(point, metric_on_inputs(matrix, point, from_diag), to_diag)
-    at = linearization(module, x, slot, modules)
+    at = linearization(module, x, slot, modules, memory=memory)
     m = metric_on_inputs(matrix, at, from_diag)
     if slot == "weight" and not isinstance(m, list) and (m is None or from_diag):
         return pushed_forward(at, DiagonalMetric.of(at, m), to_diag)
@@ -285,6 +286,7 @@ def jTmjp_pair(
     to_diag: bool = False,
     diag_backprop: bool = False,
     modules: Modules = None,
+    memory: int = 2**28,
 ) -> tuple[Any, Any, Any]:
     """(J1^T M11 J1, J1^T M12 J2, J2^T M22 J2) with J1 at x1 and J2 at x2: a metric on pairs of
     outputs, pulled back.
@@ -294,8 +296,8 @@ def jTmjp_pair(
     Args:
         x2: as many samples as x1, of the same size.
         matrices: (M11, M12, M22), each as in `jTmjp`; None is the identity for each of them.
-        from_diag, to_diag, diag_backprop: as in `jTmjp`; each result has the form that `jTmjp`
-            gives.
+        from_diag, to_diag, diag_backprop, memory: as in `jTmjp`; each result has the form that
+            `jTmjp` gives.
 
     Errors: `NNJError` for shapes that do not fit; for diag_backprop where `jTmjp` refuses it, or
     where the model does other operations at x1 than at x2; else as `jacobian`."""
@@ -313,7 +315,7 @@ def jTmjp_pair(
             pull_back(p2, m22, to_diag),
         )
     tops = modules if modules is None or isinstance(modules, nn.Module) else list(modules)
-    one, two = (linearization(module, x, slot, tops) for x in (x1, x2))
+    one, two = (linearization(module, x, slot, tops, memory=memory) for x in (x1, x2))
     _check_pairs(one, two)
     m11, m12, m22 = (metric_on_outputs(m, one, from_diag) for m in given_ones)
     if to_diag:
@@ -366,7 +368,8 @@ def _check_pairs(one: Linearization[Any], two: Linearization[Any]) -> None:
 
 def _unit_cotangents(at: Linearization) -> Iterator[Tensor]:
     """In groups so small that J of a group may stand in memory."""
-    yield from at.basis().split(max(1, ENTRIES // max(1, at.n * at.size)))
+    of_one = 2 * at.n * at.size * max(4, at.y.dtype.itemsize)  # with M J
+    yield from at.basis().split(max(1, at.memory // max(1, of_one)))
 
 
 def _pulled_back(

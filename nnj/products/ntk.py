@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnj.distributed.ranks import Ranks
 from nnj.propagation.linearize import Modules, linearization
-from nnj.propagation.weight_contractions import DiagonalMetric, kernel, kernel_by_output
+from nnj.propagation.weight_contractions import kernel, kernel_by_output
+from nnj.propagation.weight_metrics import DiagonalMetric
 
 
 def ntk(
@@ -19,6 +20,7 @@ def ntk(
     *,
     per_class: bool = False,
     modules: Modules = None,
+    memory: int = 2**28,
     group: Any = None,
 ) -> Tensor:
     """The empirical tangent kernel J(x1) J(x2)^T, (N, C, N', C'), of J in the parameters that
@@ -32,6 +34,7 @@ def ntk(
         x1, x2: inputs as `nnj.linearize` takes them; x2 is by default x1.
         per_class: between equal outputs alone, (N, N', C).
         modules: J in the parameters of these modules alone.
+        memory: as in `nnj.linearize`.
         group: a process group whose ranks each give inputs of their own: rows are those of this
             rank's x1, and columns those of the x2 of all ranks, one rank after the other. Inputs
             are sent, and no Jacobian. All ranks have at least one input.
@@ -41,8 +44,8 @@ def ntk(
     tops = None if modules is None else [modules] if isinstance(modules, nn.Module) else [*modules]
     if group is not None and group is not False:
         x2 = _of_all(Ranks(group, "nnj.ntk"), x1 if x2 is None else x2)
-    one = linearization(model, x1, "weight", tops)
-    two = one if x2 is None else linearization(model, x2, "weight", tops)
+    one = linearization(model, x1, "weight", tops, memory=memory)
+    two = one if x2 is None else linearization(model, x2, "weight", tops, memory=memory)
     return kernel_by_output(one, two) if per_class else kernel(one, two, DiagonalMetric())
 
 

@@ -22,6 +22,7 @@ from nnj.graph.refusals import refuse_tensor
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.propagation.backward import Sink, Sweep
 from nnj.propagation.called import call, logits_of
+from nnj.propagation.chunking import checked_memory
 from nnj.propagation.forward import Forward
 from nnj.propagation.plan import Assumptions, device_of
 from nnj.propagation.plan_search import Roots, plan_of_output
@@ -77,9 +78,10 @@ def linearization(
     wrt: Slot,
     modules: Modules = None,
     forward: Forwarding | None = None,
+    memory: int = 2**28,
 ) -> Linearization:
     """A module at x, for exact products."""
-    return Linearization(module, x, wrt, Sweep, True, modules, forward)
+    return Linearization(module, x, wrt, Sweep, True, modules, forward, memory)
 
 
 class Linearization(Generic[S]):
@@ -95,6 +97,7 @@ class Linearization(Generic[S]):
         matmuls: whether matrix products with bare parameters are seen as layers.
         modules: "weight" is their parameters alone.
         forward: `forward(module, x)` gives the output.
+        memory: bytes that the columns which walk together may take, with what is kept of them.
 
     Attributes:
         y: the output, (N, *outputs).
@@ -116,9 +119,10 @@ class Linearization(Generic[S]):
         matmuls: bool,
         modules: Modules = None,
         forward: Forwarding | None = None,
+        memory: int = 2**28,
     ):
         _check_input(module, x, wrt, modules)
-        self.module, self.wrt = module, wrt
+        self.module, self.wrt, self.memory = module, wrt, checked_memory(memory)
         self.params = parameters(module) if wrt == "weight" else []
         if modules is not None:
             inside = parameters_inside(module, modules)

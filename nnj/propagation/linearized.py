@@ -9,13 +9,8 @@ from torch import Tensor, nn
 from nnj.errors import NNJError
 from nnj.matrices.matrix import Dense, Matrix
 from nnj.propagation.linearize import Forwarding, Linearization, Modules, linearization
-from nnj.propagation.weight_contractions import (
-    AnyMetric,
-    DiagonalMetric,
-    MatrixMetric,
-    kernel,
-    pushed_forward,
-)
+from nnj.propagation.weight_contractions import kernel, pushed_forward
+from nnj.propagation.weight_metrics import AnyMetric, DiagonalMetric, MatrixMetric
 
 
 def linearize(
@@ -24,6 +19,7 @@ def linearize(
     *,
     modules: Modules = None,
     forward: Forwarding | None = None,
+    memory: int = 2**28,
 ) -> Linearized:
     """A model at x, as the linear map J = dy/dw of its parameters: one forward pass, of which all
     products are then made.
@@ -37,10 +33,13 @@ def linearize(
         modules: J in the parameters of these modules alone.
         forward: `forward(model, x)` gives the output. By default it is what the model gives, or its
             `.logits`.
+        memory: bytes that columns may take on their way back, with what is kept of them: where
+            they are more, `covariance`, `variance` and `kernel` send them in chunks. Of the first
+            and the last every two chunks meet, so that some go several times.
 
     Errors: as those of `nnj.jacobian`; `NNJError` for modules of another model.
     """
-    return Linearized(linearization(model, x, "weight", modules, forward))
+    return Linearized(linearization(model, x, "weight", modules, forward, memory))
 
 
 class Linearized:

@@ -6,110 +6,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nnj.jacobians.factor import Factor, Pairs
+from nnj.graph.step import Step
+from nnj.jacobians.factor import Factor
 from nnj.jacobians.patches import Patches
 from nnj.jacobians.shared_columns import SharedColumns, Unit
 from nnj.loss_hessian.base import LossHessian
-from nnj.matrices.matrix import Matrix
-from nnj.propagation.backward import Sink
-from nnj.propagation.chunking import columns_at_once
+from nnj.propagation.backward import Sink, Sweep
+from nnj.propagation.chunking import columns_at_once, columns_kept, even
 from nnj.propagation.last_layer import LastLayerColumns
 from nnj.propagation.linearize import Linearization
+from nnj.propagation.weight_metrics import AnyMetric
+from nnj.recording.records import Edge
 
 Meet = Callable[[Tensor, Factor, Factor], None]
-MEMORY = 1 << 28  # bytes that columns which walk together may take
-
-
-# -- metrics ---------------------------------------------------------------------------------------
-
-
-class DiagonalMetric:
-    """M = diag(m), or the identity: each parameter for itself.
-
-    Args:
-        scales: m at each parameter, (*shape), or (N, *shape) with one for each sample; None is the
-            identity.
-    """
-
-    def __init__(self, scales: Mapping[Tensor, Tensor] | None = None):
-        self.scales = scales
-
-    @classmethod
-    def of(cls, at: Linearization[Any], m: Tensor | None) -> DiagonalMetric:
-        """That of m, (N, P); None is the identity."""
-        if m is None:
-            return cls()
-        alike = m.stride(0) == 0
-        parts = at.by_leaf((m[:1] if alike else m)[None])
-        return cls({leaf: t[0, 0] if alike else t[0] for leaf, t in parts.items()})
-
-    def is_apart(self, leaves: set[Tensor]) -> bool:
-        """Whether M is zero between these parameters and all others."""
-        return True
-
-    def meet(self, p: Tensor, factor: Factor, other: Factor, pairs: Pairs) -> Tensor:
-        """The share of one parameter."""
-        if self.scales is not None:
-            other = other.scale(self.scales[p].to(factor.dtype))
-        return factor.kernel(other, pairs)
-
-    def contract(
-        self, factors: Mapping[Tensor, Factor], other: Mapping[Tensor, Factor], pairs: Pairs
-    ) -> Tensor | None:
-        """B M B'^T of all parameters; None if it is zero for want of any."""
-        shares = [self.meet(p, f, other[p], pairs) for p, f in factors.items() if p in other]
-        return torch.stack(shares).sum(0) if shares else None
-
-    def summing(
-        self, add: Callable[[Tensor], None], pairs: Pairs
-    ) -> tuple[Sink, Callable[[], None]]:
-        """What takes the factors of some columns, one after the other, and what ends them."""
-        return lambda p, factor: add(self.meet(p, factor, factor, pairs)), lambda: None
-
-
-class MatrixMetric:
-    """M of `nnj.matrices`.
-
-    Args:
-        names: of the parameters.
-    """
-
-    def __init__(self, matrix: Matrix, names: Mapping[Tensor, str]):
-        self.matrix, self.names = matrix, names
-
-    def is_apart(self, leaves: set[Tensor]) -> bool:
-        return self.matrix.is_apart({self.names[leaf] for leaf in leaves})
-
-    def contract(
-        self, factors: Mapping[Tensor, Factor], other: Mapping[Tensor, Factor], pairs: Pairs
-    ) -> Tensor | None:
-        if not factors or not other:
-            return None
-        first = {self.names[p]: f for p, f in factors.items()}
-        second = first if other is factors else {self.names[p]: f for p, f in other.items()}
-        return self.matrix.contract(first, second, pairs)
-
-    def summing(
-        self, add: Callable[[Tensor], None], pairs: Pairs
-    ) -> tuple[Sink, Callable[[], None]]:
-        factors: dict[Tensor, Factor] = {}
-
-        def end() -> None:
-            found = self.contract(factors, factors, pairs)
-            if found is not None:
-                add(found)
-
-        return factors.__setitem__, end
-
-
-AnyMetric = DiagonalMetric | MatrixMetric
 
 
 # -- J M J^T ---------------------------------------------------------------------------------------
@@ -120,47 +36,105 @@ def pushed_forward(at: Linearization[Any], metric: AnyMetric, to_diag: bool) -> 
     dtype = functools.reduce(torch.promote_types, [at.y.dtype, *(p.dtype for p in at.leaves)])
     shape = (at.n, at.out) if to_diag else (at.n, at.out, at.out)
     total = at.y.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
-    pairs: Pairs = "row" if to_diag else "sample"
-
-    def add(part: Tensor, found: Tensor) -> None:
-        part += found.mT if to_diag else found
-
     last = _last_layer(at, metric)
+    walk = _walk(at, last)
+    if walk is not None:
+        (_add_variance if to_diag else _add_covariance)(walk, metric, at.memory, total)
     if last is not None:
-        found = metric.contract(dict(last.factors), dict(last.factors), pairs)
+        found = metric.contract(
+            dict(last.factors), dict(last.factors), "row" if to_diag else "sample"
+        )
         if found is not None:
-            add(total, found)
-    start = 0
-    for k, send in _columns(at, last, together=not to_diag):
-        part = total[:, start : start + k]
-        take, end = metric.summing(functools.partial(add, part), pairs)
-        send(take)
-        end()
-        start += k
+            total += found.mT if to_diag else found
     return total.to(dtype)
 
 
-def _columns(
-    at: Linearization[Any], last: LastLayerColumns | None, together: bool
-) -> Iterator[tuple[int, Callable[[Sink], None]]]:
-    """The unit cotangents, as many at a time as walk together: how many, and what sends them."""
+class _Walk(NamedTuple):
+    """What sends the unit cotangents back through some steps.
+
+    Attributes:
+        basis: those of all outputs where they set out, (out, N, *shape).
+        steps: None is all of them.
+    """
+
+    sweep: Sweep
+    edge: Edge
+    basis: Tensor
+    steps: list[Step] | None
+
+    def send(self, which: slice, take: Sink) -> None:
+        """Those of some outputs."""
+        u = self.basis[which]
+        self.sweep.run({self.edge: u}, len(u), take, self.steps)
+
+
+def _walk(at: Linearization[Any], last: LastLayerColumns | None) -> _Walk | None:
+    """From the output, or behind its last layers; None where nothing is to be reached."""
     if at.sweep is None:
-        return
-    size = at.out if together else max(1, columns_at_once(at.sweep, MEMORY)[0])
+        return None
     if last is None:
-        for u in at.basis().split(size):
-            yield len(u), functools.partial(at.factors, u)
-        return
+        return _Walk(at.sweep, at.sweep.graph.roots[0], at.basis(), None)
     steps = at.sweep.graph.steps[len(last.steps) :]
-    for v in last.walked(size) if steps else ():
-        yield len(v), functools.partial(_sent, at, last, v, steps)
+    if not steps:
+        return None
+    (basis,) = last.walked(at.out)
+    return _Walk(at.sweep, last.edge, basis, steps)
 
 
-def _sent(
-    at: Linearization[Any], last: LastLayerColumns, v: Tensor, steps: Any, take: Sink
-) -> None:
-    assert at.sweep is not None
-    at.sweep.run({last.edge: v}, len(v), take, steps)
+def _add_variance(walk: _Walk, metric: AnyMetric, memory: int, total: Tensor) -> None:
+    """Add the diagonals of J M J^T, as many outputs at a time as `memory` and caches hold."""
+    fits, likes = columns_at_once(walk.sweep, memory)
+    if metric.keeps:
+        fits = columns_kept(walk.sweep, memory)
+    out = total.shape[1]
+    for which in _slices(out, even(out, fits, min(fits, likes))):
+        take, end = metric.summing(_adding(total[:, which].mT), "row")
+        walk.send(which, take)
+        end()
+
+
+def _add_covariance(walk: _Walk, metric: AnyMetric, memory: int, total: Tensor) -> None:
+    """Add J M J^T. What `memory` does not hold at once goes in chunks: the factors of one are kept
+    while all later ones walk, since M is symmetric.
+    """
+    out, keeps = total.shape[1], metric.keeps
+    if out <= (columns_kept if keeps else _fitting)(walk.sweep, memory):
+        take, end = metric.summing(_adding(total), "sample")
+        walk.send(slice(0, out), take)
+        end()
+        return
+    half = memory // 2
+    for rows in _slices(out, columns_kept(walk.sweep, half)):
+        mine: dict[Tensor, Factor] = {}
+        walk.send(rows, mine.__setitem__)
+        found = metric.contract(mine, mine, "sample")
+        if found is not None:
+            total[:, rows, rows] += found
+        size = (columns_kept if keeps else _fitting)(walk.sweep, half)
+        for columns in _slices(out, size, rows.stop):
+            part = total.new_zeros(len(total), rows.stop - rows.start, columns.stop - columns.start)
+            take, end = metric.summing(_adding(part), "sample", mine)
+            walk.send(columns, take)
+            end()
+            total[:, rows, columns] += part
+            total[:, columns, rows] += part.mT
+
+
+def _fitting(sweep: Sweep, memory: int) -> int:
+    return columns_at_once(sweep, memory)[0]
+
+
+def _adding(total: Tensor) -> Callable[[Tensor], None]:
+    """What adds to a tensor."""
+
+    def add(found: Tensor) -> None:
+        total.add_(found)
+
+    return add
+
+
+def _slices(k: int, size: int, start: int = 0) -> list[slice]:
+    return [slice(a, min(a + size, k)) for a in range(start, k, size)]
 
 
 def _last_layer(at: Linearization[Any], metric: AnyMetric) -> LastLayerColumns | None:
@@ -229,7 +203,7 @@ def kernel_by_output(at: Linearization[Any], other: Linearization[Any]) -> Tenso
     """The same between equal outputs alone, (N, N', out)."""
     partner = dict(zip(other.leaves, at.leaves, strict=True))
     total = at.y.new_zeros(at.out, at.n, other.n)
-    size = min(len(u) for u in (basis(at)[0], basis(other)[0]))
+    size = min(_kept_at_once(at), _kept_at_once(other))
     for start in range(0, at.out, size):
         there: dict[Tensor, Factor] = {}
         other.factors(other.basis()[start : start + size], there.__setitem__)
@@ -246,10 +220,15 @@ def kernel_by_output(at: Linearization[Any], other: Linearization[Any]) -> Tenso
 
 def _factors_of_groups(at: Linearization[Any]) -> Iterator[tuple[int, dict[Tensor, Factor]]]:
     """How many unit cotangents, and the factors of them."""
-    for u in basis(at):
+    for u in at.basis().split(_kept_at_once(at)):
         found: dict[Tensor, Factor] = {}
         at.factors(u, found.__setitem__)
         yield len(u), found
+
+
+def _kept_at_once(at: Linearization[Any]) -> int:
+    """How many unit cotangents walk together, where those of two points are kept."""
+    return at.out if at.sweep is None else min(at.out, columns_kept(at.sweep, at.memory // 2))
 
 
 # -- the diagonal of J^T M J' ----------------------------------------------------------------------
@@ -315,7 +294,7 @@ def _meet(at: Linearization, u: Tensor, other: Linearization, v: Tensor, add: Me
 
 def basis(at: Linearization) -> tuple[Tensor, ...]:
     """The unit cotangents, as many at a time as walk together."""
-    size = at.out if at.sweep is None else columns_at_once(at.sweep, MEMORY)[0]
+    size = at.out if at.sweep is None else columns_at_once(at.sweep, at.memory)[0]
     groups: tuple[Tensor, ...] = at.basis().split(max(1, size))
     return groups
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import nnj
-from nnj.jacobians.outer_product import OuterProduct
-from nnj.propagation import weight_contractions
+from nnj.jacobians import outer_kernels
 
 
 class Tokens(nn.Module):
@@ -53,16 +52,17 @@ def dense(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("memory", [1, 1 << 28])
 @pytest.mark.parametrize("name", MODELS)
 def test_against_dense_jacobians(name, memory, places, monkeypatch):
-    monkeypatch.setattr(weight_contractions, "MEMORY", memory)
     if places is not None:  # either way to contract places
-        monkeypatch.setattr(OuterProduct, "_meets_by_places", lambda self, other: places)
+        monkeypatch.setattr(outer_kernels, "_meets_by_places", lambda one, other: places)
     model, x, other = made(name)
     j, i = dense(model, x), dense(model, other)
     expected = torch.einsum("ncp,mdp->ncmd", j, i)
-    torch.testing.assert_close(nnj.ntk(model, x, other), expected)
-    torch.testing.assert_close(nnj.ntk(model, x), torch.einsum("ncp,mdp->ncmd", j, j))
+    torch.testing.assert_close(nnj.ntk(model, x, other, memory=memory), expected)
+    torch.testing.assert_close(
+        nnj.ntk(model, x, memory=memory), torch.einsum("ncp,mdp->ncmd", j, j)
+    )
     equal = expected.diagonal(dim1=1, dim2=3)
-    torch.testing.assert_close(nnj.ntk(model, x, other, per_class=True), equal)
+    torch.testing.assert_close(nnj.ntk(model, x, other, per_class=True, memory=memory), equal)
 
 
 def test_of_some_modules():

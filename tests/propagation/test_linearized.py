@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from nnj.propagation import weight_contractions
+from tests.support.live import LiveBytes
 
 N = 4
 
@@ -107,10 +107,9 @@ def psd(p: int) -> Tensor:
 
 @pytest.mark.parametrize("memory", [1, 1 << 28])
 @pytest.mark.parametrize("name", CASES)
-def test_all_products(name, memory, monkeypatch):
-    monkeypatch.setattr(weight_contractions, "MEMORY", memory)
+def test_all_products(name, memory):
     model, x, forward = made(name)
-    at = nnj.linearize(model, x, forward=forward)
+    at = nnj.linearize(model, x, forward=forward, memory=memory)
     y, j = dense(model, x)
     n, c, p = j.shape
     close = torch.testing.assert_close
@@ -142,8 +141,7 @@ def test_all_products(name, memory, monkeypatch):
 @pytest.mark.parametrize("memory", [1, 1 << 28])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("quantity", ["ggn_diag", "ggn_block", "kfac", "ekfac"])
-def test_matrices_of_curvature(name, quantity, memory, monkeypatch):
-    monkeypatch.setattr(weight_contractions, "MEMORY", memory)
+def test_matrices_of_curvature(name, quantity, memory):
     model, x, forward = made(name)
     _, j = dense(model, x)
     nnj.extend(model)
@@ -151,7 +149,7 @@ def test_matrices_of_curvature(name, quantity, memory, monkeypatch):
         out = model(**x)["logits"] if isinstance(x, dict) else model(x)
         nnj.extend(nn.MSELoss())(out, torch.zeros_like(out)).backward()
     m = context.matrix(quantity).inverse(0.5)
-    at = nnj.linearize(model, x, forward=forward)
+    at = nnj.linearize(model, x, forward=forward, memory=memory)
     assert at.names == list(m.layout.shapes)
     expected = j @ m.dense() @ j.mT
     torch.testing.assert_close(at.covariance(m), expected)
@@ -250,3 +248,71 @@ def test_what_cannot_be_linearised():
     named, inputs, _ = made("named")
     with pytest.raises(nnj.NNJError, match=r"^Named gave dict; products need one tensor"):
         nnj.linearize(named, inputs)
+
+
+class Wide(nn.Sequential):
+    """Columns are large beside the parameters and beside what is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Tanh(),
+            nn.AvgPool2d(8),
+            nn.Flatten(),
+            nn.Linear(24, 12),
+        )
+
+
+PRODUCTS: dict[str, Any] = {
+    "covariance": lambda model, x, v, at: at.covariance(v),
+    "covariance, a matrix": lambda model, x, v, at: at.covariance(
+        nnj.matrices.Diagonal({name: p.shape for name, p in model.named_parameters()}, v)
+    ),
+    "variance": lambda model, x, v, at: at.variance(v),
+    "variance, for each sample": lambda model, x, v, at: at.variance(diag=v.expand(N, -1)),
+    "kernel": lambda model, x, v, at: at.kernel(M=v),
+    "jmjTp": lambda model, x, v, at: nnj.jmjTp(
+        model, x, v, "weight", from_diag=True, memory=at._at.memory
+    ),
+    "jTmjp, to_diag": lambda model, x, v, at: nnj.jTmjp(
+        model, x, None, "weight", to_diag=True, memory=at._at.memory
+    ),
+    "ntk": lambda model, x, v, at: nnj.ntk(model, x, memory=at._at.memory),
+    "ntk, per_class": lambda model, x, v, at: nnj.ntk(
+        model, x, per_class=True, memory=at._at.memory
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_less_memory_is_less_at_once(name):
+    """The same numbers, and a lower peak the less is allowed, within the budget."""
+    torch.manual_seed(0)
+    model, x = Wide().double(), some(N, 1, 16, 16)
+    v = some(sum(p.numel() for p in model.parameters())).abs()
+    results, peaks = [], []
+    for memory in (1 << 28, 1 << 22, 1):
+        at = nnj.linearize(model, x, memory=memory)
+        PRODUCTS[name](model, x, v, at)  # its graph is verified once
+        with LiveBytes() as live:
+            results.append(PRODUCTS[name](model, x, v, at))
+        peaks.append(live.peak)
+        torch.testing.assert_close(results[-1], results[0])
+    assert peaks[0] > 1.25 * peaks[1] > 1.25 * 1.25 * peaks[2] and peaks[1] <= 1 << 22, peaks
+
+
+@pytest.mark.parametrize("memory", ["x", None, -5, True])
+def test_what_is_no_memory(memory):
+    message = f"^memory={memory!r}: the bytes that columns may take are a number, at least 0"
+    model, x, _ = made("mlp")
+    for ask in (
+        lambda: nnj.linearize(model, x, memory=memory),
+        lambda: nnj.ntk(model, x, memory=memory),
+        lambda: nnj.jmjTp(model, x, None, "weight", memory=memory),
+        lambda: nnj.jTmjp(model, x, memory=memory),
+        lambda: nnj.jTmjp_pair(model, x, x, memory=memory),
+    ):
+        with pytest.raises(nnj.NNJError, match=message):
+            ask()
