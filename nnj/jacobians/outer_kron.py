@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from nnj.jacobians.kron import Approx, Kron
 from nnj.jacobians.patches import Patches
+
+BLOCK = 192  # rows of a product that is symmetric
+
+
+def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
+    """The sum of x x^T over parts x of (G, I, M), (G, I, I); None of no parts.
+
+    On a CPU what is below the blocks of the diagonal is copied, where half of the products is worth
+    more than one large one."""
+    total: Tensor | None = None
+    halved = False
+    for x in parts:
+        if total is None:
+            g, i, m = x.shape
+            halved = x.device.type == "cpu" and i > 2 * BLOCK and m > 2 * i
+            total = x.new_zeros(g, i, i) if halved else x @ x.mT
+            if not halved:
+                continue
+        _add_above(total, x) if halved else total.baddbmm_(x, x.mT)
+    if total is not None and halved:
+        for a in range(0, total.shape[1], BLOCK):
+            total[:, a + BLOCK :, a : a + BLOCK] = total[:, a : a + BLOCK, a + BLOCK :].mT
+    return total
+
+
+def square(x: Tensor) -> Tensor:
+    """x x^T, (G, I, I)."""
+    found = sum_of_squares([x])
+    assert found is not None
+    return found
+
+
+def _add_above(total: Tensor, x: Tensor) -> None:
+    """Add x x^T in the blocks of the diagonal, and above them."""
+    for one, rows in zip(total, x, strict=True):
+        for a in range(0, len(rows), BLOCK):
+            one[a : a + BLOCK, a:].addmm_(rows[a : a + BLOCK], rows[a:].mT)
 
 
 class OuterKron(Kron):
@@ -44,24 +81,26 @@ class OuterKron(Kron):
         v = self.v()
         if self.reduce:
             v = v.sum(-1, keepdim=True)
-        if g == v.shape[-1] == 1:
-            rows = v.reshape(-1, o)
-            return (rows.mT @ rows)[None]
-        flat = v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
-        return flat @ flat.mT
+        one = g == v.shape[-1] == 1
+        x = v.reshape(1, -1, o).mT if one else v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
+        return square(x)
 
     def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
         g, _, l = self.form
         i = self.patches.inputs + ones
-        total: Tensor | None = None
-        for rows in self.patches.parts(g * i * l):
-            u = self.patches(rows).to(self.like.dtype)
-            if ones:
-                u = torch.cat([u, u.new_ones(len(u), g, 1, l)], 2)
-            u = self._counted(u, None if alive is None else alive[rows])
-            flat = u.permute(1, 2, 0, 3).reshape(g, i, -1)
-            total = flat @ flat.mT if total is None else total.baddbmm_(flat, flat.mT)
-        return self.like.new_zeros(g, i, i) if total is None else total
+        flat = (
+            self._inputs(rows, alive, ones).permute(1, 2, 0, 3).reshape(g, i, -1)
+            for rows in self.patches.parts(g * i * l)
+        )
+        found = sum_of_squares(flat)
+        return self.like.new_zeros(g, i, i) if found is None else found
+
+    def _inputs(self, rows: slice, alive: Tensor | None, ones: bool) -> Tensor:
+        """u of some samples at the places that count, (N, G, I, L), or their mean."""
+        u = self.patches(rows).to(self.like.dtype)
+        if ones:
+            u = torch.cat([u, u.new_ones(len(u), self.form[0], 1, self.form[2])], 2)
+        return self._counted(u, None if alive is None else alive[rows])
 
     def _counted(self, u: Tensor, alive: Tensor | None) -> Tensor:
         """u at the places that count, or their mean."""

@@ -19,7 +19,7 @@ from nnj.jacobians.outer_kernels import (
     kernel_of_all,
     square_norms_by_places,
 )
-from nnj.jacobians.outer_kron import OuterKron
+from nnj.jacobians.outer_kron import OuterKron, square
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.square_sum import SquareSum
@@ -282,8 +282,8 @@ class OuterProduct(Factor):
 
     def outer_v(self) -> Tensor:
         """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""
-        flat = self.v.reshape(-1, self.form[1])
-        return self._of_columns("nnj_outer", lambda: flat.mT @ flat)
+        flat = self.v.reshape(1, -1, self.form[1])
+        return self._of_columns("nnj_outer", lambda: square(flat.mT)[0])
 
     def _of_columns(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What several parameters ask of the same columns, made once."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nnj
+from nnj.jacobians import outer_kron
 from nnj.jacobians import patches as patches_file
 from nnj.jacobians.factor import merge_uses
 from nnj.jacobians.outer_product import OuterProduct
@@ -26,6 +27,19 @@ def normal(*shape: int) -> Tensor:
 def chunks(request: Any, monkeypatch: Any) -> None:
     if request.param:
         monkeypatch.setattr(patches_file, "CHUNK", 30)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_half_of_a_symmetric_product_is_copied(
+    transposed: bool, parts: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(outer_kron, "BLOCK", 2)
+    x = normal(G, 40, 7).mT if transposed else normal(G, 7, 40)
+    found = outer_kron.sum_of_squares(x.split(-(-40 // parts), 2))
+    torch.testing.assert_close(found, x @ x.mT, rtol=1e-11, atol=1e-11)
+    assert found is not None and torch.equal(found, found.mT)
+    assert outer_kron.sum_of_squares([]) is None
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
