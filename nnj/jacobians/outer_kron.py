@@ -14,20 +14,26 @@ BLOCK = 192  # rows of a product that is symmetric
 
 
 def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
-    """The sum of x x^T over parts x of (G, I, M), (G, I, I); None of no parts.
+    """The sum of x x^T over parts x of (B, G, I, L), and over B, (G, I, I); None of no parts.
 
-    On a CPU what is below the blocks of the diagonal is copied, where half of the products is worth
-    more than one large one."""
+    Where L is long each of B is a product of its own, so that x is not copied. Else, on a CPU, what
+    is below the blocks of the diagonal is copied, where half of the products is worth more than one
+    large one."""
     total: Tensor | None = None
     halved = False
     for x in parts:
+        b, g, i, l = x.shape
+        if l >= 2 * i and b > 1:
+            found = (x @ x.mT).sum(0)
+            total = found if total is None else total.add_(found)
+            continue
+        flat = x.permute(1, 2, 0, 3).reshape(g, i, -1)
         if total is None:
-            g, i, m = x.shape
-            halved = x.device.type == "cpu" and i > 2 * BLOCK and m > 2 * i
-            total = x.new_zeros(g, i, i) if halved else x @ x.mT
+            halved = x.device.type == "cpu" and i > 2 * BLOCK and b * l > 2 * i
+            total = flat.new_zeros(g, i, i) if halved else flat @ flat.mT
             if not halved:
                 continue
-        _add_above(total, x) if halved else total.baddbmm_(x, x.mT)
+        _add_above(total, flat) if halved else total.baddbmm_(flat, flat.mT)
     if total is not None and halved:
         for a in range(0, total.shape[1], BLOCK):
             total[:, a + BLOCK :, a : a + BLOCK] = total[:, a : a + BLOCK, a + BLOCK :].mT
@@ -35,10 +41,10 @@ def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
 
 
 def square(x: Tensor) -> Tensor:
-    """x x^T, (G, I, I)."""
-    found = sum_of_squares([x])
+    """x x^T for x of (I, M), (I, I)."""
+    found = sum_of_squares([x[None, None]])
     assert found is not None
-    return found
+    return found[0]
 
 
 def _add_above(total: Tensor, x: Tensor) -> None:
@@ -81,18 +87,16 @@ class OuterKron(Kron):
         v = self.v()
         if self.reduce:
             v = v.sum(-1, keepdim=True)
-        one = g == v.shape[-1] == 1
-        x = v.reshape(1, -1, o).mT if one else v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
-        return square(x)
+        if g == v.shape[-1] == 1:
+            return square(v.reshape(-1, o).mT)[None]
+        found = sum_of_squares([v.flatten(0, 1)])
+        return self.like.new_zeros(g, o, o) if found is None else found
 
     def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
         g, _, l = self.form
         i = self.patches.inputs + ones
-        flat = (
-            self._inputs(rows, alive, ones).permute(1, 2, 0, 3).reshape(g, i, -1)
-            for rows in self.patches.parts(g * i * l)
-        )
-        found = sum_of_squares(flat)
+        parts = self.patches.parts(g * i * l)
+        found = sum_of_squares(self._inputs(rows, alive, ones) for rows in parts)
         return self.like.new_zeros(g, i, i) if found is None else found
 
     def _inputs(self, rows: slice, alive: Tensor | None, ones: bool) -> Tensor:

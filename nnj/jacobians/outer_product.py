@@ -282,8 +282,8 @@ class OuterProduct(Factor):
 
     def outer_v(self) -> Tensor:
         """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""
-        flat = self.v.reshape(1, -1, self.form[1])
-        return self._of_columns("nnj_outer", lambda: square(flat.mT)[0])
+        flat = self.v.reshape(-1, self.form[1])
+        return self._of_columns("nnj_outer", lambda: square(flat.mT))
 
     def _of_columns(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What several parameters ask of the same columns, made once."""
