@@ -441,5 +441,7 @@ def _contracted(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
     each row with the same one (N, K).
     """
     if pairs == "row":
-        return (a * b).flatten(2).sum(-1).mT
+        # over the last axis without all products in memory; over more axes at once it is less exact
+        found = a * b if a.shape[-1] == 1 else torch.einsum("kngoi,kngoi->kngo", a, b)
+        return found.flatten(2).sum(-1).mT
     return a.flatten(2).transpose(0, 1) @ b.flatten(2).permute(1, 2, 0)
