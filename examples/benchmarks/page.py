@@ -5,7 +5,7 @@ results/.
 
 puts the page together again. A benchmark that is run with --page first leaves its part there
 (results/NAME.md, and NAME.png where it draws), so that one part is renewed without running the
-others."""
+others; so is a row of compare.py's parts of some rows."""
 
 from __future__ import annotations
 
@@ -138,10 +138,41 @@ def page(results: Path = FOLDER / "results") -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def renewed(old: str, new: str) -> str:
+    """A table with the rows of an earlier one, of the same columns, that were not measured again;
+    below it what is said of each run, and of which rows.
+    """
+    (head, rows, runs), (columns, more, now) = read(old), read(new)
+    kept = {name: row for name, row in rows.items() if name not in more}
+    if head != columns or not kept:
+        return new
+    said = {text: [n for n in names if n in kept] for text, names in runs.items()}
+    said = {text: names for text, names in said.items() if names} | now
+    notes = [f"*{'; '.join(names)}:* {text}" for text, names in said.items()]
+    return "\n".join([*head, *(rows | more).values(), "", "\n\n".join(notes)])
+
+
+def read(table: str) -> tuple[list[str], dict[str, str], dict[str, list[str]]]:
+    """The head of a table, its rows by their network, and each paragraph with the rows that it is
+    of: *one; another:* at its beginning, or all of them.
+    """
+    lines = [line for line in table.splitlines() if line.strip()]
+    grid = [line for line in lines if line.startswith("|")]
+    rows = {line.split("|")[1].strip(): line for line in grid[2:]}
+    said: dict[str, list[str]] = {}
+    for line in lines[len(grid) :]:
+        names, found, text = line.removeprefix("*").partition(":* ")
+        said.update({text: names.split("; ")} if found else {line: list(rows)})
+    return grid[:2], rows, said
+
+
 def publish(name: str, text: str, figure: Path | None = None, folder: Path = FOLDER) -> None:
     """Leave the result of one benchmark in results/, and write the page anew."""
     results = folder / "results"
-    (results / f"{name}.md").write_text(text.strip() + "\n")
+    earlier = results / f"{name}.md"
+    if name.startswith("compare-") and earlier.exists():
+        text = renewed(earlier.read_text(), text)
+    earlier.write_text(text.strip() + "\n")
     if figure is not None:
         shutil.copyfile(figure, results / f"{name}.png")
     (folder / "README.md").write_text(page(results))

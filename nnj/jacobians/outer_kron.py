@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from nnj.jacobians.kron import Approx, Kron
 from nnj.jacobians.patches import Patches
+
+BLOCK = 192  # rows of a product that is symmetric
+
+
+def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
+    """The sum of x x^T over parts x of (B, G, I, L), and over B, (G, I, I); None of no parts.
+
+    Where L is long each of B is a product of its own, so that x is not copied. Else, on a CPU, what
+    is below the blocks of the diagonal is copied, where half of the products is worth more than one
+    large one."""
+    total: Tensor | None = None
+    halved = False
+    for x in parts:
+        b, g, i, l = x.shape
+        if l >= 2 * i and b > 1:
+            found = (x @ x.mT).sum(0)
+            total = found if total is None else total.add_(found)
+            continue
+        flat = x.permute(1, 2, 0, 3).reshape(g, i, -1)
+        if total is None:
+            halved = x.device.type == "cpu" and i > 2 * BLOCK and b * l > 2 * i
+            total = flat.new_zeros(g, i, i) if halved else flat @ flat.mT
+            if not halved:
+                continue
+        _add_above(total, flat) if halved else total.baddbmm_(flat, flat.mT)
+    if total is not None and halved:
+        for a in range(0, total.shape[1], BLOCK):
+            total[:, a + BLOCK :, a : a + BLOCK] = total[:, a : a + BLOCK, a + BLOCK :].mT
+    return total
+
+
+def square(x: Tensor) -> Tensor:
+    """x x^T for x of (I, M), (I, I)."""
+    found = sum_of_squares([x[None, None]])
+    assert found is not None
+    return found[0]
+
+
+def _add_above(total: Tensor, x: Tensor) -> None:
+    """Add x x^T in the blocks of the diagonal, and above them."""
+    for one, rows in zip(total, x, strict=True):
+        for a in range(0, len(rows), BLOCK):
+            one[a : a + BLOCK, a:].addmm_(rows[a : a + BLOCK], rows[a:].mT)
 
 
 class OuterKron(Kron):
@@ -45,23 +88,23 @@ class OuterKron(Kron):
         if self.reduce:
             v = v.sum(-1, keepdim=True)
         if g == v.shape[-1] == 1:
-            rows = v.reshape(-1, o)
-            return (rows.mT @ rows)[None]
-        flat = v.permute(2, 3, 0, 1, 4).reshape(g, o, -1)
-        return flat @ flat.mT
+            return square(v.reshape(-1, o).mT)[None]
+        found = sum_of_squares([v.flatten(0, 1)])
+        return self.like.new_zeros(g, o, o) if found is None else found
 
     def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
         g, _, l = self.form
         i = self.patches.inputs + ones
-        total: Tensor | None = None
-        for rows in self.patches.parts(g * i * l):
-            u = self.patches(rows).to(self.like.dtype)
-            if ones:
-                u = torch.cat([u, u.new_ones(len(u), g, 1, l)], 2)
-            u = self._counted(u, None if alive is None else alive[rows])
-            flat = u.permute(1, 2, 0, 3).reshape(g, i, -1)
-            total = flat @ flat.mT if total is None else total.baddbmm_(flat, flat.mT)
-        return self.like.new_zeros(g, i, i) if total is None else total
+        parts = self.patches.parts(g * i * l)
+        found = sum_of_squares(self._inputs(rows, alive, ones) for rows in parts)
+        return self.like.new_zeros(g, i, i) if found is None else found
+
+    def _inputs(self, rows: slice, alive: Tensor | None, ones: bool) -> Tensor:
+        """u of some samples at the places that count, (N, G, I, L), or their mean."""
+        u = self.patches(rows).to(self.like.dtype)
+        if ones:
+            u = torch.cat([u, u.new_ones(len(u), self.form[0], 1, self.form[2])], 2)
+        return self._counted(u, None if alive is None else alive[rows])
 
     def _counted(self, u: Tensor, alive: Tensor | None) -> Tensor:
         """u at the places that count, or their mean."""

@@ -15,7 +15,7 @@ from nnj.jacobians.factor import CHUNK, Factor, Pairs
 from nnj.jacobians.kron import Approx, Bias, Columns, Kron
 from nnj.jacobians.outer_kernels import Thin, kernel_of_all
 from nnj.jacobians.outer_kernels_within import kernel_within
-from nnj.jacobians.outer_kron import OuterKron
+from nnj.jacobians.outer_kron import OuterKron, square
 from nnj.jacobians.outer_squares import KernelSum, explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.square_sum import SquareSum
@@ -279,7 +279,7 @@ class OuterProduct(Factor):
     def outer_v(self) -> Tensor:
         """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""
         flat = self.v.reshape(-1, self.form[1])
-        return self._of_columns("nnj_outer", lambda: flat.mT @ flat)
+        return self._of_columns("nnj_outer", lambda: square(flat.mT))
 
     def _of_columns(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What several parameters ask of the same columns, made once."""
@@ -432,5 +432,7 @@ def _contracted(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
     each row with the same one (N, K).
     """
     if pairs == "row":
-        return (a * b).flatten(2).sum(-1).mT
+        # over the last axis without all products in memory; over more axes at once it is less exact
+        found = a * b if a.shape[-1] == 1 else torch.einsum("kngoi,kngoi->kngo", a, b)
+        return found.flatten(2).sum(-1).mT
     return a.flatten(2).transpose(0, 1) @ b.flatten(2).permute(1, 2, 0)

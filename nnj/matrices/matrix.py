@@ -323,11 +323,12 @@ class Dense(Matrix):
     Args:
         shapes: as of every matrix.
         m: M, (P, P), symmetric.
+        check: whether it is looked at whether m is symmetric, for which a GPU has to be waited for.
 
     Errors: `NNJError` for another shape, or an m that is not symmetric.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], m: Tensor):
+    def __init__(self, shapes: Mapping[str, Sequence[int]], m: Tensor, *, check: bool = True):
         super().__init__(shapes, m)
         size = self.layout.size
         if m.shape != (size, size):
@@ -336,7 +337,7 @@ class Dense(Matrix):
                 f"{tuple(m.shape)}. Give the shapes of all its parameters"
             )
         tolerance = math.sqrt(torch.finfo(m.dtype).eps)
-        if size and bool((m - m.mT).abs().max() > tolerance * m.abs().max()):
+        if check and size and bool((m - m.mT).abs().max() > tolerance * m.abs().max()):
             raise NNJError("a matrix of curvature is symmetric, and this one is not")
         self.m = m
         self._last: tuple[dict[str, float], Damped] | None = None  # of the damping asked for last
@@ -403,14 +404,14 @@ class Dense(Matrix):
     def restricted(self, names: Sequence[str]) -> Matrix:
         at = self.layout.entries(names).to(self.device)
         shapes = {name: s for name, s in self.layout.shapes.items() if name in names}
-        return Dense(shapes, self.m[at[:, None], at])
+        return Dense(shapes, self.m[at[:, None], at], check=False)
 
     @override
     def state(self) -> dict[str, Any]:
         return {"shapes": self.layout.shapes, "m": self.m}
 
     def _with(self, m: Tensor) -> Dense:
-        found = Dense(self.layout.shapes, m)
+        found = Dense(self.layout.shapes, m, check=False)
         found.block_limit = self.block_limit
         return found
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import nnj
-from nnj_plugins.quantities.kfac import KFAC, Rest
+from nnj_plugins.quantities.kfac import KFAC, Rest, exact_part
 
 
 class EKFAC(nnj.Quantity):
@@ -220,9 +220,7 @@ def _block(part: nnj.matrices.Part) -> _Moments | _Block:
 def _part(kept: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nnj.matrices.Part:
     if "names" in kept:
         own = {name: shapes[name] for name in kept["names"]}
-        made = nnj.matrices.Dense if kept["form"] == "block" else nnj.matrices.Diagonal
-        matrix: nnj.matrices.Matrix = made(own, kept["values"])
-        return nnj.matrices.Part(matrix, {name: nnj.matrices.Seen(name) for name in own})
+        return exact_part(own, kept["form"], kept["values"])
     seen = {
         own: nnj.matrices.Seen(name, None if view is None else nnj.View(**view))
         for own, name, view in kept["seen"]

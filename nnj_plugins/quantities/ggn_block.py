@@ -51,7 +51,7 @@ class GGNBlock(nnj.Quantity):
 
     @override
     def matrix(self, result: Tensor, shapes: Mapping[str, Sequence[int]]) -> nnj.matrices.Matrix:
-        return nnj.matrices.Dense(shapes, result)
+        return nnj.matrices.Dense(shapes, result, check=False)
 
 
 @nnj.hookimpl

@@ -352,15 +352,23 @@ def _matrix(part: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nnj.
     """The block of a part, over a module's own parameters of some shapes."""
     if "names" in part:
         own = {name: shapes[name] for name in part["names"]}
-        block = "block" in part
-        made = nnj.matrices.Dense if block else nnj.matrices.Diagonal
-        matrix: nnj.matrices.Matrix = made(own, part["block" if block else "diagonal"])
-        return nnj.matrices.Part(matrix, {name: nnj.matrices.Seen(name) for name in own})
+        form = "block" if "block" in part else "diagonal"
+        return exact_part(own, form, part[form])
     seen = seen_at(part, shapes)
     own = {name: shapes[name] if s.view is None else s.view.inner for name, s in seen.items()}
     sides = part["left"], part["right"]
     left, right = reversed(sides) if part["inputs_first"] else sides
     return nnj.matrices.Part(nnj.matrices.Kronecker(own, left, right), seen)
+
+
+def exact_part(own: Mapping[str, tuple[int, ...]], form: str, value: Tensor) -> nnj.matrices.Part:
+    """The exact block of some parameters, or its diagonal."""
+    matrix: nnj.matrices.Matrix
+    if form == "block":
+        matrix = nnj.matrices.Dense(own, value, check=False)
+    else:
+        matrix = nnj.matrices.Diagonal(own, value)
+    return nnj.matrices.Part(matrix, {name: nnj.matrices.Seen(name) for name in own})
 
 
 def seen_at(

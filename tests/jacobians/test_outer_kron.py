@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nnj
+from nnj.jacobians import outer_kron
 from nnj.jacobians import patches as patches_file
 from nnj.jacobians.factor import merge_uses
 from nnj.jacobians.outer_product import OuterProduct
@@ -26,6 +27,22 @@ def normal(*shape: int) -> Tensor:
 def chunks(request: Any, monkeypatch: Any) -> None:
     if request.param:
         monkeypatch.setattr(patches_file, "CHUNK", 30)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("places", [1, 10, 30])
+def test_symmetric_products_in_each_way(
+    transposed: bool, parts: int, places: int, monkeypatch: Any
+) -> None:
+    """In one product, in half of it, and in one for each sample."""
+    monkeypatch.setattr(outer_kron, "BLOCK", 2)
+    x = normal(40, G, places, 7).mT if transposed else normal(40, G, 7, places)
+    found = outer_kron.sum_of_squares(x.split(-(-40 // parts)))
+    torch.testing.assert_close(found, (x @ x.mT).sum(0), rtol=1e-11, atol=1e-11)
+    assert found is not None and (places == 30 or torch.equal(found, found.mT))
+    torch.testing.assert_close(outer_kron.square(x[0, 0]), x[0, 0] @ x[0, 0].mT)
+    assert outer_kron.sum_of_squares([]) is None
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

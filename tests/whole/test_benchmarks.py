@@ -248,6 +248,28 @@ def test_one_part_of_the_page_is_renewed_without_the_others(bench, tmp_path):
     assert text.count("![") == 1 and (tmp_path / "results" / "compare.png").exists()
 
 
+def test_a_row_is_renewed_without_the_others(bench, tmp_path):
+    """Below the table stands which rows were measured when."""
+    (tmp_path / "results").mkdir()
+    head = "| network | N |\n|---|---|\n"
+
+    def part(*rows, note, head=head):
+        table = head + "".join(f"| {name} | {n} |\n" for name, n in rows) + f"\n{note}\n"
+        bench.page.publish("compare-kfac", table, folder=tmp_path)
+        return (tmp_path / "results" / "compare-kfac.md").read_text()
+
+    assert part(("A, 1 x 1", 1), ("B", 2), note="then.").endswith("| B | 2 |\n\nthen.\n")
+    both = part(("B", 3), ("C", 4), note="now.")
+    assert both == (
+        head + "| A, 1 x 1 | 1 |\n| B | 3 |\n| C | 4 |\n\n*A, 1 x 1:* then.\n\n*B; C:* now.\n"
+    )
+    assert part(("C", 5), note="later.").endswith("*B:* now.\n\n*C:* later.\n")
+    again = part(("A, 1 x 1", 6), ("B", 7), ("C", 8), note="all.")
+    assert again.endswith("| C | 8 |\n\nall.\n") and "then." not in again
+    other = "| network | K |\n|---|---|\n"
+    assert part(("D", 9), note="of others.", head=other) == other + "| D | 9 |\n\nof others.\n"
+
+
 def test_scaling_on_the_smallest_sizes(bench, tmp_path):
     options = ["--axes", "classes", "concatenated", "--points", "2", "--repeats", "1"]
     tools = ["--threads", "1", "--tools", "nnj"]

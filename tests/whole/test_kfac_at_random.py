@@ -104,22 +104,30 @@ def norms(r: random.Random) -> Draft:
 class Model(nn.Module):
     """A stem, the module, and a head, with what was given and made of each call."""
 
-    def __init__(self, draft: Draft, classes: int):
+    def __init__(self, draft: Draft, classes: int, padded: bool):
         super().__init__()
+        self.axis = -1 if draft.channel == 1 else 1
         self.layer, self.calls = draft.make(), 2 if draft.twice else 1
         some = draft.x(2)
         self.stem = nn.Identity() if not some.is_floating_point() else nn.Softsign()
-        self.head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(self._width(some), classes))
-
-    def _width(self, x: Tensor) -> int:
         with torch.no_grad():
-            return self.layer(self.stem(x)).flatten(1).shape[1]
+            out = self.layer(self.stem(some))
+        self.padded = padded and out.dim() > 2
+        width = out.flatten(1).shape[1]
+        self.head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(width, classes))
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """Zero at the last place of an axis: padding."""
+        size = x.shape[self.axis]
+        there = (torch.arange(size) < max(size - 1, 1)).to(x.dtype)
+        return there if self.axis == -1 else there.reshape(size, *[1] * (x.dim() - 2))
 
     def forward(self, x: Tensor, shifts: list[Tensor] | None = None) -> Tensor:
         x = self.stem(x)
         for k in range(self.calls):
             x = self.layer(x.tanh() if k else x)
             x = x if shifts is None else x + shifts[k]
+            x = x * self._mask(x) if self.padded else x
         return self.head(x)
 
 
@@ -181,7 +189,9 @@ def block(truths: list[Truth]) -> Tensor:
     return torch.as_tensor(found)
 
 
-def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor:
+def expected(
+    truths: list[Truth], approx: str, fisher: str, bias: str, places: str = "all"
+) -> Tensor:
     """The matrix over the module's parameters, of all batches."""
     groups, names = truths[0].draft.groups, list(truths[0].inputs)
     exact = names == ["bias"] or not isinstance(truths[0].layer, MATRIX_PRODUCTS)
@@ -196,12 +206,17 @@ def expected(truths: list[Truth], approx: str, fisher: str, bias: str) -> Tensor
         there = torch.ones_like(u[:, 0, 0], dtype=torch.bool)
         if table:
             there = (u != 0).flatten(1, 2).any(1)  # padding is no place
-        v = v * there[None, :, None]
+        alive = (v != 0).any(0).any(1) if places == "alive" else there
+        v, there = v * there[None, :, None], there & alive
+        u = u * there[:, None, None]
         if approx == "reduce":
             u = (u.sum(-1) / there.sum(-1).clamp(min=1)[:, None, None])[..., None]
             v = v.sum(-1, keepdim=True)
         left = left + torch.einsum("knol,knql->oq", v, v)
-        count += len(there) if approx == "reduce" else int(there.sum())
+        if approx == "reduce":
+            count += int(there.any(1).sum()) if places == "alive" else len(there)
+        else:
+            count += int(there.sum())
         moment = moment + torch.einsum("nopl,nqrl->opqr", u, u)
     whole = torch.as_tensor(sum(outputs)) if fisher == "forward" else block(truths)
     if exact:
@@ -235,7 +250,7 @@ def check(seed: int) -> str:
     r = random.Random(seed)
     torch.manual_seed(seed)
     draft, classes = drafts(r), r.randint(2, 3)
-    model = Model(draft, classes).double()
+    model = Model(draft, classes, r.random() < 0.5).double()
     frozen = r.choice(["weight", "bias", "", ""])
     if len(list(model.layer.parameters())) == 2 and frozen:
         getattr(model.layer, frozen).requires_grad_(False)
@@ -249,7 +264,7 @@ def check(seed: int) -> str:
         torch.randint(classes, (n,)) if is_class else torch.randn(n, classes).double()
     )
     batches = [(double(draft.x(n)), target(n)) for n in r.choices([1, 2, 4], k=r.randint(1, 3))]
-    options = dict(approx=approx, fisher=fisher, bias=bias)
+    options = dict(approx=approx, fisher=fisher, bias=bias, places=r.choice(["all", "alive"]))
     whole = lambda z, y: factor * plain(z, y)
     truths = [Truth(model, draft, whole, x, y, fisher) for x, y in batches]
     nnj.extend(model)
@@ -258,14 +273,14 @@ def check(seed: int) -> str:
     with nnj.collect("kfac", modules=[model.layer], memory=memory, **options):
         for x, y in batches:
             (factor * loss(model(x), y)).backward()
-    fault = close(model.layer.kfac.dense(), expected(truths, approx, fisher, bias))
+    fault = close(model.layer.kfac.dense(), expected(truths, **options))
     if fault:
         return f"{model.layer}, {options}, {reduction}, {batches[0][0].shape}: {fault}"
     summed = type(plain)(reduction="sum")
     fit = nnj.fit(model, plain, batches, "kfac", modules=[model.layer], memory=memory, **options)
     truths = [Truth(model, draft, summed, x, y, fisher) for x, y in batches]
     (found,) = fit["kfac"].values()
-    fault = close(found.dense(), expected(truths, approx, fisher, bias))
+    fault = close(found.dense(), expected(truths, **options))
     if not fault and fisher != "forward":
         truth = block(truths)
         both = nnj.fit(model, plain, batches, "ekfac", modules=[model.layer], **options)
