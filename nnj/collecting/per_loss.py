@@ -19,7 +19,7 @@ from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
 from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
-from nnj.graph.linearity import check_arguments
+from nnj.graph.linearity import check_arguments, runs_to_all_leaves
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sink, Sweep
@@ -138,11 +138,12 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, se
     pass reaches, and all wanted ones that were met.
     """
     executed: dict[Tensor, bool] = {}
+    all_run = runs_to_all_leaves()
 
     def is_wanted(p: Tensor) -> bool:
         known = executed.get(p)
         if known is None and p in wanted:
-            known = executed[p] = _executed(p)
+            known = executed[p] = all_run or _executed(p)
         return bool(known)
 
     graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths, parallel=True)

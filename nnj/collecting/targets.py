@@ -109,11 +109,12 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = _of_part(part, factor)
-                mine.may_keep = self._has_room_for(name, p, mine.kept(part.total))
+                size = mine.kept(part.total)  # mostly nothing
+                mine.may_keep = not size or self._has_room_for(name, p, size)
                 _add(self.found, name, quantity, p, [mine], [p], part.total)
-        if p in self.together:
+        if self._joints and p in self.together:
             self._all[p] = factor
-        for m in self._owners.get(p, ()):
+        for m in self._owners.get(p, ()) if self._blocks else ():
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
             if len(factors) == self._expected[m]:

@@ -195,6 +195,8 @@ class OuterProduct(Factor):
     # -- squares -----------------------------------------------------------------------------------
 
     def square_sum(self, per_sample: bool = False) -> Tensor:
+        if self.form[0] == self.form[2] == 1 and not per_sample:
+            return self._one_place().reshape(self.shape)
         if self.by_gram(self.k):
             found = kernel_squares(self.kernels(), self.patches, per_sample).to(self.dtype)
         else:
@@ -230,20 +232,29 @@ class OuterProduct(Factor):
 
     def kernels(self) -> Tensor:
         """V^T V over the columns for each output channel, (N, G, O, L, L)."""
-        if self.form[2] == 1:
-            return self._one_place()
+        if self.form[2] == 1:  # they are added to in place
+            return self.squared_columns().reshape(self.n, *self.form[:2], 1, 1).clone()
         # entries of B are differences of kernels: single precision would leave noise, even below
         # zero
         v = self.v.double()
         return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
-    def _one_place(self) -> Tensor:
+    def squared_columns(self) -> Tensor:
+        """sum_k V^2 where there is one place, (N, G * O), which is not to be written to."""
         if self.origin is None:
-            return self.v.square().sum(0)[..., None]
-        known = getattr(self.origin, "nnj_squares", None)
+            return self.v.square().sum(0).flatten(1)
+        known: Tensor | None = getattr(self.origin, "nnj_squares", None)
         if known is None:
-            known = self.origin.nnj_squares = self.v.square().sum(0)  # type: ignore[attr-defined]
-        return known.reshape(*self.v.shape[1:], 1).clone()  # kernels are added to in place
+            known = self.v.square().sum(0).flatten(1)
+            self.origin.nnj_squares = known  # type: ignore[attr-defined]
+        return known
+
+    def _one_place(self) -> Tensor:
+        """sum_n (sum_k v_no^2) u_ni^2, (O, I), or (O,) where U is one."""
+        v = self.squared_columns()
+        if self.patches.is_one:
+            return v.sum(0)
+        return v.mT @ self.patches().flatten(1).square()
 
     # -- two factors at one parameter --------------------------------------------------------------
 

@@ -251,8 +251,10 @@ class ScaleShift(Jacobian):
             return None
         plain = sample_index.of is None and sample_index.n == self.n
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
-        ones = total.new_ones(sample_index.n, 1, 1, 1)
-        found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        ones = Patches.ones(sample_index.n, self.like)
+        found = OuterProduct(
+            ones.to(total.dtype), total[..., None], self.inputs, u if same else None
+        )
         return found if self.m is not None else found.made_of(Arrived(u, self.fold.last), True)
 
     def _summed_places(self, v: Tensor, sample_index: SampleIndex) -> Tensor | None:
@@ -271,7 +273,7 @@ class ScaleShift(Jacobian):
 
     def outer_patches(self) -> Patches | None:
         plain = self.m is None and self.inputs == self.outputs and len(self.outputs) == 1
-        return Patches.of(self.like.new_ones(self.n, 1, 1, 1)) if plain else None
+        return Patches.ones(self.n, self.like) if plain else None
 
     @property
     def column_entries(self) -> int:

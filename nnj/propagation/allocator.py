@@ -7,15 +7,16 @@ MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is set, what it says holds."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 import time
-from pathlib import Path
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MOST = 2**30  # mallopt takes an int
 SWITCH = "NNJ_MALLOPT"
 SET_BY_USERS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
+STATM = "/proc/self/statm"  # of proc(5)
 PAUSE = 0.02  # seconds between two looks at the heap
 _kept = 0
 _looked = 0.0
@@ -33,7 +34,7 @@ def keep_heap(memory: int) -> None:
     memory = min(memory, _MOST)
     if memory <= _kept or sys.platform != "linux" or _is_up_to_users():
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(_libc(), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_MMAP, memory)
         mallopt(_TRIM, memory)
@@ -55,7 +56,7 @@ def give_back(memory: float) -> None:
         return
     _least = min(_least, free)
     if free - _least > memory / 2:
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
         _least = _resident_and_free() or 0
 
 
@@ -70,16 +71,27 @@ class _Mallinfo(ctypes.Structure):
     ]
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    found = ctypes.CDLL(None)
+    if hasattr(found, "mallinfo2"):
+        found.mallinfo2.restype = _Mallinfo
+    return found
+
+
 def _resident_and_free() -> int | None:
     """The bytes of the process that are resident and not in use by malloc, up to a constant (the
     code, for one); None where the C library does not tell.
     """
-    ask, path = getattr(ctypes.CDLL(None), "mallinfo2", None), Path("/proc/self/statm")
-    if ask is None or not path.exists():
+    libc = _libc()
+    if not hasattr(libc, "mallinfo2"):
         return None
-    ask.restype = _Mallinfo
-    info = ask()
-    resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open(STATM, "rb", buffering=0) as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return None
+    info = libc.mallinfo2()
     return int(resident - info.uordblks - info.hblkhd)
 
 

@@ -453,8 +453,10 @@ def uses_of(steps: list[Step]) -> dict[Tensor, int]:
     """At how many steps each parameter has a factor."""
     uses: dict[Tensor, int] = {}
     for step in steps:
-        for p in [p for _, p in step.params] + ([] if step.leaf is None else [step.leaf]):
+        for _, p in step.params:
             uses[p] = uses.get(p, 0) + 1
+        if step.leaf is not None:
+            uses[step.leaf] = uses.get(step.leaf, 0) + 1
     return uses
 
 

@@ -70,9 +70,8 @@ class LastLayerFactor(OuterProduct):
     def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
         return LastLayerFactor(self.hessian, patches, tuple(shape), self.dtype)
 
-    def kernels(self) -> Tensor:
-        # added to in place, while the diagonal serves every parameter of the layer
-        return self.hessian.flat_diagonal[:, None, :, None, None].to(self.dtype, copy=True)
+    def squared_columns(self) -> Tensor:
+        return self.hessian.flat_diagonal.to(self.dtype)
 
 
 class LastLayerKron(OuterKron):
