@@ -196,7 +196,8 @@ class OuterProduct(Factor):
 
     def square_sum(self, per_sample: bool = False) -> Tensor:
         if self.form[0] == self.form[2] == 1 and not per_sample:
-            return self._one_place().reshape(self.shape)
+            found = self._one_place()
+            return found if found.shape == self.shape else found.reshape(self.shape)
         if self.by_gram(self.k):
             found = kernel_squares(self.kernels(), self.patches, per_sample).to(self.dtype)
         else:

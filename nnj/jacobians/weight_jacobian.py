@@ -27,15 +27,16 @@ class _Fold:
     def __init__(self, outputs: Sequence[int], channels: int, groups: int, last: bool):
         self.outputs, self.channels, self.groups, self.last = tuple(outputs), channels, groups, last
         self.key = self.outputs, channels, groups, last
+        self._moves = last and len(self.outputs) > 1  # with one place, both are the same
 
     def __call__(self, t: Tensor, lead: int = 2) -> Tensor:
         shape, o = t.shape[:lead], self.channels // self.groups
-        if self.last:
+        if self._moves:
             return t.reshape(*shape, -1, self.groups, o).movedim(lead, -1)
         return t.reshape(*shape, self.groups, o, -1)
 
     def undo(self, t: Tensor) -> Tensor:
-        return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
+        return (t.movedim(-1, 2) if self._moves else t).reshape(*t.shape[:2], *self.outputs)
 
 
 def _regrouped(
