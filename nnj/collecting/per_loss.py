@@ -173,7 +173,9 @@ def _planned(graph: Graph, columns: LossColumns, requests: Sequence[Request]) ->
     if not graph.steps:
         return None
     asked = [name for request in requests for name in request.by_sample]
-    planned = plan(graph, columns.rows, bool(asked))
+    if columns.curvature:
+        _ = columns.rows  # what its rule refuses comes before what the plan does
+    planned = plan(graph, lambda: columns.rows, bool(asked))
     if asked and planned.unknown:
         raise NNJError(
             f"{asked[0]}: {planned.unknown}; sums over samples, such as ggn_diag, do not need to "

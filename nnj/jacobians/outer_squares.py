@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from nnj.jacobians.patches import Patches
 # for a GPU to be busy.
 SQUARED = 1 << 19
 SQUARED_ON_GPU = 1 << 24
+# Products of two places that are formed at a time, in float64: what the caches serve.
+PAIRS = 1 << 18
 # From so many entries of one column of one sample on, a CPU is busy with them alone.
 LARGE = 1 << 14
 
@@ -80,23 +84,48 @@ def kernel_squares(kernel: Tensor, patches: Patches, per_sample: bool = False) -
         if per_sample:
             return v[..., None] * u[..., None, :]
         return v.permute(1, 2, 0) @ u.transpose(0, 1)
-    left, right = torch.triu_indices(l, l, device=kernel.device)
-    # kernels are symmetric: half of them, twice
-    twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
     lead = (patches.n,) if per_sample else ()
     found = torch.zeros(*lead, g, o, i, dtype=kernel.dtype, device=kernel.device)
-    for rows in patches.parts(g * l * l * (o + i)):
+    step = max(1, PAIRS // max(1, g * i * l))
+    for start in range(0, patches.n, step):
+        rows = slice(start, min(start + step, patches.n))
         u = patches(rows).to(kernel.dtype)
-        half, both = kernel[rows][..., left, right].mul_(twice), u[..., left]
-        both.mul_(u[..., right])
-        if per_sample:
-            found[rows] = half @ both.mT
-        else:
-            pairs = both.permute(1, 0, 3, 2).flatten(1, 2)
-            found += half.permute(1, 2, 0, 3).flatten(2) @ pairs
-            del pairs
-        del u, half, both  # lest they stand beside those of the next samples
+        into = found[rows] if per_sample else found
+        for half, pairs in _by_pairs(kernel[rows], u):
+            if per_sample:
+                into += half.permute(2, 0, 1, 3) @ pairs.transpose(0, 1)
+            else:
+                into.baddbmm_(half.flatten(2), pairs.flatten(1, 2))
     return found.clamp_(min=0)
+
+
+def _by_pairs(kernel: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Kernels are symmetric: half of the entries of each, twice (G, O, n, pairs), and beside them
+    the products u_l u_m (G, n, pairs, I), some diagonals after the other.
+
+    Args:
+        kernel: (n, G, O, L, L), of n samples.
+        u: U, (n, G, I, L).
+    """
+    (n, g, o, l, _), i = kernel.shape, u.shape[2]
+    kernel, u = kernel.permute(1, 2, 0, 3, 4), u.transpose(0, 1).mT.contiguous()
+    if being_traced():  # a loop over diagonals would be a graph as long as they are many
+        left, right = torch.triu_indices(l, l, device=kernel.device)
+        twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
+        yield kernel[..., left, right] * twice, u[:, :, left] * u[:, :, right]
+        return
+    at_once = max(1, PAIRS // max(1, g * n * i * l))
+    for first in range(0, l, at_once):
+        diagonals = range(first, min(first + at_once, l))
+        count = sum(l - d for d in diagonals)
+        half, pairs = kernel.new_empty(g, o, n, count), u.new_empty(g, n, count, i)
+        a = 0
+        for d in diagonals:
+            b = a + l - d
+            torch.mul(kernel.diagonal(d, -2, -1), 2 if d else 1, out=half[..., a:b])
+            torch.mul(u[:, :, : l - d], u[:, :, d:], out=pairs[:, :, a:b])
+            a = b
+        yield half, pairs
 
 
 class KernelSum:

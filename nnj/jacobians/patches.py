@@ -51,6 +51,14 @@ class Patches:
     def __call__(self, rows: slice = slice(None)) -> Tensor:
         return self.make(rows)
 
+    def of_rows(self, rows: slice) -> Patches:
+        """Those of the samples in a slice with both ends."""
+        start, count = rows.start, rows.stop - rows.start
+        if count == self.n:
+            return self
+        make = lambda some: self.make(slice(*(start + at for at in some.indices(count)[:2])))
+        return Patches(make, count, self.inputs)
+
     def to(self, dtype: torch.dtype) -> Patches:
         found = Patches(lambda rows: self.make(rows).to(dtype), self.n, self.inputs)
         found.is_one = self.is_one
