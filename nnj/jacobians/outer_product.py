@@ -5,7 +5,7 @@ factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +37,14 @@ class OuterProduct(Factor):
         of: the columns of which each place of V is a view, or of whose places it is a sum, where
             they are known.
         is_bias: whether it is a sum over places of columns, and U is one.
+        of_one: makes the factor of one column that has the squares of all, if there is one.
     """
 
     v: Tensor
     origin: Tensor | None = None
     of: Columns = ()
     is_bias: bool = False
+    of_one: Callable[[], OuterProduct] | None = None
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: Tensor | None = None
@@ -200,6 +202,8 @@ class OuterProduct(Factor):
         if self.form[0] == self.form[2] == 1 and not per_sample:
             found = self._one_place()
             return found if found.shape == self.shape else found.reshape(self.shape)
+        if self.of_one is not None and self.k > 1:
+            return self.of_one().square_sum(per_sample)
         if self.by_gram(self.k):
             found = self._by_kernels(per_sample)
         else:
@@ -208,14 +212,14 @@ class OuterProduct(Factor):
 
     def squares(self, total_columns: int | None = None) -> SquareSum:
         total = total_columns or self.k
-        if total <= self.k:  # nothing comes later
+        if total <= self.k or self.of_one is not None:  # nothing comes later that would be merged
             return SquareSum(self.square_sum())
         if self.by_gram(total) and (self.may_keep or self.form[2] == 1):
             return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
         return SquareSum(explicit_squares(self.v, self.patches).reshape(self.shape))
 
     def kept(self, total_columns: int) -> int:
-        (g, o, l), one = self.form, self.form[2] == 1
+        (g, o, l), one = self.form, self.form[2] == 1 or self.of_one is not None
         keeps = total_columns > self.k and not one and self.by_gram(total_columns)
         return 8 * self.n * g * o * l * l if keeps else 0
 

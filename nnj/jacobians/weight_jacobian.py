@@ -17,6 +17,7 @@ from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.sample_index import SampleIndex, is_cyclic
+from nnj.jacobians.separable import separable
 
 
 class _Fold:
@@ -163,6 +164,10 @@ class PatchMatmul(Jacobian):
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
             found = OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
+            known = None if self.fold.last else separable(u)
+            if known is not None:
+                one = known.one_column
+                found.of_one = lambda: OuterProduct(self.patches, self.fold(one()), self.inputs)
             return found.made_of(Arrived(u, self.fold.last))
         regrouped = _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
         return None if regrouped is None else regrouped.made_of(Arrived(u, self.fold.last))

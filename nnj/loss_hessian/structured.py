@@ -279,7 +279,8 @@ class SoftmaxHessian(LossHessian):
         return a * p * (1 - p).scatter(-1, top, others)
 
     def diagonal(self) -> Tensor:
-        return self._diagonal.unflatten(0, (self.rows, self.places))
+        result: Tensor = self._diagonal.unflatten(0, (self.rows, self.places))
+        return result
 
     @functools.cached_property
     def flat_diagonal(self) -> Tensor:

@@ -19,6 +19,7 @@ from nnj.graph.step import Step, describe
 from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
+from nnj.jacobians.separable import note
 from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
@@ -323,10 +324,12 @@ class Sweep(Plan):
         if use is not None:
             self._parameters(step, edge, v, use)
         if step.out[0] is not None:
-            back = self.operator(step, "input").vjp(v)
-            shape = (v.shape[0], *record.x.shape)
+            j = self.operator(step, "input")
+            back, shape = j.vjp(v), (v.shape[0], *record.x.shape)
             if not isinstance(back, Tensor) or back.shape != shape:
                 checked("vjp of 'input'", back, shape, self._who(record))
+            if j.spreads or j.entrywise:
+                note(j, v, back)
             self._send(step, 0, back, values)
 
     def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:

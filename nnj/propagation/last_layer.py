@@ -143,6 +143,8 @@ class LastLayerColumns:
         j = step.slots.get("input")
         if j is None or not j.same_for_rows or j.n != self.sweep.n:
             return False
+        if j.spreads and self.steps:  # columns are shorter here, and known to be separable there
+            return False
         if step.dtype is None or step.dtype in (torch.float16, torch.bfloat16):
             return False
         factors = self._factors(step, step.dtype)
