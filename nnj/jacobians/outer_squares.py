@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,12 +31,68 @@ def explicit_squares(v: Tensor, patches: Patches, per_sample: bool = False) -> T
     """
     (_, n, g, o, _), i = v.shape, patches.inputs
     lead = (n,) if per_sample else ()
+    fused = _fused(v)
+    if fused is not None:
+        return _by_kernel(fused, v, patches, per_sample)
     total = torch.zeros(*lead, g, o, i, dtype=v.dtype, device=v.device)
     if v.device.type == "cpu" and g * o * i >= LARGE and not being_traced():
         _one_by_one(v, patches, total, per_sample)
     else:
         _together(v, patches, total, per_sample)
     return total
+
+
+Fused = Callable[[Tensor, Tensor, bool], Tensor]
+# whether the kernel of Triton gave on a device what products of torch give; asked once
+_right: dict[torch.device, bool] = {}
+
+
+def _fused(v: Tensor) -> Fused | None:
+    """The kernel that squares products while they are in registers, where one can take V: on a GPU,
+    if Triton is installed, in single precision.
+    """
+    if v.device.type != "cuda" or v.dtype != torch.float32 or being_traced():
+        return None
+    try:
+        from nnj.extras.triton_squares import squares
+    except ImportError:
+        return None
+    if v.device not in _right:
+        _right[v.device] = _is_right(squares, v.device)
+    return squares if _right[v.device] else None
+
+
+def _is_right(squares: Fused, device: torch.device) -> bool:
+    """Whether a kernel runs on a device and is right there, on two tiles and a bit; else products
+    of torch stay, which need no compiler.
+    """
+    v = torch.linspace(-1, 1, 2 * 3 * 70 * 40, device=device).reshape(2, 3, 1, 70, 40)
+    u = torch.linspace(-1, 2, 3 * 80 * 40, device=device).reshape(3, 1, 80, 40)
+    try:
+        found = squares(v, u, True)
+    except Exception as error:  # of Triton's compiler, or the driver's
+        warnings.warn(
+            f"nnj takes products of torch on {device}, since a kernel of Triton fails there with "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    expected = (v.double() @ u.double().mT).square().sum(0)
+    return bool(((found - expected).abs() <= 1e-5 * expected.abs().max()).all())
+
+
+def _by_kernel(squares: Fused, v: Tensor, patches: Patches, per_sample: bool) -> Tensor:
+    """The squares by a kernel, for some samples after the other, as U may be large."""
+    _, n, g, _, l = v.shape
+    step = max(1, SQUARED_ON_GPU // max(1, g * patches.inputs * l))
+    parts = []
+    for start in range(0, max(1, n), step):
+        rows = slice(start, min(start + step, n))
+        found = squares(v[:, rows], patches(rows), per_sample)
+        parts.append(found)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if per_sample else torch.stack(parts).sum(0)
 
 
 def _one_by_one(v: Tensor, patches: Patches, total: Tensor, per_sample: bool) -> None:
