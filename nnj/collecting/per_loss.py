@@ -141,10 +141,13 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, se
     all_run = runs_to_all_leaves()
 
     def is_wanted(p: Tensor) -> bool:
-        known = executed.get(p)
-        if known is None and p in wanted:
-            known = executed[p] = all_run or _executed(p)
-        return bool(known)
+        if p not in wanted:
+            return False
+        known = True if all_run else executed.get(p)
+        if known is None:
+            known = _executed(p)
+        executed[p] = known
+        return known
 
     graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths, parallel=True)
     return graph, set(executed)
@@ -388,7 +391,7 @@ def _last_layer(
     memory: int,
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
-    several = owned_by_several(m for target in targets for m in target.own)
+    several = owned_by_several([m for target in targets for m in target.own])
     several = several.union(*(target.together for target in targets))
     # with hooks, H at the last layer's parameters is not behind them
     if sweep.hooks is not None or is_parallel(sweep.graph):

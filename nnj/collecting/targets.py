@@ -38,7 +38,7 @@ class Target:
     def __init__(self, request: Request, scope: Scope):
         self.request, self.found = request, Contribution()
         self.own = scope.own if request.modules is None else scope.of(request.modules)
-        self.params = dict.fromkeys(p for own in self.own.values() for p in own)
+        self.params = dict.fromkeys([p for own in self.own.values() for p in own])
         asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
         self._points, self._blocks, self._joints = (
             [wanted for wanted in asked_for if wanted[1].place is place]

@@ -4,6 +4,7 @@ at the parameters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -454,13 +455,8 @@ class Sweep(Plan):
 
 def uses_of(steps: list[Step]) -> dict[Tensor, int]:
     """At how many steps each parameter has a factor."""
-    uses: dict[Tensor, int] = {}
-    for step in steps:
-        for _, p in step.params:
-            uses[p] = uses.get(p, 0) + 1
-        if step.leaf is not None:
-            uses[step.leaf] = uses.get(step.leaf, 0) + 1
-    return uses
+    found: list[Tensor] = [p for step in steps for _, p in step.params]
+    return Counter(found + [step.leaf for step in steps if step.leaf is not None])
 
 
 def _reads_no_node(step: Step) -> bool:

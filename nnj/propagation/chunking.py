@@ -30,11 +30,11 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     steps = [_entries(sweep, step) for step in sweep.graph.steps]
     root = sweep.graph.roots[0][0]._input_metadata[0]
     size = max(4, root.dtype.itemsize)  # half precision is summed in float32
-    memory_left = memory - size * max(_fixed(sweep, step) for step in sweep.graph.steps)
-    fits = max(1, memory_left // (size * 3 * max([1, *(held for held, _, _ in steps)])))
+    memory_left = memory - size * max([_fixed(sweep, step) for step in sweep.graph.steps])
+    fits = max(1, memory_left // (size * 3 * max([1, *[held for held, _, _ in steps]])))
     if root.device.type != "cpu":
         return fits, fits
-    widest, patches = max([1, *(came for _, came, _ in steps)]), sum(made for _, _, made in steps)
+    widest, patches = max([1, *[came for _, came, _ in steps]]), sum([made for _, _, made in steps])
     keep_heap(memory)
     return fits, max(1, min(fits, (CACHE + patches) // widest))
 
@@ -52,7 +52,7 @@ def _entries(sweep: Sweep, step: Step) -> tuple[int, int, int]:
     patches, for all columns.
     """
     times = sweep.n if step in sweep.by_column else 1
-    came = held = sum(math.prod(sweep.shapes[e]) for e in step.into) * times
+    came = held = sum([math.prod(sweep.shapes[e]) for e in step.into]) * times
     for edge, route in zip(step.out, sweep.routes[step], strict=True):
         if edge is not None and route is not None:
             held += math.prod(sweep.shapes[edge]) * (sweep.n if route.way == "summed" else times)
