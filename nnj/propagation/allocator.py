@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import time
+from typing import Any
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MOST = 2**30  # mallopt takes an int
@@ -34,7 +35,7 @@ def keep_heap(memory: int) -> None:
     memory = min(memory, _MOST)
     if memory <= _kept or sys.platform != "linux" or _is_up_to_users():
         return
-    mallopt = getattr(_libc(), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_MMAP, memory)
         mallopt(_TRIM, memory)
@@ -56,7 +57,7 @@ def give_back(memory: float) -> None:
         return
     _least = min(_least, free)
     if free - _least > memory / 2:
-        _libc().malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
         _least = _resident_and_free() or 0
 
 
@@ -72,26 +73,27 @@ class _Mallinfo(ctypes.Structure):
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
-    found = ctypes.CDLL(None)
-    if hasattr(found, "mallinfo2"):
-        found.mallinfo2.restype = _Mallinfo
-    return found
+def _mallinfo() -> Any:
+    """mallinfo2 of the C library; None where it has none."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is not None:
+        ask.restype = _Mallinfo
+    return ask
 
 
 def _resident_and_free() -> int | None:
     """The bytes of the process that are resident and not in use by malloc, up to a constant (the
     code, for one); None where the C library does not tell.
     """
-    libc = _libc()
-    if not hasattr(libc, "mallinfo2"):
+    ask = _mallinfo()
+    if ask is None:
         return None
     try:
         with open(STATM, "rb", buffering=0) as statm:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return None
-    info = libc.mallinfo2()
+    info = ask()
     return int(resident - info.uordblks - info.hblkhd)
 
 
