@@ -126,6 +126,13 @@ class _Waiting(threading.local):
 _waiting = _Waiting()
 
 
+def all_finite(t: Tensor) -> Tensor:
+    """Whether all entries are finite, a truth without axes: t - t is zero then, and else nan. Less
+    passes over t than isfinite makes.
+    """
+    return (t - t).sum() == 0
+
+
 def refuse_unless(fine: Tensor, error: Callable[[], Exception]) -> None:
     """Raise `error()` unless `fine`, a truth without axes, is true: at once, or after the pass
     where one waits (`Refusals.later`).

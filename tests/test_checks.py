@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnj.checks import Refusals, ask_now, at_once, refuse_unless
+from nnj.checks import Refusals, all_finite, ask_now, at_once, refuse_unless
 from nnj.errors import NNJError
 from tests.support.questions import Questions
 
@@ -61,3 +61,16 @@ def test_at_once_inside_of_one_who_waits() -> None:
         with pytest.raises(NNJError, match="later"):
             ask_now()
     assert refusals.first() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whether_all_entries_are_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    fine = torch.tensor([0.0, -largest, largest, 1e-7], dtype=dtype)
+    assert bool(all_finite(fine)) and bool(all_finite(fine[:0])) and bool(all_finite(fine[2]))
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        for at in range(4):
+            t = fine.clone()
+            t[at] = bad
+            assert not bool(all_finite(t))
+    assert not bool(all_finite(torch.full((5,), float("inf"), dtype=dtype)))

@@ -24,6 +24,7 @@ from nnj.collecting.quantity import (
     Whole,
     added,
     failed,
+    has_totals,
     of_dtype,
     times,
     two_losses,
@@ -267,13 +268,13 @@ class Accumulator:
             starts.append(starts[-1] + group.n)
         ready: list[tuple[Any, Any]] = []
         for name in self._quantities:
-            self._expect(name, groups)
+            totals = self._expected(name, groups)
             found: dict[Holder, list[tuple[int, Any]]] = {}
             for start, group in zip(starts, groups, strict=False):
                 for holder, state in group.at(name).items():
                     found.setdefault(holder, []).append((start, state))
             for holder, states in found.items():
-                total = self._totals[name][holder]
+                total = totals[holder]
                 ready.append((total, asked(name, total.with_pass, states)))
         for total, state in ready:  # all of a pass or, where a quantity refuses, nothing
             total.take(state)
@@ -319,13 +320,15 @@ class Accumulator:
             if quantity.per_sample or quantity.quadratic or merges:
                 _check_apart(name, groups)
 
-    def _expect(self, name: str, groups: list[Contribution]) -> None:
-        """Know all that may hold a result of the quantity, reached or not."""
+    def _expected(self, name: str, groups: list[Contribution]) -> Mapping[Holder, _Merged | _Rows]:
+        """All that may hold a result of the quantity, reached or not, with what it has so far."""
         quantity, totals = self._quantities[name], self._totals[name]
+        known = dict(totals.items())  # in which to look is many times as fast
         for group in groups:
-            for holder in [*group.holders, *group.at(name)]:
-                if isinstance(holder, quantity.place) and holder not in totals:
-                    totals[holder] = _empty(quantity)
+            for holder in (*group.holders, *group.at(name)):
+                if isinstance(holder, quantity.place) and holder not in known:
+                    known[holder] = totals[holder] = _empty(quantity)
+        return known
 
     def values(self, name: str) -> list[tuple[Holder, Any]]:
         """Each parameter or module that may hold the quantity, with its result so far."""
@@ -388,6 +391,8 @@ class Accumulator:
         """What stands on the context of a quantity, as of a loss that is `loss_factor` times as
         large.
         """
+        if not has_totals(self._quantities[name]):
+            return {}
         ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
         states = self.states(name)
         if any(map(self._has_parts, states)):

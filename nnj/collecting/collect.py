@@ -26,12 +26,13 @@ from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.passes import Collection
 from nnj.collecting.quantity import Holder, Quantity, Whole
 from nnj.collecting.request import Request
-from nnj.distributed.ranks import Ranks
+from nnj.distributed.ranks import Ranks, there_are_groups
 from nnj.errors import NNJError
 from nnj.graph.traverse import marks_behind
 from nnj.matrices.matrix import Matrix
 from nnj.recording.placement import whole_of
 from nnj.recording.records import LossCall
+from nnj.recording.scope import modules_of
 from nnj.recording.tensor_parallel import check_group
 from nnj.recording.wrappers import data_group, first_group
 
@@ -349,15 +350,18 @@ class collect(Collection):  # noqa: N801
         accumulator, group = self.accumulator, self.request.group
         if group is False or accumulator.every_sample is not None:  # of sharded models: done
             return None
+        if group is None and not there_are_groups():
+            return None
+        models = models_of(accumulator.modules)
         try:
-            own = data_group(accumulator.wrappers, models_of(accumulator.modules))
+            own = data_group(accumulator.wrappers, models)
         except NNJError as error:
             if group is None and not self._splits(accumulator.wrappers):
                 raise
             self._kept, own = self._kept or error, first_group(accumulator.wrappers)
         group = own if group is None else group
         try:
-            check_group(group, models_of(accumulator.modules))
+            check_group(group, models)
         except NNJError as error:
             self._kept = self._kept or error
         return None if group is None else Ranks(group, "nnj.collect")
@@ -531,7 +535,7 @@ def _withdraw(name: str) -> None:
     """Remove the attributes that earlier collections of this thread have set."""
     tops = list(_published.pop((threading.get_ident(), name), ()))
     # also in parts that they got since, such as a parametrization that has taken a parameter
-    for m in dict.fromkeys(part for top in tops for part in top.modules()):
+    for m in dict.fromkeys(part for top in tops for part in modules_of(top)):
         for holder in (m, *m._parameters.values()):
             if holder is not None:
                 vars(holder).pop(name, None)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnj.checks import Refusals, at_once, refuse_unless
+from nnj.checks import Refusals, all_finite, at_once, refuse_unless
 from nnj.collecting.loss_reading import gradient_of_call, read
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource
 from nnj.errors import NNJError
@@ -107,7 +107,7 @@ class LossColumns:
             )
         scale, name = self.scale, self.name  # not this object, which would be kept
         if not self.curvature or self.sign is not None:
-            fine = torch.isfinite(scale)
+            fine = all_finite(scale)
         else:
             fine = (scale >= 0) & (scale < torch.inf)  # not for nan
 

@@ -20,7 +20,7 @@ from nnj.collecting.shares import Shares
 from nnj.collecting.targets import ChunkSink, Target
 from nnj.errors import NNJError
 from nnj.graph.builder import Graph
-from nnj.graph.linearity import check_arguments
+from nnj.graph.linearity import check_arguments, runs_to_all_leaves
 from nnj.loss_hessian.base import LossHessian
 from nnj.loss_hessian.column_selection import ColumnSelection
 from nnj.propagation.backward import Sink, Sweep
@@ -144,12 +144,16 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, se
     pass reaches, and all wanted ones that were met.
     """
     executed: dict[Tensor, bool] = {}
+    all_run = runs_to_all_leaves()
 
     def is_wanted(p: Tensor) -> bool:
-        known = executed.get(p)
-        if known is None and p in wanted:
-            known = executed[p] = _executed(p)
-        return bool(known)
+        if p not in wanted:
+            return False
+        known = True if all_run else executed.get(p)
+        if known is None:
+            known = _executed(p)
+        executed[p] = known
+        return known
 
     graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths, parallel=True)
     return graph, set(executed)
@@ -178,7 +182,9 @@ def _planned(graph: Graph, columns: LossColumns, requests: Sequence[Request]) ->
     if not graph.steps:
         return None
     asked = [name for request in requests for name in request.by_sample]
-    planned = plan(graph, columns.rows, bool(asked))
+    if columns.curvature:
+        _ = columns.rows  # what its rule refuses comes before what the plan does
+    planned = plan(graph, lambda: columns.rows, bool(asked))
     if asked and planned.unknown:
         raise NNJError(
             f"{asked[0]}: {planned.unknown}; sums over samples, such as ggn_diag, do not need to "
@@ -396,7 +402,7 @@ def _last_layer(
     memory: int,
 ) -> LastLayerColumns | None:
     """The exact columns behind the last layers, where these are one linear map for all samples."""
-    several = owned_by_several(m for target in targets for m in target.own)
+    several = owned_by_several([m for target in targets for m in target.own])
     several = several.union(*(target.together for target in targets))
     # with hooks, H at the last layer's parameters is not behind them
     if sweep.hooks is not None or is_parallel(sweep.graph):

@@ -262,6 +262,11 @@ def is_simple(quantity: Quantity) -> bool:
     return combined and not made and cls.place is not Whole
 
 
+def has_totals(quantity: Quantity) -> bool:
+    """Whether anything of it may stand on the context."""
+    return quantity.place is Whole or type(quantity).totals is not Quantity.totals
+
+
 def added(one: Any, other: Any) -> Any:
     """The sum of two states, tensor by tensor. Errors: `NNJError` for states of another form."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):

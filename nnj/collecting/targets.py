@@ -42,7 +42,7 @@ class Target:
         self.request, self.found = request, Contribution()
         self._shares, self._sign = shares, sign
         self.own = scope.own if request.modules is None else scope.of(request.modules)
-        self.params = dict.fromkeys(p for own in self.own.values() for p in own)
+        self.params = dict.fromkeys([p for own in self.own.values() for p in own])
         asked_for = [(n, q, request.sources[n]) for n, q in request.quantities.items()]
         self._points, self._blocks, self._joints = (
             [wanted for wanted in asked_for if wanted[1].place is place]
@@ -114,12 +114,13 @@ class Target:
             part = parts.get(source)
             if part is not None:
                 mine = _of_part(part, factor)
-                mine.may_keep = self._has_room_for(name, p, mine.kept(part.total))
+                size = mine.kept(part.total)  # mostly nothing
+                mine.may_keep = not size or self._has_room_for(name, p, size)
                 _add(self.found, name, quantity, p, [mine], [p], part.total)
                 self._share(name, quantity, p, part)
-        if p in self.together:
+        if self._joints and p in self.together:
             self._all[p] = factor
-        for m in self._owners.get(p, ()):
+        for m in self._owners.get(p, ()) if self._blocks else ():
             factors = self._waiting.setdefault(m, {})
             factors[p] = factor
             if len(factors) == self._expected[m]:

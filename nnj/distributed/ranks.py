@@ -319,6 +319,11 @@ def bytes_sent() -> int:
     return _sent
 
 
+def there_are_groups() -> bool:
+    """Whether this process may be one of several: a process group was made."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def checked_group(group: Any, what: str) -> Any:
     """A process group. Errors: `NNJError` for what is none, or does not hold this rank."""
     if hasattr(group, "mesh_dim_names") and hasattr(group, "get_group"):
@@ -328,7 +333,7 @@ def checked_group(group: Any, what: str) -> Any:
                 'data are split: group=mesh["dp"].get_group()'
             )
         group = group.get_group()
-    if not dist.is_available() or not dist.is_initialized():
+    if not there_are_groups():
         raise NNJError(
             f"{what}: group={group!r}, but no process group is there. Call "
             "torch.distributed.init_process_group first, or leave group= out"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnj.distributed.ranks import there_are_groups
 from nnj.graph.acceptance import Accepted, accept
 from nnj.graph.lstm import expand
 from nnj.graph.matmul import PRODUCTS, SavedInput, bare_parameters
@@ -43,7 +44,7 @@ class Graph:
     ):
         self.roots, self.wanted, self.paths = roots, wanted, paths
         self.batched, self.products = batched, products
-        self.parallel = parallel and dist.is_available() and dist.is_initialized()
+        self.parallel = parallel and there_are_groups()
         # the edges on which outputs of outermost calls were met
         self.outputs: dict[Edge, CallMark] = {}
         self.shapes: dict[Edge, tuple[int, ...]] = {}  # of the tensor on each edge
@@ -114,7 +115,7 @@ class Graph:
         self._empty.append(edge[0])
         return Step(node_name(edge[0]), edge[0], None, {}, [], [])
 
-    @property
+    @cached_property
     def marks(self) -> list[CallMark]:
         """Of the outermost calls that were met, each once, in their order."""
         return sorted(dict.fromkeys(self.outputs.values()), key=lambda mark: mark.order)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Iterable
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -18,21 +19,33 @@ from nnj.recording.engine import is_engine
 from nnj.recording.records import MARK, RECORD, LossCall
 
 
-def backward_roots() -> list[Any]:
-    """The nodes on which the running backward pass was started, from the frame of torch that runs
-    the engine.
+def _running() -> tuple[Any, ...]:
+    """What the running backward pass was started with: its roots, and the other arguments, from the
+    frame of torch that runs the engine; nothing if there is none.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_engine_run_backward" and "t_outputs" in frame.f_locals:
-            roots = frame.f_locals["t_outputs"]
-            return [
-                node
-                for t in roots
-                if (node := t.grad_fn if isinstance(t, Tensor) else t.node) is not None
-            ]
-        frame = frame.f_back  # type: ignore[assignment]
-    return []
+            return frame.f_locals["t_outputs"], *frame.f_locals.get("args", ())
+        frame = frame.f_back
+    return ()
+
+
+def backward_roots() -> list[Any]:
+    """The nodes on which the running backward pass was started."""
+    return [
+        node
+        for t in next(iter(_running()), ())
+        if (node := t.grad_fn if isinstance(t, Tensor) else t.node) is not None
+    ]
+
+
+def runs_to_all_leaves() -> bool:
+    """Whether no `inputs=` restricts the running backward pass; False also where that is not known.
+
+    To ask the engine of one leaf takes as long as a small layer does."""
+    given = _running()
+    return len(given) > 4 and given[4] == ()
 
 
 def check_linear(call: LossCall, loss: Any) -> None:

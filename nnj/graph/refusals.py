@@ -63,7 +63,7 @@ def refuse_model(module: nn.Module, parallel: bool = False) -> None:
     """
     parts = modules_of(module)
     for kind in set(map(type, parts)):
-        if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
+        if "FullyShardedDataParallel" in [base.__name__ for base in kind.__mro__]:
             raise _sharded(kind.__name__)
     for part in parts:
         for p in part._parameters.values() if part._parameters else ():

@@ -36,10 +36,15 @@ class Jacobian:
         same_for_rows: whether J is the same matrix for all rows, so that products with it need be
             formed for one.
         places: at how many places of a row's output a parameter acts (L).
+        entrywise: whether each entry of an output depends on that of the input at its place alone.
+        spreads: whether the output has one entry for each channel (axis 0 of a row), and depends
+            in it on the input's entries of that channel alone, as a global pooling does.
     """
 
     same_for_rows: bool = False
     places: int = 1
+    entrywise: bool = False
+    spreads: bool = False
 
     @property
     def kron_size(self) -> KronSize | None:
@@ -177,7 +182,7 @@ class Diagonal(Jacobian):
                 )
             like = d
         super().__init__(like.shape[1:], like.shape[1:], like)
-        self._d = d
+        self._d, self.entrywise = d, len(self.outputs) > 1
 
     @property
     def d(self) -> Tensor:
@@ -228,6 +233,7 @@ class LinearMap(Jacobian):
             matrix.
         matrix: of (out, in), where the map is given by one that stands in memory.
         per_row: the maps differ from row to row and take (K, N, ...) as it is.
+        by_channel: no channel (axis 0 of a row) depends on another one.
     """
 
     def __init__(
@@ -241,8 +247,10 @@ class LinearMap(Jacobian):
         squared: Callable[[], Jacobian] | None = None,
         matrix: Tensor | None = None,
         per_row: bool = False,
+        by_channel: bool = False,
     ):
         super().__init__(inputs, outputs, like)
+        self.spreads = by_channel and self.outputs == (self.inputs[0], *[1] * (len(outputs) - 1))
         self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
         self.matrix = matrix
         self.same_for_rows = not per_row

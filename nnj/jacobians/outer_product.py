@@ -53,6 +53,7 @@ class OuterProduct(Factor):
             they are known.
         is_bias: whether it is a sum over places of columns, and U is one.
         scales: the scales and shifts that it comes from, one for each use.
+        of_one: makes the factor of one column that has the squares of all, if there is one.
     """
 
     v: Tensor
@@ -60,6 +61,7 @@ class OuterProduct(Factor):
     of: Columns = ()
     is_bias: bool = False
     scales: Sequence[Scale] = ()
+    of_one: Callable[[], OuterProduct] | None = None
 
     def __init__(
         self, u: Patches | Tensor, v: Tensor, shape: Sequence[int], origin: object | None = None
@@ -76,6 +78,8 @@ class OuterProduct(Factor):
         return self.patches()
 
     def dense(self) -> Tensor:
+        if self.patches.is_one:  # a copy: V is a view of columns that others see, too
+            return self.v.clone().reshape(self.k, self.n, *self.shape)
         return outer(self.v, self.u).reshape(self.k, self.n, *self.shape)
 
     def columns(self, which: slice) -> Factor:
@@ -229,52 +233,82 @@ class OuterProduct(Factor):
     # -- squares -----------------------------------------------------------------------------------
 
     def square_sum(self, per_sample: bool = False) -> Tensor:
+        if self.form[0] == self.form[2] == 1 and not per_sample:
+            found = self._one_place()
+            return found if found.shape == self.shape else found.reshape(self.shape)
+        if self.of_one is not None and self.k > 1:
+            return self.of_one().square_sum(per_sample)
         if self.by_gram(self.k):
-            found = kernel_squares(self.kernels(), self.patches, per_sample).to(self.dtype)
+            found = self._by_kernels(per_sample)
         else:
             found = explicit_squares(self.v, self.patches, per_sample)
         return found.reshape(self.n, *self.shape) if per_sample else found.reshape(self.shape)
 
     def squares(self, total_columns: int | None = None) -> SquareSum:
         total = total_columns or self.k
-        if total <= self.k:  # nothing comes later
+        if total <= self.k or self.of_one is not None:  # nothing comes later that would be merged
             return SquareSum(self.square_sum())
         if self.by_gram(total) and (self.may_keep or self.form[2] == 1):
             return SquareSum(later=KernelSum(self.kernels(), self.patches, self.shape, self.dtype))
         return SquareSum(explicit_squares(self.v, self.patches).reshape(self.shape))
 
     def kept(self, total_columns: int) -> int:
-        (g, o, l), one = self.form, self.form[2] == 1
+        (g, o, l), one = self.form, self.form[2] == 1 or self.of_one is not None
         keeps = total_columns > self.k and not one and self.by_gram(total_columns)
         return 8 * self.n * g * o * l * l if keeps else 0
 
     def by_gram(self, total_columns: int) -> bool:
         """Whether the kernels V^T V over all columns cost less than to form B for each column.
 
-        Multiply-adds for each output channel and sample: 2 L^2 (K + I / 2) with kernels (in
-        float64), and 32 L^2 to add them up in each chunk; K L I without, where B also writes and
-        reads K I squares (8: what a square costs beside a multiply-add). With one place they always
-        do.
+        In multiply-adds of single precision, for each output channel and sample. With kernels 2 L^2
+        for each column, as they are in float64, and 32 L^2 to add them up in each later chunk;
+        for each of P = L (L + 1) / 2 pairs of places 3 I in their product with pairs of inputs, and
+        96 I to make these, which serve all O channels. Without, K I (L + 16), as B is also written,
+        read and squared. The numbers are of measurements on a CPU (I to 1152, L to 100, K to 99),
+        of which none took more than 1.1 times the shorter time. With one place kernels always cost
+        less. Those of all samples are kept where later columns are to be added to them.
         """
-        (g, o, l), i = self.form, self.patches.inputs
-        chunks = max(1, total_columns / max(1, self.k))
-        kernels = 2 * l * l * (total_columns + i / 2 + 16 * (chunks - 1))
-        fits = self.n * g * o * l * l <= KERNELS
-        return l == 1 or (kernels < total_columns * i * (l + 8) and fits)
+        (g, o, l), i, k = self.form, self.patches.inputs, total_columns
+        if l == 1:
+            return True
+        chunks = max(1, k / max(1, self.k))
+        pairs = l * (l + 1) / 2
+        kernels = 2 * l * l * (k + 16 * (chunks - 1)) + 3 * pairs * i * (1 + 32 / max(1, o))
+        fits = chunks == 1 or self.n * g * o * l * l <= KERNELS
+        return fits and kernels < k * i * (l + 16)
 
-    def kernels(self) -> Tensor:
-        """V^T V over the columns for each output channel, (N, G, O, L, L)."""
-        if self.form[2] == 1:
-            return self._one_place()
+    def _by_kernels(self, per_sample: bool) -> Tensor:
+        """The squares of all columns there are, by the kernels of some samples after the other."""
+        (g, o, l), found = self.form, []
+        step = max(1, KERNELS // max(1, g * o * l * l))
+        for start in range(0, max(1, self.n), step):
+            rows = slice(start, min(start + step, self.n))
+            kernels, patches = self.kernels(rows), self.patches.of_rows(rows)
+            found.append(kernel_squares(kernels, patches, per_sample))
+        if len(found) > 1:
+            found = [torch.cat(found) if per_sample else torch.stack(found).sum(0)]
+        return found[0].to(self.dtype)
+
+    def kernels(self, rows: slice = slice(None)) -> Tensor:
+        """V^T V over the columns for each output channel of some samples, (n, G, O, L, L)."""
+        if self.form[2] == 1:  # they are added to in place
+            v = self.squared_columns()[rows]
+            return v.reshape(len(v), *self.form[:2], 1, 1).clone()
         # entries of B are differences of kernels: single precision would leave noise, even below
         # zero
-        v = self.v.double()
+        v = self.v[:, rows].double()
         return v.permute(1, 2, 3, 4, 0) @ v.permute(1, 2, 3, 0, 4)
 
+    def squared_columns(self) -> Tensor:
+        """sum_k V^2 where there is one place, (N, G * O), which is not to be written to."""
+        return self._of_columns("nnj_squares", lambda: self.v.square().sum(0).flatten(1))
+
     def _one_place(self) -> Tensor:
-        known = self._of_columns("nnj_squares", lambda: self.v.square().sum(0))
-        every = known.reshape(*self.v.shape[1:], 1)
-        return every if self.origin is None else every.clone()  # kernels are added to in place
+        """sum_n (sum_k v_no^2) u_ni^2, (O, I), or (O,) where U is one."""
+        v = self.squared_columns()
+        if self.patches.is_one:
+            return v.sum(0)
+        return v.mT @ self.patches().flatten(1).square()
 
     def outer_v(self) -> Tensor:
         """sum over k and n of v v^T, (O, O), of one place and one group: not to be changed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from nnj.jacobians.patches import Patches
 # for a GPU to be busy.
 SQUARED = 1 << 19
 SQUARED_ON_GPU = 1 << 24
+# Products of two places that are formed at a time, in float64: what the caches serve.
+PAIRS = 1 << 18
 # From so many entries of one column of one sample on, a CPU is busy with them alone.
 LARGE = 1 << 14
 
@@ -26,12 +31,68 @@ def explicit_squares(v: Tensor, patches: Patches, per_sample: bool = False) -> T
     """
     (_, n, g, o, _), i = v.shape, patches.inputs
     lead = (n,) if per_sample else ()
+    fused = _fused(v)
+    if fused is not None:
+        return _by_kernel(fused, v, patches, per_sample)
     total = torch.zeros(*lead, g, o, i, dtype=v.dtype, device=v.device)
     if v.device.type == "cpu" and g * o * i >= LARGE and not being_traced():
         _one_by_one(v, patches, total, per_sample)
     else:
         _together(v, patches, total, per_sample)
     return total
+
+
+Fused = Callable[[Tensor, Tensor, bool], Tensor]
+# whether the kernel of Triton gave on a device what products of torch give; asked once
+_right: dict[torch.device, bool] = {}
+
+
+def _fused(v: Tensor) -> Fused | None:
+    """The kernel that squares products while they are in registers, where one can take V: on a GPU,
+    if Triton is installed, in single precision.
+    """
+    if v.device.type != "cuda" or v.dtype != torch.float32 or being_traced():
+        return None
+    try:
+        from nnj.extras.triton_squares import squares
+    except ImportError:
+        return None
+    if v.device not in _right:
+        _right[v.device] = _is_right(squares, v.device)
+    return squares if _right[v.device] else None
+
+
+def _is_right(squares: Fused, device: torch.device) -> bool:
+    """Whether a kernel runs on a device and is right there, on two tiles and a bit; else products
+    of torch stay, which need no compiler.
+    """
+    v = torch.linspace(-1, 1, 2 * 3 * 70 * 40, device=device).reshape(2, 3, 1, 70, 40)
+    u = torch.linspace(-1, 2, 3 * 80 * 40, device=device).reshape(3, 1, 80, 40)
+    try:
+        found = squares(v, u, True)
+    except Exception as error:  # of Triton's compiler, or the driver's
+        warnings.warn(
+            f"nnj takes products of torch on {device}, since a kernel of Triton fails there with "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    expected = (v.double() @ u.double().mT).square().sum(0)
+    return bool(((found - expected).abs() <= 1e-5 * expected.abs().max()).all())
+
+
+def _by_kernel(squares: Fused, v: Tensor, patches: Patches, per_sample: bool) -> Tensor:
+    """The squares by a kernel, for some samples after the other, as U may be large."""
+    _, n, g, _, l = v.shape
+    step = max(1, SQUARED_ON_GPU // max(1, g * patches.inputs * l))
+    parts = []
+    for start in range(0, max(1, n), step):
+        rows = slice(start, min(start + step, n))
+        found = squares(v[:, rows], patches(rows), per_sample)
+        parts.append(found)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if per_sample else torch.stack(parts).sum(0)
 
 
 def _one_by_one(v: Tensor, patches: Patches, total: Tensor, per_sample: bool) -> None:
@@ -80,23 +141,48 @@ def kernel_squares(kernel: Tensor, patches: Patches, per_sample: bool = False) -
         if per_sample:
             return v[..., None] * u[..., None, :]
         return v.permute(1, 2, 0) @ u.transpose(0, 1)
-    left, right = torch.triu_indices(l, l, device=kernel.device)
-    # kernels are symmetric: half of them, twice
-    twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
     lead = (patches.n,) if per_sample else ()
     found = torch.zeros(*lead, g, o, i, dtype=kernel.dtype, device=kernel.device)
-    for rows in patches.parts(g * l * l * (o + i)):
+    step = max(1, PAIRS // max(1, g * i * l))
+    for start in range(0, patches.n, step):
+        rows = slice(start, min(start + step, patches.n))
         u = patches(rows).to(kernel.dtype)
-        half, both = kernel[rows][..., left, right].mul_(twice), u[..., left]
-        both.mul_(u[..., right])
-        if per_sample:
-            found[rows] = half @ both.mT
-        else:
-            pairs = both.permute(1, 0, 3, 2).flatten(1, 2)
-            found += half.permute(1, 2, 0, 3).flatten(2) @ pairs
-            del pairs
-        del u, half, both  # lest they stand beside those of the next samples
+        into = found[rows] if per_sample else found
+        for half, pairs in _by_pairs(kernel[rows], u):
+            if per_sample:
+                into += half.permute(2, 0, 1, 3) @ pairs.transpose(0, 1)
+            else:
+                into.baddbmm_(half.flatten(2), pairs.flatten(1, 2))
     return found.clamp_(min=0)
+
+
+def _by_pairs(kernel: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Kernels are symmetric: half of the entries of each, twice (G, O, n, pairs), and beside them
+    the products u_l u_m (G, n, pairs, I), some diagonals after the other.
+
+    Args:
+        kernel: (n, G, O, L, L), of n samples.
+        u: U, (n, G, I, L).
+    """
+    (n, g, o, l, _), i = kernel.shape, u.shape[2]
+    kernel, u = kernel.permute(1, 2, 0, 3, 4), u.transpose(0, 1).mT.contiguous()
+    if being_traced():  # a loop over diagonals would be a graph as long as they are many
+        left, right = torch.triu_indices(l, l, device=kernel.device)
+        twice = torch.where(left == right, 1.0, 2.0).to(kernel.dtype)
+        yield kernel[..., left, right] * twice, u[:, :, left] * u[:, :, right]
+        return
+    at_once = max(1, PAIRS // max(1, g * n * i * l))
+    for first in range(0, l, at_once):
+        diagonals = range(first, min(first + at_once, l))
+        count = sum(l - d for d in diagonals)
+        half, pairs = kernel.new_empty(g, o, n, count), u.new_empty(g, n, count, i)
+        a = 0
+        for d in diagonals:
+            b = a + l - d
+            torch.mul(kernel.diagonal(d, -2, -1), 2 if d else 1, out=half[..., a:b])
+            torch.mul(u[:, :, : l - d], u[:, :, d:], out=pairs[:, :, a:b])
+            a = b
+        yield half, pairs
 
 
 class KernelSum:

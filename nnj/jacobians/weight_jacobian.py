@@ -17,6 +17,7 @@ from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.patches import Patches, outer
 from nnj.jacobians.row_sparse import RowSparse
 from nnj.jacobians.sample_index import SampleIndex, is_cyclic
+from nnj.jacobians.separable import separable
 
 
 class _Fold:
@@ -27,15 +28,16 @@ class _Fold:
     def __init__(self, outputs: Sequence[int], channels: int, groups: int, last: bool):
         self.outputs, self.channels, self.groups, self.last = tuple(outputs), channels, groups, last
         self.key = self.outputs, channels, groups, last
+        self._moves = last and len(self.outputs) > 1  # with one place, both are the same
 
     def __call__(self, t: Tensor, lead: int = 2) -> Tensor:
         shape, o = t.shape[:lead], self.channels // self.groups
-        if self.last:
+        if self._moves:
             return t.reshape(*shape, -1, self.groups, o).movedim(lead, -1)
         return t.reshape(*shape, self.groups, o, -1)
 
     def undo(self, t: Tensor) -> Tensor:
-        return (t.movedim(-1, 2) if self.last else t).reshape(*t.shape[:2], *self.outputs)
+        return (t.movedim(-1, 2) if self._moves else t).reshape(*t.shape[:2], *self.outputs)
 
 
 def _regrouped(
@@ -162,6 +164,10 @@ class PatchMatmul(Jacobian):
         v = self.fold(u)
         if sample_index.of is None and sample_index.n == self.n:
             found = OuterProduct(self.patches, v, self.inputs, u if v.shape[-1] == 1 else None)
+            known = None if self.fold.last else separable(u)
+            if known is not None:
+                one = known.one_column
+                found.of_one = lambda: OuterProduct(self.patches, self.fold(one()), self.inputs)
             return found.made_of(Arrived(u, self.fold.last))
         regrouped = _regrouped(self.patches, v, self.fold, sample_index, self.inputs)
         return None if regrouped is None else regrouped.made_of(Arrived(u, self.fold.last))
@@ -251,8 +257,10 @@ class ScaleShift(Jacobian):
             return None
         plain = sample_index.of is None and sample_index.n == self.n
         same = plain and v.shape[-1] == 1 and self.m is None  # total is another view of u
-        ones = total.new_ones(sample_index.n, 1, 1, 1)
-        found = OuterProduct(ones, total[..., None], self.inputs, u if same else None)
+        ones = Patches.ones(sample_index.n, self.like)
+        found = OuterProduct(
+            ones.to(total.dtype), total[..., None], self.inputs, u if same else None
+        )
         found.scales = [self]
         return found if self.m is not None else found.made_of(Arrived(u, self.fold.last), True)
 
@@ -290,7 +298,7 @@ class ScaleShift(Jacobian):
 
     def outer_patches(self) -> Patches | None:
         plain = self.m is None and self.inputs == self.outputs and len(self.outputs) == 1
-        return Patches.of(self.like.new_ones(self.n, 1, 1, 1)) if plain else None
+        return Patches.ones(self.n, self.like) if plain else None
 
     @property
     def column_entries(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnj.checks import refuse_unless
+from nnj.checks import all_finite, refuse_unless
 from nnj.errors import NNJError
 
 _CHUNK = 64  # columns that are made at a time where all are summed
@@ -223,7 +223,7 @@ def check_outputs(name: str, outputs: Sequence[Tensor]) -> None:
                 "a real output. Give the loss a real tensor (torch.view_as_real makes one of a "
                 "complex one)"
             )
-        refuse_unless(torch.isfinite(t).all(), lambda: NNJError(infinite_output(name)))
+        refuse_unless(all_finite(t), lambda: NNJError(infinite_output(name)))
 
 
 def infinite_output(name: str) -> str:

@@ -166,7 +166,7 @@ class SoftmaxHessian(LossHessian):
 
     def at_rows(self, block: Tensor) -> SoftmaxHessian:
         other, there = copy.copy(self), block.clamp(min=0)
-        for cached in ("_sorted", "_likeliest", "flat_diagonal"):
+        for cached in ("_sorted", "_blocks", "_diagonal", "flat_diagonal"):
             other.__dict__.pop(cached, None)
         other.p = self.p.flatten(0, 1)[there][:, None]
         other.a = torch.where(block[:, None] < 0, 0.0, self.a.flatten(0, 1)[there])[:, None]
@@ -263,20 +263,29 @@ class SoftmaxHessian(LossHessian):
         return s.scatter_(-1, top, own - best * head[..., :-1])
 
     @functools.cached_property
-    def _likeliest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest p, its class, and the sum of the others."""
-        best, top = self.p.max(-1, keepdim=True)
-        return best, top, self.p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """a and p of all blocks, (R D, 1) and (R D, C); the largest p, its class, and the sum of
+        the others.
+        """
+        a, p = self.a.flatten(0, 1), self.p.flatten(0, 1)
+        best, top = p.max(-1, keepdim=True)
+        return a, p, best, top, p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+
+    @functools.cached_property
+    def _diagonal(self) -> Tensor:
+        """That of all blocks, (R D, C)."""
+        a, p, _, top, others = self._blocks
+        # 1 - p of a sure class would be noise
+        return a * p * (1 - p).scatter(-1, top, others)
 
     def diagonal(self) -> Tensor:
-        p, (_, top, others) = self.p, self._likeliest
-        # 1 - p of a sure class would be noise
-        return self.a * p * (1 - p).scatter(-1, top, others)
+        result: Tensor = self._diagonal.unflatten(0, (self.rows, self.places))
+        return result
 
     @functools.cached_property
     def flat_diagonal(self) -> Tensor:
         if self.places == 1:  # in the order of the output
-            return self.diagonal()[:, 0]
+            return self._diagonal
         return self.flat(self.diagonal()[None])[0]
 
     def product(self, v: Tensor) -> Tensor:
@@ -297,24 +306,27 @@ class SoftmaxHessian(LossHessian):
         if self.places > 1:
             yield from super().columns_through(rows, size)
             return
-        p, last = self.p[:, 0].to(rows.dtype), self.block - 1
-        best, top, mass = (t[:, 0] for t in self._likeliest)
-        away = rows[top[:, 0]]
-        mean = p.scatter(1, top, 0.0) @ rows - mass.to(p.dtype) * away
-        shift = away + mean / (1 + best.to(p.dtype).sqrt())
-        weight = (self.a[:, 0] * self.p[:, 0]).sqrt().to(rows.dtype)
+        a, p, best, top, mass = self._blocks
+        last, likeliest = self.block - 1, top[:, 0]
+        weight = (a * p).sqrt().to(rows.dtype)
         weight = weight.scatter(1, top, weight[:, last:]).mT
+        p, best, mass = p.to(rows.dtype), best.to(rows.dtype), mass.to(rows.dtype)
+        away = rows[likeliest]
+        mean = torch.addcmul(p.scatter(1, top, 0.0) @ rows, mass, away, value=-1)
+        shift = torch.addcdiv(away, mean, best.sqrt() + 1)
         sample = torch.arange(len(p), device=p.device)
-        for a in range(0, self.rank, size):
-            b = min(a + size, self.rank)
-            k, whole = b - a, b - a == last
+        for start in range(0, self.rank, size):
+            stop = min(start + size, self.rank)
+            k, whole = stop - start, stop - start == last
             # behind these classes the last one, which stands in the place of t; without asking
             # which samples have t among these
-            v = (rows if whole else torch.cat([rows[a:b], rows[last:]]))[:, None] - shift
-            at = top[:, 0] - a
-            at = at if whole else torch.where((at < 0) | (at > k), k, at)
+            own = rows if whole else torch.cat([rows[start:stop], rows[last:]])
+            v, at = own[:, None] - shift, likeliest
+            if not whole:
+                at = at - start
+                at = torch.where((at < 0) | (at > k), k, at)
             v[at, sample] = v[k].clone()
-            yield v[:k].mul_(weight[a:b, :, None])
+            yield v[:k].mul_(weight[start:stop, :, None])
 
     def gram_through(self, rows: Tensor) -> Tensor:
         """a (sum_c p_c D_c D_c^T - R R^T), with D_c = J_c - J_t for the likeliest class t and

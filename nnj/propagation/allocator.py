@@ -7,15 +7,17 @@ MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is set, what it says holds."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MOST = 2**30  # mallopt takes an int
 SWITCH = "NNJ_MALLOPT"
 SET_BY_USERS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
+STATM = "/proc/self/statm"  # of proc(5)
 PAUSE = 0.02  # seconds between two looks at the heap
 _kept = 0
 _looked = 0.0
@@ -70,16 +72,28 @@ class _Mallinfo(ctypes.Structure):
     ]
 
 
+@functools.cache
+def _mallinfo() -> Any:
+    """mallinfo2 of the C library; None where it has none."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is not None:
+        ask.restype = _Mallinfo
+    return ask
+
+
 def _resident_and_free() -> int | None:
     """The bytes of the process that are resident and not in use by malloc, up to a constant (the
     code, for one); None where the C library does not tell.
     """
-    ask, path = getattr(ctypes.CDLL(None), "mallinfo2", None), Path("/proc/self/statm")
-    if ask is None or not path.exists():
+    ask = _mallinfo()
+    if ask is None:
         return None
-    ask.restype = _Mallinfo
+    try:
+        with open(STATM, "rb", buffering=0) as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return None
     info = ask()
-    resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return int(resident - info.uordblks - info.hblkhd)
 
 

@@ -4,6 +4,7 @@ at the parameters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,6 +20,7 @@ from nnj.graph.step import Step, describe
 from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
+from nnj.jacobians.separable import note
 from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
@@ -323,10 +325,12 @@ class Sweep(Plan):
         if use is not None:
             self._parameters(step, edge, v, use)
         if step.out[0] is not None:
-            back = self.operator(step, "input").vjp(v)
-            shape = (v.shape[0], *record.x.shape)
+            j = self.operator(step, "input")
+            back, shape = j.vjp(v), (v.shape[0], *record.x.shape)
             if not isinstance(back, Tensor) or back.shape != shape:
                 checked("vjp of 'input'", back, shape, self._who(record))
+            if j.spreads or j.entrywise:
+                note(j, v, back)
             self._send(step, 0, back, values)
 
     def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
@@ -451,11 +455,8 @@ class Sweep(Plan):
 
 def uses_of(steps: list[Step]) -> dict[Tensor, int]:
     """At how many steps each parameter has a factor."""
-    uses: dict[Tensor, int] = {}
-    for step in steps:
-        for p in [p for _, p in step.params] + ([] if step.leaf is None else [step.leaf]):
-            uses[p] = uses.get(p, 0) + 1
-    return uses
+    found: list[Tensor] = [p for step in steps for _, p in step.params]
+    return Counter(found + [step.leaf for step in steps if step.leaf is not None])
 
 
 def _reads_no_node(step: Step) -> bool:

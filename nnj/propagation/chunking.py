@@ -42,11 +42,11 @@ def columns_at_once(sweep: Sweep, memory: int) -> tuple[int, int]:
     steps = [_entries(sweep, step) for step in sweep.graph.steps]
     root = sweep.graph.roots[0][0]._input_metadata[0]
     size = _itemsize(sweep)
-    memory_left = memory - size * max(_fixed(sweep, step) for step in sweep.graph.steps)
-    fits = max(1, memory_left // (size * 3 * max([1, *(held for held, _, _ in steps)])))
+    memory_left = memory - size * max([_fixed(sweep, step) for step in sweep.graph.steps])
+    fits = max(1, memory_left // (size * 3 * max([1, *[held for held, _, _ in steps]])))
     if root.device.type != "cpu":
         return fits, fits
-    widest, patches = max([1, *(came for _, came, _ in steps)]), sum(made for _, _, made in steps)
+    widest, patches = max([1, *[came for _, came, _ in steps]]), sum([made for _, _, made in steps])
     keep_heap(memory)
     return fits, max(1, min(fits, (CACHE + patches) // widest))
 

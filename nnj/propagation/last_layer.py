@@ -84,9 +84,8 @@ class LastLayerFactor(OuterProduct):
     def with_patches(self, patches: Patches, shape: Sequence[int]) -> OuterProduct:
         return LastLayerFactor(self.hessian, patches, tuple(shape), self.dtype)
 
-    def kernels(self) -> Tensor:
-        # added to in place, while the diagonal serves every parameter of the layer
-        return self.hessian.flat_diagonal[:, None, :, None, None].to(self.dtype, copy=True)
+    def squared_columns(self) -> Tensor:
+        return self.hessian.flat_diagonal.to(self.dtype)
 
 
 class LastLayerKron(OuterKron):
@@ -146,6 +145,8 @@ class LastLayerColumns:
             return False
         j = step.slots.get("input")
         if j is None or not j.same_for_rows or j.n != self.sweep.n:
+            return False
+        if j.spreads and self.steps:  # columns are shorter here, and known to be separable there
             return False
         if step.dtype is None or step.dtype in (torch.float16, torch.bfloat16):
             return False

@@ -128,11 +128,9 @@ class Plan:
         """The steps behind which outputs are whose samples are known."""
         found: set[Step] = set()
         for step in reversed(self.graph.steps if self._outputs else []):
-            if any(
-                e is not None and (e in self._outputs or self.graph.step_at(e) in found)
-                for e in step.out
-            ):
-                found.add(step)
+            for e in step.out:
+                if e is not None and (e in self._outputs or self.graph.step_at(e) in found):
+                    found.add(step)
         return found
 
     # -- edges -------------------------------------------------------------------------------------

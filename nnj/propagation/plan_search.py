@@ -88,12 +88,13 @@ def regrouped(found: Roots, shapes: dict[Edge, tuple[int, ...]], group: Tensor) 
     return result
 
 
-def plan(graph: Graph, rows: int, per_sample: bool) -> Planned:
+def plan(graph: Graph, rows: Callable[[], int], per_sample: bool) -> Planned:
     """The plan of what a loss sends back.
 
     Args:
         graph: from the arguments of the loss.
-        rows: of the loss, which are the samples where no output of an extended model is met.
+        rows: how many the loss has, which are the samples where no output of an extended model is
+            met. It is asked only where it matters.
         per_sample: whether it matters which sample is which. Sums over samples are the same in
             every reading in which samples do not influence one another.
 
@@ -110,7 +111,7 @@ def plan(graph: Graph, rows: int, per_sample: bool) -> Planned:
                 if per_sample and reading.trust > Trust.DECLARED:
                     planned.unknown = planned.unknown or search.doubt(planned, reading, family)
                 return planned
-    for reading in (*_without_batch_axis(outputs), _of_rows(graph, outputs, rows)):
+    for reading in (*_without_batch_axis(outputs), _of_rows(graph, outputs, rows())):
         found = search.first([reading])
         if found is not None:
             found[1].unknown = reading.unsure
@@ -136,7 +137,7 @@ def plan_of_output(
     Errors: `Coupled` if samples influence one another.
     """
     at = {root: SampleIndex(n)}
-    search = _Search(graph, None, kind, n, check)
+    search = _Search(graph, None, kind, lambda: n, check)
     reading = Reading(n, at, Trust.DECLARED, None, roots=at)
     found = search.first([reading], (False, True) if cut else (False,))
     if found is None:
@@ -161,7 +162,7 @@ class _Search(Generic[S]):
 
     Args:
         glue: between the outputs and the loss; None where readings say whose the roots are.
-        rows: of the loss.
+        rows: of the loss, how many there are.
         check: see `plan_of_output`.
     """
 
@@ -170,7 +171,7 @@ class _Search(Generic[S]):
         graph: Graph,
         glue: Glue | None,
         kind: type[S],
-        rows: int,
+        rows: Callable[[], int],
         check: Callable[[S, Roots], Any] | None = None,
     ):
         self.graph, self.glue, self.kind, self.rows, self.check = graph, glue, kind, rows, check
@@ -227,7 +228,7 @@ class _Search(Generic[S]):
             assert self.glue is not None
             roots, group = self.glue.roots(reading)
         if group is not None:
-            if self.rows > 1 and not bool(group.any()):
+            if self.rows() > 1 and not bool(group.any()):
                 self.by_loss = self.by_loss or reading.trust <= Trust.ALIKE
                 raise Coupled.at("what the loss is given")
             at = regrouped(at, self.graph.shapes, group)

@@ -37,7 +37,7 @@ def behind_engine(edge: Edge) -> Edge | None:
     """Where an edge leads behind nodes that belong to an engine, and behind torch's steps between a
     layer that is distributed and plain tensors; None for nowhere.
     """
-    while True:
+    while hasattr(type(edge[0]), "_forward_cls"):  # a function in Python, which all of these are
         if is_engine(edge[0]):
             found = dict(zip(_needed(edge[0]), _edges(edge[0]), strict=True)).get(edge[1])
         else:
@@ -45,6 +45,7 @@ def behind_engine(edge: Edge) -> Edge | None:
         if found is None or found is edge:
             return found
         edge = found
+    return edge
 
 
 def through_engine(node: Any, arrived: Sequence[T | None]) -> list[T | None]:

@@ -85,16 +85,17 @@ def own_params(m: nn.Module) -> list[nn.Parameter]:
     own = m._parameters
     if not own:
         return []
-    return list(dict.fromkeys(p for p in own.values() if p is not None and p.requires_grad))
+    found = [p for p in own.values() if p is not None and p.requires_grad]
+    once = len(set(map(id, found))) == len(found)  # torch hashes a tensor in Python
+    return found if once else list(dict.fromkeys(found))
 
 
 def owned_by_several(modules: Iterable[nn.Module]) -> set[Tensor]:
     """The parameters that several modules own."""
-    seen: set[Tensor] = set()
+    owner: dict[int, nn.Module] = {}  # by id, while the modules hold the parameters
     several: set[Tensor] = set()
-    for m in dict.fromkeys(modules):
-        if m._parameters:
-            own = {p for p in m._parameters.values() if p is not None}
-            several |= own & seen
-            seen |= own
+    for m in modules:
+        for p in m._parameters.values() if m._parameters else ():
+            if p is not None and owner.setdefault(id(p), m) is not m:
+                several.add(p)
     return several

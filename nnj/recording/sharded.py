@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnj.distributed.ranks import there_are_groups
 from nnj.errors import NNJError
 from nnj.recording.scope import modules_of
 from nnj.recording.tensor_parallel import settled
@@ -33,7 +34,7 @@ def _fsdp_module() -> type:
 
 def sharded_models(models: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of some models in which parameters are sharded."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not there_are_groups():
         return []
     return [model for model in dict.fromkeys(models) if any(map(is_unit, modules_of(model)))]
 

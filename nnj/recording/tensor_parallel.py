@@ -204,9 +204,9 @@ def check_group(group: Any, models: Iterable[nn.Module]) -> None:
     """Errors: `NNJError` for a group over which data are split that has ranks which share a
     model.
     """
-    meshes = [p.device_mesh for m in models for p in m.parameters() if is_distributed(p)]  # type: ignore[attr-defined]
-    if group is None or not meshes:
+    if group is None:
         return
+    meshes = [p.device_mesh for m in models for p in m.parameters() if is_distributed(p)]  # type: ignore[attr-defined]
     ranks = set(dist.get_process_group_ranks(group))
     for mesh in dict.fromkeys(meshes):
         if len(ranks & set(mesh.mesh.flatten().tolist())) > 1:

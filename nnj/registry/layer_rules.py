@@ -165,7 +165,7 @@ def ask_rule(
         return fault
     if fault is not None:
         raise PluginError(f"{blame(entry, module, paths.get(module, ''))}: {fault}")
-    if any(p.requires_grad and name not in jacobians for name, p in parameters.items()):
+    if [name for name, p in parameters.items() if p.requires_grad and name not in jacobians]:
         known = {parameters[slot] for slot in jacobians if slot != "input"}  # under another name
         unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
         if unknown:

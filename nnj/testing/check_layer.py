@@ -82,6 +82,7 @@ def check_layer(module: nn.Module, x: Tensor, *, fallback: bool = False) -> None
         for slot in oracle:
             who = blame(entry, module, type(module).__name__)
             _check_products(who, slot, slots[slot], oracle[slot])
+            _check_claims(f"{who} '{slot}'", slots[slot], oracle[slot])
             _check_pullback(f"{who} '{slot}'", slots[slot], oracle[slot])
 
 
@@ -136,6 +137,17 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
         same(f"{who}: {name}mjp", _mjp(op, b[:, :2]), b[:, :2] @ matrix)
         same(f"{who}: {name}jmjTp", _jmp(op, _jmp(op, a).mT).mT, matrix @ a @ matrix.mT)
         same(f"{who}: {name}jTmjp", _mjp(op, _mjp(op, b).mT).mT, matrix.mT @ b @ matrix)
+
+
+def _check_claims(who: str, j: Jacobian, dense: Tensor) -> None:
+    """What it says of which entries depend on which."""
+    if j.entrywise:
+        same(f"{who}: entrywise", torch.diag_embed(dense.diagonal(dim1=1, dim2=2)), dense)
+    if j.spreads:
+        n, channels, _ = dense.shape
+        own = torch.eye(channels, dtype=torch.bool, device=dense.device)[:, :, None]
+        apart = dense.reshape(n, channels, channels, -1) * own
+        same(f"{who}: spreads, channel by channel", apart.reshape(dense.shape), dense)
 
 
 def _jmp(j: Jacobian, m: Tensor) -> Tensor:

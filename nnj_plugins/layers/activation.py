@@ -24,24 +24,12 @@ def known_if(fact: bool, reason: str) -> None:
 
 def leaky(y: Tensor, slope: float) -> Tensor:
     """f' of y = x where x > 0, slope x elsewhere."""
-    known_if(slope >= 0, "with a negative slope y does not tell x")
     return torch.where(y > 0, torch.ones_like(y), slope)
 
 
 def elu(y: Tensor, top: float, at: float, rate: float) -> Tensor:
     """f' of y = top x where x > 0, at (exp(rate x) - 1) elsewhere."""
-    known_if(at * rate >= 0, "with a negative alpha y does not tell x")
     return torch.where(y > 0, top, rate * (y + at))
-
-
-def threshold(m: nn.Threshold, y: Tensor) -> Tensor:
-    known_if(m.value <= m.threshold, "with a value above the threshold y does not tell x")
-    return (y > m.threshold).to(y.dtype)
-
-
-def rrelu(m: nn.RReLU, y: Tensor) -> Tensor:
-    known_if(not m.training, "the slopes of this call are known to autograd's node alone")
-    return leaky(y, (m.lower + m.upper) / 2)
 
 
 # Klambauer et al. 2017: lambda and alpha
@@ -54,13 +42,30 @@ FROM_Y: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
         ((y > 0) & (y < 1)).to(y.dtype), torch.zeros_like(y)
     ),
     nn.LeakyReLU: lambda m, y: leaky(y, m.negative_slope),
-    nn.RReLU: rrelu,
-    nn.Threshold: threshold,
+    nn.RReLU: lambda m, y: leaky(y, (m.lower + m.upper) / 2),
+    nn.Threshold: lambda m, y: (y > m.threshold).to(y.dtype),
     nn.ELU: lambda m, y: elu(y, 1, m.alpha, 1),
     nn.CELU: lambda m, y: elu(y, 1, m.alpha, 1 / m.alpha),
     nn.SELU: lambda m, y: elu(y, SELU[0], SELU[0] * SELU[1], 1),
     nn.Sigmoid: lambda m, y: y * (1 - y),
     nn.Tanh: lambda m, y: 1 - y.square(),
+}
+SLOPE = "with a negative slope y does not tell x"
+
+
+def _rrelu(m: nn.RReLU) -> None:
+    known_if(not m.training, "the slopes of this call are known to autograd's node alone")
+    known_if(m.lower + m.upper >= 0, SLOPE)
+
+
+# where the options of a module decide whether y tells x
+IF: dict[type[nn.Module], Callable[[Any], None]] = {
+    nn.LeakyReLU: lambda m: known_if(m.negative_slope >= 0, SLOPE),
+    nn.RReLU: _rrelu,
+    nn.Threshold: lambda m: known_if(
+        m.value <= m.threshold, "with a value above the threshold y does not tell x"
+    ),
+    nn.ELU: lambda m: known_if(m.alpha >= 0, "with a negative alpha y does not tell x"),
 }
 
 # -- f' told from x --------------------------------------------------------------------------------
@@ -79,11 +84,14 @@ FROM_X: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def from_y(slope: Callable[[Any, Tensor], Tensor]) -> Rule:
-    """dy = f'(x) dx, with f'(x) told from y."""
+def from_y(
+    slope: Callable[[Any, Tensor], Tensor], check: Callable[[Any], None] | None = None
+) -> Rule:
+    """dy = f'(x) dx, with f'(x) told from y; `check` declines where y does not tell."""
 
     def rule(m: Any, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:
-        slope(m, y[:0])  # declines now, if y does not tell
+        if check is not None:
+            check(m)
         return {"input": nnj.Diagonal(lambda: slope(m, y), y)}
 
     return rule
@@ -198,7 +206,7 @@ def log_softmax(m: nn.LogSoftmax, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobia
 @nnj.hookimpl
 def nnj_register_layers(register: nnj.RegisterLayer) -> None:
     for cls, slope in FROM_Y.items():
-        register(cls, from_y(slope), uses="y")
+        register(cls, from_y(slope, IF.get(cls)), uses="y")
     for cls, slope in FROM_X.items():
         register(cls, from_x(slope), uses="x")
     register(nn.PReLU, prelu, uses="x")

@@ -113,6 +113,7 @@ def boxes(x: Tensor, y: Tensor, window: Window, power: int = 1) -> dict[str, nnj
             y.shape[1:],
             x,
             squared=squared,
+            by_channel=True,
         )
     }
 

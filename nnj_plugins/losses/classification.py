@@ -23,14 +23,15 @@ def cross_entropy(
     targets are ignored, torch's mean is nan, but its gradient is zero, and so is the curvature."""
     axis, dtype = 0 if z.dim() == 1 else 1, _wide(z)
     classes, e = z.shape[axis], m.label_smoothing
-    w = _weights(m, z, classes)
     if target.shape == z.shape:
         t = target.detach().to(dtype) * (1 - e) + e / classes
-        mass = torch.tensordot(t, w, ([axis], [0]))
+        mass = torch.tensordot(t, _weights(m, z, classes), ([axis], [0]))
         total: Tensor | int = max(z.numel() // max(classes, 1), 1)
     else:
-        kept, own, total = _own_weights(m, w, target)
-        mass = own if e == 0 else (1 - e) * own + e / classes * w.sum() * kept
+        kept, own, total = _own_weights(m, dtype, target)
+        mass = own
+        if e:
+            mass = (1 - e) * own + e / classes * _weights(m, z, classes).sum() * kept
     return nnj.SoftmaxHessian(
         z, scale.to(dtype) * mass / (total if m.reduction == "mean" else 1), type(m).__name__
     )
@@ -49,7 +50,7 @@ def nll(m: nn.NLLLoss, scale: Tensor, z: Tensor, target: Tensor) -> nnj.LossHess
     axis = 0 if z.dim() == 1 else 1
     if axis not in nnj.SoftmaxHessian.axes(z):
         raise _linear(m, f"over the classes (axis {axis})")
-    _, own, total = _own_weights(m, _weights(m, z, z.shape[axis]), target)
+    _, own, total = _own_weights(m, _wide(z), target)
     return nnj.SoftmaxHessian(
         z, scale.to(own.dtype) * own / (total if m.reduction == "mean" else 1), type(m).__name__
     )
@@ -106,14 +107,15 @@ def _weights(m: Any, z: Tensor, classes: int) -> Tensor:
     )
 
 
-def _own_weights(m: Any, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _own_weights(m: Any, dtype: torch.dtype, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of targets that are classes: which are not ignored, w_y (zero if ignored), and the sum that
     the mean divides by.
     """
     kept = target != m.ignore_index
     if m.weight is None:
-        own = kept.to(w.dtype)
+        own = kept.to(dtype)
         return kept, own, own.sum().clamp(min=1)
+    w = m.weight.detach().to(dtype)
     own = torch.where(kept, w[torch.where(kept, target, 0).long()], 0.0)
     return kept, own, torch.where(kept.any(), own.sum(), 1.0)
 

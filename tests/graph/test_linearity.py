@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nnj
+from nnj.graph.linearity import runs_to_all_leaves
 from tests.support.cases import CASES
 from tests.support.collecting import QUANTITIES, T, X, Y, base, exact, pair, same
 from tests.support.oracle import Truth, build, data_of
@@ -158,3 +159,20 @@ def test_a_parameter_that_only_weight_decay_reaches():
             and module.weight.batch_grad is None
             and module.ggn_block is None
         )
+
+
+def test_whether_a_pass_runs_to_all_leaves() -> None:
+    seen: list[bool] = []
+    leaf, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+
+    def scalar() -> Tensor:
+        z = leaf * other
+        z.register_hook(lambda g: seen.append(runs_to_all_leaves()))
+        return z.sum()
+
+    assert not runs_to_all_leaves()  # no pass runs
+    scalar().backward()
+    scalar().backward(inputs=[leaf])
+    torch.autograd.grad(scalar(), leaf)
+    torch.autograd.backward([scalar()], [torch.ones(())])
+    assert seen == [True, False, False, True]

@@ -98,7 +98,7 @@ def test_matrices_never_stand_in_explicit_columns(name):
     y = model(torch.randn(N, T, D, dtype=torch.float64))
     params = {id(p): name for name, p in model.named_parameters()}
     graph = Graph([edge_of(y)], lambda p: id(p) in params, {})
-    sweep = plan(graph, N, per_sample=False).sweep
+    sweep = plan(graph, lambda: N, per_sample=False).sweep
     assert any(step.bare for step in graph.steps)
     # biases that were added
     assert all(len(edge_shape(edge)) == 1 for step in sweep.by_column for edge in step.into)

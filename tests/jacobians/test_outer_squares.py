@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnj.jacobians import outer_squares
-from nnj.jacobians.outer_squares import explicit_squares
+from nnj.jacobians import outer_product, outer_squares
+from nnj.jacobians.outer_product import OuterProduct
+from nnj.jacobians.outer_squares import explicit_squares, kernel_squares
 from nnj.jacobians.patches import Patches
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -70,3 +71,32 @@ def test_a_traced_pass_has_no_loop_over_columns(monkeypatch: Any) -> None:
     with tracing(TracingContext(None)), Products() as seen:
         explicit_squares(v, Patches.of(u))
     assert seen.count == 1
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("pairs", [1, 40, 300, 10**6])
+def test_kernels_meet_pairs_of_places_some_diagonals_and_samples_at_a_time(
+    monkeypatch: Any, pairs: int, groups: int, per_sample: bool
+) -> None:
+    monkeypatch.setattr(outer_squares, "PAIRS", pairs)
+    u, v = torch.randn(N, groups, I, L).double(), torch.randn(K, N, groups, O, L).double()
+    kernels = torch.einsum("kngol,kngom->ngolm", v, v)
+    expected = (v @ u.mT).square().sum(0 if per_sample else (0, 1))
+    found = kernel_squares(kernels, Patches.of(u), per_sample)
+    torch.testing.assert_close(found, expected)
+    with tracing(TracingContext(None)):
+        torch.testing.assert_close(kernel_squares(kernels, Patches.of(u), per_sample), expected)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_kernels_of_some_samples_after_the_other(monkeypatch: Any, per_sample: bool) -> None:
+    u, v = torch.randn(N, 1, 60, 3).double(), torch.randn(20, N, 1, O, 3).double()
+    expected = (v @ u.mT).square().sum(0 if per_sample else (0, 1))
+    for samples in (1, 3, N):
+        monkeypatch.setattr(outer_product, "KERNELS", samples * O * 3 * 3)
+        factor = OuterProduct(u, v, (O, 60))
+        assert factor.by_gram(20)
+        assert factor.by_gram(40) is (samples == N)  # later ones are added to those of all samples
+        shape = (*expected.shape[:-3], O, 60)
+        torch.testing.assert_close(factor.square_sum(per_sample), expected.reshape(shape))

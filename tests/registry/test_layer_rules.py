@@ -311,3 +311,22 @@ def test_a_rule_that_came_after_the_first_call(rules):
     with nnj.collect("batch_grad"):
         nnj.extend(nn.MSELoss())(layer(torch.randn(5, 4)), torch.randn(5, 3)).backward()
     assert seen
+
+
+class Averages(nn.Module):
+    """One number for each channel, the same for all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2))[:, None, None].expand(-1, x.shape[1], 1)
+
+
+def test_channels_that_are_said_to_be_apart_and_are_not(rules):
+    def rule(m, x, y):
+        forward = lambda v: v.mean((1, 2))[:, None, None].expand(-1, x.shape[1], 1)
+        adjoint = lambda u: (u.mean((1, 2)) / x.shape[2])[:, None, None].expand(-1, *x.shape[1:])
+        j = nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, by_channel=True)
+        return {"input": j}
+
+    rules(Averages, rule)
+    with pytest.raises(AssertionError, match="spreads, channel by channel"):
+        check_layer(Averages(), torch.randn(3, 5, 7))
