@@ -140,6 +140,7 @@ class OverRanks:
         self._check_asked(notes)
         if all(said.models is None for said in notes):
             return notes
+        self._leave_out_empty(notes)
         places = Places(self._models(models, known, notes), self.sharding)
         self.accumulator.modules.update(
             m for m in places.holders.values() if isinstance(m, nn.Module)
@@ -238,6 +239,22 @@ class OverRanks:
         return [_taken(left, fact) for fact in facts]
 
     # -- the states --------------------------------------------------------------------------------
+
+    def _leave_out_empty(self, notes: Sequence[Note]) -> None:
+        """Forget what ranks without samples have of sums, unless there is nothing else: it adds
+        nothing, and may have another form.
+        """
+        if not any(said.samples for said in notes):
+            return
+        for name, quantity in self.request.quantities.items():
+            if quantity.per_sample or quantity.of_rank:
+                continue
+            for said in notes:
+                if not said.samples:
+                    said.forms[name] = {}
+            if not self.accumulator.samples:
+                for holder in self.accumulator.states(name):
+                    self.accumulator.forget(name, holder)
 
     def _reduce(self, places: Places, notes: Sequence[Note]) -> None:
         sums: dict[str, dict[str, Any]] = {}

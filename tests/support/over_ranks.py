@@ -268,6 +268,22 @@ def _no_data(rank: int, size: int) -> Any:
     }
 
 
+def _no_rows(rank: int, size: int) -> Any:
+    """The batch of rank 0 has no rows."""
+    names = ("ggn_diag", "kfac", "input_moment", "batch_grad", "grad_variance")
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss(reduction="sum"))
+    x, y = share(rank, 0)
+    with nnj.collect(*names, group=dist.group.WORLD) as context:
+        loss(model(x[: rank * len(x)]), y[: rank * len(y)]).backward()
+    found = results(model, names, context)
+    one = nnj.extend(net())
+    with nnj.collect(*names, group=False) as context:
+        (loss(one(share(1, 0)[0]), share(1, 0)[1]) / size).backward()
+    expected = results(one, names, context)
+    rows = {k: t[: rank * len(t)] for k, t in expected.items() if k.startswith("batch_")}
+    return found, expected | rows
+
+
 def _nowhere(rank: int, size: int) -> Any:
     """No rank has a batch."""
     _pair()
@@ -387,6 +403,7 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "left": _left,
     "branches": _branches,
     "no data": _no_data,
+    "no rows": _no_rows,
     "nowhere": _nowhere,
     "other model": _other_model,
     "other options": _other_options,

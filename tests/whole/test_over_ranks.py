@@ -79,6 +79,7 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
     assert ranks[1]["left"] == "ValueError: of the user"
     for found in ranks:
         assert not list(wrong(*found["branches"]))
+        assert not list(wrong(*found["no rows"]))
     _check_no_data(ranks)
     _check_join(ranks)
     one, both = ranks[0]["draws"]
