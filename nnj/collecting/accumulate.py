@@ -153,11 +153,15 @@ class _Merged:
 
     def with_pass(self, found: list[_Part]) -> tuple[Any, bool]:
         """What `take` is to be given of one pass."""
-        known = [] if self._state is None else [self._state]
+        known: list[Any] = [] if self._state is None else [self._state]
         counted = [part.state for part in found if part.samples]
         if not counted:
             return (known or [found[0].state])[0], self._of_none or not known
         return functools.reduce(self._merge, counted if self._of_none else known + counted), False
+
+    def begin(self, state: Any) -> None:
+        """Take in a state that is all that there is."""
+        self._state = state
 
     def take(self, given: tuple[Any, bool]) -> None:
         """Take in the state with one pass more."""
@@ -183,6 +187,10 @@ class _Rows:
     def with_pass(self, found: list[_Part]) -> list[_Part]:
         """What `take` is to be given of one pass."""
         return found
+
+    def begin(self, state: Tensor) -> None:
+        """Take in rows that are all that there are."""
+        self.take([_Part(0, len(state), state)])
 
     def take(self, found: list[_Part]) -> None:
         """Take in the rows of one pass."""
@@ -365,8 +373,7 @@ class Accumulator:
         """
         for holder, state in states.items():
             total = _empty(self._quantities[name])
-            part = _Part(0, self.samples, state)
-            total.take([part] if isinstance(total, _Rows) else (state, False))
+            total.begin(state)
             self._totals[name][holder] = total
 
     def forget(self, name: str, holder: Holder) -> None:

@@ -127,8 +127,9 @@ class collect(Collection):  # noqa: N801
         - What a rank refuses inside is raised on all ranks, with its number, at the end of the
           `with`; gradients go on until then. Any other exception leaves at once, and the others
           are told.
-        - Refused are communication hooks, `join(divide_by_initial_world_size=False)`, and calls of
-          which only some go through DDP. `join` goes inside of the `with`.
+        - Refused are communication hooks, `join(divide_by_initial_world_size=False)`, ranks whose
+          parameters differ, and, without group=, calls of which only some go through DDP, and
+          parameters that it was told to ignore. `join` goes inside of the `with`.
         - `nnj.fit` weighs samples by the data set, and this one by the loss of each rank.
 
         Models that `fully_shard` shards
@@ -351,12 +352,12 @@ class collect(Collection):  # noqa: N801
         if group is False or accumulator.every_sample is not None:  # of sharded models: done
             return None
         try:
-            own = data_group(accumulator.wrappers, models_of(accumulator.modules))
+            group = data_group(accumulator.wrappers, models_of(accumulator.modules), group)
         except NNJError as error:
             if group is None and not self._splits(accumulator.wrappers):
                 raise
-            self._kept, own = self._kept or error, first_group(accumulator.wrappers)
-        group = own if group is None else group
+            self._kept = self._kept or error
+            group = first_group(accumulator.wrappers) if group is None else group
         try:
             check_group(group, models_of(accumulator.modules))
         except NNJError as error:

@@ -26,13 +26,16 @@ def inside_wrapper(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def data_group(wrappers: Collection[nn.Module | None], models: Iterable[nn.Module]) -> Any:
+def data_group(
+    wrappers: Collection[nn.Module | None], models: Iterable[nn.Module], group: Any = None
+) -> Any:
     """The group over which gradients are averaged of models that were called through wrappers; None
     if there is none.
 
     Args:
         wrappers: of all calls, None among them for one that went through none.
         models: that took part.
+        group: over which the user says that all is added up, whatever wrappers do.
 
     Errors: `NNJError` where gradients are another thing than the mean over one group.
     """
@@ -40,18 +43,19 @@ def data_group(wrappers: Collection[nn.Module | None], models: Iterable[nn.Modul
     found = [w for w in wrappers if w is not None]
     parts = [m for model in models for m in model.modules()]
     found += [m for m in parts if isinstance(m, DistributedDataParallel) and m not in found]
-    if not found:
-        return None
+    for wrapper in found:
+        check_mean(wrapper)
+    if group is not None or not found:
+        return group
     covered = {p for wrapper in found for p in wrapper.parameters()}
     apart = any(p.requires_grad and p not in covered for m in models for p in m.parameters())
-    if None in wrappers and (apart or len(wrappers) > 1):
+    mixed = None in wrappers and (apart or len(wrappers) > 1)
+    if mixed or any(map(_leaves_out, found)):
         raise NNJError(
             "some parameters, or calls of the model, are under DistributedDataParallel, which "
             "averages gradients over ranks, and others are not. Say group=..., over which all are "
             "then added up, or group=False for what this rank has"
         )
-    for wrapper in found:
-        check_mean(wrapper)
     groups = [group_of(wrapper) for wrapper in found]
     if not all(same_ranks(group, groups[0]) for group in groups):
         raise NNJError(
@@ -59,6 +63,12 @@ def data_group(wrappers: Collection[nn.Module | None], models: Iterable[nn.Modul
             "which ranks to add up. Say group=..., or collect for each in a `with` of its own"
         )
     return groups[0]
+
+
+def _leaves_out(wrapper: Any) -> bool:
+    """Whether a wrapper was told to leave parameters out that require grad."""
+    ignored = getattr(wrapper.module, "_ddp_params_and_buffers_to_ignore", ())
+    return any(p.requires_grad and n in ignored for n, p in wrapper.module.named_parameters())
 
 
 def first_group(wrappers: Iterable[nn.Module | None]) -> Any:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import nnj
+from nnj.testing import check_model
 from tests.support.data_parallel import MODES, Branches, batch
 
 W = TypeVar("W")
@@ -333,13 +334,53 @@ def _join(rank: int, size: int, mean: bool = True) -> Any:
     return model.head.weight.ggn_diag
 
 
-def _mixed(rank: int, size: int) -> Any:
+def _mixed(rank: int, size: int, group: Any = None) -> Any:
     """One call goes through the wrapper, and one does not."""
     model, loss = _pair()
     parallel = DistributedDataParallel(model)
-    with nnj.collect("ggn_diag"):
+    with nnj.collect("ggn_diag", group=group):
         for called in (parallel, model):
             loss(called(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    return model.head.weight.ggn_diag
+
+
+def _left_out(rank: int, size: int) -> Any:
+    """DDP leaves one parameter to this rank."""
+    model, loss = _pair()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["head.bias"])
+    parallel = DistributedDataParallel(model)
+    with nnj.collect("ggn_diag"):
+        loss(parallel(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _other_numbers(rank: int, size: int) -> Any:
+    """No wrapper has made the parameters the same."""
+    model, loss = _pair()
+    with torch.no_grad():
+        model.twice.bias += rank * 1e-6
+    with nnj.collect("ggn_diag", group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _check(rank: int, size: int) -> str:
+    """Under the wrapper, whose passes are over ranks."""
+    x, y = share(rank, 0)
+    return str(check_model(DistributedDataParallel(net()), nn.CrossEntropyLoss(), x, y))
+
+
+def _compiled(rank: int, size: int) -> Any:
+    """Gradients would be those of this rank."""
+    nnj.compile(DistributedDataParallel(net()), nn.CrossEntropyLoss(), "ggn_diag")
+
+
+def _compiled_inside(rank: int, size: int) -> Any:
+    """Passes of this rank, replayed, in a `with` of all."""
+    model = net()
+    step = nnj.compile(model, nn.CrossEntropyLoss(), "ggn_diag", backend="aot")
+    for _ in range(4):
+        with nnj.collect("ggn_diag", group=dist.group.WORLD):
+            step(*share(rank, 0))
+    return step.replays, model.head.weight.ggn_diag
 
 
 def _ekfac(rank: int, size: int) -> Any:
@@ -412,6 +453,12 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "join": _join,
     "join by what is left": lambda rank, size: _join(rank, size, mean=False),
     "mixed": _mixed,
+    "mixed in a group": lambda rank, size: _mixed(rank, size, dist.group.WORLD),
+    "left out": _left_out,
+    "other numbers": _other_numbers,
+    "checked": _check,
+    "compiled": _compiled,
+    "compiled inside": _compiled_inside,
     "ekfac": _ekfac,
     "draws": _draws,
     "no degree": _no_degree,
@@ -526,6 +573,28 @@ def _padded(rank: int, size: int) -> None:
     nnj.fit(net(), nn.CrossEntropyLoss(), loader, "ggn_diag", group=dist.group.WORLD)
 
 
+def _other_buffers(rank: int, size: int) -> None:
+    """What a rank has seen since DDP last called the model."""
+    model = nn.Sequential(nn.BatchNorm1d(2), net()).double()
+    parallel, norm = DistributedDataParallel(model), model[0]
+    for buffer in (norm.num_batches_tracked, norm.running_mean):  # of a counter nothing is said
+        with torch.no_grad():
+            buffer += rank
+        nnj.fit(parallel, nn.CrossEntropyLoss(), [share(rank, 0)], "ggn_diag")
+
+
+def _other_weights(rank: int, size: int) -> None:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).double()
+    nnj.fit(model, nn.CrossEntropyLoss(), [share(rank, 0)], "ggn_diag", group=dist.group.WORLD)
+
+
+def _same_data(rank: int, size: int) -> None:
+    """All ranks read everything, in orders of their own."""
+    load = DataLoader(data(), 2 + rank, shuffle=True)
+    nnj.fit(net(), nn.CrossEntropyLoss(), load, "ggn_diag", group=dist.group.WORLD)
+
+
 def _one_fails(rank: int, size: int) -> None:
     x, y = share(rank, 0)
     batches = [(x, y), (x * torch.nan if rank == 1 else x, y), (x, y)]
@@ -548,6 +617,9 @@ def _other_loss(rank: int, size: int) -> None:
 
 FIT_REFUSED: dict[str, Callable[[int, int], None]] = {
     "padded": _padded,
+    "other buffers": _other_buffers,
+    "other weights": _other_weights,
+    "same data": _same_data,
     "one fails": _one_fails,
     "one leaves": _one_leaves,
     "other loss": _other_loss,
