@@ -20,8 +20,9 @@ from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
 from nnj.propagation.called import call, logits_of
-from nnj.recording.extend import extend, is_own_hook
+from nnj.recording.extend import check_hookable, extend, is_own_hook
 from nnj.recording.sharded import is_unit
+from nnj.recording.wrappers import check_not_flat
 
 
 def compile(
@@ -110,6 +111,7 @@ def compile(
     Errors: those of `nnj.extend`, `nnj.collect` and the backward pass; `NNJError` for an unknown
     backend, for a model that reduces its gradients over ranks, and inside a `with nnj.collect` that
     asks for what was not compiled."""
+    check_hookable(model)
     check_alone(model)
     extend(model)
     loss = extend(loss_func)
@@ -144,6 +146,7 @@ def compile(
 
 def check_alone(model: nn.Module) -> None:
     """Errors: `NNJError` for a model whose gradients are those of several processes."""
+    check_not_flat(model.modules())
     if any(is_unit(m) or isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise NNJError(
             "nnj.compile makes a graph of one process, in which DistributedDataParallel and "

@@ -33,6 +33,7 @@ from nnj.recording.extend import (
 )
 from nnj.recording.replicas import check_replicas
 from nnj.recording.sharded import Sharding, sharded_models
+from nnj.recording.wrappers import check_not_flat
 
 
 def fit(
@@ -123,6 +124,7 @@ def fit(
             "the `with`"
         )
     check_hookable(model)
+    check_not_flat(model.modules())
     model, group = unwrapped(model, group)
     sharding = Sharding([model]) if sharded_models([model]) else None
     if sharding is not None:

@@ -25,6 +25,7 @@ from nnj.propagation.linearize import Forwarding, Modules, parameters, parameter
 from nnj.recording.extend import batch_axis_of
 from nnj.recording.replicas import check_replicas
 from nnj.recording.tensor_parallel import check_whole
+from nnj.recording.wrappers import check_not_flat
 
 
 class Given(NamedTuple):
@@ -86,6 +87,7 @@ class DataOperator:
             )
         self.loss, self.data, self.scale = loss, data, scale
         self.how = reduction, forward, target
+        check_not_flat(model.modules())
         self.model, group = unwrapped(model, group)
         model = self.model
         self.group = group

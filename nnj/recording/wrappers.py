@@ -1,10 +1,12 @@
-"""What of torch splits the data over processes: which wrapper a model is called through, and the
-group over which it makes one gradient of those of all ranks.
+"""What splits the data over processes: which wrapper of torch a model is called through, and the
+group over which it makes one gradient of those of all ranks; and engines that nnj cannot follow.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,63 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnj.distributed.ranks import same_ranks
 from nnj.errors import NNJError
+
+# Engines by the packages in which they are, and why nnj cannot follow them.
+ENGINES = {
+    "torch.distributed.pipelining": "the model is a stage of torch.distributed.pipelining: only "
+    "the last one has a loss, of parts of a batch, and gradients are divided when all is done. "
+    "Collect with the whole model, on one process or under DistributedDataParallel or fully_shard",
+    "deepspeed": "the model runs in an engine of DeepSpeed, which scales gradients, adds them up "
+    "over ranks and keeps them where nnj has no hook. Collect with the model before DeepSpeed is "
+    "given it, or under DistributedDataParallel or fully_shard",
+}
+
+
+def check_engine(name: str | None) -> None:
+    """Errors: `NNJError` for one of the engines."""
+    if name is not None:
+        raise NNJError(ENGINES[name])
+
+
+def engine_of(model: Any) -> str | None:
+    """Which engine an object is; None for none."""
+    for base in type(model).__mro__:
+        if base.__name__ == "DeepSpeedEngine":
+            return "deepspeed"
+        if _is_in(base.__module__, "torch.distributed.pipelining"):
+            return "torch.distributed.pipelining"
+    return None
+
+
+def engine_of_call(python: FrameType | None) -> str | None:
+    """Which engine a frame of Python was called by; None for none."""
+    there = [name for name in ENGINES if name in sys.modules]
+    while there and python is not None:
+        module = python.f_globals.get("__name__") or ""
+        for name in there:
+            if _is_in(module, name):
+                return name
+        python = python.f_back
+    return None
+
+
+def check_not_flat(modules: Iterable[nn.Module]) -> None:
+    """Errors: `NNJError` for a part of a model under FullyShardedDataParallel."""
+    for kind in set(map(type, modules)):
+        if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
+            raise flat_error(kind.__name__)
+
+
+def flat_error(who: str) -> NNJError:
+    return NNJError(
+        f"{who} is sharded by FSDP 1 (FullyShardedDataParallel), where a parameter is a part of a "
+        "flat one, and nnj does not take it. Shard it with torch.distributed.fsdp.fully_shard, or "
+        "collect with the model before it is sharded, or under DistributedDataParallel"
+    )
+
+
+def _is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def wrapper_of_call(module: nn.Module) -> nn.Module | None:

@@ -18,7 +18,7 @@ from nnj.loss_hessian.base import LossHessian
 from nnj.matrices.matrix import Matrix
 from nnj.recording.extend import batch_axis_of, copied, extend
 from nnj.recording.tensor_parallel import check_whole
-from nnj.recording.wrappers import inside_wrapper
+from nnj.recording.wrappers import check_not_flat, inside_wrapper
 from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
 from nnj.testing.check_layer import check_layer
 from nnj.testing.compare import double
@@ -104,6 +104,7 @@ def check_model(
 
     axis = batch_axis_of(model)
     model = inside_wrapper(model)
+    check_not_flat(model.modules())
     check_whole("nnj.testing.check_model", model.parameters())
     model, x, targets = _doubled(model), double(x), double(targets)
     loss = _doubled(loss_func) if isinstance(loss_func, nn.Module) else loss_func

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
@@ -383,6 +384,30 @@ def _compiled_inside(rank: int, size: int) -> Any:
     return step.replays, model.head.weight.ggn_diag
 
 
+def _pipeline(rank: int, size: int) -> Any:
+    """A model of two stages, which trains on."""
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Linear(8, 4), nn.Tanh()), nn.Linear(4, 3)]
+    mine, loss, said = stages[rank].double(), nn.CrossEntropyLoss(), ""
+    nnj.extend(mine)
+    schedule = ScheduleGPipe(
+        PipelineStage(mine, rank, size, torch.device("cpu")), 2, loss_fn=nnj.extend(loss)
+    )
+    x, y = share(0, 0)[0][:4].flatten(1), share(0, 0)[1][:4]
+    try:
+        with nnj.collect("ggn_diag"):
+            schedule.step(x) if rank == 0 else schedule.step(target=y)
+    except nnj.NNJError as error:
+        said = str(error)
+    nn.functional.cross_entropy(nn.Sequential(*stages).double()(x), y).backward()
+    twice = [p.grad / 2 for p in mine.parameters()]  # of the pipeline, and of all of it here
+    mine.zero_grad()
+    nn.functional.cross_entropy(nn.Sequential(*stages)(x), y).backward()
+    return said, all(
+        torch.allclose(t, p.grad) for t, p in zip(twice, mine.parameters(), strict=True)
+    )
+
+
 def _ekfac(rank: int, size: int) -> Any:
     model, loss = _pair()
     with nnj.collect("ekfac", group=dist.group.WORLD):
@@ -459,6 +484,7 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "checked": _check,
     "compiled": _compiled,
     "compiled inside": _compiled_inside,
+    "pipeline": _pipeline,
     "ekfac": _ekfac,
     "draws": _draws,
     "no degree": _no_degree,

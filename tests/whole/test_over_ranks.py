@@ -72,6 +72,9 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
         assert first["said"].startswith("rank 1: CrossEntropyLoss: the scalar is not linear")
         assert {*first["grad"]} == {name for name, _ in net().named_parameters()}
         assert torch.equal(first["later"], ranks[0]["refused first"]["later"])
+        said, trained = found["pipeline"]
+        assert ("the model is a stage of torch.distributed" if rank else "no extended loss") in said
+        assert trained
         for name, text in SAID.items():
             assert text in found[name], (rank, name, found[name])
     assert ranks[0]["left"].startswith("NNJError: nnj.collect: rank 0 waits")

@@ -123,7 +123,7 @@ def test_distributed_data_parallel():
 def test_sharded_and_distributed_models_are_refused_and_train_on():
     ranks, wrong = together("tests.support.sharded:all_ways"), list[str]()
     for way in CASES:
-        expected = "is sharded by FSDP" if way[1] in SHARDED else "a parameter is a DTensor"
+        expected = "is sharded by FSDP 1" if way[1] in SHARDED else "a parameter is a DTensor"
         remedy = "under DistributedDataParallel"
         if way[1] in TAKEN:
             expected = remedy = ""
