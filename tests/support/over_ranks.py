@@ -5,6 +5,7 @@ rank's share, and alone, on the shares of all.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -510,6 +511,17 @@ def dying(rank: int) -> Any:
             if rank == 1:
                 os._exit(7)
     return str(said.value)
+
+
+def failing(rank: int) -> None:
+    """Rank 1 fails, and rank 0 has what it wants."""
+    if rank == 1:
+        raise ZeroDivisionError("of a test")
+
+
+def hanging(rank: int) -> int:
+    """Rank 1 does not end."""
+    return time.sleep(600) or 0 if rank == 1 else 3
 
 
 # -- fit -------------------------------------------------------------------------------------------
