@@ -153,7 +153,7 @@ def fit(
         with run.knowing(first), run.shared(loss, loader):
             _read(run, evaluate, with_bar(loader, progress, "nnj.fit"), device, backend)
     found = run.result(loss)
-    found.spread = sharding is not None
+    found.spread = None if sharding is None else sharding.group
     found.origin = Origin(model, forward, target, versions_of(run.params.values()))
     return found
 
