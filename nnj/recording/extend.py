@@ -82,7 +82,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     Errors: `NNJError` for a compiled module, a stage of a pipeline, and an engine of DeepSpeed;
     TypeError for what is neither a module nor callable.
     """
-    check_hookable(module)
+    check_engine(engine_of(module))
     if not isinstance(module, nn.Module):
         if not callable(module) or isinstance(module, type):
             raise TypeError(
@@ -90,6 +90,7 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
                 f"{module!r}"
             )
         module, loss = FunctionLoss.of(module), True
+    check_hookable(module)
     if loss and not is_loss(module):
         _remove(module)
         _put_on_loss(module)
