@@ -147,23 +147,44 @@ def asked(name: str, ask: Callable[..., Any], *given: Any) -> Any:
         raise failed(name, error) from error.__cause__ or error
 
 
+class _Part(NamedTuple):
+    """What a group of samples has at a holder.
+
+    Attributes:
+        start: the number of its first sample.
+        samples: how many there are.
+        state: of them.
+    """
+
+    start: int
+    samples: int
+    state: Any
+
+
 class _Merged:
-    """The states that reached one holder, merged: of sums over samples."""
+    """The states that reached one holder, merged: of sums over samples. What no samples have adds
+    nothing, and stands only while there is nothing else.
+    """
 
     def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
         self._merge, self._state = merge, None
+        self._of_none = False  # whether the state is one of no samples
 
-    def with_pass(self, found: list[tuple[int, Any]]) -> Any:
-        """What `take` is to be given of one pass: (the number of the first sample, state) for each
-        group of samples.
-        """
-        states = [state for _, state in found]
-        states = states if self._state is None else [self._state, *states]
-        return functools.reduce(self._merge, states)
+    def with_pass(self, found: list[_Part]) -> tuple[Any, bool]:
+        """What `take` is to be given of one pass."""
+        known: list[Any] = [] if self._state is None else [self._state]
+        counted = [part.state for part in found if part.samples]
+        if not counted:
+            return (known or [found[0].state])[0], self._of_none or not known
+        return functools.reduce(self._merge, counted if self._of_none else known + counted), False
 
-    def take(self, state: Any) -> None:
-        """Take in the state with one pass more."""
+    def begin(self, state: Any) -> None:
+        """Take in a state that is all that there is."""
         self._state = state
+
+    def take(self, given: tuple[Any, bool]) -> None:
+        """Take in the state with one pass more."""
+        self._state, self._of_none = given
 
     def state(self, samples: int) -> Any:
         """All of them; None if nothing reached the holder."""
@@ -182,13 +203,17 @@ class _Rows:
         self._parts: list[Tensor] = []
         self._length = 0
 
-    def with_pass(self, found: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    def with_pass(self, found: list[_Part]) -> list[_Part]:
         """What `take` is to be given of one pass."""
         return found
 
-    def take(self, found: list[tuple[int, Tensor]]) -> None:
-        """Take in one pass: (the number of the first sample, rows) for each group of samples."""
-        for start, rows in found:
+    def begin(self, state: Tensor) -> None:
+        """Take in rows that are all that there are."""
+        self.take([_Part(0, len(state), state)])
+
+    def take(self, found: list[_Part]) -> None:
+        """Take in the rows of one pass."""
+        for start, _, rows in found:
             if rows.untyped_storage().nbytes() != rows.nbytes:
                 rows = rows.clone(memory_format=torch.contiguous_format)  # a view of all columns
             self._fill(start, rows)
@@ -269,10 +294,10 @@ class Accumulator:
         ready: list[tuple[Any, Any]] = []
         for name in self._quantities:
             totals = self._expected(name, groups)
-            found: dict[Holder, list[tuple[int, Any]]] = {}
+            found: dict[Holder, list[_Part]] = {}
             for start, group in zip(starts, groups, strict=False):
                 for holder, state in group.at(name).items():
-                    found.setdefault(holder, []).append((start, state))
+                    found.setdefault(holder, []).append(_Part(start, group.n, state))
             for holder, states in found.items():
                 total = totals[holder]
                 ready.append((total, asked(name, total.with_pass, states)))
@@ -298,7 +323,8 @@ class Accumulator:
                     mine[holder] = _empty(self._quantities[name])
                 state = total.state(other.samples)
                 if state is not None:
-                    given = asked(name, mine[holder].with_pass, [(self.samples, state)])
+                    part = _Part(self.samples, other.every_sample or 0, state)
+                    given = asked(name, mine[holder].with_pass, [part])
                     mine[holder].take(given)
         self.modules.update(other.modules)
         self.wrappers |= other.wrappers
@@ -368,7 +394,7 @@ class Accumulator:
         """
         for holder, state in states.items():
             total = _empty(self._quantities[name])
-            total.take([(0, state)] if isinstance(total, _Rows) else state)
+            total.begin(state)
             self._totals[name][holder] = total
 
     def plus(self, name: str, states: Mapping[Holder, Any]) -> None:

@@ -128,8 +128,9 @@ class collect(Collection):  # noqa: N801
         - What a rank refuses inside is raised on all ranks, with its number, at the end of the
           `with`; gradients go on until then. Any other exception leaves at once, and the others
           are told.
-        - Refused are communication hooks, `join(divide_by_initial_world_size=False)`, and calls of
-          which only some go through DDP. `join` goes inside of the `with`.
+        - Refused are communication hooks, `join(divide_by_initial_world_size=False)`, ranks whose
+          parameters differ, and, without group=, calls of which only some go through DDP, and
+          parameters that it was told to ignore. `join` goes inside of the `with`.
         - `nnj.fit` weighs samples by the data set, and this one by the loss of each rank.
 
         Models that `fully_shard` shards
@@ -178,8 +179,9 @@ class collect(Collection):  # noqa: N801
         - `scale_grad_by_freq=True`, whose `.grad` is not a gradient.
         - Models, losses and steps under `torch.compile` or `torch.jit` (extend and use what was
           given to it), and `torch.utils.checkpoint` with `use_reentrant=True`.
-        - FullyShardedDataParallel (use `fully_shard`), models that `fully_shard` shards in parts
-          or over several meshes, DTensors other than in linear layers between plain tensors,
+        - Stages of `torch.distributed.pipelining` and engines of DeepSpeed, when the `with` ends;
+          FullyShardedDataParallel (use `fully_shard`), models that `fully_shard` shards in parts or
+          over several meshes, DTensors other than in linear layers between plain tensors,
           DistributedDataParallel with `mixed_precision=`, and DataParallel on several devices: they
           train on as without nnj. `SyncBatchNorm` in training mode.
         - Models on the device "meta", and nested tensors.
@@ -310,6 +312,8 @@ class collect(Collection):  # noqa: N801
             ranks = self._found_ranks()
             if ranks is None:
                 super().__exit__(kind, error, traceback)
+                if kind is None and self._kept is not None:
+                    raise self._kept
             else:
                 self._over_ranks(ranks, error)
             if kind is None and (ranks is not None or self._covered()):
@@ -338,10 +342,12 @@ class collect(Collection):  # noqa: N801
         super().refuse_pass(error, calls)
         if self._kept is not None:
             return True
-        wrappers = {m.wrapper for c in calls for m in marks_behind(c.edges)}
-        if not self._splits(wrappers):
+        marks = [m for c in calls for m in marks_behind(c.edges)]
+        wrappers = {m.wrapper for m in marks}
+        if self._splits(wrappers):
+            self.accumulator.wrappers |= wrappers
+        elif all(m.engine is None for m in marks):  # else other ranks wait for what comes behind
             return False
-        self.accumulator.wrappers |= wrappers
         self._kept = error
         return True
 
@@ -354,12 +360,12 @@ class collect(Collection):  # noqa: N801
             return None
         models = models_of(accumulator.modules)
         try:
-            own = data_group(accumulator.wrappers, models)
+            group = data_group(accumulator.wrappers, models, group)
         except NNJError as error:
             if group is None and not self._splits(accumulator.wrappers):
                 raise
-            self._kept, own = self._kept or error, first_group(accumulator.wrappers)
-        group = own if group is None else group
+            self._kept = self._kept or error
+            group = first_group(accumulator.wrappers) if group is None else group
         try:
             check_group(group, models)
         except NNJError as error:

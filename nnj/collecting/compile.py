@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from nnj.collecting.accumulate import Contribution
@@ -19,7 +20,9 @@ from nnj.collecting.request import Request
 from nnj.compiling.cases import Cases
 from nnj.errors import NNJError
 from nnj.propagation.called import call, logits_of
-from nnj.recording.extend import extend, is_own_hook
+from nnj.recording.extend import check_hookable, extend, is_own_hook
+from nnj.recording.sharded import is_unit
+from nnj.recording.wrappers import check_not_flat
 
 
 def compile(
@@ -100,8 +103,17 @@ def compile(
         inductor has generators of its own. Ranks whose generators have one seed draw the same here,
         unlike in the eager pass: give `generator=` a seed of its own on each.
 
+    Several processes
+        A pass is one of this process, and so are the gradients. Inside `with nnj.collect(...,
+        group=...)` results are those of all ranks when it ends; reduce `.grad` yourself. Models
+        under DistributedDataParallel and `fully_shard`, which reduce it while autograd runs, are
+        refused.
+
     Errors: those of `nnj.extend`, `nnj.collect` and the backward pass; `NNJError` for an unknown
-    backend, and inside a `with nnj.collect` that asks for what was not compiled."""
+    backend, for a model that reduces its gradients over ranks, and inside a `with nnj.collect` that
+    asks for what was not compiled."""
+    check_hookable(model)
+    check_alone(model)
     extend(model)
     loss = extend(loss_func)
     request = Request.by_name(
@@ -131,6 +143,17 @@ def compile(
         why_never(request),
     )
     return Step(model, request, cases)
+
+
+def check_alone(model: nn.Module) -> None:
+    """Errors: `NNJError` for a model whose gradients are those of several processes."""
+    check_not_flat(model.modules())
+    if any(is_unit(m) or isinstance(m, DistributedDataParallel) for m in model.modules()):
+        raise NNJError(
+            "nnj.compile makes a graph of one process, in which DistributedDataParallel and "
+            "fully_shard do not reduce gradients. Give it the model inside (ddp.module), in a "
+            "`with nnj.collect(..., group=...)`, and reduce .grad yourself; or do without it"
+        )
 
 
 class Step:

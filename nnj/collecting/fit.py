@@ -31,7 +31,9 @@ from nnj.recording.extend import (
     is_own_hook,
     temporarily_extended,
 )
+from nnj.recording.replicas import check_replicas
 from nnj.recording.sharded import Sharding, sharded_models
+from nnj.recording.wrappers import check_not_flat
 
 
 def fit(
@@ -90,12 +92,14 @@ def fit(
         are kept in memory.
 
     Several processes
-        Each rank reads its own loader, of any number of batches, none included; nothing is sent
-        before the end of it, and then sums alone. A model under DistributedDataParallel is called
-        without it. Rows of per-sample quantities are those of this rank. A `DistributedSampler`
-        pads its shards with samples that then count twice, which is refused: give
-        `torch.utils.data.Subset(data, range(rank, len(data), world_size))`. An error of one rank is
-        raised on all, with its rank. Files of separate jobs, without any group: `nnj.Fit.merge`.
+        Each rank reads its own loader, of any number of batches, none included. Before it, ranks
+        compare their parameters and buffers, which are those of one model; what is sent after it
+        are sums alone. A model under DistributedDataParallel is called without it. Rows of
+        per-sample quantities are those of this rank. A `DistributedSampler` pads its shards with
+        samples that then count twice, which is refused: give `torch.utils.data.Subset(data,
+        range(rank, len(data), world_size))`. So are two ranks that read the same samples. An error
+        of one rank is raised on all, with its rank. Files of separate jobs, without any group:
+        `nnj.Fit.merge`.
         A model that `fully_shard` shards is called on all ranks in each pass: all have one batch at
         least, and one that has no more is given its last one again, which counts nothing.
 
@@ -105,7 +109,8 @@ def fit(
     Errors: `NNJError` for an empty loader, a batch that the rule does not read, a loss whose
     reduction nobody knows or is not as said, a target that torch would broadcast, a mean over a
     weight of zero, a call inside an open `nnj.collect`, parts of a model under
-    DistributedDataParallel, shards that are padded, and whatever `nnj.collect` refuses."""
+    DistributedDataParallel, shards that are padded, ranks with other parameters or buffers, and
+    whatever `nnj.collect` refuses."""
     if scale not in ("sum", "mean"):
         raise NNJError(f"scale={scale!r}, expected 'sum' or 'mean'")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -119,6 +124,7 @@ def fit(
             "the `with`"
         )
     check_hookable(model)
+    check_not_flat(model.modules())
     model, group = unwrapped(model, group)
     sharding = Sharding([model]) if sharded_models([model]) else None
     if sharding is not None:
@@ -126,6 +132,8 @@ def fit(
     ranks = None if group is None else Ranks(group, "nnj.fit")
     request = Request.by_name(quantities, modules=modules, group=group or False, **options)
     run = _Run(model, request, scale, ranks, sharding)
+    if ranks is not None:
+        check_replicas(ranks, model, sharding is not None)
     backend = None
     if compile:
         backend = compile if isinstance(compile, str) else "inductor"
@@ -145,7 +153,7 @@ def fit(
         with run.knowing(first), run.shared(loss, loader):
             _read(run, evaluate, with_bar(loader, progress, "nnj.fit"), device, backend)
     found = run.result(loss)
-    found.spread = sharding is not None
+    found.spread = None if sharding is None else sharding.group
     found.origin = Origin(model, forward, target, versions_of(run.params.values()))
     return found
 
@@ -162,6 +170,7 @@ def _read(
         batch = moved(given, device)
         inputs, wanted = read(batch, evaluate.forward, evaluate.target)
         n = length(inputs, evaluate.axis)
+        run.see(inputs, wanted, n, evaluate.axis)
         if n > 0 and cases is not None:
             run.add_replayed(evaluate.loss, cases(batch), wanted, n)
         elif n > 0:
@@ -180,6 +189,7 @@ def _read_together(
             inputs, wanted = read(batch, evaluate.forward, evaluate.target)
             n = length(inputs, evaluate.axis)
             if n > 0:
+                run.see(inputs, wanted, n, evaluate.axis)
                 yield batch, wanted, n
 
     for (batch, wanted, n), counts in in_step(batches(), run.ranks):
@@ -269,6 +279,11 @@ class _Run:
         rows = self.collection.accumulator.samples - before
         total = loss.total(output, target, n)
         self._ended(loss, rows, n, total, (weight * value).detach())
+
+    def see(self, inputs: Any, target: Any, n: int, axis: int) -> None:
+        """A batch, which other ranks are not to have, too."""
+        if self.ranks is not None:
+            self.done.seen.add(inputs, target, n, axis)
 
     @contextmanager
     def counting(self, counts: bool) -> Iterator[None]:

@@ -8,7 +8,7 @@ import functools
 import uuid
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.request import Request
+from nnj.collecting.same_data import Seen, check_apart
 from nnj.distributed.ranks import Ranks, checked_group, same_ranks
 from nnj.errors import NNJError
 from nnj.recording.sharded import Sharding
@@ -33,12 +34,14 @@ class Read:
         total: what the mean divides by.
         value: the loss.
         samples: how many samples of the loader.
+        seen: which these are.
         run: a name of the whole, if it is that of several ranks.
     """
 
     total: Tensor | float = 0.0
     value: Tensor | float = 0.0
     samples: int = 0
+    seen: Seen = field(default_factory=Seen)
     run: str = ""
 
 
@@ -76,8 +79,8 @@ def shared(
         model: None for a sharded one, whose passes are those of all ranks already.
         of_data: what must be the same on all ranks, and the loader.
 
-    Errors: `NNJError`, on all ranks, for the first error of any, and for samples that a sampler has
-    given twice.
+    Errors: `NNJError`, on all ranks, for the first error of any, for samples that a sampler has
+    given twice, and for ranks that have read the same.
     """
     if ranks is None:
         yield
@@ -92,7 +95,7 @@ def shared(
         ranks.leave(why)
         raise
     mine = float(read.total), float(read.value), read.samples, uuid.uuid4().hex
-    more = (facts, mine, _shards(loader))
+    more = (facts, mine, (_shards(loader), read.seen.sums()))
     if model is None and error is not None:
         raise error  # as on all ranks
     if model is None:
@@ -110,7 +113,8 @@ def shared(
     parts = [part for _, part, _ in notes]
     read.total, read.value = sum(part[0] for part in parts), sum(part[1] for part in parts)
     read.samples, read.run = sum(part[2] for part in parts), parts[0][3]
-    _check_padding(read.samples, [shards for _, _, shards in notes])
+    _check_padding(read.samples, [shards for _, _, (shards, _) in notes])
+    check_apart([seen for _, _, (_, seen) in notes])
 
 
 def group_of_shards(sharding: Sharding, group: Any) -> Any:

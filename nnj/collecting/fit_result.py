@@ -17,6 +17,8 @@ from nnj.collecting import quantity_file
 from nnj.collecting.fit_merge import Both, check_alike
 from nnj.collecting.joint_matrix import Names, checked_matrix, matrix_of_places
 from nnj.collecting.quantity import Quantity, Whole, is_simple
+from nnj.collecting.whole_fit import has_parts, of_all_ranks, of_mesh
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.matrices.load import read_packed, unpacked
 from nnj.matrices.matrix import Matrix, packed
@@ -91,7 +93,8 @@ class Fit(Mapping[str, Any]):
             the weights of their classes; of other losses than torch's its samples.
         origin: the model and how batches were read; None of a fit that was read from a file, or
             merged of such.
-        spread: whether each rank has a part of it, as of a model that `fully_shard` shards.
+        spread: over which group each rank has a part of it, as of a model that `fully_shard`
+            shards; None where none has.
         context: by name, what belongs to all parameters together: tensors.
         trace: under tol=, that of the Hessians in the outputs, of the sum over samples.
         deficit: what was left out under tol=, as a part of that trace.
@@ -122,7 +125,7 @@ class Fit(Mapping[str, Any]):
         self._quantities, self._names = dict(quantities), names
         self._states = dict(states)
         self.origin: Origin | None = None
-        self.spread = False
+        self.spread: Any = None
         for name in _FACTS:
             setattr(self, name, facts[name])
 
@@ -202,12 +205,43 @@ class Fit(Mapping[str, Any]):
 
     def _check_whole(self) -> None:
         """Errors: `NNJError` where this rank has a part of it."""
-        if self.spread:
+        if self.spread is not None:
             raise NNJError(
                 "this is the fit of a model that fully_shard shards, of which each rank has a part "
-                "(DTensors, and the factors of some modules). Take what you need of it "
-                "(fit[quantity][name].full_tensor(), on all ranks), or fit the model unsharded"
+                "(DTensors, and the factors of some modules). Gather it (fit.whole(), on all "
+                "ranks), or take what you need of it (fit[quantity][name].full_tensor())"
             )
+
+    def whole(self) -> Fit:
+        """All of it on each rank, of a model that `fully_shard` or tensor parallelism distributes:
+        plain tensors and matrices, to be saved, merged, and made a posterior of, with `model=` one
+        that is not distributed. Rows of per-sample quantities stay those of this rank where ranks
+        split the data. A collective of all ranks of the model; what is whole comes back as it is.
+
+        It takes the memory of the model on one process. Errors: `NNJError` where a rank has left.
+        """
+        values, states, context = self.values_of, self._states, {"": self.context}
+        tables: list[Any] = [values, states, context]
+        if self.spread is not None:
+            ranks = Ranks(self.spread, "nnj.Fit.whole")
+            local = lambda name: bool(name) and name in self.per_sample
+            tables = [of_all_ranks(table, ranks, local) for table in tables]
+        elif any(map(has_parts, (values, states, context))):
+            assert self.origin is not None
+            quantities = {name: self._quantity(name) for name in self._quantities}
+            named = dict(self.origin.model.named_parameters())
+            tables = [of_mesh(table, quantities, named) for table in (values, states)]
+            tables.append({"": {key: whole_of(t) for key, t in self.context.items()}})
+        else:
+            return self
+        order = {place: i for i, place in enumerate([*self._names.shapes, *self._names.own])}
+        for table in tables[:2]:
+            for name, kept in table.items():
+                table[name] = {k: kept[k] for k in sorted(kept, key=lambda k: order.get(k, -1))}
+        values, states, context = tables
+        found = Fit(values, self._quantities, self._names, states, context[""], **self._facts())
+        found.origin = self.origin
+        return found
 
     @classmethod
     def merge(cls, fits: Sequence[Fit]) -> Fit:
@@ -283,7 +317,7 @@ class Fit(Mapping[str, Any]):
         if any(is_distributed(t) for kept in self.values_of.values() for t in kept.values()):
             raise NNJError(
                 "results under tensor parallelism are DTensors, of which this rank has a part. "
-                "Save fit.vector(quantity), which all ranks call, or fit the model undistributed"
+                "Save fit.whole(), which all ranks call"
             )
         kept = {
             "nnj.Fit": _FORMAT,

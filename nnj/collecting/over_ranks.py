@@ -19,6 +19,7 @@ from nnj.collecting.request import Request
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
+from nnj.recording.replicas import Print, check_prints, prints
 from nnj.recording.sharded import Sharding, part_of, placed_like, whole_sum
 
 Forms = dict[str, dict[str, Any]]
@@ -33,6 +34,7 @@ class Note:
         asked: the quantities, and all that says what they are.
         models: the models that took part, as `model_facts` gives them; None if it had no sample.
         known: models that could have taken part.
+        prints: of the parameters of those that took part; none of sharded ones.
         at: the names of modules=, if they are named.
         samples, exact: as of an accumulator.
         forms: the states without their numbers, by quantity and place.
@@ -43,6 +45,7 @@ class Note:
     asked: Any
     models: list[Any] | None
     known: list[Any]
+    prints: list[dict[str, Print]]
     at: list[str] | None
     samples: int
     exact: tuple[float, ...]
@@ -140,6 +143,7 @@ class OverRanks:
         self._check_asked(notes)
         if all(said.models is None for said in notes):
             return notes
+        self._leave_out_empty(notes)
         places = Places(self._models(models, known, notes), self.sharding)
         self.accumulator.modules.update(
             m for m in places.holders.values() if isinstance(m, nn.Module)
@@ -174,6 +178,7 @@ class OverRanks:
             asked_facts(self.request),
             [model_facts(model) for model in models] or None,
             [model_facts(model) for model in known],
+            [prints(m.named_parameters()) for m in models if self.sharding is None],
             at,
             accumulator.samples,
             tuple(accumulator.exact),
@@ -232,12 +237,30 @@ class OverRanks:
                 raise NNJError(
                     f"rank {rank} has other modules= than rank {some}. Name the same on all ranks"
                 )
+        for prints_of in zip(*(said.prints for said in notes if said.models), strict=True):
+            check_prints("parameter", prints_of)
         if models:
             return models
         left = list(known)
         return [_taken(left, fact) for fact in facts]
 
     # -- the states --------------------------------------------------------------------------------
+
+    def _leave_out_empty(self, notes: Sequence[Note]) -> None:
+        """Forget what ranks without samples have of sums, unless there is nothing else: it adds
+        nothing, and may have another form.
+        """
+        if not any(said.samples for said in notes):
+            return
+        for name, quantity in self.request.quantities.items():
+            if quantity.per_sample or quantity.of_rank:
+                continue
+            for said in notes:
+                if not said.samples:
+                    said.forms[name] = {}
+            if not self.accumulator.samples:
+                for holder in self.accumulator.states(name):
+                    self.accumulator.forget(name, holder)
 
     def _reduce(self, places: Places, notes: Sequence[Note]) -> None:
         sums: dict[str, dict[str, Any]] = {}

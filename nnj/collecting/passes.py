@@ -101,7 +101,8 @@ class Collection:
             "took part in a backward pass inside the `with`. Extend the loss, too (loss_func = "
             "nnj.extend(loss_func)), and call backward inside. A loss that the model computes "
             "itself (transformers, given labels=) is none: take its logits, "
-            "model(**inputs).logits, and an extended loss of your own. A loss or a step under "
+            "model(**inputs).logits, and an extended loss of your own. Stages of "
+            "torch.distributed.pipelining have none, and are not taken. A loss or a step under "
             "torch.compile calls no hook: take the loss that was given to torch.compile, and "
             "call it and backward outside of what is compiled"
         )

@@ -19,6 +19,7 @@ from nnj.graph.step import Step
 from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.called_with import Replaced
 from nnj.recording.records import MARK, CallMark, Edge
+from nnj.recording.wrappers import check_engine
 
 
 class Graph:
@@ -100,6 +101,7 @@ class Graph:
             self.shapes[edge] = shape
             self.dtypes[edge] = like.dtype
             if type(edge[0]) is not LEAF and (mark := edge[0].metadata.get((MARK, edge[1]))):
+                check_engine(mark.engine)
                 refuse_model(mark.module, self.parallel)
                 self.outputs[edge] = mark
             if 0 in shape:

@@ -14,6 +14,7 @@ from nnj.errors import Coupled, NNJError
 from nnj.graph.traverse import children, reachable
 from nnj.recording.scope import modules_of
 from nnj.recording.tensor_parallel import is_passage, may_be_part
+from nnj.recording.wrappers import check_not_flat, flat_error
 
 
 def refuse_node(node: Any) -> None:
@@ -52,7 +53,7 @@ def refuse_node(node: Any) -> None:
     if name.startswith("SyncBatchNorm"):
         raise Coupled.at("SyncBatchNorm")
     if module.startswith("torch.distributed.fsdp"):
-        raise _sharded("the model")
+        raise flat_error("the model")
 
 
 def refuse_model(module: nn.Module, parallel: bool = False) -> None:
@@ -62,9 +63,7 @@ def refuse_model(module: nn.Module, parallel: bool = False) -> None:
         parallel: whether layers may be distributed by tensor parallelism.
     """
     parts = modules_of(module)
-    for kind in set(map(type, parts)):
-        if "FullyShardedDataParallel" in [base.__name__ for base in kind.__mro__]:
-            raise _sharded(kind.__name__)
+    check_not_flat(parts)
     for part in parts:
         for p in part._parameters.values() if part._parameters else ():
             if p is not None:
@@ -79,7 +78,7 @@ def refuse_leaf(leaf: Tensor, parallel: bool = False) -> None:
     """
     own = leaf.__dict__
     if "_is_flat_param" in own or "_fsdp_flattened" in own:
-        raise _sharded("the model")
+        raise flat_error("the model")
     if "_mp_param" in own:
         raise NNJError(
             "the model is under DistributedDataParallel with mixed_precision=, which puts other "
@@ -135,11 +134,3 @@ def under_compile(error: Exception, loss: Any, ends: Container[Any]) -> bool:
         return True
     above: Callable[[Any], list[Any]] = lambda n: [] if n in ends else children(n)
     return any("CompiledFunction" in node.name() for node in reachable([loss], above))
-
-
-def _sharded(who: str) -> NNJError:
-    return NNJError(
-        f"{who} is sharded by FSDP (FullyShardedDataParallel, or fully_shard), so that a parameter "
-        "is elsewhere most of the time, and nnj does not take it. Collect with the model before it "
-        "is sharded, or under DistributedDataParallel"
-    )

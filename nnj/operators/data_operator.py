@@ -23,6 +23,9 @@ from nnj.operators.krylov import conjugate_gradients, hutch_plus_plus
 from nnj.propagation.called import call, logits_of
 from nnj.propagation.linearize import Forwarding, Modules, parameters, parameters_inside
 from nnj.recording.extend import batch_axis_of
+from nnj.recording.replicas import check_replicas
+from nnj.recording.tensor_parallel import check_whole
+from nnj.recording.wrappers import check_not_flat
 
 
 class Given(NamedTuple):
@@ -84,6 +87,7 @@ class DataOperator:
             )
         self.loss, self.data, self.scale = loss, data, scale
         self.how = reduction, forward, target
+        check_not_flat(model.modules())
         self.model, group = unwrapped(model, group)
         model = self.model
         self.group = group
@@ -93,6 +97,7 @@ class DataOperator:
         self.params = [p for p in parameters(model) if inside is None or p in inside]
         if not self.params:
             raise NNJError("no parameter of the model (or of modules=) requires grad")
+        check_whole(f"nnj.{type(self).__name__}", self.params)
         first = self.params[0]
         if any(p.dtype != first.dtype or p.device != first.device for p in self.params):
             raise NNJError("an operator is over parameters of one dtype on one device")
@@ -100,6 +105,8 @@ class DataOperator:
         self.sizes = [p.numel() for p in self.params]
         self.shape = sum(self.sizes), sum(self.sizes)
         self.total = 1.0
+        if self.ranks is not None:
+            check_replicas(self.ranks, model)
         if check or scale == "mean":
             self._check_data(check)
 

@@ -15,6 +15,7 @@ from nnj.errors import NNJError
 from nnj.matrices.layout import Damping
 from nnj.matrices.matrix import Matrix, packed
 from nnj.posterior.evidence import Evidence, check_noise, check_precision, tuned
+from nnj.recording.tensor_parallel import check_whole
 
 FORMAT = 1  # of files
 
@@ -167,6 +168,7 @@ def parameters_of(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
             f"the fit is of another model: this one has no {', '.join(missing[:5])} of that shape"
         )
     found = {name: named[name] for name in shapes}
+    check_whole("a posterior", found.values())
     half = [name for name, p in found.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if half:
         raise NNJError(

@@ -11,6 +11,7 @@ from nnj.distributed.ranks import Ranks
 from nnj.propagation.linearize import Modules, linearization
 from nnj.propagation.weight_contractions import kernel, kernel_by_output
 from nnj.propagation.weight_metrics import DiagonalMetric
+from nnj.recording.replicas import check_replicas
 
 
 def ntk(
@@ -43,7 +44,9 @@ def ntk(
     """
     tops = None if modules is None else [modules] if isinstance(modules, nn.Module) else [*modules]
     if group is not None and group is not False:
-        x2 = _of_all(Ranks(group, "nnj.ntk"), x1 if x2 is None else x2)
+        ranks = Ranks(group, "nnj.ntk")
+        check_replicas(ranks, model)
+        x2 = _of_all(ranks, x1 if x2 is None else x2)
     one = linearization(model, x1, "weight", tops, memory=memory)
     two = one if x2 is None else linearization(model, x2, "weight", tops, memory=memory)
     return kernel_by_output(one, two) if per_class else kernel(one, two, DiagonalMetric())

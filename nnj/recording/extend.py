@@ -22,6 +22,7 @@ from nnj.recording.module_hook import (
     BeforeCall,
     has_known_part,
 )
+from nnj.recording.wrappers import check_engine, engine_of
 from nnj.registry.loss_rules import FunctionLoss, is_loss
 from nnj.registry.manager import manager
 
@@ -78,8 +79,10 @@ def extend(module: Any, *, loss: bool | None = None, batch_axis: int = 0) -> Any
     Extending again changes nothing (but a new `batch_axis` holds). `retract` undoes it. Copies,
     pickles and state dicts of an extended model are as usual.
 
-    Errors: `NNJError` for a compiled module; TypeError for what is neither a module nor callable.
+    Errors: `NNJError` for a compiled module, a stage of a pipeline, and an engine of DeepSpeed;
+    TypeError for what is neither a module nor callable.
     """
+    check_engine(engine_of(module))
     if not isinstance(module, nn.Module):
         if not callable(module) or isinstance(module, type):
             raise TypeError(
@@ -187,8 +190,9 @@ def is_extended(module: Any) -> bool:
     )
 
 
-def check_hookable(module: nn.Module) -> None:
-    """Errors: `NNJError` for a compiled or scripted module."""
+def check_hookable(module: Any) -> None:
+    """Errors: `NNJError` for a compiled or scripted module, and for an engine around one."""
+    check_engine(engine_of(module))
     if hasattr(module, "_torchdynamo_orig_callable") or type(module).__name__ == "OptimizedModule":
         raise NNJError(
             "a compiled module has no calls of layers to hook. Extend the model that was given to "

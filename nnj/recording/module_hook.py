@@ -34,7 +34,7 @@ from nnj.recording.records import (
     write_record,
 )
 from nnj.recording.tensor_parallel import is_distributed
-from nnj.recording.wrappers import wrapper_of_call
+from nnj.recording.wrappers import engine_of_call, wrapper_of_call
 from nnj.registry.layer_rules import RuleLookup, find_rule
 from nnj.registry.manager import manager
 
@@ -168,8 +168,8 @@ class AfterCall(Hook):
     ) -> None:
         """The end of an outermost call."""
         detached, with_what = [t.detach() for t in given], CalledWith(module, parts)
-        wrapper = wrapper_of_call(module)
-        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks, wrapper)
+        around = wrapper_of_call(module), engine_of_call(sys._getframe(1))
+        mark = CallMark(module, detached, self.batch_axis, next(_order), with_what, hooks, *around)
         EXTENDED[module] = None  # a copy of an extended model is known by its first call
         for t in tensors(output):
             edge = None if t.grad_fn is None else edge_of(t)

@@ -300,6 +300,7 @@ class CallMark:
         inputs: its arguments, detached.
         hooks: how many hooks had been registered in this process when it began, on whatever.
         wrapper: what splits the data over processes, and was called around it.
+        engine: of `nnj.recording.wrappers.ENGINES`, by which it was called.
     """
 
     module: nn.Module
@@ -309,6 +310,7 @@ class CallMark:
     called_with: CalledWith
     hooks: int
     wrapper: nn.Module | None = None
+    engine: str | None = None
 
     @property
     def sizes(self) -> list[int]:

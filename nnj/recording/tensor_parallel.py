@@ -33,6 +33,17 @@ def is_distributed(t: Any) -> bool:
     return isinstance(t, Tensor) and type(t).__module__.startswith("torch.distributed.tensor")
 
 
+def check_whole(what: str, parameters: Iterable[Tensor]) -> None:
+    """Errors: `NNJError` for parameters of which ranks have parts, where all of them are wanted."""
+    if any(map(is_distributed, parameters)):
+        raise NNJError(
+            f"{what} wants whole parameters, and those of this model are DTensors, of which each "
+            "rank has a part. nnj.fit and nnj.collect take them; for this, load all of them into a "
+            "model that is not distributed (torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True)"
+        )
+
+
 def is_pending(t: Tensor) -> bool:
     """Whether a tensor is one for which a collective may still be under way."""
     return type(t).__name__ == "AsyncCollectiveTensor"

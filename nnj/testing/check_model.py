@@ -17,6 +17,8 @@ from nnj.errors import NNJError
 from nnj.loss_hessian.base import LossHessian
 from nnj.matrices.matrix import Matrix
 from nnj.recording.extend import batch_axis_of, copied, extend
+from nnj.recording.tensor_parallel import check_whole
+from nnj.recording.wrappers import check_not_flat, inside_wrapper
 from nnj.registry.loss_rules import hessian_of_loss, reference_of_loss
 from nnj.testing.check_layer import check_layer
 from nnj.testing.compare import double
@@ -84,9 +86,10 @@ def check_model(
 
     `ggn_diag`, `ggn_block` and `batch_grad` exactly; `ggn_diag_mc` under the signs that a generator
     gives. Each sample is also run through the model alone, which must give what it gives among the
-    others. Model and loss are copied. The model takes x (a tensor; a tuple of arguments; a dict of
-    named ones) and gives one tensor, the loss takes (output, *targets) and gives a scalar. The
-    dense Jacobian has (entries of the output) x (number of parameters) entries: take a small batch.
+    others. Model and loss are copied. The model (without DistributedDataParallel around it) takes
+    x (a tensor; a tuple of arguments; a dict of named ones) and gives one tensor, the loss takes
+    (output, *targets) and gives a scalar. The dense Jacobian has (entries of the output) x (number
+    of parameters) entries: take a small batch.
 
     Args:
         reference: `reference(loss, output, *targets)` is what is differentiated twice, by default
@@ -100,6 +103,9 @@ def check_model(
     `NNJError` where nnj refuses the model (`ggn_diag`; what else it refuses is in the report)."""
 
     axis = batch_axis_of(model)
+    model = inside_wrapper(model)
+    check_not_flat(model.modules())
+    check_whole("nnj.testing.check_model", model.parameters())
     model, x, targets = _doubled(model), double(x), double(targets)
     loss = _doubled(loss_func) if isinstance(loss_func, nn.Module) else loss_func
     found = extend(copied(model), batch_axis=axis)

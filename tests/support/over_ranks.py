@@ -5,6 +5,7 @@ rank's share, and alone, on the shares of all.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import nnj
+from nnj.testing import check_model
 from tests.support.data_parallel import MODES, Branches, batch
 
 W = TypeVar("W")
@@ -268,6 +271,22 @@ def _no_data(rank: int, size: int) -> Any:
     }
 
 
+def _no_rows(rank: int, size: int) -> Any:
+    """The batch of rank 0 has no rows."""
+    names = ("ggn_diag", "kfac", "input_moment", "batch_grad", "grad_variance")
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss(reduction="sum"))
+    x, y = share(rank, 0)
+    with nnj.collect(*names, group=dist.group.WORLD) as context:
+        loss(model(x[: rank * len(x)]), y[: rank * len(y)]).backward()
+    found = results(model, names, context)
+    one = nnj.extend(net())
+    with nnj.collect(*names, group=False) as context:
+        (loss(one(share(1, 0)[0]), share(1, 0)[1]) / size).backward()
+    expected = results(one, names, context)
+    rows = {k: t[: rank * len(t)] for k, t in expected.items() if k.startswith("batch_")}
+    return found, expected | rows
+
+
 def _nowhere(rank: int, size: int) -> Any:
     """No rank has a batch."""
     _pair()
@@ -317,13 +336,77 @@ def _join(rank: int, size: int, mean: bool = True) -> Any:
     return model.head.weight.ggn_diag
 
 
-def _mixed(rank: int, size: int) -> Any:
+def _mixed(rank: int, size: int, group: Any = None) -> Any:
     """One call goes through the wrapper, and one does not."""
     model, loss = _pair()
     parallel = DistributedDataParallel(model)
-    with nnj.collect("ggn_diag"):
+    with nnj.collect("ggn_diag", group=group):
         for called in (parallel, model):
             loss(called(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+    return model.head.weight.ggn_diag
+
+
+def _left_out(rank: int, size: int) -> Any:
+    """DDP leaves one parameter to this rank."""
+    model, loss = _pair()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["head.bias"])
+    parallel = DistributedDataParallel(model)
+    with nnj.collect("ggn_diag"):
+        loss(parallel(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _other_numbers(rank: int, size: int) -> Any:
+    """No wrapper has made the parameters the same."""
+    model, loss = _pair()
+    with torch.no_grad():
+        model.twice.bias += rank * 1e-6
+    with nnj.collect("ggn_diag", group=dist.group.WORLD):
+        loss(model(share(rank, 0)[0]), share(rank, 0)[1]).backward()
+
+
+def _check(rank: int, size: int) -> str:
+    """Under the wrapper, whose passes are over ranks."""
+    x, y = share(rank, 0)
+    return str(check_model(DistributedDataParallel(net()), nn.CrossEntropyLoss(), x, y))
+
+
+def _compiled(rank: int, size: int) -> Any:
+    """Gradients would be those of this rank."""
+    nnj.compile(DistributedDataParallel(net()), nn.CrossEntropyLoss(), "ggn_diag")
+
+
+def _compiled_inside(rank: int, size: int) -> Any:
+    """Passes of this rank, replayed, in a `with` of all."""
+    model = net()
+    step = nnj.compile(model, nn.CrossEntropyLoss(), "ggn_diag", backend="aot")
+    for _ in range(4):
+        with nnj.collect("ggn_diag", group=dist.group.WORLD):
+            step(*share(rank, 0))
+    return step.replays, model.head.weight.ggn_diag
+
+
+def _pipeline(rank: int, size: int) -> Any:
+    """A model of two stages, which trains on."""
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Linear(8, 4), nn.Tanh()), nn.Linear(4, 3)]
+    mine, loss, said = stages[rank].double(), nn.CrossEntropyLoss(), ""
+    nnj.extend(mine)
+    schedule = ScheduleGPipe(
+        PipelineStage(mine, rank, size, torch.device("cpu")), 2, loss_fn=nnj.extend(loss)
+    )
+    x, y = share(0, 0)[0][:4].flatten(1), share(0, 0)[1][:4]
+    try:
+        with nnj.collect("ggn_diag"):
+            schedule.step(x) if rank == 0 else schedule.step(target=y)
+    except nnj.NNJError as error:
+        said = str(error)
+    nn.functional.cross_entropy(nn.Sequential(*stages).double()(x), y).backward()
+    twice = [p.grad / 2 for p in mine.parameters()]  # of the pipeline, and of all of it here
+    mine.zero_grad()
+    nn.functional.cross_entropy(nn.Sequential(*stages)(x), y).backward()
+    return said, all(
+        torch.allclose(t, p.grad) for t, p in zip(twice, mine.parameters(), strict=True)
+    )
 
 
 def _ekfac(rank: int, size: int) -> Any:
@@ -387,6 +470,7 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "left": _left,
     "branches": _branches,
     "no data": _no_data,
+    "no rows": _no_rows,
     "nowhere": _nowhere,
     "other model": _other_model,
     "other options": _other_options,
@@ -395,6 +479,13 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "join": _join,
     "join by what is left": lambda rank, size: _join(rank, size, mean=False),
     "mixed": _mixed,
+    "mixed in a group": lambda rank, size: _mixed(rank, size, dist.group.WORLD),
+    "left out": _left_out,
+    "other numbers": _other_numbers,
+    "checked": _check,
+    "compiled": _compiled,
+    "compiled inside": _compiled_inside,
+    "pipeline": _pipeline,
     "ekfac": _ekfac,
     "draws": _draws,
     "no degree": _no_degree,
@@ -420,6 +511,17 @@ def dying(rank: int) -> Any:
             if rank == 1:
                 os._exit(7)
     return str(said.value)
+
+
+def failing(rank: int) -> None:
+    """Rank 1 fails, and rank 0 has what it wants."""
+    if rank == 1:
+        raise ZeroDivisionError("of a test")
+
+
+def hanging(rank: int) -> int:
+    """Rank 1 does not end."""
+    return time.sleep(600) or 0 if rank == 1 else 3
 
 
 # -- fit -------------------------------------------------------------------------------------------
@@ -509,6 +611,28 @@ def _padded(rank: int, size: int) -> None:
     nnj.fit(net(), nn.CrossEntropyLoss(), loader, "ggn_diag", group=dist.group.WORLD)
 
 
+def _other_buffers(rank: int, size: int) -> None:
+    """What a rank has seen since DDP last called the model."""
+    model = nn.Sequential(nn.BatchNorm1d(2), net()).double()
+    parallel, norm = DistributedDataParallel(model), model[0]
+    for buffer in (norm.num_batches_tracked, norm.running_mean):  # of a counter nothing is said
+        with torch.no_grad():
+            buffer += rank
+        nnj.fit(parallel, nn.CrossEntropyLoss(), [share(rank, 0)], "ggn_diag")
+
+
+def _other_weights(rank: int, size: int) -> None:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).double()
+    nnj.fit(model, nn.CrossEntropyLoss(), [share(rank, 0)], "ggn_diag", group=dist.group.WORLD)
+
+
+def _same_data(rank: int, size: int) -> None:
+    """All ranks read everything, in orders of their own."""
+    load = DataLoader(data(), 2 + rank, shuffle=True)
+    nnj.fit(net(), nn.CrossEntropyLoss(), load, "ggn_diag", group=dist.group.WORLD)
+
+
 def _one_fails(rank: int, size: int) -> None:
     x, y = share(rank, 0)
     batches = [(x, y), (x * torch.nan if rank == 1 else x, y), (x, y)]
@@ -531,6 +655,9 @@ def _other_loss(rank: int, size: int) -> None:
 
 FIT_REFUSED: dict[str, Callable[[int, int], None]] = {
     "padded": _padded,
+    "other buffers": _other_buffers,
+    "other weights": _other_weights,
+    "same data": _same_data,
     "one fails": _one_fails,
     "one leaves": _one_leaves,
     "other loss": _other_loss,

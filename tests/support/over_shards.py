@@ -4,9 +4,11 @@ and without nnj, and alone, on the batches of all ranks.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -313,6 +315,35 @@ def _parts_of_fit(rank: int, size: int) -> Any:
     return said
 
 
+def _whole(rank: int, size: int) -> Any:
+    """All of a fit on each rank: as that of one process, also in a file and of a posterior."""
+    model, loss = sharded(WAYS["nested"])
+    names, every = (*FITTED, "ggn_block", "ggn", "batch_grad_sq_norm"), data()
+    mine = Subset(every, range(rank, len(every), size))
+    over = nnj.fit(model, loss, DataLoader(mine, 1 + rank), *names).whole()
+    one = nnj.fit(net(), loss, DataLoader(every, 4), *names)
+    with tempfile.TemporaryDirectory() as folder:
+        over.save(Path(folder) / "fit.pt")
+        read = nnj.Fit.load(Path(folder) / "fit.pt")
+    found = []
+    for fit in (over, read, one):
+        results = {k: plain(t) for k, t in fitted(fit).items()}
+        matrices = {f"matrix {n}": fit.matrix(n).dense() for n in ("ggn_diag", "kfac", "ggn")}
+        posterior = nnj.laplace(fit, "kfac", model=net() if fit is not one else None)
+        predicted = {"predicted": posterior.predict_proba(every[:][0])}
+        found.append(results | matrices | predicted | {"vector": fit.vector("ggn_diag")})
+    assert over.whole() is over and not any(isinstance(t, DTensor) for t in found[0].values())
+    again = nnj.fit(net(), loss, DataLoader(every, 4), *FITTED[:2])
+    pairs = [
+        nnj.Fit.merge([fit, again])
+        for fit in (
+            nnj.fit(sharded(WAYS["nested"])[0], loss, DataLoader(mine, 2), *FITTED[:2]).whole(),
+            again,
+        )
+    ]
+    return found, [fitted(fit) for fit in pairs]
+
+
 def _partly(rank: int, size: int) -> Any:
     """Only some parameters are in units."""
     mesh = init_device_mesh("cpu", (size,))
@@ -425,6 +456,7 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "mixed precision": _mixed_precision,
     "world": _world,
     "parts of fit": _parts_of_fit,
+    "whole fit": _whole,
     "partly": _partly,
     "alone": _alone,
     "then plain": _then_plain,

@@ -4,11 +4,14 @@ and without nnj, and alone, with the whole model.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 
 import nnj
 from tests.support.over_ranks import EVERY, compared, net, results, share
-from tests.support.over_shards import noted, whole
+from tests.support.over_shards import fitted, noted, whole
 
 
 class Attention(nn.Module):
@@ -177,15 +180,31 @@ def _fitted(rank: int, mesh: Any) -> Any:
     over = nnj.fit(parallelize_module(pair(), mesh, PAIR), nn.CrossEntropyLoss(), batches, *FITTED)
     one = nnj.fit(pair(), nn.CrossEntropyLoss(), batches, *FITTED)
     found = [
-        {f"{n} {k}": whole(t) for n, values in fit.items() for k, t in values.items()}
+        fitted(fit)
         | {"vector": fit.vector("ggn_diag")}
         | {f"matrix {n}": fit.matrix(n).dense() for n in ("ggn_diag", "kfac", "ekfac")}
         for fit in (over, one)
     ]
-    try:
-        over.save("nowhere")
-    except nnj.NNJError as error:
-        return found, str(error)
+    gathered = over.whole()
+    with tempfile.TemporaryDirectory() as folder:
+        gathered.save(Path(folder) / "fit.pt")
+        read = nnj.Fit.load(Path(folder) / "fit.pt")
+    x = share(1, 1)[0]
+    everything = [
+        fitted(fit) | {"predicted": nnj.laplace(fit, "kfac", model=pair()).predict_proba(x)}
+        for fit in (gathered, read, one)
+    ]
+    over, one = (
+        nnj.fit(model, nn.CrossEntropyLoss(), batches, *[n for n in FITTED if n != "ekfac"])
+        for model in (parallelize_module(pair(), mesh, PAIR), pair())
+    )
+    everything += [fitted(nnj.Fit.merge([fit, one])) for fit in (over.whole(), one)]
+    said = []
+    for ask in (lambda: over.save("nowhere"), lambda: nnj.laplace(gathered, "kfac")):
+        with pytest.raises(nnj.NNJError) as error:
+            ask()
+        said.append(str(error.value))
+    return found, everything, said
 
 
 def _draws(rank: int, mesh: Any) -> Any:
@@ -273,7 +292,7 @@ OF_FOUR: dict[str, Callable[[int, Any], Any]] = {
     "two dimensions": _two_dimensions,
     "hybrid": _hybrid,
 }
-FITTED = ("ggn_diag", "kfac", "batch_grad", "ekfac")
+FITTED = ("ggn_diag", "kfac", "batch_grad", "ekfac", "grad_variance", "batch_grad_sq_norm")
 ODD: dict[str, Callable[[int, Any], Any]] = {
     "fitted": _fitted,
     "draws": _draws,

@@ -72,6 +72,9 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
         assert first["said"].startswith("rank 1: CrossEntropyLoss: the scalar is not linear")
         assert {*first["grad"]} == {name for name, _ in net().named_parameters()}
         assert torch.equal(first["later"], ranks[0]["refused first"]["later"])
+        said, trained = found["pipeline"]
+        assert ("the model is a stage of torch.distributed" if rank else "no extended loss") in said
+        assert trained
         for name, text in SAID.items():
             assert text in found[name], (rank, name, found[name])
     assert ranks[0]["left"].startswith("NNJError: nnj.collect: rank 0 waits")
@@ -79,8 +82,10 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
     assert ranks[1]["left"] == "ValueError: of the user"
     for found in ranks:
         assert not list(wrong(*found["branches"]))
+        assert not list(wrong(*found["no rows"]))
     _check_no_data(ranks)
     _check_join(ranks)
+    _check_without_wrapper(ranks)
     one, both = ranks[0]["draws"]
     other = 2 * both - one  # of rank 1, had both drawn the same
     assert torch.allclose(one, ranks[1]["draws"][0])
@@ -100,6 +105,10 @@ SAID = {
     "hook": "rank 0: the model is under DistributedDataParallel with a communication hook",
     "join by what is left": "rank 0: join(divide_by_initial_world_size=False) divides gradients",
     "mixed": "rank 0: some parameters, or calls of the model, are under DistributedDataParallel",
+    "left out": "rank 0: some parameters, or calls of the model, are under Distributed",
+    "other numbers": "parameter 'twice.bias' has other numbers on rank 1 than on rank 0",
+    "checked": "largest relative error",
+    "compiled": "nnj.compile makes a graph of one process",
     "ekfac": "have eigenvectors of their own",
     "no degree": "cubes: Cubes does not say how it grows with the loss",
     "failing": "the quantity 'failing' failed with KeyError",
@@ -129,6 +138,19 @@ def _check_join(ranks: list[Any]) -> None:
         assert torch.allclose(found["join"], model.head.weight.ggn_diag, rtol=1e-10)
 
 
+def _check_without_wrapper(ranks: list[Any]) -> None:
+    """Calls beside a wrapper, and replays, in a `with` that says the group."""
+    model, loss = nnj.extend(net()), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag"):
+        for rank in range(2):
+            (loss(model(share(rank, 0)[0]), share(rank, 0)[1]) / 2).backward()
+    once = model.head.weight.ggn_diag
+    for found in ranks:
+        assert torch.allclose(found["mixed in a group"], 2 * once, rtol=1e-10)
+        replays, replayed = found["compiled inside"]
+        assert replays > 0 and torch.allclose(replayed, once, rtol=1e-10)
+
+
 def test_a_rank_that_dies_is_told_of_in_time():
     said, _ = together("tests.support.over_ranks:dying", seconds=60, dies=1)
     assert "rank 0 waits for the others of its group of 2, and not all came" in said
@@ -156,6 +178,9 @@ def _check_fits(size: int, ranks: list[Any]) -> None:
         assert "of a loader" in found["one leaves"]
         assert found["one leaves"].startswith("ValueError" if rank == 1 else "NNJError")
         assert "rank 1 fits" in found["other loss"]
+        assert "buffer '0.running_mean' has other numbers on rank 1" in found["other buffers"]
+        assert "ranks 0 and 1 have read the same 11 samples" in found["same data"]
+        assert "parameter '1.weight' has other numbers on rank 1" in found["other weights"]
         assert "the loader gave no samples" in found["nothing"]
 
 

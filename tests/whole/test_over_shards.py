@@ -87,6 +87,11 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
             assert rows == len(mine)
             there = {k: t for k, t in one.items() if k in over or not is_owned(k)}
             assert not list(wrong(over, there))
+        (over, read, one), merged = found["whole fit"]
+        mine = list(range(rank, every, size))
+        one = {k: t[mine] if k.startswith("batch_grad") else t for k, t in one.items()}
+        assert not list(wrong(over, one)) and not list(wrong(read, one))
+        assert list(over) == list(one) and not list(wrong(*merged))
         refused, precise = found["refused"], found["mixed precision"]
         assert refused["said"].startswith("rank 1: CrossEntropyLoss: the scalar is not linear")
         assert refused["grad"].keys() == dict(net().named_parameters()).keys()

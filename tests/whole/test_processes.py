@@ -5,9 +5,11 @@ One test for each group of processes, since these take seconds to start; it list
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -123,7 +125,7 @@ def test_distributed_data_parallel():
 def test_sharded_and_distributed_models_are_refused_and_train_on():
     ranks, wrong = together("tests.support.sharded:all_ways"), list[str]()
     for way in CASES:
-        expected = "is sharded by FSDP" if way[1] in SHARDED else "a parameter is a DTensor"
+        expected = "is sharded by FSDP 1" if way[1] in SHARDED else "a parameter is a DTensor"
         remedy = "under DistributedDataParallel"
         if way[1] in TAKEN:
             expected = remedy = ""
@@ -138,3 +140,15 @@ def test_sharded_and_distributed_models_are_refused_and_train_on():
                 if bool(said) != bool(expected) or expected not in said or remedy not in said:
                     wrong.append(f"{where}: it says {refused[2]!r}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(AssertionError, match=r"ended with \[[01], 1\](.|\n)*of a test"):
+        together("tests.support.over_ranks:failing", seconds=60)
+
+
+def test_a_process_that_hangs_is_ended():
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ended with \[[^]]*, None\]"):
+        together("tests.support.over_ranks:hanging", seconds=4)
+    assert time.monotonic() - began < 120

@@ -41,8 +41,10 @@ def test_results_under_tensor_parallelism_are_those_of_the_whole_model():
 def _check_odd(ranks: list[Any]) -> None:
     """Fits, draws, and what is refused."""
     for found in ranks:
-        fits, said = found["fitted"]
-        assert not list(wrong(*fits)) and "of which this rank has a part" in said
+        fits, (gathered, read, one, merged, expected), said = found["fitted"]
+        assert not list(wrong(*fits))
+        assert not [*wrong(gathered, one), *wrong(read, one), *wrong(merged, expected)]
+        assert "of which this rank has a part" in said[0] and "a posterior wants whole" in said[1]
         first, *others = found["draws"]
         assert all(torch.equal(first, other) for other in others)
         for name, text in SAID.items():

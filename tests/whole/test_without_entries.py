@@ -102,6 +102,27 @@ def test_a_batch_without_samples(make):
     assert all(p.batch_grad.shape == (5, *p.shape) for p in model.parameters())
 
 
+@pytest.mark.parametrize("quantity", ["ggn_diag", "ggn_block", "kfac", "ekfac", "input_moment"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pass_without_samples_adds_nothing_to_others(quantity, first):
+    """Also where it has another form: factors of no columns, moments of no rows."""
+    torch.manual_seed(0)
+    model = nnj.extend(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(4, 3)).double())
+    loss, found = nnj.extend(nn.MSELoss(reduction="sum")), []
+    for sizes in ([5], [0, 5] if first else [5, 0]):
+        with nnj.collect(quantity) as context:
+            for n in sizes:
+                loss(model(X[:n, None]), torch.zeros(n, 3).double()).backward()
+        holders = [*model.parameters(), *model.modules()]
+        every = [h.__dict__.get(quantity) for h in holders]
+        found.append([t if isinstance(t, Tensor) else t and t.dense() for t in every])
+        assert context.samples == 5
+    for one, other in zip(*found, strict=True):
+        assert (one is None) is (other is None)
+        assert one is None or torch.equal(one, other)
+    assert any(one is not None for one in found[0])
+
+
 @pytest.mark.parametrize("widths", [(3, 0, 2), (0, 3, 2), (3, 4, 0)])
 def test_widths_of_zero(widths):
     a, b, c = widths
