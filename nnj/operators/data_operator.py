@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +112,8 @@ class DataOperator:
 
     # -- must be defined ---------------------------------------------------------------------------
 
-    def products(self, given: Given, v: list[Tensor]) -> list[Tensor]:
-        """The share of a batch in A v, for v of (k, *shape) at each parameter."""
+    def products(self, given: Given, v: Tensor) -> Tensor:
+        """The share of a batch in A v, (k, P), for v of (k, P)."""
         raise NotImplementedError(f"{type(self).__name__} must define products")
 
     # -- what it is --------------------------------------------------------------------------------
@@ -131,19 +131,28 @@ class DataOperator:
             raise NNJError(f"{what} is no vector of this operator: give (P,) or (P, k), P = {size}")
         if v.dtype != self.dtype or v.device != self.device:
             raise NNJError(f"v is {v.dtype} on {v.device}, expected {self.dtype} on {self.device}")
-        columns = v[None] if v.dim() == 1 else v.mT
-        parts = zip(columns.split(self.sizes, 1), self.params, strict=True)
-        given = [t.reshape(len(columns), *p.shape) for t, p in parts]
-        found = self._over_ranks(lambda: self._product(given), v).mT / self.total
+        columns = (v[None] if v.dim() == 1 else v.mT).contiguous()
+        found = self._over_ranks(lambda: self._product(columns), v).mT
+        found = found if self.total == 1 else found / self.total
         return found[:, 0] if v.dim() == 1 else found
 
-    def _product(self, given: list[Tensor]) -> Tensor:
+    def _product(self, v: Tensor) -> Tensor:
         """That of the data that are here, (k, P)."""
-        total = [torch.zeros_like(t) for t in given]
-        for batch in self._batches() if len(given[0]) else ():
-            for t, share in zip(total, self.products(batch, given), strict=True):
-                t += share
-        return torch.cat([t.flatten(1) for t in total], 1)
+        total: Tensor | None = None
+        for batch in self._batches() if len(v) else ():
+            share = self.products(batch, v)
+            total = share if total is None else total.add_(share)
+        return torch.zeros_like(v) if total is None else total
+
+    def at_parameters(self, v: Tensor) -> list[Tensor]:
+        """v of (P,), as it is at each parameter."""
+        parts = zip(v.split(self.sizes), self.params, strict=True)
+        return [t.reshape(p.shape) for t, p in parts]
+
+    def flat(self, grads: Sequence[Tensor | None], out: Tensor) -> None:
+        """Write what stands at parameters into out, of (P,); zeros for None."""
+        for g, t in zip(grads, out.split(self.sizes), strict=True):
+            t.zero_() if g is None else t.copy_(g.flatten())
 
     def _over_ranks(self, product: Callable[[], Tensor], v: Tensor) -> Tensor:
         """The sum over ranks of the products of each one's data with v.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -28,7 +30,7 @@ class GGN(DataOperator):
     """
 
     @override
-    def products(self, given: Given, v: list[Tensor]) -> list[Tensor]:
+    def products(self, given: Given, v: Tensor) -> Tensor:
         forward = self.how[1]
         ask = lambda model, x: (
             logits_of(call(model, x)) if forward is None else forward(model, given.batch)
@@ -36,21 +38,21 @@ class GGN(DataOperator):
         at = linearization(self.model, given.inputs, "weight", self.modules, ask)
         factor = torch.as_tensor(given.loss.factor(given.n), dtype=at.y.dtype, device=self.device)
         hessian = hessian_of_loss(given.loss.module, factor, at.y, given.target)
-        tangents = at.jvp(torch.cat([t.flatten(1) for t in v], 1)[:, None])
+        tangents = at.jvp(v[:, None])
         tangents = tangents.reshape(len(tangents), *at.y.shape)
         (columns,) = hessian.to_outputs(hessian.product(hessian.from_outputs([tangents])))
-        found = [self._pulled_back(at, u) for u in columns.to(at.y.dtype)]
-        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        found = torch.empty_like(v)
+        for u, out in zip(columns.to(at.y.dtype), found, strict=True):
+            self.flat(self._pulled_back(at, u), out)
+        return found
 
-    def _pulled_back(self, at: Linearization, u: Tensor) -> list[Tensor]:
+    def _pulled_back(self, at: Linearization, u: Tensor) -> Sequence[Tensor | None]:
         """u J, summed over samples."""
         if not at.graph_output.requires_grad:
-            return [torch.zeros_like(p) for p in self.params]
-        found = torch.autograd.grad(
+            return [None] * len(self.params)
+        return torch.autograd.grad(
             at.graph_output, self.params, u, retain_graph=True, allow_unused=True
         )
-        pairs = zip(found, self.params, strict=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     @override
     def diagonal(self) -> Tensor:
@@ -81,16 +83,24 @@ class HessianOperator(DataOperator):
     """
 
     @override
-    def products(self, given: Given, v: list[Tensor]) -> list[Tensor]:
+    def products(self, given: Given, v: Tensor) -> Tensor:
         value = self.value(given, self.output(given))
         grads = torch.autograd.grad(value, self.params, create_graph=True, allow_unused=True)
-        met = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None and g.requires_grad]
-        found = [self._row([g for g, _ in met], [t[i] for _, t in met]) for i in range(len(v[0]))]
-        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        found = torch.empty_like(v)
+        for row, out in zip(v, found, strict=True):
+            self.flat(self._row(grads, row), out)
+        return found
 
-    def _row(self, grads: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-        zeros = [torch.zeros_like(p) for p in self.params]
-        if not grads:
-            return zeros
-        found = torch.autograd.grad(grads, self.params, v, retain_graph=True, allow_unused=True)
-        return [z if h is None else h for h, z in zip(found, zeros, strict=True)]
+    def _row(self, grads: Sequence[Tensor | None], v: Tensor) -> Sequence[Tensor | None]:
+        """The derivative of the gradients along v of (P,)."""
+        pairs = zip(grads, self.at_parameters(v), strict=True)
+        met = [(g, t) for g, t in pairs if g is not None and g.requires_grad]
+        if not met:
+            return [None] * len(self.params)
+        return torch.autograd.grad(
+            [g for g, _ in met],
+            self.params,
+            [t for _, t in met],
+            retain_graph=True,
+            allow_unused=True,
+        )
