@@ -17,7 +17,7 @@ from nnj.collecting.shares import Shares
 from nnj.distributed.ranks import Ranks, same_ranks
 from nnj.distributed.rounds import Rounds
 from nnj.errors import NNJError
-from nnj.graph.traverse import marks_behind
+from nnj.graph.traverse import all_marks_behind
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding, sharded_models
 from nnj.recording.units_on_read import UnitsOnRead
@@ -55,7 +55,7 @@ class ShardedPass:
     @contextmanager
     def whole(self, call: LossCall) -> Iterator[None]:
         """The units of the models behind a loss whole while they are read."""
-        models = sharded_models(mark.module for mark in marks_behind(call.edges))
+        models = sharded_models(mark.module for mark in all_marks_behind(call.edges))
         if not models:
             yield
             return

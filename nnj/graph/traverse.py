@@ -59,6 +59,12 @@ def marks_behind(roots: Iterable[Edge]) -> Iterator[CallMark]:
         yield from _marks(node)
 
 
+def all_marks_behind(roots: Iterable[Edge]) -> Iterator[CallMark]:
+    """The calls of models behind some edges, also those behind other ones."""
+    for node in reachable([node for node, _ in roots], children):
+        yield from _marks(node)
+
+
 def _marks(node: Any) -> list[CallMark]:
     return [
         mark for key, mark in node.metadata.items() if isinstance(key, tuple) and key[0] == MARK

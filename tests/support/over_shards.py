@@ -447,6 +447,23 @@ def _memory(rank: int, size: int) -> Any:
     return found, sum(asleep), context.samples
 
 
+def _two_models(rank: int, size: int) -> Any:
+    """One sharded model behind the other, beside the same in one process."""
+    mesh, found = init_device_mesh("cpu", (size,)), []
+    for over in (True, False):
+        torch.manual_seed(0)
+        models = [nn.Sequential(nn.Linear(8, 6), nn.Tanh()).double(), nn.Linear(6, 3).double()]
+        loss = nnj.extend(nn.CrossEntropyLoss())
+        a, b = (nnj.extend(fully_shard(m, mesh=mesh) if over else m) for m in models)
+        ranks = [rank] if over else range(size)
+        with nnj.collect("ggn_diag", "kfac", "batch_grad", **({} if over else {"group": False})):
+            for r in ranks:
+                x, y = share(r, 0)
+                (loss(b(a(x.flatten(1))), y) / len(ranks)).backward()
+        found.append({n: whole(p.ggn_diag) for m in (a, b) for n, p in m.named_parameters()})
+    return found
+
+
 def _products(rank: int, size: int) -> Any:
     nnj.jacobian(nnj.extend(sharded(WAYS["nested"])[0]), share(rank, 0)[0], "weight")
 
@@ -465,4 +482,5 @@ ODD: dict[str, Callable[[int, int], Any]] = {
     "no batch": _no_batch,
     "products": _products,
     "memory": _memory,
+    "two models": _two_models,
 }

@@ -107,6 +107,7 @@ def _check_odd(size: int, ranks: list[Any]) -> None:
         assert len(found["parts of fit"]) == 5
         assert all("of which each rank has a part" in said for said in found["parts of fit"])
         _check_memory(*found["memory"])
+        assert not list(wrong(*found["two models"]))
         for name, text in SAID.items():
             assert text in found[name], (rank, name, found[name])
     for kind in OWNED:
