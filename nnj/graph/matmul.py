@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnj.graph.nodes import edge_shape, leaf_of, node_name, own_task, saved, signed
+from nnj.graph.weight_axes import Axes, weight_axes
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.views import View, ViewJacobian
 from nnj.jacobians.weight_jacobian import PatchMatmul, ScaleShift
 from nnj.recording.records import Edge
 
 NAMES = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}  # what x is saved as
+FACTORS = ("self", "mat2")  # what the operands of Bmm are saved as
 FORMS = {"Addmm": 1, "Mm": 0}  # y = x M: the operand that x is; M is saved as mat2
-PRODUCTS = {"Add", *NAMES}  # the nodes that may have bare parameters
+PRODUCTS = {"Add", "Bmm", *NAMES}  # the nodes that may have bare parameters
 
 
 @dataclass(eq=False)
@@ -47,12 +49,12 @@ class SavedInput:
 
     def __init__(self, node: Any):
         self.node = node
+        self.name = NAMES.get(node_name(node))
         self.value: Tensor | None = None
 
     def take(self) -> None:
-        name = NAMES.get(node_name(self.node))
-        if self.value is None and name is not None:
-            self.value = saved(self.node, name)
+        if self.value is None and self.name is not None:
+            self.value = saved(self.node, self.name)
 
     def __call__(self) -> Tensor:
         if self.value is None:
@@ -72,6 +74,8 @@ def bare_parameters(
         return _bias(node, wanted)
     if name == "Convolution":
         return _convolution(node, wanted, saved_x)
+    if name == "Bmm":
+        return _product_of_one(node, wanted, saved_x)
     return _matrix_product(node, FORMS[name], wanted, saved_x) if name in FORMS else []
 
 
@@ -108,6 +112,40 @@ def _matrix_product(
     wide = torch.promote_types(p.dtype, node._input_metadata[0].dtype) == p.dtype
     fits = all(math.prod(bare.j.inputs) == bare.p.numel() for bare in found)
     return found if wide and fits else []
+
+
+def _product_of_one(
+    node: Any, wanted: Callable[[Tensor], bool], saved_x: SavedInput
+) -> list[BareParameter]:
+    """The bare weight of a product in a batch of one, (1, R, I) by (1, I, O), which einsum makes of
+    one weight: rows of x are the places of one row. The weight may come first, and x be (1, I, R).
+    """
+    if node._input_metadata[0].shape[0] != 1 or not node._input_metadata[0].dtype.is_floating_point:
+        return []
+    for operand in (1, 0):
+        end = weight_axes(node.next_functions[operand], wanted)
+        if end is not None and end[0].dtype == node._input_metadata[0].dtype:
+            return [_operand_of_one(node, operand, *end, saved_x)]
+    return []
+
+
+def _operand_of_one(
+    node: Any, operand: int, p: nn.Parameter, axes: Axes, saved_x: SavedInput
+) -> BareParameter:
+    """The parameter p as that operand, made of some of its axes each."""
+    last = operand == 1
+    inner, outer = axes[1:] if last else axes[:0:-1]
+    long = [axis for axis, size in enumerate(p.shape) if size > 1]  # others have no part in views
+    form = [math.prod(p.shape[axis] for axis in group) for group in (outer, inner)]
+    order = [long.index(axis) for axis in (*outer, *inner)]
+    view = View.permuted(p.shape, form, [p.shape[axis] for axis in long], order)
+    saved_x.name = FACTORS[1 - operand]
+    patches = lambda rows: (saved_x()[rows].mT if last else saved_x()[rows])[:, None]
+    one = torch.empty(1, 0, dtype=p.dtype, device=p.device)
+    outputs = tuple(node._input_metadata[0].shape[1:])
+    return BareParameter(
+        operand, p, ViewJacobian(PatchMatmul(patches, form, outputs, one, last=last), view)
+    )
 
 
 def _bias(node: Any, wanted: Callable[[Tensor], bool]) -> list[BareParameter]:
@@ -201,19 +239,26 @@ def _convolution_backward(node: Any, g: Tensor) -> Tensor:
     return result
 
 
-def product_backward(node: Any, g: Tensor) -> list[Tensor | None]:
-    """What a product sends to b and x, for columns g: g and g M^T; nothing to its weight."""
+def product_backward(node: Any, g: Tensor, out: Sequence[Edge | None]) -> list[Tensor | None]:
+    """What a product sends to b and x, for columns g: g and g M^T; nothing to its weight.
+
+    Args:
+        out: the edges of its operands, None for those to which nothing is to be sent.
+    """
     if node_name(node) == "Add":
         return [g, g]
+    if node_name(node) == "Bmm":
+        first = None if out[0] is None else g @ saved(node, "mat2").mT
+        return [first, None if out[1] is None else saved(node, "self").mT @ g]
     if node_name(node) == "Convolution":
         return [
             None if node.next_functions[0][0] is None else _convolution_backward(node, g),
             None,
             None,
         ]
-    first = FORMS[node_name(node)]
-    back = None if node.next_functions[first][0] is None else g @ saved(node, "mat2").mT
-    return [g, back, None] if first else [back, None]
+    x = FORMS[node_name(node)]
+    back = None if node.next_functions[x][0] is None else g @ saved(node, "mat2").mT
+    return [g, back, None] if x else [back, None]
 
 
 def _whole(j: Jacobian, rows: tuple[int, int] | None, p: Tensor) -> Jacobian:
@@ -249,8 +294,8 @@ def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> _End | None:
         if name != "ToCopy":
             if rows is not None:
                 return None
-            if name == "T" or (name == "Transpose" and dims == 2 and _swaps(node)):
-                transposed = not transposed
+            if name == "T" or (dims == 2 and name in ("Transpose", "Permute")):
+                transposed = transposed ^ (name == "T" or _swaps(node))
             else:
                 rows = _chunk(node, number)
                 if rows is None or (transposed and dims == 2):
@@ -265,7 +310,9 @@ def _end(edge: Edge, wanted: Callable[[Tensor], bool]) -> _End | None:
 
 
 def _swaps(node: Any) -> bool:
-    """Whether the two axes of a transpose of a matrix are different ones."""
+    """Whether a transpose of a matrix, or a permutation of its axes, swaps them."""
+    if node_name(node) == "Permute":
+        return signed(node._saved_dims[0]) % 2 == 1
     result: bool = (node._saved_dim0 - node._saved_dim1) % 2 != 0
     return result
 

@@ -166,7 +166,7 @@ class Sweep(Plan):
     def backward(self, step: Step, args: list[Tensor | None], k: int) -> list[Tensor | None]:
         """What a raw node sends to its operands for k columns."""
         if step.bare and args[0] is not None:
-            return product_backward(step.node, args[0])
+            return product_backward(step.node, args[0], step.out)
         return call_node(step.node, args, k)
 
     # -- going through the graph -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ class DiagonalMetric:
     def contract(self, factors: Factors, other: Factors, pairs: Pairs) -> Tensor | None:
         """B M B'^T of all parameters; None if it is zero for want of any."""
         shares = [self.meet(p, f, other[p], pairs) for p, f in factors.items() if p in other]
-        return torch.stack(shares).sum(0) if shares else None
+        return functools.reduce(torch.add, shares) if shares else None  # a stack would copy them
 
     def summing(
         self, add: Callable[[Tensor], None], pairs: Pairs, kept: Factors | None = None

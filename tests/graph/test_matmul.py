@@ -18,6 +18,7 @@ from nnj.graph.nodes import edge_shape
 from nnj.jacobians.factor import DenseFactor
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.jacobians.views import ViewFactor
+from nnj.propagation.linearize import linearization
 from nnj.propagation.plan_search import plan
 from nnj.recording.records import edge_of
 from nnj.testing import check_model
@@ -301,3 +302,59 @@ def test_weights_of_a_graph_that_is_gone():
         nnj.collect("ggn_diag"),
     ):
         loss(y, torch.randint(3, (N,))).backward()
+
+
+EINSUMS = {  # the equation with the weight w, and the shape of w
+    "btd,do->bto": (4, 5),
+    "btd,od->bto": (5, 4),
+    "wd,btd->btw": (5, 4),
+    "btd,dhe->bhte": (4, 2, 3),
+    "btd,hde->bhte": (1, 4, 3),
+    "btd,hde->bthe": (2, 4, 3),
+    "btd,tk->bkd": (6, 2),
+    "btd,tdo->bo": (6, 4, 2),
+}
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str):
+        super().__init__()
+        self.one, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(EINSUMS[equation]))
+        self.equation = equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, first = torch.tanh(self.one(x)), self.equation.startswith("wd")
+        return torch.einsum(self.equation, *((self.w, h) if first else (h, self.w))).flatten(1)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_a_weight_in_einsum_is_as_thin_as_a_layers(equation: str, n: int) -> None:
+    """It becomes a product in a batch of one."""
+    torch.manual_seed(0)
+    model, x = Einsum(equation).double(), torch.randn(n, 6, 4).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    rows = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(params)
+    j = torch.cat([rows[name].flatten(2) for name in params], 2)
+    torch.testing.assert_close(nnj.jacobian(model, x, "weight"), j)
+    shared, each = torch.randn(j.shape[2]).double(), torch.randn(n, j.shape[2]).double()
+    torch.testing.assert_close(nnj.jvp(model, x, shared, "weight"), j @ shared)
+    found = nnj.jvp(model, x, each, "weight")
+    torch.testing.assert_close(found, torch.einsum("ncp,np->nc", j, each))
+    factors: dict[Tensor, Any] = {}
+    at = linearization(model, x, "weight")
+    at.factors(at.basis(), factors.__setitem__)
+    ((_, thin),) = factors[model.w].parts
+    assert isinstance(thin, OuterProduct)
+
+
+def test_a_transpose_by_an_attribute_is_thin() -> None:
+    """`x @ w.T`, of which torch makes a permutation."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(D, D).double())
+    model = Around(nn.Identity(), lambda m, x: x @ w.T).double()
+    model.register_parameter("w", w)
+    at = linearization(model, torch.randn(N, T, D).double(), "weight")
+    factors: dict[Tensor, Any] = {}
+    at.factors(at.basis(), factors.__setitem__)
+    assert isinstance(factors[w], OuterProduct)
