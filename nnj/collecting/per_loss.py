@@ -156,6 +156,7 @@ def _graph(call: LossCall, wanted: set[Tensor], paths: Paths) -> tuple[Graph, se
         return known
 
     graph = Graph(list(dict.fromkeys(call.edges)), is_wanted, paths, parallel=True)
+    all_run = False  # of what was not met here, the engine is asked: it may be of other models
     return graph, set(executed)
 
 

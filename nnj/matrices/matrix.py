@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 from nnj.errors import NNJError
 from nnj.jacobians.factor import CHUNK, DenseFactor, Factor, Pairs
 from nnj.matrices.layout import Damping, Layout, uniform
-from nnj.matrices.spectrum import Damped, decomposed, wide
+from nnj.matrices.spectrum import Damped, decomposed, eigenvalues, wide
 
 BLOCK_LIMIT = 10_000
 FORMAT = 1  # of files
@@ -361,7 +361,7 @@ class Dense(Matrix):
 
     @override
     def eigenvalues(self) -> Tensor:
-        values: Tensor = torch.linalg.eigvalsh(wide(self.m))
+        values: Tensor = eigenvalues(wide(self.m))
         return values.to(self.dtype)
 
     @override

@@ -79,7 +79,7 @@ def decomposed(m: Tensor, d: Tensor, same: float | None) -> Damped:
         l, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             return Cholesky(l)
-        smallest = torch.linalg.eigvalsh(damped)[0]
+        smallest = eigenvalues(damped)[0]
         warnings.warn(
             "a matrix with its damping is not positive definite as it stands: its smallest "
             f"eigenvalue is {float(smallest):.3g}. Eigenvalues are taken instead of its Cholesky "
@@ -103,8 +103,38 @@ def eigen(m: Tensor) -> tuple[Tensor, Tensor]:
             "a matrix has entries that are not finite, so it has no eigenvalues. Look for them in "
             "the model's weights and outputs, of which it was made"
         )
-    values, vectors = torch.linalg.eigh(m)
+    values, vectors = _eigh(m)
     return nonnegative(values), vectors
+
+
+def eigenvalues(m: Tensor) -> Tensor:
+    """Ascending, (P,), of a symmetric matrix with finite entries."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(m)
+    except torch.linalg.LinAlgError:
+        values = torch.full(m.shape[:-1], math.nan)
+    return values if bool(torch.isfinite(values).all()) else _eigh(m)[0]
+
+
+def _eigh(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices with finite entries. Divide and conquer of
+    single precision may fail, with an error or with entries that are no numbers, where most
+    eigenvalues are rounding, as in Kronecker factors of few samples: then in double precision.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(m)
+        well = bool(torch.isfinite(values).all() & torch.isfinite(vectors).all())
+    except torch.linalg.LinAlgError:
+        well = False
+    if well:
+        return values, vectors
+    if m.dtype in (torch.float64, torch.complex128):
+        raise NNJError(
+            f"the eigenvalues of a matrix of {m.shape[-1]} rows were not found: torch.linalg.eigh "
+            "does not converge. Divide the loss, or the weights, so that its entries are about 1"
+        )
+    values, vectors = _eigh(m.to(torch.complex128 if m.is_complex() else torch.float64))
+    return values.to(m.dtype), vectors.to(m.dtype)
 
 
 def nonnegative(values: Tensor, rounding: float | None = None) -> Tensor:

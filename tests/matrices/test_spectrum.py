@@ -60,3 +60,37 @@ def test_entries_that_are_not_finite() -> None:
     m = torch.full((1, 2, 2), math.nan).double()
     with pytest.raises(NNJError, match="not finite"):
         Kronecker({"p": (2, 2)}, m, m).logdet(1.0)
+
+
+@pytest.mark.parametrize("fails", ["an error", "no numbers"])
+def test_where_single_precision_does_not_converge_double_does(fails, monkeypatch) -> None:
+    """As it is with LAPACK for Kronecker factors of few samples."""
+    real = torch.linalg.eigh
+
+    def eigh(m: torch.Tensor) -> object:
+        if m.dtype != torch.float32:
+            return real(m)
+        if fails == "an error":
+            raise torch.linalg.LinAlgError("failed to converge")
+        values, vectors = real(m)
+        return values * math.nan, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: eigh(m)[0])
+    root = torch.randn(6, 2)
+    m = root @ root.mT
+    found = Dense({"p": (6,)}, m)
+    torch.testing.assert_close(found.eigenvalues(), real(m)[0], rtol=1e-4, atol=1e-5)
+    kron = Kronecker({"p": (6, 1)}, m[None], torch.ones(1, 1, 1))
+    expected = torch.linalg.inv(m + torch.eye(6))
+    torch.testing.assert_close(kron.inverse(1.0).dense(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_converge_in_double_precision_is_refused(monkeypatch) -> None:
+    def eigh(m: torch.Tensor) -> object:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    m = Kronecker({"p": (2, 1)}, torch.eye(2)[None], torch.ones(1, 1, 1))
+    with pytest.raises(NNJError, match="torch.linalg.eigh does not converge"):
+        m.inverse(1.0)

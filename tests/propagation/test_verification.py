@@ -635,3 +635,17 @@ def test_coarse_numbers(dtype):
     loss = nnj.extend(nn.CrossEntropyLoss())
     with nnj.collect("ggn_diag"):
         loss(model(torch.randn(40, 16, dtype=dtype)), torch.arange(40) % 3).backward()
+
+
+def test_parameters_of_other_models_are_not_compared(monkeypatch):
+    """All extended models are asked for; only one takes part."""
+    other = nnj.extend(nn.Linear(300, 300))
+    model, loss = nnj.extend(nn.Sequential(nn.Linear(3, 2))), nnj.extend(nn.MSELoss())
+    seen, run = [], verification._Verification.run
+    monkeypatch.setattr(
+        verification._Verification, "run", lambda v, *given: (seen.append(v.leaves), run(v, *given))
+    )
+    with nnj.collect("ggn_diag"):
+        loss(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
+    (leaves,) = seen
+    assert set(leaves) == set(model.parameters()) and other.weight not in set(leaves)

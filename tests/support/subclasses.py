@@ -21,6 +21,7 @@ def subclasses(cls: type) -> set[type]:
     for package in (nnj, nnj_plugins):
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             # what stands on a package of another defines none, and needs that package
-            if not found.name.endswith("__main__") and ".integrations." not in found.name:
+            apart = ".integrations." in found.name or ".extras." in found.name
+            if not found.name.endswith("__main__") and not apart:
                 importlib.import_module(found.name)
     return {c for c in _descendants(cls) if c.__module__.split(".")[0] in ("nnj", "nnj_plugins")}
