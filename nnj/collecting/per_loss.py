@@ -4,6 +4,7 @@ through the graph, and each request's share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -264,9 +265,8 @@ class _Pass:
         requests = [target.request for target in targets]
         self.sources = list(dict.fromkeys(s for r in requests for s in r.sources.values()))
         self.memory = min(request.memory for request in requests)
-        self.room = self.memory / 2  # of verification
-        if shares is not None:
-            self.room = min(self.room, shares.room)
+        # of verification: no part of the gradients alone, where all of them are there anyhow
+        self.room = math.inf if shares is None else min(self.memory / 2, shares.room)
         self.tol = min((r.tol for r in requests if EXACT in r.sources.values()), default=0.0)
         self.verify = any(request.verify for request in requests)
         every = [q for request in requests for q in request.quantities.values()]

@@ -111,7 +111,7 @@ def eigenvalues(m: Tensor) -> Tensor:
     """Ascending, (P,), of a symmetric matrix with finite entries."""
     try:
         values: Tensor = torch.linalg.eigvalsh(m)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values = torch.full(m.shape[:-1], math.nan)
     return values if bool(torch.isfinite(values).all()) else _eigh(m)[0]
 
@@ -124,7 +124,7 @@ def _eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(m)
         well = bool(torch.isfinite(values).all() & torch.isfinite(vectors).all())
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         well = False
     if well:
         return values, vectors
