@@ -16,6 +16,7 @@ from shutil import which
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
 PEERS = {

@@ -58,6 +58,6 @@ def test_all_quantities(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["mlp", "cnn-pooling"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("cnn-pooling", marks=pytest.mark.slow)])
 def test_inductor(name):
     assert replayed(CASES[name], "ggn_diag", "batch_grad", backend="inductor") == ([], [])

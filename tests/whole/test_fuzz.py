@@ -26,13 +26,14 @@ from tests.support.fuzz.check import check
 from tests.support.fuzz.compare import FAILURE, REFUSED, Outcome
 from tests.support.fuzz.report import Report, outcomes, quietly, report
 from tests.support.fuzz.shrink import LINE, shrink
+from tests.support.slow import few
 
 SEEDS, GROUP = 300, 15
 # A part of the seeds of a group may be refused, each for a reason that the report counts.
 REFUSALS = 6
 
 
-@pytest.mark.parametrize("start", range(0, SEEDS, GROUP))
+@pytest.mark.parametrize("start", few(range(0, SEEDS, GROUP)))
 def test_seeds(start):
     found = report(range(start, start + GROUP))
     assert not found.failures, f"\n{found}"

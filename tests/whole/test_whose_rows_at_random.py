@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nnj
 from tests.support.cases import do
+from tests.support.slow import few
 from tests.support.whose_rows import (
     BARE,
     EACH,
@@ -106,7 +107,7 @@ def made(seed: int) -> tuple[Model, Run]:
     return model, lambda m, x, ext: loss(through(m(x)), ext)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", few(range(SEEDS)))
 def test_right_or_refused(seed):
     model, run = made(seed)
     check(model, run)
