@@ -14,6 +14,7 @@ from tests.support.cases import CASES
 from tests.support.collecting import extended, gradients, same_grad
 from tests.support.every_quantity import ALL, QUADRATIC, Expected, wrong_quantities
 from tests.support.oracle import run, truth
+from tests.support.slow import few
 
 SAME = "two losses of the same samples are in one backward pass"
 APART = "samples of two backward passes, or of two calls of the model, have inner products"
@@ -30,7 +31,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES, 2))
 def test_all_at_once(name):
     memory = 1 if list(CASES).index(name) % 2 else 2**28
     if name not in REFUSED:

@@ -12,6 +12,7 @@ import nnj
 from tests.support.cases import CASES, Case
 from tests.support.collecting import extended, gradients, same_grad
 from tests.support.oracle import close, run
+from tests.support.slow import few
 
 # Two losses of the same samples, or two calls, have eigenvectors of their own.
 APART = {f"loss-{name}" for name in (
@@ -30,7 +31,7 @@ def collected(case: Case, *quantities: str, memory: int) -> tuple[nn.Module, nnj
     return model, context
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES, 2))
 def test_factors_of_curvature(name):
     case, asked = CASES[name], ["ggn_block", "ggn", "kfac", "ekfac"]
     memory = 2**28 if list(CASES).index(name) % 2 else 1

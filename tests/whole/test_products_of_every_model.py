@@ -12,6 +12,7 @@ import nnj
 from tests.support.cases import CASES, EITHER, Case, plain
 from tests.support.oracle import build, close, data_of
 from tests.support.products import block_index, dense_jacobian
+from tests.support.slow import few
 
 # The samples of these are not in axis 0 of x and y alike, or what one sample is given depends on
 # others.
@@ -92,7 +93,7 @@ def block_products(
 
 
 @pytest.mark.parametrize("wrt", ("weight", "input"))
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", few(rows()))
 def test_products(name, wrt):
     case = (CASES | EITHER)[name]
     x = data_of(case)[0]
@@ -111,7 +112,7 @@ def test_products(name, wrt):
 
 
 @pytest.mark.parametrize("wrt", ("weight", "input"))
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", few(rows()))
 def test_diag_backprop_goes_on_or_names_the_operation(name, wrt):
     """With diagonals the way forward is the transpose of the way back, which two independent walks
     must agree on.

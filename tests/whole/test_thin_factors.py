@@ -17,6 +17,7 @@ from nnj.jacobians.views import ViewFactor
 from tests.support.cases import CASES
 from tests.support.collecting import extended
 from tests.support.oracle import run
+from tests.support.slow import few
 
 # What is dense, and why: by the reason the cases and their parameters.
 POSITIONS = "its rows stand at places that all samples share: B is no larger than the columns"
@@ -147,7 +148,7 @@ def is_matrix(p: Tensor) -> bool:
     return sum(size > 1 for size in p.shape) > 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES))
 def test_matrices_are_given_thin_factors(name: str) -> None:
     case, thick = CASES[name], Thick()
     model, losses = extended(case)
