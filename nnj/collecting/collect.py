@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from nnj.collecting.accumulate import Accumulator, Contribution, result
+from nnj.collecting.accumulate import Accumulator, result
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.joint_matrix import (
     checked_matrix,
     holder_at,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from nnj.collecting.accumulate import Contribution
 from nnj.collecting.batches import read, scalar
 from nnj.collecting.collect import PassByPass
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.loss_reduction import name_of
 from nnj.collecting.pass_program import Passed, PassProgram, names_of_results, why_never
 from nnj.collecting.passes import Collection, open_collections

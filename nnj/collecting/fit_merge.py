@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnj.collecting.accumulate import asked
+from nnj.collecting.contribution import asked
 from nnj.collecting.quantity import WHOLE, Quantity, Whole, of_dtype, times
 from nnj.errors import NNJError
 

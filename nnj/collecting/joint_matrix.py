@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnj.collecting.accumulate import asked
+from nnj.collecting.contribution import asked
 from nnj.collecting.quantity import Quantity, named
 from nnj.errors import NNJError
 from nnj.matrices.block import BlockDiagonal, Part, Seen

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nnj.collecting import quantity_file
-from nnj.collecting.accumulate import Accumulator, ExactColumns, asked
+from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.contribution import ExactColumns, asked
 from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
 from nnj.collecting.request import Request
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of

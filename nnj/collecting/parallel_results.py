@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from nnj.collecting.accumulate import Contribution
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.quantity import Quantity
 from nnj.graph.builder import Graph
 from nnj.recording.tensor_parallel import is_distributed

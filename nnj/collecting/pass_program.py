@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from typing_extensions import override
 
-from nnj.collecting.accumulate import Contribution, ExactColumns
+from nnj.collecting.contribution import Contribution, ExactColumns
 from nnj.collecting.passes import Capture
 from nnj.collecting.quantity import Holder, Whole
 from nnj.collecting.request import Request

@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from nnj.checks import Refusals
-from nnj.collecting.accumulate import Accumulator, Contribution
+from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.request import Request
 from nnj.collecting.sharded_passes import OverShards, ShardedPass
 from nnj.collecting.signed import contribute_signed

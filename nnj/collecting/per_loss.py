@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnj.collecting.accumulate import Contribution, ExactColumns, result
+from nnj.collecting.accumulate import result
 from nnj.collecting.called_parameters import check_data, check_replaced
+from nnj.collecting.contribution import Contribution, ExactColumns
 from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.parallel_results import is_parallel, mesh_of, over_mesh

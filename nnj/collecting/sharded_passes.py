@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nnj.collecting.accumulate import Accumulator, Contribution
+from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.quantity import Holder
 from nnj.collecting.request import Request

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nnj.checks import at_once
-from nnj.collecting.accumulate import Contribution
+from nnj.collecting.contribution import Contribution
 from nnj.collecting.loss_columns import LossColumns
 from nnj.collecting.loss_reading import check_as_called
 from nnj.collecting.per_loss import contribute

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nnj.collecting.accumulate import Contribution, asked
+from nnj.collecting.contribution import Contribution, asked
 from nnj.collecting.loss_columns import Part
 from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_sum_of_chunks
 from nnj.collecting.request import GRADIENT, ColumnSource, Request

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from nnj.collecting.accumulate import Accumulator, Contribution, ExactColumns
+from nnj.collecting.accumulate import Accumulator
+from nnj.collecting.contribution import Contribution, ExactColumns
 
 
 class Sums(nnj.Quantity):
