@@ -62,7 +62,9 @@ class collect(Collection):  # noqa: N801
         tol: leave out columns that carry little: what is lost, over the batch, is at most `tol` of
             the trace of the Hessians in the outputs. ggn_diag and ggn_block are then lower bounds
             (their difference from the exact ones is positive semi-definite), for the price of
-            `columns` columns. A model that is sure of most of its answers needs few.
+            `columns` columns. A model that is sure of most of its answers needs few. Where sums
+            such as these two alone are collected, and most layers have rules, each sample walks as
+            many as it needs: the cost follows the mean uncertainty, not that of the least sure.
         signed: take losses that are not convex in the output, and negative factors: H = H_+ - H_-,
             propagated one after the other. Only for quantities of the exact Hessian, such as
             ggn_diag and ggn_block, which may then be negative.
@@ -83,8 +85,8 @@ class collect(Collection):  # noqa: N801
     Attributes:
         samples, passes: how many samples and backward passes there were so far; over ranks the
             samples of all of them, once it is closed.
-        columns: how many exact columns the loss that had most of them sent back. Of a loss of
-            tokens (or pixels) those of all tokens of a sample are counted, though they walk
+        columns: how many exact columns the loss that had most of them sent back: under `tol` those
+            of the sample that has most. Of a loss of tokens (or pixels) those of all tokens of a sample are counted, though they walk
             together until tokens mix.
         trace: under `tol`, that of the Hessians in the outputs, over all backward passes so far.
         deficit: what was left out under `tol`, as a part of that trace.

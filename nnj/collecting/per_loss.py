@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnj.checks import being_traced
 from nnj.collecting.accumulate import result
 from nnj.collecting.called_parameters import check_data, check_replaced
 from nnj.collecting.contribution import Contribution, ExactColumns
 from nnj.collecting.coupling import samples_of
 from nnj.collecting.loss_columns import LossColumns, Part
 from nnj.collecting.parallel_results import is_parallel, mesh_of, over_mesh
+from nnj.collecting.ragged_pass import ragged_pass
 from nnj.collecting.request import EXACT, GRADIENT, ColumnSource, Request
 from nnj.collecting.shares import Shares
 from nnj.collecting.targets import ChunkSink, Target
@@ -327,6 +330,8 @@ class _Pass:
         if stage is not None:
             left.remove(EXACT)
             self._propagate_by_row(stage)
+        elif EXACT in sources and self._propagate_ragged(planned, sample):
+            left.remove(EXACT)
         elif EXACT in sources:
             selection = columns.select(sample, self.tol)
             exact = ExactColumns(selection.k, selection.trace, selection.dropped)
@@ -352,10 +357,40 @@ class _Pass:
         together = planned.groups or any(target.together for target in self.targets)
         if each or together or is_parallel(planned.sweep.graph):
             return None
-        own = [own for target in self.targets for own in target.own.values()]
-        calls = planned.sweep.graph.marks
-        owner = calls[-1].module if calls else None
+        own, owner = self._own(planned)
         return row_stage(planned.sweep, self.columns.hessian, own, owner)
+
+    def _own(self, planned: Planned) -> tuple[list[list[nn.Parameter]], nn.Module | None]:
+        """The parameters that have results together, and the model of the last call."""
+        calls = planned.sweep.graph.marks
+        own = [own for target in self.targets for own in target.own.values()]
+        return own, calls[-1].module if calls else None
+
+    def _propagate_ragged(self, planned: Planned, sample: Tensor | None) -> bool:
+        """Exact columns with a tolerance, each sample's own number of them; whether that was
+        done.
+        """
+        wanted = [q for t in self.targets for q in t.request.exact]
+        if not self.tol or sample is not None or math.isfinite(self.room) or planned.groups:
+            return False
+        if not all(q.skips_zeros for q in wanted) or being_traced():
+            return False
+        last = partial(_last_layer, targets=self.targets, memory=self.memory)
+        ragged = ragged_pass(
+            planned.sweep, self.columns.hessian, self.tol, last, *self._own(planned)
+        )
+        if ragged is None:
+            return False
+        for target in self.targets:
+            target.found.exact = ragged.exact
+        if ragged.last is not None:
+            ragged.last.parameters(_all_of(self.targets, ragged.exact.k))
+        for v, run in ragged.parts(self.memory):
+            # a part is not added to another one, of other samples
+            sink = ChunkSink(self.targets, {EXACT: Part(slice(0, len(v)), len(v))})
+            run(v, sink.take)
+            sink.end()
+        return True
 
     def _propagate_by_row(self, stage: RowStage) -> None:
         """All exact columns, by row as long as rows are apart, and then by sample."""

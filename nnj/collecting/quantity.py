@@ -65,6 +65,9 @@ class Quantity:
             of the loss (a token), of which no two are mixed at this parameter.
         sees_samples: whether it matters which rows are one sample though results are sums, as where
             places of a sample are added up first.
+        skips_zeros: of "exact", whether what a chunk adds is a sum over its columns and samples of
+            products of entries of B alone, which samples with zeros add nothing to. Then, with a
+            tolerance, a factor may be of some of the samples, and its columns are all there are.
         quadratic: of "gradient", whether results are not linear in the gradient. Then those of two
             losses of the same samples do not add up, and are refused.
         entrywise: whether a result at a parameter has an entry (or a row) for each of its entries,
@@ -82,6 +85,7 @@ class Quantity:
     degree: int | None = None
     per_sample: bool = False
     sees_samples: bool = False
+    skips_zeros: bool = False
     quadratic: bool = False
     entrywise: bool = True
     of_rank: bool = False

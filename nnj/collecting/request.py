@@ -180,6 +180,11 @@ class Request:
         return list(dict.fromkeys([*self._of_samples, *found]))
 
     @property
+    def exact(self) -> list[Quantity]:
+        """Those of exact columns."""
+        return [q for name, q in self.quantities.items() if self.sources[name] is EXACT]
+
+    @property
     def exact_of_samples(self) -> list[str]:
         """Those of exact columns for which it matters what a sample is."""
         return [name for name in self._of_samples if self.sources[name] is EXACT]

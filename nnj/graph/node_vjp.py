@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
 from nnj.graph.attention import attention_backward, fused_attention
 from nnj.graph.nodes import node_name, own_task, refuse_freed
-from nnj.graph.op_names import TRUSTED
+from nnj.graph.op_names import FLAT, TRUSTED
 from nnj.recording.engine import is_engine, through_engine
 
+Shape: TypeAlias = "tuple[int, ...]"
 LINEAR = "nnj.linear"  # on a node: it is known to be
 LARGE = 1024.0  # how much larger than the columns that is which a backward in Python is tried with
 ROUNDED = 0.01  # what it may be off by, where it computes in less than double precision
@@ -69,6 +70,28 @@ def _known(node: Any, g: Tensor, k: int) -> list[Tensor | None] | None:
         return _add_backward(node, g)
     if k > 1 and name == "MaxPool2DWithIndices":
         return [_max_pool_backward(node, g)]
+    return None
+
+
+def known_of_some(
+    node: Any, g: Tensor, of: Tensor, ends: list[Shape]
+) -> list[Tensor | None] | None:
+    """What a node makes of columns of some samples, (K, M, ...), for each of its operands; None
+    where its formula is not known here.
+
+    Args:
+        of: the numbers of the samples, (M,), among the rows of its tensors.
+        ends: the shapes of its operands, for all samples.
+    """
+    name = node_name(node)
+    if name == "Add" and all(shape[1:] == g.shape[2:] for shape in ends):
+        return _add_backward(node, g)
+    if name in FLAT and len(ends) == 1:
+        return [g.reshape(*g.shape[:2], *ends[0][1:])]
+    if name == "Relu":
+        return [g * (node._saved_result.index_select(0, of) > 0)]
+    if name == "MaxPool2DWithIndices" and node._saved_self.dim() == 4:
+        return [_max_pool_backward(node, g, of)]
     return None
 
 
@@ -208,9 +231,10 @@ def _quiet() -> Iterator[None]:
         functorch._set_vmap_fallback_warning_enabled(True)
 
 
-def _max_pool_backward(node: Any, g: Tensor) -> Tensor:
+def _max_pool_backward(node: Any, g: Tensor, of: Tensor | None = None) -> Tensor:
     """g of (K, N, C, *pooled) where the largest entries were; vmap would do it column by column."""
     x, index = node._saved_self, node._saved_result1
+    index = index if of is None else index.index_select(0, of)
     back = g.new_zeros(*g.shape[:-2], x.shape[-2] * x.shape[-1])
     back.scatter_add_(-1, index.flatten(-2).expand(*g.shape[:-2], -1), g.flatten(-2))
     result: Tensor = back.unflatten(-1, x.shape[-2:])

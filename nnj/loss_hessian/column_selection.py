@@ -12,6 +12,8 @@ from torch import Tensor
 from nnj.checks import enough
 from nnj.loss_hessian.base import LossHessian
 
+FEWER = 0.9  # of the samples of a part, below which the next column may begin another one
+
 
 class ColumnSelection:
     """Columns that walk, k of them. A subclass must define `columns`.
@@ -36,8 +38,14 @@ class ColumnSelection:
         `LossHessian.columns_through`: (k, R, d) from J of (B * D, d).
         """
         for a in range(0, self.k, size):
-            s = self.hessian.flat(self.columns(a, min(a + size, self.k)))
-            yield s.to(rows.dtype) @ rows
+            yield self.through(rows, a, min(a + size, self.k))
+
+    def through(self, rows: Tensor, start: int, stop: int, of: Tensor | None = None) -> Tensor:
+        """Columns start to stop behind J, (stop - start, R, d); at some of the rows of the loss
+        alone, if `of` gives their numbers.
+        """
+        s = self.hessian.flat(self.columns(start, stop))
+        return (s if of is None else s.index_select(1, of)).to(rows.dtype) @ rows
 
 
 class AllColumns(ColumnSelection):
@@ -127,6 +135,73 @@ class PackedColumns(ColumnSelection):
         found = h.columns_at(row.flatten(), place.flatten(), j.flatten())
         out = torch.zeros(size + 1, h.block, dtype=h.dtype, device=h.device)
         return out.index_put_((at,), found)[:size].view(len(number), h.rows, h.places, h.block)
+
+
+class RaggedColumns(PackedColumns):
+    """The largest columns over all samples, so many that at most `tol` of the trace of H is lost:
+    each sample keeps as many as its share of H needs, and has zeros behind them.
+
+    Args:
+        hessian: of the loss, whose row i is sample i.
+        tol: above 0.
+
+    Attributes:
+        counts: (N,), how many each sample keeps.
+        packed: how many `PackedColumns` would walk for the same tolerance.
+    """
+
+    counts: Tensor
+    packed: int
+
+    def __init__(self, hessian: LossHessian, tol: float):
+        super().__init__(hessian, torch.arange(hessian.rows, device=hessian.device), tol)
+
+    def _largest(self, tol: float) -> Tensor:
+        index = super()._largest(tol)
+        self.packed = index.shape[0]
+        size = self._by_sample(self.hessian.norms().movedim(0, -1).double())
+        size, order = size.sort(dim=1, descending=True, stable=True)
+        flat, place = size.flatten().sort(descending=True, stable=True)
+        tail = flat.flip(0).cumsum(0).flip(0)  # what is lost without an entry and all smaller ones
+        kept = int((tail > tol * self.trace).sum())
+        self.dropped = float(tail[kept]) if kept < len(tail) else 0.0
+        mine = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, place[:kept], True)
+        counts = mine.view_as(size).sum(1)
+        self.counts = counts[: self.hessian.rows]
+        return order[:, : max(1, int(counts.max()))].mT
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        number = torch.arange(start, stop, device=self.counts.device)
+        alive = number[:, None] < self.counts
+        return super().columns(start, stop) * alive[:, :, None, None]
+
+    def parts(self, fixed: float) -> list[tuple[int, int, int]]:
+        """The columns in parts (start, stop, samples), of which each goes through the samples that
+        have its first column, at the least cost.
+
+        Args:
+            fixed: what a part costs beside its columns, in columns of one sample.
+        """
+        sizes = torch.bincount(self.counts, minlength=self.k + 1)
+        alive = [*(sizes.sum() - sizes.cumsum(0))[: self.k].tolist(), 0]  # samples with column k
+        cuts = [0]
+        for k in range(1, self.k + 1):
+            if alive[k] < FEWER * alive[cuts[-1]]:
+                cuts.append(k)
+        # from a cut on, the least that the rest costs, and the cut at which its first part ends
+        best: dict[int, tuple[float, int]] = {cuts[-1]: (0.0, cuts[-1])}
+        for i in reversed(range(len(cuts) - 1)):
+            start = cuts[i]
+            best[start] = min(
+                (fixed + (stop - start + 1) * alive[start] + best[stop][0], stop)
+                for stop in cuts[i + 1 :]
+            )
+        found, start = list[tuple[int, int, int]](), 0
+        while start < cuts[-1]:
+            stop = best[start][1]
+            found.append((start, stop, alive[start]))
+            start = stop
+        return found
 
 
 def numbered(group: Tensor) -> Tensor:

@@ -326,12 +326,17 @@ class Sweep(Plan):
             self._parameters(step, edge, v, use)
         if step.out[0] is not None:
             j = self.operator(step, "input")
-            back, shape = j.vjp(v), (v.shape[0], *record.x.shape)
+            back, shape = j.vjp(v), (v.shape[0], *self.input_shape(step))
             if not isinstance(back, Tensor) or back.shape != shape:
                 checked("vjp of 'input'", back, shape, self._who(record))
             if j.spreads or j.entrywise:
                 note(j, v, back)
             self._send(step, 0, back, values)
+
+    def input_shape(self, step: Step) -> tuple[int, ...]:
+        """Of what a layer was given, as columns have it."""
+        assert step.record is not None
+        return tuple(step.record.x.shape)
 
     def _parameters(self, step: Step, edge: Edge, v: Tensor, use: Sink) -> None:
         """Columns at a step's own parameters."""

@@ -227,8 +227,17 @@ class LastLayerColumns:
         else:
             columns = iter(triangular(self.hessian.gram_through(flat)).split(size))
         for v in columns:
-            whole = v.reshape(-1, self.sweep.n, *self.rows.shape[2:])
-            yield whole.to(edge_dtype(self.edge))
+            yield self._at_edge(v)
+
+    def columns(self, start: int, stop: int, of: Tensor) -> Tensor:
+        """Some columns of the selection at some of the samples, on `edge`: (k, M, *shape)."""
+        assert self.rows is not None and self.selection is not None
+        flat = self.rows.reshape(len(self.rows), -1)
+        return self._at_edge(self.selection.through(flat, start, stop, of))
+
+    def _at_edge(self, v: Tensor) -> Tensor:
+        assert self.rows is not None
+        return v.reshape(*v.shape[:2], *self.rows.shape[2:]).to(edge_dtype(self.edge))
 
 
 def triangular(gram: Tensor) -> Tensor:

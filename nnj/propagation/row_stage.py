@@ -23,8 +23,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +41,8 @@ from nnj.propagation.backward import Cotangents, Sink, Sweep, uses_of
 from nnj.propagation.glue import entries_of
 from nnj.propagation.plan import NOTHING, Route, device_of
 from nnj.propagation.row_index import ARRANGING, arranged, behind, leading
-from nnj.propagation.verification import KEPT, coarsest, signature
+from nnj.propagation.trials import Trials, close
+from nnj.propagation.verification import coarsest, signature
 from nnj.recording.records import Edge
 from nnj.registry.layer_rules import Declined, ask_rule
 
@@ -462,31 +461,14 @@ class _Search:
 # -- trying it -------------------------------------------------------------------------------------
 
 
-class _Tried(NamedTuple):
-    """Of one structure, whether its rows are kept apart; the rules are held, so that none has their
-    place.
-    """
-
-    rules: list[object]
-    right: bool
-
-
-_tried: WeakKeyDictionary[nn.Module, dict[object, _Tried]] = WeakKeyDictionary()
-_of_nobody: dict[object, _Tried] = {}
+_tried = Trials()
 
 
 def _trusted(stage: RowStage, owner: nn.Module | None) -> bool:
     """Whether the first stage keeps rows apart; tried once for each structure."""
-    known = _of_nobody if owner is None else _tried.setdefault(owner, {})
     key = (signature(stage.sweep), signature(stage.whole))
-    there = known.get(key)
-    if there is None:
-        while len(known) >= KEPT:
-            known.pop(next(iter(known)))
-        steps = stage.sweep.graph.steps
-        rules: list[object] = [s.record.entry for s in steps if s.record is not None]
-        there = known[key] = _Tried(rules, _keeps_apart(stage))
-    return there.right
+    rules = [s.record.entry for s in stage.sweep.graph.steps if s.record is not None]
+    return _tried.answer(owner, key, rules, lambda: _keeps_apart(stage))
 
 
 def _keeps_apart(stage: RowStage) -> bool:
@@ -516,7 +498,7 @@ def _keeps_apart(stage: RowStage) -> bool:
         return False
     for edge, v in left.items():
         inside = mine[sweep.rows_of[edge]]
-        if not _close(v[0], expected[edge][0], eps) or not _close(v[1], v[0] * inside, eps):
+        if not close(v[0], expected[edge][0], eps) or not close(v[1], v[0] * inside, eps):
             return False
     return all(_share_is_right(factor, others[p], mine, eps) for p, factor in factors.items())
 
@@ -527,16 +509,7 @@ def _share_is_right(factor: Factor, other: Factor, mine: Tensor, eps: float) -> 
     whole = factor.rmatvec(c)
     ones = torch.ones(1, other.n, dtype=other.dtype, device=other.device)
     size = factor.square_sum().max().sqrt()
-    if not _close(whole, other.rmatvec(ones), eps, size):
+    if not close(whole, other.rmatvec(ones), eps, size):
         return False
     c.zero_()[1] = (~mine).to(c)
     return bool(factor.rmatvec(c).abs().max() <= eps * size)
-
-
-def _close(a: Tensor, b: Tensor, eps: float, size: Tensor | None = None) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.numel():
-        return True
-    size = torch.maximum(a.abs().max(), b.abs().max()) if size is None else size
-    return bool((a - b).abs().max() <= eps * size)

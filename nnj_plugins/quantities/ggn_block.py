@@ -29,6 +29,7 @@ class GGNBlock(nnj.Quantity):
     """
 
     degree = 1
+    skips_zeros = True
 
     def __init__(self, block_limit: int = 10_000):
         self.limit = checked_limit(block_limit)

@@ -19,6 +19,7 @@ class GGNDiag(nnj.Quantity):
     add up. (Schraudolph 2002; Martens 2014, section 8.)"""
 
     degree = 1
+    skips_zeros = True
 
     @override
     def parameter(self, factor: nnj.Factor, total_columns: int) -> nnj.SquareSum:
