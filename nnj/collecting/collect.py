@@ -86,8 +86,8 @@ class collect(Collection):  # noqa: N801
         samples, passes: how many samples and backward passes there were so far; over ranks the
             samples of all of them, once it is closed.
         columns: how many exact columns the loss that had most of them sent back: under `tol` those
-            of the sample that has most. Of a loss of tokens (or pixels) those of all tokens of a sample are counted, though they walk
-            together until tokens mix.
+            of the sample that has most. Of a loss of tokens (or pixels) those of all tokens of a
+            sample are counted, though they walk together until tokens mix.
         trace: under `tol`, that of the Hessians in the outputs, over all backward passes so far.
         deficit: what was left out under `tol`, as a part of that trace.
 

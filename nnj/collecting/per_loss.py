@@ -397,27 +397,34 @@ class _Pass:
         targets, sweep, memory = self.targets, stage.sweep, self.memory // 2
         at_most, about = columns_at_once(sweep, memory)
         at_most = max(1, min(at_most, memory // max(1, stage.bytes_of_column)))
-        selection, slots = stage.select(self.tol), stage.slots
-        exact = ExactColumns(selection.k * max(1, slots), selection.trace, selection.dropped)
-        for target in targets:
-            target.found.exact = exact
+        selection = stage.select(self.tol)
         last, walks, edge, steps = None, selection.k, stage.start, sweep.graph.steps
         if stage.by_row is not None:
             chosen = selection if self.tol else None
             last = _last_layer(stage.by_row, sweep, targets, chosen, memory)
         if last is not None:
             walks, edge, steps = last.walks, last.edge, steps[len(last.steps) :]
-            last.parameters(_all_of(targets, walks))
         size = even(walks, at_most, about)
+        cuts = [(a, min(a + size, walks)) for a in range(0, walks, size)]
+        packing, sizes, every = stage.packing(selection.counts), [0] * len(cuts), 1
+        if stage.behind:
+            sizes = packing.sizes(cuts)
+            (every,) = packing.sizes([(0, selection.k)])
+        k = every if stage.behind else selection.k
+        for target in targets:
+            target.found.exact = ExactColumns(k, selection.trace, selection.dropped)
+        if last is not None:
+            last.parameters(_all_of(targets, walks))
         parts = stage.begun(selection, size) if last is None else last.walked(size)
-        later = columns_at_once(stage.whole, memory)
-        for v in parts:
+        later, total = columns_at_once(stage.whole, memory), sum(sizes)
+        for v, cut, goes_on in zip(parts, cuts, sizes, strict=True):
             sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), walks)})
             arrived = stage.run(edge, v, sink.take, steps)
             sink.end()
-            for roots in stage.chunks(arrived, even(len(v) * slots, *later)):
+            packed = packing.table(*cut, goes_on)
+            for roots in stage.chunks(arrived, packing, packed, even(goes_on, *later)):
                 k = len(next(iter(roots.values())))
-                sink = ChunkSink(targets, {EXACT: Part(slice(0, k), walks * slots)})
+                sink = ChunkSink(targets, {EXACT: Part(slice(0, k), total)})
                 stage.whole.run(roots, k, sink.take, stage.behind)
                 sink.end()
 

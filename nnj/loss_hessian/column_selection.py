@@ -22,9 +22,11 @@ class ColumnSelection:
         k: how many there are.
         trace, dropped: of H over the batch, and what the columns that were left out have of it;
             both 0 where none is left out.
+        counts: (N,), how many columns each sample has before zeros alone; None where all have k.
     """
 
     trace = dropped = 0.0
+    counts: Tensor | None = None
 
     def __init__(self, hessian: LossHessian, k: int):
         self.hessian, self.k = hessian, k

@@ -27,7 +27,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from nnj.checks import enough
+from nnj.checks import being_traced
 from nnj.errors import NNJError
 from nnj.generators import OwnGenerator
 from nnj.graph.builder import Graph
@@ -36,11 +36,18 @@ from nnj.jacobians.factor import Factor
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
 from nnj.loss_hessian.base import LossHessian
-from nnj.loss_hessian.column_selection import AllColumns, ColumnSelection, PackedColumns, numbered
+from nnj.loss_hessian.column_selection import (
+    AllColumns,
+    ColumnSelection,
+    PackedColumns,
+    RaggedColumns,
+)
 from nnj.propagation.backward import Cotangents, Sink, Sweep, uses_of
 from nnj.propagation.glue import entries_of
+from nnj.propagation.last_layer import walk_cost
 from nnj.propagation.plan import NOTHING, Route, device_of
 from nnj.propagation.row_index import ARRANGING, arranged, behind, leading
+from nnj.propagation.row_packing import Packed, RowPacking, in_parts
 from nnj.propagation.trials import Trials, close
 from nnj.propagation.verification import coarsest, signature
 from nnj.recording.records import Edge
@@ -137,23 +144,18 @@ class RowStage:
         return self.of_loss if self.by_row is None else self.by_row
 
     @cached_property
-    def slot(self) -> Tensor:
-        """The number of each row among those of its sample in which H is not zero; -1 for all
-        others.
-        """
+    def _alive(self) -> Tensor:
+        """The sample of each row in which H is not zero, (R,); behind the last for all others."""
         alive = self.of_loss.diagonal().sum(-1) > 0
         rows = torch.zeros(self.sweep.n, dtype=torch.bool, device=alive.device)
         rows = rows.index_put((self.row.flatten(),), alive.flatten(), accumulate=True)
-        kept = rows & (self.sample >= 0)
-        number = numbered(torch.where(kept, self.sample, self.whole.n))
-        return torch.where(kept, number, -1)
+        return torch.where(rows & (self.sample >= 0), self.sample, self.whole.n)
 
-    @property
-    def slots(self) -> int:
-        """How many rows a sample has at most: so often each column goes on."""
-        if not self.behind:
-            return 0
-        return max(1, enough(self.slot.max() + 1, len(self.slot)))  # one of zeros, if there is none
+    def packing(self, counts: Tensor | None = None) -> RowPacking:
+        """How columns of rows, each of which may have a number of its own, become those of
+        samples.
+        """
+        return RowPacking(self._alive, self.whole.n, counts)
 
     def select(self, tol: float) -> ColumnSelection:
         """The exact columns of rows; `tol` as in `PackedColumns`."""
@@ -161,7 +163,17 @@ class RowStage:
             return PackedColumns(self.of_loss, self.row, tol)
         if not tol:
             return AllColumns(self.by_row)
-        return PackedColumns(self.by_row, torch.arange(self.sweep.n, device=self.row.device), tol)
+        packed = PackedColumns(self.by_row, torch.arange(self.sweep.n, device=self.row.device), tol)
+        if not self.behind or being_traced():
+            return packed
+        ragged = RaggedColumns(self.by_row, tol)
+        return ragged if self._cost(ragged) < self._cost(packed) else packed
+
+    def _cost(self, selection: ColumnSelection) -> float:
+        """Multiply-adds of both stages."""
+        (size,) = self.packing(selection.counts).sizes([(0, selection.k)])
+        first, later = walk_cost(self.sweep.graph.steps), walk_cost(self.behind)
+        return selection.k * first + size * later
 
     @property
     def bytes_of_column(self) -> int:
@@ -193,19 +205,14 @@ class RowStage:
         v = v.reshape(len(v), *self.sweep.shapes[edge])
         return self.sweep.run({edge: v}, len(v), sink, steps)
 
-    def chunks(self, arrived: dict[Edge, Tensor], size: int) -> Iterator[dict[Edge, Tensor]]:
-        """What goes on, each column once for each row of a sample, at most `size` at a time."""
+    def chunks(
+        self, arrived: dict[Edge, Tensor], packing: RowPacking, packed: Packed, size: int
+    ) -> Iterator[dict[Edge, Tensor]]:
+        """What goes on, as columns of samples, at most `size` at a time."""
         if not arrived:
             return
-        k, slots = len(next(iter(arrived.values()))), self.slots
-        number = torch.arange(k * slots, device=self.slot.device)
-        for part in number.split(size):
-            column, slot = part // slots, part % slots
-            yield {edge: self._apart(edge, v, column, slot) for edge, v in arrived.items()}
-
-    def _apart(self, edge: Edge, v: Tensor, column: Tensor, slot: Tensor) -> Tensor:
-        mine = self.slot[self.sweep.rows_of[edge]]
-        return v[column] * (mine == slot.reshape(-1, *[1] * mine.dim()))
+        for part in in_parts(packed, size):
+            yield {e: packing.spread(v, self.sweep.rows_of[e], part) for e, v in arrived.items()}
 
 
 def _nobody(p: Tensor, factor: Factor) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import nnj
 from nnj.collecting import per_loss
+from nnj.loss_hessian.column_selection import RaggedColumns
 from nnj.propagation.row_stage import RowStage, row_stage
+from nnj.registry.loss_rules import ask_loss_rule
 from nnj.registry.manager import use
 
 N, T, V, D = 3, 4, 5, 6
@@ -178,6 +180,33 @@ def test_tolerance(monkeypatch):
     assert layers(stages[0]) and 0 < context.deficit <= 0.05
     for name, p in model.named_parameters():
         assert (p.ggn_diag <= expected[name] * (1 + 1e-9) + 1e-12).all()
+
+
+@pytest.mark.parametrize("memory", [2**28, 1])
+@pytest.mark.parametrize("tol", [0.2, 0.01, 1e-4])
+def test_behind_the_mixing_a_sample_has_the_columns_of_its_tokens(tol: float, memory: int):
+    """Against the dense Jacobian with exactly the columns that each token keeps."""
+    torch.manual_seed(0)
+    model = Tokens().double()
+    with torch.no_grad():
+        model.head.weight *= torch.tensor([30.0, 1, 8, 1, 20]).double()[:, None]
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    y = model(IDS).detach()
+    jacobians = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (IDS,)))(own)
+    z, target = flat(y, Y)
+    hessian = ask_loss_rule(nn.CrossEntropyLoss(), torch.tensor(1.0), [z], (z, target), {})
+    assert hessian is not None
+    selection = RaggedColumns(hessian, tol)
+    s = selection.columns(0, selection.k).reshape(selection.k, N, T, V)
+    nnj.extend(model)
+    with nnj.collect("ggn_diag", "ggn_block", tol=tol, memory=memory) as context:
+        nnj.extend(nn.CrossEntropyLoss())(*flat(model(IDS), Y)).backward()
+    assert context.columns == int(selection.counts.view(N, T).sum(1).max())
+    assert context.deficit == pytest.approx(selection.dropped / selection.trace)
+    for name, p in model.named_parameters():
+        rows = torch.einsum("kntv,ntv...->knt...", s, jacobians[name]).flatten(0, 2)
+        if "head" not in name:  # there H itself is
+            torch.testing.assert_close(p.ggn_diag, rows.square().sum(0), rtol=1e-9, atol=1e-13)
 
 
 def test_a_token_is_one_column_of_the_head():
