@@ -5,7 +5,7 @@ each, and rows of samples stay where they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.contribution import ExactColumns, asked
 from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
 from nnj.collecting.request import Request
+from nnj.distributed.merging import Merging, owner_of
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
@@ -325,43 +326,75 @@ class OverRanks:
             {f"{name}\n{key}": form for name in wanted for key, form in said.forms[name].items()}
             for said in notes
         ]
-        mine = {
-            f"{name}\n{places.name(holder)}": state
-            for name in wanted
-            for holder, state in self.accumulator.states(name).items()
-        }
+        keys = dict.fromkeys(key for form in forms for key in form)
+        stay = [key for key in keys if self._stays(places.holders[key.partition("\n")[2]])]
+        self._merge_on_owners(places, {key: _who(key, forms) for key in stay})
+        forms = [{key: at for key, at in form.items() if key not in stay} for form in forms]
+        if any(forms):
+            self._merge_for_all(places, forms)
 
-        def merge(key: str, states: list[Any]) -> Any:
-            name = key.partition("\n")[0]
-            ask = self.request.quantities[name].merge
-            return functools.reduce(lambda a, b: asked(name, ask, a, b), states)
+    def _stays(self, holder: Holder) -> bool:
+        """Whether what is merged at a place stays with one rank."""
+        is_part = self.sharding is not None and self.spread
+        return is_part and not isinstance(holder, Tensor)
 
-        every = [device_of(holder) for holder in places.holders.values()]
-        device = next((d for d in every if d.type != "cpu"), every[-1])
-        of_owner = set[str]()
-        if self.sharding is not None and self.spread:
-            # what is no parameter's stays with the rank that merges it
-            of_owner = {
-                key
-                for key in (key for form in forms for key in form)
-                if not isinstance(places.holders[key.partition("\n")[2]], Tensor)
-            }
-        found = self.ranks.merged(mine, forms, merge, device, of_owner)
-        for key in dict.fromkeys(key for form in forms for key in form):
+    def _merge_on_owners(self, places: Places, there: Mapping[str, list[int]]) -> None:
+        """Place by place, each on one rank; given the ranks that have something there.
+
+        Errors: `NNJError`, on all ranks, for one that merging has raised on any.
+        """
+        error: NNJError | None = None
+        for key, ranks in there.items():
             name, _, place = key.partition("\n")
             holder = places.holders[place]
-            if key not in found:
-                self.accumulator.forget(name, holder)
-                continue
-            state = _moved(found[key], device_of(holder))
+            mine = self.accumulator.state(name, holder)
+            self.accumulator.forget(name, holder)
+            merging = Merging(self.ranks, self._merge_of(name), device_of(holder))
+            found = merging.on(owner_of(key, self.ranks.size), ranks, mine)
+            error = error or merging.error
+            if found is not None:
+                self.accumulator.replace(name, {holder: found})
+        for said in self.ranks.notes(None if error is None else str(error)) if there else ():
+            if said is not None:
+                raise NNJError(said) from error
+
+    def _merge_of(self, name: str) -> Callable[[Any, Any], Any]:
+        return functools.partial(asked, name, self.request.quantities[name].merge)
+
+    def _merge_for_all(self, places: Places, forms: Sequence[Forms]) -> None:
+        """All at once; what is merged is on all ranks."""
+        every = dict.fromkeys(key for form in forms for key in form)
+        mine = dict[str, Any]()
+        for key in every:
+            name, _, place = key.partition("\n")
+            state = self.accumulator.state(name, places.holders[place])
+            mine |= {} if state is None else {key: state}
+
+        def merge(key: str, states: list[Any]) -> Any:
+            return functools.reduce(self._merge_of(key.partition("\n")[0]), states)
+
+        devices = [device_of(holder) for holder in places.holders.values()]
+        device = next((d for d in devices if d.type != "cpu"), devices[-1])
+        for key, state in self.ranks.merged(mine, forms, merge, device).items():
+            name, _, place = key.partition("\n")
+            holder = places.holders[place]
+            state = _moved(state, device_of(holder))
             if self.sharding is not None and isinstance(holder, Tensor):
-                state = self._sharded(state, holder)
+                state = in_parts(state, holder)
             self.accumulator.replace(name, {holder: state})
 
-    def _sharded(self, state: Any, holder: Tensor) -> Any:
-        """The state of a sharded parameter: of each tensor of its shape the part of this rank."""
-        tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
-        return filled(form_of(state), tensors)
+
+def _who(key: str, forms: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which ranks have something of a key."""
+    return [rank for rank, form in enumerate(forms) if key in form]
+
+
+def in_parts(state: Any, holder: Tensor) -> Any:
+    """The state of a sharded parameter, which all ranks have: of each tensor of its shape the part
+    of this rank.
+    """
+    tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
+    return filled(form_of(state), tensors)
 
 
 def shared_out(state: Any, like: Tensor, ranks: Ranks) -> Any:

@@ -18,7 +18,8 @@ from nnj.checks import Refusals
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.contribution import Contribution
 from nnj.collecting.request import Request
-from nnj.collecting.sharded_passes import OverShards, ShardedPass
+from nnj.collecting.sharded_passes import ShardedPass
+from nnj.collecting.shares import OverShards
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
@@ -44,13 +45,12 @@ class Collection:
     Attributes:
         request: what is asked for.
         accumulator: what has been collected so far.
-        counts: whether passes are taken in; else only what other ranks have of them is.
         over_shards: how passes of sharded models come together.
     """
 
     def __init__(self, request: Request):
         self.request, self.accumulator = request, Accumulator(request.quantities)
-        self.counts, self.over_shards = True, OverShards()
+        self.over_shards = OverShards()
         self._thread: _Thread | None = None  # in which it is open
         self._refused = False
         self._passes_before = 0
@@ -132,7 +132,7 @@ class _Pass:
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
         self.calls: list[LossCall] = []
-        self.sharded = ShardedPass({c.request: c.counts for c in collections})
+        self.sharded = ShardedPass({c.request: c.over_shards for c in collections})
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
         self.refusals = Refusals()
@@ -183,7 +183,7 @@ class _Pass:
 
     def _hand_over(self, collection: Collection) -> None:
         request = collection.request
-        used = not self.error and collection.counts
+        used = not self.error and collection.over_shards.counts
         found = [found[request] for found in self.found] if used else []
         if self.sharded.sharding is None:
             collection.add_pass(found)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from nnj.collecting.accumulate import Accumulator
@@ -14,7 +13,7 @@ from nnj.collecting.contribution import Contribution
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.quantity import Holder
 from nnj.collecting.request import Request
-from nnj.collecting.shares import Shares
+from nnj.collecting.shares import OverShards, Shares
 from nnj.distributed.ranks import Ranks, same_ranks
 from nnj.distributed.rounds import Rounds
 from nnj.errors import NNJError
@@ -24,31 +23,18 @@ from nnj.recording.sharded import Sharding, sharded_models
 from nnj.recording.units_on_read import UnitsOnRead
 
 
-@dataclass
-class OverShards:
-    """How passes come together.
-
-    Attributes:
-        mean: as of `OverRanks`.
-        spread: whether what modules have stays with one rank each.
-    """
-
-    mean: bool = True
-    spread: bool = True
-
-
 class ShardedPass:
     """What is known of the sharded models of one backward pass.
 
     Args:
-        requests: those of the collections, each with whether what this rank has counts.
+        requests: those of the collections.
 
     Attributes:
         sharding: the units; None while no model is sharded.
         shares: what is shared out before the pass ends.
     """
 
-    def __init__(self, requests: Mapping[Request, bool]) -> None:
+    def __init__(self, requests: Mapping[Request, OverShards]) -> None:
         self._requests = requests
         self.sharding: Sharding | None = None
         self.shares: Shares | None = None
@@ -68,7 +54,7 @@ class ShardedPass:
         with sharding.at_rest():
             units = UnitsOnRead(sharding, lambda unit: rounds.need(unit))
             rounds = Rounds(ranks, units.gather, shares.size, shares.share)
-            shares.begin(sharding, ranks, rounds)
+            shares.begin(call, sharding, ranks, rounds)
             try:
                 for unit in sharding.never_whole():
                     rounds.need(unit)
@@ -97,7 +83,7 @@ class ShardedPass:
         """
         sharding, shares = self.sharding, self.shares
         assert sharding is not None and shares is not None
-        part = Accumulator(request.quantities)
+        part, error = Accumulator(request.quantities), error or shares.error
         if error is None:
             try:
                 _check_group(request, sharding)
