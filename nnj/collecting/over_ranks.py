@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from nnj.collecting import quantity_file
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.contribution import ExactColumns, asked
+from nnj.collecting.owners import owner_of
 from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
 from nnj.collecting.request import Request
-from nnj.distributed.merging import Merging, owner_of
+from nnj.distributed.merging import Merging
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
@@ -64,6 +65,7 @@ class Places:
 
     def __init__(self, models: Sequence[nn.Module], sharding: Sharding | None = None):
         sharded = {} if sharding is None else sharding.sharded
+        self.models = models
         self.holders: dict[str, Holder] = {"": WHOLE}
         for i, model in enumerate(models):
             self.holders |= {f"{i}.{path}": m for path, m in model.named_modules()}
@@ -350,7 +352,7 @@ class OverRanks:
             mine = self.accumulator.state(name, holder)
             self.accumulator.forget(name, holder)
             merging = Merging(self.ranks, self._merge_of(name), device_of(holder))
-            found = merging.on(owner_of(key, self.ranks.size), ranks, mine)
+            found = merging.on(owner_of(holder, places.models, self.ranks), ranks, mine)
             error = error or merging.error
             if found is not None:
                 self.accumulator.replace(name, {holder: found})

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from nnj.collecting.contribution import asked
 from nnj.collecting.over_ranks import Places, device_of, in_parts, shared_out
+from nnj.collecting.owners import owner_of
 from nnj.collecting.quantity import Holder, Quantity, Whole, added, is_sum
 from nnj.collecting.request import Request
-from nnj.distributed.merging import Merging, owner_of
+from nnj.distributed.merging import Merging
 from nnj.distributed.packing import form_of, tensors_of
 from nnj.distributed.ranks import Ranks
 from nnj.distributed.rounds import Rounds
@@ -170,7 +171,7 @@ class Shares:
             return
         merge = functools.partial(asked, name, request.quantities[name].merge)
         merging = Merging(self._ranks, merge, device_of(holder))
-        owner = owner_of(key.partition("\n")[2], self._ranks.size)
+        owner = owner_of(holder, self._sharding.models, self._ranks)
         found = merging.on(owner, there, mine.pop())
         self.error = self.error or merging.error
         if isinstance(holder, Tensor):

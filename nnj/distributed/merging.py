@@ -4,7 +4,6 @@ that nobody holds more than two at a time, and each rank sends once at most.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,6 @@ from torch import Tensor
 from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
-
-
-def owner_of(key: str, size: int) -> int:
-    """The rank that keeps a result, by what it is called, so that it is the same in each pass."""
-    return zlib.crc32(key.encode()) % size
 
 
 @dataclass(frozen=True)
