@@ -141,13 +141,14 @@ class _Pass:
         """Propagate the columns of one loss now, while every saved tensor is there. An error waits
         for the end of the pass, so that gradients are what they would be.
         """
-        if self.error is not None:
-            return
-        self.calls.append(call)
+        if self.error is None:
+            self.calls.append(call)
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
             with self.sharded.whole(call), torch.no_grad(), self.refusals.later():
+                if self.error is not None:
+                    return  # but ranks without an error had to have this one for their units
                 refuse_compiled_step(call.name)
                 refuse_tensor(scale.is_nested, scale.device)
                 with torch.autocast(scale.device.type, enabled=False):
@@ -155,8 +156,10 @@ class _Pass:
                     shares = self.sharded.shares
                     self.found.append(contribute_signed(call, scale, node, requests, shares))
         except NNJError as error:
-            self.error = error
+            self.error = self.error or error
         except Exception as error:
+            if self.error is not None:
+                return
             why = f"the sweep failed with {type(error).__name__}: {error}"
             if under_compile(error, node, {end for end, _ in call.edges}):
                 why = f"{call.name}: {IN_COMPILED} ({why})"

@@ -235,7 +235,8 @@ def of_several(rank: int) -> dict[str, Any]:
         with counted() as counts:
             over = collected(case, range(rank, rank + 1), True)
         found[name] = over, collected(case, range(dist.get_world_size()), False), counts
-    return found | {"models": _models(rank), "refused": _refused(rank), "held": _held()}
+    found |= {"models": _models(rank), "refused": _refused(rank), "held": _held()}
+    return found | {"refused first": _refused_first(rank)}
 
 
 def _models(rank: int) -> Any:
@@ -270,6 +271,21 @@ def _refused(rank: int) -> Any:
     nn.functional.cross_entropy(plain(x), y).backward()
     pairs = zip(model.parameters(), plain.parameters(), strict=True)
     return said, all(torch.equal(whole(a.grad), whole(b.grad)) for a, b in pairs)
+
+
+def _refused_first(rank: int) -> str:
+    """Rank 1 is refused at the loss whose gradient arrives first, and others walk on at the next:
+    for that, units that the pass has sharded again must be whole.
+    """
+    model, loss = nnj.extend(sharded(blocks(), ("head",))), nnj.extend(nn.CrossEntropyLoss())
+    (x, y), (others, wanted) = share(rank, 0), share(rank, 4)
+    try:
+        with nnj.collect("ggn_diag"):
+            first, last = loss(model(x), y), loss(model(others), wanted)
+            (first + (last.exp() if rank == 1 else last)).backward()
+    except nnj.NNJError as error:
+        return str(error)
+    return "nothing"
 
 
 def _held() -> Any:
