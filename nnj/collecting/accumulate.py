@@ -138,6 +138,8 @@ class Accumulator:
         loss_factor: what the loss behind the results is of that which was collected: over W ranks
             it is the mean of theirs.
         group: of the ranks over which sharded models were, if any were.
+        parallel: of sharded parameters that tensor parallelism distributes, too, that of which this
+            rank has its part.
     """
 
     def __init__(self, quantities: Mapping[str, Quantity]):
@@ -145,6 +147,7 @@ class Accumulator:
         self.every_sample: int | None = None
         self.loss_factor = 1.0
         self.group: Any = None
+        self.parallel: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self.exact = ExactColumns()
         self.wrappers: frozenset[nn.Module | None] = frozenset()
         self._quantities = quantities
@@ -221,6 +224,7 @@ class Accumulator:
         """Forget the values, which have been given out, and so all parameters: nobody refers to
         them any more, not even weakly.
         """
+        self.parallel = WeakIdKeyDictionary()
         for name in self._totals:
             self._totals[name] = WeakIdKeyDictionary()
 
@@ -306,9 +310,9 @@ class Accumulator:
             return {}
         ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
         states = self.states(name)
-        if any(map(self._has_parts, states)):
-            entrywise = self._quantities[name].entrywise
-            states = {h: whole_state(name, entrywise, h, s) for h, s in states.items()}
+        if any(is_distributed(self._split(holder)) for holder in states):
+            whole = functools.partial(whole_state, name, self._quantities[name].entrywise)
+            states = {h: whole(self._split(h), s) for h, s in states.items()}
         found = asked(name, ask, states, self.samples_of(name))
         return {key: times(value, factor**degree) for key, (value, degree) in found.items()}
 
@@ -319,13 +323,14 @@ class Accumulator:
         quantity = self._quantities[name]
         factor = factor * self.loss_factor ** (quantity.degree or 0)
         value = result(name, quantity, holder, state, self.samples_of(name), factor)
-        return placed(name, quantity.entrywise, holder, value) if self._has_parts(holder) else value
+        like = self._split(holder)
+        return placed(name, quantity.entrywise, like, value) if is_distributed(like) else value
 
-    def _has_parts(self, holder: Holder) -> bool:
-        """Whether results are of the parts of a parameter that ranks have; what stands at those of
-        sharded models was shared out.
+    def _split(self, holder: Any) -> Any:
+        """What tensor parallelism distributes of a place, so that ranks have its parts, or those of
+        its rows; what else stands at sharded parameters was shared out.
         """
-        return self.group is None and is_distributed(holder)
+        return holder if self.group is None else self.parallel.get(holder)
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(

@@ -23,7 +23,7 @@ from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
 from nnj.distributed.ranks import Ranks, count_sent
 from nnj.errors import NNJError
 from nnj.recording.replicas import Print, check_prints, prints
-from nnj.recording.sharded import Sharding, part_of, placed_like, whole_sum
+from nnj.recording.sharded import Sharding, part_of, placed_sum, whole_sum
 
 Forms = dict[str, dict[str, Any]]
 
@@ -314,7 +314,7 @@ class OverRanks:
                     tensors += mine
                     known.append((name, holder, forms[0]))
                     continue
-                part = shared_out(filled(forms[0], mine), self.sharding.like(holder), self.ranks)
+                part = shared_out(filled(forms[0], mine), holder, self.sharding, self.ranks)
                 self.accumulator.replace(name, {holder: part})
         left = iter(self.ranks.sums(tensors))
         for name, holder, form in known:
@@ -382,7 +382,7 @@ class OverRanks:
             holder = places.holders[place]
             state = _moved(state, device_of(holder))
             if self.sharding is not None and isinstance(holder, Tensor):
-                state = in_parts(state, holder)
+                state = in_parts(state, holder, self.sharding)
             self.accumulator.replace(name, {holder: state})
 
 
@@ -391,19 +391,18 @@ def _who(key: str, forms: Sequence[Mapping[str, Any]]) -> list[int]:
     return [rank for rank, form in enumerate(forms) if key in form]
 
 
-def in_parts(state: Any, holder: Tensor) -> Any:
+def in_parts(state: Any, holder: Tensor, sharding: Sharding) -> Any:
     """The state of a sharded parameter, which all ranks have: of each tensor of its shape the part
     of this rank.
     """
-    tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
-    return filled(form_of(state), tensors)
+    return filled(form_of(state), [part_of(t, holder, sharding) for t in tensors_of(state)])
 
 
-def shared_out(state: Any, like: Tensor, ranks: Ranks) -> Any:
-    """The sum over ranks of a state, each with a part of it, at a sharded parameter."""
+def shared_out(state: Any, holder: Holder, sharding: Sharding, ranks: Ranks) -> Any:
+    """The sum over ranks of a state at a place of a sharded model, each with a part of it."""
     mine = tensors_of(state)
     count_sent(sum((ranks.size - 1) * t.nbytes for t in mine) // ranks.size)
-    parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
+    parts = [placed_sum(t, holder, sharding) if t.dim() else whole_sum(t, sharding) for t in mine]
     return filled(form_of(state), parts)
 
 

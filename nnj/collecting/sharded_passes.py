@@ -101,6 +101,7 @@ class ShardedPass:
             part.plus(name, states)
         accumulator.absorb(part)
         accumulator.group = sharding.group
+        accumulator.parallel.update(sharding.parallel)
 
 
 def _check_group(request: Request, sharding: Sharding) -> None:

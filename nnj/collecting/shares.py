@@ -30,6 +30,7 @@ from nnj.errors import NNJError
 from nnj.graph.linearity import is_only_loss
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding
+from nnj.recording.tensor_parallel import is_distributed
 
 Place = tuple[Request, str, Holder]
 
@@ -120,9 +121,9 @@ class Shares:
             self._wait(request, name, holder, state, False)
 
     def _wait(self, request: Request, name: str, holder: Holder, state: Any, is_term: bool) -> None:
+        size = max(1, sum(_bytes_of(holder, t) for t in tensors_of(state)))
         holder = self._sharded.get(holder, holder)
         key = "\n".join((str(self._requests.index(request)), name, self._places.name(holder)))
-        size = max(1, sum(t.nbytes for t in tensors_of(state)))
         if not (is_term or self._how[request].counts):
             state = None
         elif key in self._waiting:
@@ -132,6 +133,11 @@ class Shares:
     def offer(self) -> None:
         """Put together what waits, if it is enough. Others take part in rounds meanwhile."""
         self._rounds.offer()
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks this is over which data are split."""
+        return self._ranks.rank
 
     @property
     def room(self) -> float:
@@ -158,7 +164,7 @@ class Shares:
 
     def _add(self, place: Place, state: Any) -> None:
         """The sum over ranks of a state, each with a part of it, to those before."""
-        part = shared_out(state, self._sharding.like(place[2]), self._ranks)
+        part = shared_out(state, place[2], self._sharding, self._ranks)
         known = self._shared.get(place)
         self._shared[place] = part if known is None else added(known, part)
 
@@ -176,7 +182,7 @@ class Shares:
         self.error = self.error or merging.error
         if isinstance(holder, Tensor):
             found = merging.to_all(owner, found)
-            found = found if found is None else in_parts(found, holder)
+            found = found if found is None else in_parts(found, holder, self._sharding)
         if found is not None:
             self._shared[request, name, holder] = found
 
@@ -190,6 +196,15 @@ class Shares:
     def shared(self, request: Request) -> dict[str, dict[Holder, Any]]:
         """What was."""
         return _of(request, self._shared)
+
+
+def _bytes_of(holder: Any, t: Tensor) -> int:
+    """The bytes of a tensor at a place: at a parameter of which ranks that share a model have
+    parts, what is the same on all of them, or they would not come to rounds in one order.
+    """
+    if not is_distributed(holder):
+        return t.nbytes
+    return int(holder.numel() // holder.device_mesh.size() * t.element_size())
 
 
 def _of(request: Request, every: Mapping[Place, Any]) -> dict[str, dict[Holder, Any]]:

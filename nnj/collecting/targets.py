@@ -20,6 +20,7 @@ from nnj.jacobians.square_sum import SquareSum
 from nnj.matrices.matrix import Matrix
 from nnj.propagation.allocator import give_back
 from nnj.recording.scope import Scope
+from nnj.recording.tensor_parallel import is_distributed
 from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
@@ -195,8 +196,8 @@ class Target:
         Args:
             all_there: whether the chunk had columns at all parameters of the place.
         """
-        if self._shares is None:
-            return
+        if self._shares is None or (not quantity.entrywise and is_distributed(place)):
+            return  # what is of a part of a parameter is added up over the ranks of a model before
         seen = self._seen.get((name, place), _Seen(0, part.total)).with_chunk(part, all_there)
         self._seen[name, place] = seen
         if is_sum_of_chunks(quantity):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nnj.errors import NNJError
-from nnj.recording.tensor_parallel import is_distributed, settled, shape_here
+from nnj.recording.tensor_parallel import is_distributed, part_on_mesh, settled, shape_here
 
 
 def placed(name: str, entrywise: bool, p: Any, value: Any) -> Any:
@@ -22,7 +22,7 @@ def placed(name: str, entrywise: bool, p: Any, value: Any) -> Any:
 
 
 def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     if is_distributed(t) or not entrywise:
         return t
@@ -31,9 +31,7 @@ def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
         placements = [Shard(at.dim + rows) if at.is_shard() else at for at in p.placements]
         shape = torch.Size((*lead, *p.shape))
         if rest == tuple(p.shape):
-            every = [Replicate()] * p.device_mesh.ndim
-            whole = DTensor.from_local(t.contiguous(), p.device_mesh, every, run_check=False)
-            return whole.redistribute(placements=placements)
+            return part_on_mesh(t, p, placements)
         if rest == shape_here(p):
             stride = torch.empty(shape, device="meta").stride()
             return DTensor.from_local(
