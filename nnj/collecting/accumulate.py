@@ -24,6 +24,7 @@ from nnj.collecting.quantity import (
     Whole,
     added,
     has_totals,
+    is_simple,
     of_dtype,
     times,
 )
@@ -147,6 +148,7 @@ class Accumulator:
         self.every_sample: int | None = None
         self.loss_factor = 1.0
         self.group: Any = None
+        self._settled: set[str] = set()
         self.parallel: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self.exact = ExactColumns()
         self.wrappers: frozenset[nn.Module | None] = frozenset()
@@ -218,7 +220,22 @@ class Accumulator:
         self.wrappers |= other.wrappers
         self.every_sample = (self.every_sample or 0) + (other.every_sample or 0)
         self.loss_factor, self.exact = other.loss_factor, self.exact.plus(other.exact)
+        self._settled |= other._settled
         self.samples, self.passes = self.samples + other.samples, self.passes + 1
+
+    def settle(self) -> None:
+        """Make sums and rows, place by place, those of the loss behind the results, which then need
+        no tensors of their own.
+        """
+        for name, quantity in self._quantities.items():
+            if name in self._settled or not is_simple(quantity):
+                continue
+            self._settled.add(name)
+            factor = self.loss_factor ** (quantity.degree or 0)
+            for holder in list(self._totals[name]) if factor != 1 else ():
+                state = self.state(name, holder)
+                if state is not None:
+                    self.replace(name, {holder: state * factor})
 
     def let_go(self) -> None:
         """Forget the values, which have been given out, and so all parameters: nobody refers to
@@ -321,7 +338,8 @@ class Accumulator:
         if state is None:
             return None
         quantity = self._quantities[name]
-        factor = factor * self.loss_factor ** (quantity.degree or 0)
+        if name not in self._settled:
+            factor = factor * self.loss_factor ** (quantity.degree or 0)
         value = result(name, quantity, holder, state, self.samples_of(name), factor)
         like = self._split(holder)
         return placed(name, quantity.entrywise, like, value) if is_distributed(like) else value

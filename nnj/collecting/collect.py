@@ -388,6 +388,7 @@ class collect(Collection):  # noqa: N801
         notes = found.add_up(taken, models_of() if not taken else (), self._kept)
         if all(note.models is None for note in notes):
             raise self.nothing()
+        self.accumulator.settle()
 
     def gather(self, quantity: str) -> dict[str, Tensor]:
         """A quantity that has the samples in axis 0, with the rows of all ranks, one rank after the

@@ -90,18 +90,22 @@ class ShardedPass:
                 part.add_pass([_at_sharded(c, sharding) for c in contributions])
                 for contribution in contributions:  # what is shared out is not held twice
                     contribution.states = {}
-                for name, states in shares.waiting(request).items():
-                    part.plus(name, states)
+                _add(part, shares.waiting(request))
             except NNJError as refused:
                 error = refused
         ranks = Ranks(sharding.group, "nnj.collect")
         over = OverRanks(part, request, ranks, how.mean, sharding, how.spread)
         over.add_up(sharding.models, (), error)
-        for name, states in shares.shared(request).items():
-            part.plus(name, states)
+        _add(part, shares.shared(request))
+        part.settle()
         accumulator.absorb(part)
         accumulator.group = sharding.group
         accumulator.parallel.update(sharding.parallel)
+
+
+def _add(part: Accumulator, found: Mapping[str, Mapping[Holder, Any]]) -> None:
+    for name, states in found.items():
+        part.plus(name, states)
 
 
 def _check_group(request: Request, sharding: Sharding) -> None:

@@ -189,13 +189,15 @@ class Shares:
     # -- when the pass ends ------------------------------------------------------------------------
 
     def waiting(self, request: Request) -> dict[str, dict[Holder, Any]]:
-        """What was not put together, by quantity and place."""
-        every = {found.place: found.state for found in self._waiting.values()}
-        return _of(request, {place: t for place, t in every.items() if t is not None})
+        """What was not put together, by quantity and place, which is with the caller then."""
+        mine = [key for key, found in self._waiting.items() if found.place[0] is request]
+        every = [self._waiting.pop(key) for key in mine]
+        return _by_name({found.place: found.state for found in every if found.state is not None})
 
     def shared(self, request: Request) -> dict[str, dict[Holder, Any]]:
-        """What was."""
-        return _of(request, self._shared)
+        """What was, likewise."""
+        mine = [place for place in self._shared if place[0] is request]
+        return _by_name({place: self._shared.pop(place) for place in mine})
 
 
 def _bytes_of(holder: Any, t: Tensor) -> int:
@@ -207,9 +209,8 @@ def _bytes_of(holder: Any, t: Tensor) -> int:
     return int(holder.numel() // holder.device_mesh.size() * t.element_size())
 
 
-def _of(request: Request, every: Mapping[Place, Any]) -> dict[str, dict[Holder, Any]]:
+def _by_name(every: Mapping[Place, Any]) -> dict[str, dict[Holder, Any]]:
     found: dict[str, dict[Holder, Any]] = {}
-    for (asked_for, name, holder), state in every.items():
-        if asked_for is request:
-            found.setdefault(name, {})[holder] = state
+    for (_, name, holder), state in every.items():
+        found.setdefault(name, {})[holder] = state
     return found

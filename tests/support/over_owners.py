@@ -236,7 +236,7 @@ def of_several(rank: int) -> dict[str, Any]:
             over = collected(case, range(rank, rank + 1), True)
         found[name] = over, collected(case, range(dist.get_world_size()), False), counts
     found |= {"models": _models(rank), "refused": _refused(rank), "held": _held()}
-    return found | {"refused first": _refused_first(rank)}
+    return found | {"refused first": _refused_first(rank), "once": _once()}
 
 
 def _models(rank: int) -> Any:
@@ -311,6 +311,23 @@ def _held() -> Any:
         finally:
             Shares.size = size  # type: ignore[method-assign]
         found.append((max(waited), counts))
+    return found
+
+
+def _once() -> list[bool]:
+    """Whether what stands at a parameter is what the collection goes on with, and no other tensor:
+    of sums and of rows, after one pass and after two.
+    """
+    model, loss = nnj.extend(sharded(blocks(), ())), nnj.extend(nn.CrossEntropyLoss())
+    x, y = share(0, 0)
+    with nnj.collect("ggn_diag", "batch_grad") as context:
+        found = []
+        for _ in range(2):
+            loss(model(x), y).backward()
+            p: Any = model.head.weight
+            diagonal, rows = (context.accumulator.state(n, p) for n in ("ggn_diag", "batch_grad"))
+            found.append(p.ggn_diag.to_local().data_ptr() == diagonal.to_local().data_ptr())
+            found.append(p.batch_grad.data_ptr() == rows.data_ptr())
     return found
 
 

@@ -54,6 +54,7 @@ def _check_odd(size, ranks):
         assert "unwilling: these do not merge" in said and said.startswith("rank ")
         assert same, rank
         assert found["refused first"].startswith("rank 1: CrossEntropyLoss: the scalar is not")
+        assert all(found["once"])
         layer = 8 * (12 * 12 + 13 * 13 + 1)
         for waited, counts in found["held"]:
             assert 0 < waited <= layer, (waited, layer)
