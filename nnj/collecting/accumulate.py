@@ -50,27 +50,35 @@ class _Part(NamedTuple):
 class _Merged:
     """The states that reached one holder, merged: of sums over samples. What no samples have adds
     nothing, and stands only while there is nothing else.
+
+    Attributes:
+        reached: whether there is one, be it None: then of some samples nothing is known.
     """
 
     def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
         self._merge, self._state = merge, None
+        self.reached = False
         self._of_none = False  # whether the state is one of no samples
 
     def with_pass(self, found: list[_Part]) -> tuple[Any, bool]:
         """What `take` is to be given of one pass."""
-        known: list[Any] = [] if self._state is None else [self._state]
+        known: list[Any] = [self._state] if self.reached else []
         counted = [part.state for part in found if part.samples]
         if not counted:
             return (known or [found[0].state])[0], self._of_none or not known
-        return functools.reduce(self._merge, counted if self._of_none else known + counted), False
+        return functools.reduce(self._of_two, counted if self._of_none else known + counted), False
+
+    def _of_two(self, one: Any, other: Any) -> Any:
+        return None if one is None and other is None else self._merge(one, other)
 
     def begin(self, state: Any) -> None:
         """Take in a state that is all that there is."""
-        self._state = state
+        self._state, self.reached = state, True
 
     def take(self, given: tuple[Any, bool]) -> None:
         """Take in the state with one pass more."""
         self._state, self._of_none = given
+        self.reached = True
 
     def state(self, samples: int) -> Any:
         """All of them; None if nothing reached the holder."""
@@ -105,6 +113,11 @@ class _Rows:
             self._fill(start, rows)
             self._parts.append(rows)
             self._length += len(rows)
+
+    @property
+    def reached(self) -> bool:
+        """Whether there are any."""
+        return bool(self._parts)
 
     def state(self, samples: int) -> Tensor | None:
         """(samples, ...); None if nothing reached the holder."""
@@ -211,8 +224,8 @@ class Accumulator:
             for holder, total in other._totals[name].items():
                 if holder not in mine:
                     mine[holder] = _empty(self._quantities[name])
-                state = total.state(other.samples)
-                if state is not None:
+                if total.reached:
+                    state = total.state(other.samples)
                     part = _Part(self.samples, other.every_sample or 0, state)
                     given = asked(name, mine[holder].with_pass, [part])
                     mine[holder].take(given)
@@ -290,9 +303,14 @@ class Accumulator:
         return None if total is None else total.state(self.samples)
 
     def states(self, name: str) -> dict[Holder, Any]:
-        """Those of all places that were reached."""
-        every = {holder: self.state(name, holder) for holder in self._totals[name]}
+        """Those of all places at which there is one."""
+        every = self.reached(name)
         return {holder: state for holder, state in every.items() if state is not None}
+
+    def reached(self, name: str) -> dict[Holder, Any]:
+        """Those of all places that were reached, None included."""
+        totals = self._totals[name].items()
+        return {holder: total.state(self.samples) for holder, total in totals if total.reached}
 
     def replace(self, name: str, states: Mapping[Holder, Any]) -> None:
         """Take other states in the place of those so far: of sums those over all ranks, of rows

@@ -173,7 +173,7 @@ class OverRanks:
             if models and self.request.modules is not None:
                 at = [places.name(m) for m in self.request.modules]
             for name in self.request.quantities if error is None else ():
-                states = accumulator.states(name)
+                states = accumulator.reached(name)
                 forms[name] = {places.name(h): form_of(state) for h, state in states.items()}
         except NNJError as refused:
             error = refused
@@ -299,10 +299,7 @@ class OverRanks:
             for key in keys:
                 forms = [said.forms[name][key] for said in notes if key in said.forms[name]]
                 if any(form != forms[0] for form in forms):
-                    raise NNJError(
-                        f"{name}: what ranks have at '{key.partition('.')[2]}' has other forms, so "
-                        "that it cannot be added. Give all ranks the same model and loss"
-                    )
+                    raise _other_forms(name, key)
                 holder = places.holders[key]
                 device, state = device_of(holder), states.get(holder)
                 mine = (
@@ -329,9 +326,15 @@ class OverRanks:
             for said in notes
         ]
         keys = dict.fromkeys(key for form in forms for key in form)
+        for key in keys:
+            unknown = {form[key] is None for form in forms if key in form}
+            if len(unknown) > 1:
+                raise _other_forms(*key.split("\n"))
+        keys = {key: None for key in keys if any(form.get(key) is not None for form in forms)}
         stay = [key for key in keys if self._stays(places.holders[key.partition("\n")[2]])]
         self._merge_on_owners(places, {key: _who(key, forms) for key in stay})
-        forms = [{key: at for key, at in form.items() if key not in stay} for form in forms]
+        left = keys.keys() - set(stay)
+        forms = [{key: at for key, at in form.items() if key in left} for form in forms]
         if any(forms):
             self._merge_for_all(places, forms)
 
@@ -384,6 +387,13 @@ class OverRanks:
             if self.sharding is not None and isinstance(holder, Tensor):
                 state = in_parts(state, holder, self.sharding)
             self.accumulator.replace(name, {holder: state})
+
+
+def _other_forms(name: str, key: str) -> NNJError:
+    return NNJError(
+        f"{name}: what ranks have at '{key.partition('.')[2]}' has other forms, so that it cannot "
+        "be added. Give all ranks the same model and loss"
+    )
 
 
 def _who(key: str, forms: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -108,6 +108,23 @@ class Largest(nnj.Quantity):
         return torch.maximum(one, other)
 
 
+class Sometimes(nnj.Quantity):
+    """One that does not know what it is of three samples, and so of all."""
+
+    name, degree = "sometimes", 1
+
+    def module(self, factors: Any, params: Any) -> Any:
+        found = [f for f in factors if f is not None]
+        return None if found[0].n == 3 else sum(f.square_sum().sum() for f in found)[None]
+
+
+class SometimesInAWayOfItsOwn(Sometimes):
+    name = "sometimes"
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return one + other
+
+
 class Unwilling(Numbers):
     """One that does not merge."""
 
@@ -236,7 +253,11 @@ def of_several(rank: int) -> dict[str, Any]:
             over = collected(case, range(rank, rank + 1), True)
         found[name] = over, collected(case, range(dist.get_world_size()), False), counts
     found |= {"models": _models(rank), "refused": _refused(rank), "held": _held()}
-    return found | {"refused first": _refused_first(rank), "once": _once()}
+    return found | {
+        "refused first": _refused_first(rank),
+        "once": _once(),
+        "unknown": _unknown(rank),
+    }
 
 
 def _models(rank: int) -> Any:
@@ -312,6 +333,21 @@ def _held() -> Any:
             Shares.size = size  # type: ignore[method-assign]
         found.append((max(waited), counts))
     return found
+
+
+def _unknown(rank: int) -> list[str]:
+    """What is said where rank 1 alone does not know what it has."""
+    said, (x, y) = [], share(rank, 0)
+    for make in (blocks, lambda: sharded(blocks(), ("head",))):
+        for quantity in (Sometimes(), SometimesInAWayOfItsOwn()):
+            model, loss = nnj.extend(make()), nnj.extend(nn.CrossEntropyLoss())
+            try:
+                with nnj.collect(quantity, group=dist.group.WORLD):
+                    loss(model(x), y).backward()
+                said.append("nothing")
+            except nnj.NNJError as error:
+                said.append(str(error))
+    return said
 
 
 def _once() -> list[bool]:

@@ -55,6 +55,9 @@ def _check_odd(size, ranks):
         assert same, rank
         assert found["refused first"].startswith("rank 1: CrossEntropyLoss: the scalar is not")
         assert all(found["once"])
+        assert len(found["unknown"]) == 4
+        for said in found["unknown"]:
+            assert "sometimes: what ranks have at" in said and "has other forms" in said
         layer = 8 * (12 * 12 + 13 * 13 + 1)
         for waited, counts in found["held"]:
             assert 0 < waited <= layer, (waited, layer)
