@@ -1,29 +1,27 @@
-"""What the ranks of a group have collected, as one: sums are added, other states merged by one rank
-each, and rows of samples stay where they are.
+"""What the ranks of a group have collected, as one: what each says of it, and whether it is of the
+same models and quantities.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnj.collecting import quantity_file
 from nnj.collecting.accumulate import Accumulator
-from nnj.collecting.contribution import ExactColumns, asked
-from nnj.collecting.owners import owner_of
-from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
+from nnj.collecting.contribution import ExactColumns
+from nnj.collecting.places import Places
 from nnj.collecting.request import Request
-from nnj.distributed.merging import Merging
-from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
-from nnj.distributed.ranks import Ranks, count_sent
+from nnj.collecting.states_over_ranks import StatesOverRanks
+from nnj.distributed.packing import form_of
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.recording.replicas import Print, check_prints, prints
-from nnj.recording.sharded import Sharding, part_of, placed_sum, whole_sum
+from nnj.recording.sharded import Sharding
 
 Forms = dict[str, dict[str, Any]]
 
@@ -54,33 +52,6 @@ class Note:
     exact: tuple[float, ...]
     forms: Forms
     more: Any = None
-
-
-class Places:
-    """The parameters and modules of some models by names that are the same on all ranks.
-
-    Args:
-        sharding: of sharded models, whose parameters are the sharded ones.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], sharding: Sharding | None = None):
-        sharded = {} if sharding is None else sharding.sharded
-        self.models = models
-        self.holders: dict[str, Holder] = {"": WHOLE}
-        for i, model in enumerate(models):
-            self.holders |= {f"{i}.{path}": m for path, m in model.named_modules()}
-            named = model.named_parameters()
-            self.holders |= {f"{i}.{path}": sharded.get(p, p) for path, p in named}
-        self._names = {holder: name for name, holder in self.holders.items()}
-
-    def name(self, holder: Holder) -> str:
-        """Errors: `NNJError` for what belongs to none of the models."""
-        if holder not in self._names:
-            raise NNJError(
-                f"{type(holder).__name__} holds a result and is part of no model that took part, "
-                "so that ranks cannot name it to one another. Extend the model that it is in"
-            )
-        return self._names[holder]
 
 
 def model_facts(model: nn.Module) -> Any:
@@ -117,7 +88,9 @@ class OverRanks:
         spread: bool = True,
     ):
         self.accumulator, self.request, self.ranks, self.mean = accumulator, request, ranks, mean
-        self.sharding, self.spread = sharding, spread
+        self.sharding = sharding
+        quantities = request.quantities
+        self._states = StatesOverRanks(accumulator, quantities, ranks, sharding, spread)
 
     def add_up(
         self,
@@ -156,7 +129,7 @@ class OverRanks:
         divides = len(notes) if self.sharding is None else self.sharding.divides
         self.accumulator.loss_factor = 1 / divides if self.mean else 1.0
         self.accumulator.exact = self._exact(notes)
-        self._reduce(places, notes)
+        self._states.reduce(places, [said.forms for said in notes])
         return notes
 
     def _note(
@@ -263,173 +236,8 @@ class OverRanks:
                 if not said.samples:
                     said.forms[name] = {}
             if not self.accumulator.samples:
-                for holder in self.accumulator.states(name):
+                for holder in self.accumulator.reached(name):
                     self.accumulator.forget(name, holder)
-
-    def _reduce(self, places: Places, notes: Sequence[Note]) -> None:
-        sums: dict[str, dict[str, Any]] = {}
-        merged: dict[str, dict[str, Any]] = {}
-        for name, quantity in self.request.quantities.items():
-            forms = [said.forms[name] for said in notes]
-            if quantity.per_sample:
-                self._rows(name, places, forms)
-            elif not quantity.of_rank:
-                kind = sums if is_sum(quantity) else merged
-                kind[name] = dict.fromkeys(key for form in forms for key in form)
-        self._sum(places, notes, sums)
-        self._merge(places, notes, merged)
-
-    def _rows(self, name: str, places: Places, forms: Sequence[Mapping[str, Any]]) -> None:
-        """Zeros for the samples of this rank where only others were reached."""
-        mine = forms[self.ranks.rank]
-        other = {key: slot for form in forms for key, slot in form.items() if key not in mine}
-        found = {}
-        for key, slot in other.items():
-            shape = (self.accumulator.samples, *slot.shape[1:])
-            device = device_of(places.holders[key])
-            found[places.holders[key]] = torch.zeros(shape, dtype=slot.dtype, device=device)
-        self.accumulator.replace(name, found)
-
-    def _sum(self, places: Places, notes: Sequence[Note], wanted: Mapping[str, Any]) -> None:
-        """Of what is added: one reduction of all of it, or of sharded models one for each place."""
-        tensors: list[Tensor] = []
-        known: list[tuple[str, Holder, Any]] = []
-        for name, keys in wanted.items():
-            states = self.accumulator.states(name)
-            for key in keys:
-                forms = [said.forms[name][key] for said in notes if key in said.forms[name]]
-                if any(form != forms[0] for form in forms):
-                    raise _other_forms(name, key)
-                holder = places.holders[key]
-                device, state = device_of(holder), states.get(holder)
-                mine = (
-                    [_zeros(slot, device) for slot in slots_of(forms[0])]
-                    if state is None
-                    else tensors_of(state)
-                )
-                if self.sharding is None:
-                    tensors += mine
-                    known.append((name, holder, forms[0]))
-                    continue
-                part = shared_out(filled(forms[0], mine), holder, self.sharding, self.ranks)
-                self.accumulator.replace(name, {holder: part})
-        left = iter(self.ranks.sums(tensors))
-        for name, holder, form in known:
-            self.accumulator.replace(name, {holder: filled(form, left)})
-
-    def _merge(self, places: Places, notes: Sequence[Note], wanted: Mapping[str, Any]) -> None:
-        """Of what merges in a way of its own."""
-        if not any(wanted.values()):
-            return
-        forms = [
-            {f"{name}\n{key}": form for name in wanted for key, form in said.forms[name].items()}
-            for said in notes
-        ]
-        keys = dict.fromkeys(key for form in forms for key in form)
-        for key in keys:
-            unknown = {form[key] is None for form in forms if key in form}
-            if len(unknown) > 1:
-                raise _other_forms(*key.split("\n"))
-        keys = {key: None for key in keys if any(form.get(key) is not None for form in forms)}
-        stay = [key for key in keys if self._stays(places.holders[key.partition("\n")[2]])]
-        self._merge_on_owners(places, {key: _who(key, forms) for key in stay})
-        left = keys.keys() - set(stay)
-        forms = [{key: at for key, at in form.items() if key in left} for form in forms]
-        if any(forms):
-            self._merge_for_all(places, forms)
-
-    def _stays(self, holder: Holder) -> bool:
-        """Whether what is merged at a place stays with one rank."""
-        is_part = self.sharding is not None and self.spread
-        return is_part and not isinstance(holder, Tensor)
-
-    def _merge_on_owners(self, places: Places, there: Mapping[str, list[int]]) -> None:
-        """Place by place, each on one rank; given the ranks that have something there.
-
-        Errors: `NNJError`, on all ranks, for one that merging has raised on any.
-        """
-        error: NNJError | None = None
-        for key, ranks in there.items():
-            name, _, place = key.partition("\n")
-            holder = places.holders[place]
-            mine = self.accumulator.state(name, holder)
-            self.accumulator.forget(name, holder)
-            merging = Merging(self.ranks, self._merge_of(name), device_of(holder))
-            found = merging.on(owner_of(holder, places.models, self.ranks), ranks, mine)
-            error = error or merging.error
-            if found is not None:
-                self.accumulator.replace(name, {holder: found})
-        for said in self.ranks.notes(None if error is None else str(error)) if there else ():
-            if said is not None:
-                raise NNJError(said) from error
-
-    def _merge_of(self, name: str) -> Callable[[Any, Any], Any]:
-        return functools.partial(asked, name, self.request.quantities[name].merge)
-
-    def _merge_for_all(self, places: Places, forms: Sequence[Forms]) -> None:
-        """All at once; what is merged is on all ranks."""
-        every = dict.fromkeys(key for form in forms for key in form)
-        mine = dict[str, Any]()
-        for key in every:
-            name, _, place = key.partition("\n")
-            state = self.accumulator.state(name, places.holders[place])
-            mine |= {} if state is None else {key: state}
-
-        def merge(key: str, states: list[Any]) -> Any:
-            return functools.reduce(self._merge_of(key.partition("\n")[0]), states)
-
-        devices = [device_of(holder) for holder in places.holders.values()]
-        device = next((d for d in devices if d.type != "cpu"), devices[-1])
-        for key, state in self.ranks.merged(mine, forms, merge, device).items():
-            name, _, place = key.partition("\n")
-            holder = places.holders[place]
-            state = _moved(state, device_of(holder))
-            if self.sharding is not None and isinstance(holder, Tensor):
-                state = in_parts(state, holder, self.sharding)
-            self.accumulator.replace(name, {holder: state})
-
-
-def _other_forms(name: str, key: str) -> NNJError:
-    return NNJError(
-        f"{name}: what ranks have at '{key.partition('.')[2]}' has other forms, so that it cannot "
-        "be added. Give all ranks the same model and loss"
-    )
-
-
-def _who(key: str, forms: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Which ranks have something of a key."""
-    return [rank for rank, form in enumerate(forms) if key in form]
-
-
-def in_parts(state: Any, holder: Tensor, sharding: Sharding) -> Any:
-    """The state of a sharded parameter, which all ranks have: of each tensor of its shape the part
-    of this rank.
-    """
-    return filled(form_of(state), [part_of(t, holder, sharding) for t in tensors_of(state)])
-
-
-def shared_out(state: Any, holder: Holder, sharding: Sharding, ranks: Ranks) -> Any:
-    """The sum over ranks of a state at a place of a sharded model, each with a part of it."""
-    mine = tensors_of(state)
-    count_sent(sum((ranks.size - 1) * t.nbytes for t in mine) // ranks.size)
-    parts = [placed_sum(t, holder, sharding) if t.dim() else whole_sum(t, sharding) for t in mine]
-    return filled(form_of(state), parts)
-
-
-def device_of(holder: Holder) -> torch.device:
-    """Of a parameter, or of the first of a module; the CPU if it has none."""
-    if isinstance(holder, Tensor):
-        return holder.device
-    first = None if isinstance(holder, Whole) else next(holder.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _zeros(slot: Slot, device: torch.device) -> Tensor:
-    return torch.zeros(slot.shape, dtype=slot.dtype, device=device)
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    return filled(form_of(state), [t.to(device) for t in tensors_of(state)])
 
 
 def _taken(left: list[nn.Module], fact: Any) -> nn.Module:

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nnj.collecting.contribution import asked
-from nnj.collecting.over_ranks import Places, device_of, in_parts, shared_out
 from nnj.collecting.owners import owner_of
+from nnj.collecting.places import Places, device_of
 from nnj.collecting.quantity import Holder, Quantity, Whole, added, is_sum
 from nnj.collecting.request import Request
+from nnj.collecting.states_over_ranks import in_parts, shared_out
 from nnj.distributed.merging import Merging
 from nnj.distributed.packing import form_of, tensors_of
 from nnj.distributed.ranks import Ranks

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import nnj
-from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.owners import owner_of
 from nnj.collecting.shares import Shares
+from nnj.collecting.states_over_ranks import StatesOverRanks
 from nnj.distributed import rounds
 from nnj.distributed.ranks import Ranks
 from tests.support.over_ranks import results, share
@@ -204,21 +204,21 @@ def cases(size: int) -> dict[str, Case]:
 def counted() -> Iterator[dict[str, int]]:
     """How many places are merged while columns walk, and how many when a pass ends."""
     found = {"in the pass": 0, "at its end": 0}
-    merge, late = Shares._merge, OverRanks._merge
+    merge, late = Shares._merge, StatesOverRanks._merge
 
     def merged(shares: Shares, key: str, there: list[int]) -> None:
         found["in the pass"] += 1
         merge(shares, key, there)
 
-    def merged_late(over: OverRanks, places: Any, notes: Any, wanted: Any) -> None:
+    def merged_late(over: StatesOverRanks, places: Any, forms: Any, wanted: Any) -> None:
         found["at its end"] += sum(len(keys) for keys in wanted.values())
-        late(over, places, notes, wanted)
+        late(over, places, forms, wanted)
 
-    Shares._merge, OverRanks._merge = merged, merged_late  # type: ignore[method-assign]
+    Shares._merge, StatesOverRanks._merge = merged, merged_late  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Shares._merge, OverRanks._merge = merge, late  # type: ignore[method-assign]
+        Shares._merge, StatesOverRanks._merge = merge, late  # type: ignore[method-assign]
 
 
 def sharded(model: nn.Module, units: tuple[str, ...]) -> nn.Module:
