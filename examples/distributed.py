@@ -157,8 +157,8 @@ def main():
         alone, _ = memory(rank, size, given.width, how, None)
         most, kept = memory(rank, size, given.width, how, given.quantity)
         said = [
-            f"{given.memory}: peak of a step {alone:.0f} MiB, with {given.quantity} {most:.0f} MiB, "
-            f"of which {kept:.0f} MiB are kept here"
+            f"{given.memory}: peak of a step {alone:.0f} MiB, with {given.quantity} {most:.0f} "
+            f"MiB, of which {kept:.0f} MiB are kept here"
         ]
     else:
         said = laplace_over_shards(rank, size, given.epochs)
@@ -167,6 +167,7 @@ def main():
     if rank == 0:
         for i, lines in enumerate(every):
             print("\n".join(f"rank {i}: {line}" for line in lines))
+    dist.barrier()  # gloo aborts where a rank leaves while others still speak
     dist.destroy_process_group()
 
 
