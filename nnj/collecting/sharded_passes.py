@@ -18,6 +18,7 @@ from nnj.distributed.ranks import Ranks, same_ranks
 from nnj.distributed.rounds import Rounds
 from nnj.errors import NNJError
 from nnj.graph.traverse import all_marks_behind
+from nnj.recording.placement import check_placed
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding, sharded_models
 from nnj.recording.units_on_read import UnitsOnRead
@@ -87,7 +88,7 @@ class ShardedPass:
         if error is None:
             try:
                 _check_group(request, sharding)
-                part.add_pass([_at_sharded(c, sharding) for c in contributions])
+                part.add_pass([_at_sharded(c, sharding, request) for c in contributions])
                 for contribution in contributions:  # what is shared out is not held twice
                     contribution.states = {}
                 _add(part, shares.waiting(request))
@@ -118,10 +119,15 @@ def _check_group(request: Request, sharding: Sharding) -> None:
         )
 
 
-def _at_sharded(contribution: Contribution, sharding: Sharding) -> Contribution:
-    """A contribution at the sharded parameters."""
+def _at_sharded(contribution: Contribution, sharding: Sharding, request: Request) -> Contribution:
+    """A contribution at the sharded parameters.
+
+    Errors: `NNJError` for what may be of a part of a parameter, or of all of it.
+    """
     sharded: dict[Any, Holder] = {**sharding.sharded}
     for name, states in contribution.states.items():
+        for holder, state in states.items():
+            check_placed(name, request.quantities[name].entrywise, holder, state)
         contribution.states[name] = {
             sharded.get(holder, holder): state for holder, state in states.items()
         }

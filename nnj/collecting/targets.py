@@ -19,6 +19,7 @@ from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.jacobians.square_sum import SquareSum
 from nnj.matrices.matrix import Matrix
 from nnj.propagation.allocator import give_back
+from nnj.recording.placement import check_placed
 from nnj.recording.scope import Scope
 from nnj.recording.tensor_parallel import is_distributed
 from nnj.registry.manager import manager
@@ -225,7 +226,9 @@ class Target:
         """The state of a place, which is not here any more."""
         state = self.found.states[name].pop(place)
         self.found.shared.add((name, place))
-        return asked(name, quantity.end_pass, state)
+        given = asked(name, quantity.end_pass, state)
+        check_placed(name, quantity.entrywise, place, given)
+        return given
 
 
 class _Seen(NamedTuple):

@@ -20,7 +20,7 @@ import nnj
 from nnj.distributed import rounds
 from tests.support.over_ranks import EVERY, compared, data, results, share
 from tests.support.over_shards import fitted, noted, out_of_step, whole
-from tests.support.tensor_parallel import HEADS, PAIR, block, pair
+from tests.support.tensor_parallel import HEADS, PAIR, Strange, block, pair
 
 DATA = 2  # ranks over which data are split; as many share a model
 
@@ -131,10 +131,43 @@ def _draws(mesh: Any) -> Any:
     return found
 
 
+def _strange(mesh: Any) -> list[str]:
+    """Quantities of which nobody knows whether they are of a part or of all, and one that says
+    so.
+    """
+    said, (x, y) = list[str](), share(mesh["dp"].get_local_rank(), 0)
+    for quantity in (Strange(), StrangeMoments(), Total()):
+        model, loss = nnj.extend(sharded(WAYS["heads"], mesh)), nnj.extend(nn.CrossEntropyLoss())
+        try:
+            with nnj.collect(quantity, "ggn_diag"):
+                loss(model(x), y).backward()
+            ok = [
+                torch.allclose(whole(p.total), whole(p.ggn_diag).sum()[None])
+                for p in model.parameters()
+            ]
+            said.append("right" if all(ok) else "wrong")
+        except nnj.NNJError as error:
+            said.append(str(error))
+    return said
+
+
+class StrangeMoments(Strange):
+    """One that is no sum."""
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return one + other
+
+
+class Total(Strange):
+    """One that says what it is."""
+
+    name, entrywise = "total", False
+
+
 def of_four(rank: int) -> dict[str, Any]:
     """All of it on a rank."""
     mesh = init_device_mesh("cpu", (DATA, 2), mesh_dim_names=("dp", "tp"))
     rounds.BUCKET = 1
     found = {"ways": compared(WAYS, lambda way, on: train(way, mesh, on), alone)}
     found |= {"fitted": _fitted(mesh), "gathered": _gathered(mesh), "draws": _draws(mesh)}
-    return found | {"data": mesh["dp"].get_local_rank()}
+    return found | {"data": mesh["dp"].get_local_rank(), "strange": _strange(mesh)}

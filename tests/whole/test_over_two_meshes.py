@@ -76,5 +76,7 @@ def _check_odd(found: dict[str, Any]) -> None:
     assert not list(wrong(every, one))
     for rows, grad in found["gathered"].values():
         assert len(rows) == sum(SHARDS[:DATA]) and torch.allclose(rows.sum(0), grad)
+    *said, right = found["strange"]
+    assert all("Say entrywise=False" in refused for refused in said) and right == "right"
     # with one seed, ranks that have other data draw another thing: else it would be that of one
     assert not torch.allclose(*found["draws"])
