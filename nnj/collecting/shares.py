@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from nnj.collecting.contribution import asked
 from nnj.collecting.owners import owner_of
 from nnj.collecting.places import Places, device_of
-from nnj.collecting.quantity import Holder, Quantity, Whole, added, is_sum
+from nnj.collecting.quantity import Holder, Quantity, Whole, added, is_sum, is_sum_of_chunks
 from nnj.collecting.request import Request
 from nnj.collecting.states_over_ranks import in_parts, shared_out
 from nnj.distributed.merging import Merging
@@ -93,15 +93,14 @@ class Shares:
         self._sharded: dict[Any, Holder] = {**sharding.sharded}
         self._places = Places(sharding.models, sharding)
         every = [q for request in self._requests for q in request.quantities.values()]
-        self._alone = not all(map(is_sum, every)) and is_only_loss(call)
+        self._alone = any(map(_comes_whole, every)) and is_only_loss(call)
 
     def takes_whole(self, request: Request, quantity: Quantity) -> bool:
         """Whether the state of a place can be given away when its last column has come, though it
         is not a sum of terms: no other loss of the pass has a state there, with which it would have
         to come together before.
         """
-        stays = request.signed or quantity.per_sample or quantity.of_rank
-        if not self._alone or stays or quantity.place is Whole:
+        if not self._alone or request.signed or not _comes_whole(quantity):
             return False
         # else all ranks are to have it
         return is_sum(quantity) or quantity.place is Tensor or self._how[request].spread
@@ -199,6 +198,12 @@ class Shares:
         """What was, likewise."""
         mine = [place for place in self._shared if place[0] is request]
         return _by_name({place: self._shared.pop(place) for place in mine})
+
+
+def _comes_whole(quantity: Quantity) -> bool:
+    """Whether what ranks have of a place comes together, and only when it is complete."""
+    together = not quantity.per_sample and not quantity.of_rank and quantity.place is not Whole
+    return together and not is_sum_of_chunks(quantity)
 
 
 def _bytes_of(holder: Any, t: Tensor) -> int:

@@ -189,6 +189,7 @@ CASES = {
         odd, ODD, ("kfac", "grad_variance"), _tokens, dict(approx="reduce"), out_of_step
     ),
     "alive": Case(odd, ODD, ("kfac",), _tokens, dict(places="alive"), out_of_step),
+    "moments": Case(names=("input_moment",)),
     "forward": Case(names=("kfac",), options=dict(fisher="forward")),
     "empirical": Case(names=("kfac",), options=dict(fisher="empirical"), of_rank=out_of_step),
 }
@@ -204,7 +205,7 @@ def cases(size: int) -> dict[str, Case]:
 def counted() -> Iterator[dict[str, int]]:
     """How many places are merged while columns walk, and how many when a pass ends."""
     found = {"in the pass": 0, "at its end": 0}
-    merge, late = Shares._merge, StatesOverRanks._merge
+    merge, late, late_sum = Shares._merge, StatesOverRanks._merge, StatesOverRanks._sum
 
     def merged(shares: Shares, key: str, there: list[int]) -> None:
         found["in the pass"] += 1
@@ -214,11 +215,19 @@ def counted() -> Iterator[dict[str, int]]:
         found["at its end"] += sum(len(keys) for keys in wanted.values())
         late(over, places, forms, wanted)
 
+    def summed_late(over: StatesOverRanks, places: Any, forms: Any, wanted: Any) -> None:
+        # what is None on all ranks has nothing to be sent
+        every = [form for said in forms for name in wanted for form in said[name].values()]
+        found["at its end"] += sum(form is not None for form in every)
+        late_sum(over, places, forms, wanted)
+
     Shares._merge, StatesOverRanks._merge = merged, merged_late  # type: ignore[method-assign]
+    StatesOverRanks._sum = summed_late  # type: ignore[method-assign]
     try:
         yield found
     finally:
         Shares._merge, StatesOverRanks._merge = merge, late  # type: ignore[method-assign]
+        StatesOverRanks._sum = late_sum  # type: ignore[method-assign]
 
 
 def sharded(model: nn.Module, units: tuple[str, ...]) -> nn.Module:

@@ -20,7 +20,7 @@ def is_owned(key: str) -> bool:
     return key.split()[0] in OWNED
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_is_no_sum_goes_to_its_owner_in_the_pass(size):
     ranks, said = together("tests.support.over_owners:of_several", size=size), []
     for name, case in cases(size).items():
@@ -29,8 +29,7 @@ def test_what_is_no_sum_goes_to_its_owner_in_the_pass(size):
             over, _, counts = found[name]
             there = {k: t for k, t in alone.items() if k in over or not is_owned(k)}
             said += [f"{name}, rank {rank}: {w}" for w in wrong(over, there)]
-            late = counts["at its end"] > 0, counts["in the pass"] > 0
-            if late != (case.late, not case.late):
+            if (counts["at its end"] > 0) != case.late:
                 said.append(f"{name}, rank {rank}: merged {counts}")
         said += _not_on_one(name, alone, [found[name][0] for found in ranks])
     assert not said, "\n".join(said)
