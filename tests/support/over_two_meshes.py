@@ -102,7 +102,7 @@ def _fitted(mesh: Any) -> Any:
     every, mine = data(), mesh["dp"].get_local_rank()
     shard = Subset(every, range(mine, len(every), DATA))
     loss = nn.CrossEntropyLoss()
-    over = nnj.fit(sharded(WAYS["heads"], mesh), loss, DataLoader(shard, 1 + mine), *FITTED)
+    over = nnj.fit(sharded(WAYS["heads"], mesh), loss, DataLoader(shard, 3 + mine), *FITTED)
     one = nnj.fit(block(), loss, DataLoader(every, 4), *FITTED)
     return fitted(over), fitted(over.whole()), fitted(one), list(range(mine, len(every), DATA))
 
