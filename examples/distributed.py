@@ -5,7 +5,7 @@
 trains a small network on handwritten digits with DistributedDataParallel, fits its curvature with
 each rank reading its own digits, and compares all of it with what one process has that reads
 everything. `--memory sharded` prints the memory of a step of a wide network that fully_shard
-shards, and `--memory one` that of one process.
+shards, with a `--quantity`, and `--memory one` that of one process.
 """
 
 import argparse
@@ -110,9 +110,18 @@ class Peak:
         self._thread.join()
 
 
-def memory(rank, size, width, sharded, collects):
-    """What a step, with or without its diagonal, takes beyond what was there before, in MiB, and
-    what of the diagonal is kept.
+def tensors(result):
+    """Those of a result: a diagonal, or Kronecker factors; none where another rank has it."""
+    if isinstance(result, nnj.matrices.BlockDiagonal):
+        return [t for part in result.blocks for t in tensors(part.matrix)]
+    if isinstance(result, nnj.matrices.Kronecker):
+        return [t for t in (result.left, result.right) if t is not None]
+    return [] if result is None else [getattr(result, "_local_tensor", result)]
+
+
+def memory(rank, size, width, sharded, quantity):
+    """What a step, with or without a quantity, takes beyond what was there before, in MiB, and
+    what of the quantity is kept.
     """
     torch.manual_seed(0)
     before = allocated()
@@ -127,10 +136,10 @@ def memory(rank, size, width, sharded, collects):
     nnj.extend(model)
     x, y = torch.randn(8, width), torch.randint(10, (8,))
     with Peak() as step:
-        with nnj.collect("ggn_diag") if collects else contextlib.nullcontext():
+        with nnj.collect(quantity) if quantity else contextlib.nullcontext():
             loss(model(x), y).backward()
-    found = [p.ggn_diag for p in model.parameters()] if collects else []
-    kept = sum((t.to_local() if sharded else t).nbytes for t in found)
+    places = [*model.parameters(), *model.modules()] if quantity else []
+    kept = sum(t.nbytes for place in places for t in tensors(getattr(place, quantity, None)))
     return step.most - before, kept / MIB
 
 
@@ -139,16 +148,17 @@ def main():
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--memory", choices=["one", "sharded"])
+    parser.add_argument("--quantity", choices=["ggn_diag", "kfac"], default="ggn_diag")
     given = parser.parse_args()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     if given.memory:
         how = given.memory == "sharded"
-        alone, _ = memory(rank, size, given.width, how, False)
-        most, kept = memory(rank, size, given.width, how, True)
+        alone, _ = memory(rank, size, given.width, how, None)
+        most, kept = memory(rank, size, given.width, how, given.quantity)
         said = [
-            f"{given.memory}: peak of a step {alone:.0f} MiB, with the diagonal {most:.0f} MiB, "
-            f"of which {kept:.0f} MiB are kept here"
+            f"{given.memory}: peak of a step {alone:.0f} MiB, with {given.quantity} {most:.0f} "
+            f"MiB, of which {kept:.0f} MiB are kept here"
         ]
     else:
         said = laplace_over_shards(rank, size, given.epochs)
@@ -157,6 +167,7 @@ def main():
     if rank == 0:
         for i, lines in enumerate(every):
             print("\n".join(f"rank {i}: {line}" for line in lines))
+    dist.barrier()  # gloo aborts where a rank leaves while others still speak
     dist.destroy_process_group()
 
 

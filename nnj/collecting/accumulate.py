@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,106 +24,14 @@ from nnj.collecting.quantity import (
     Whole,
     added,
     has_totals,
+    is_simple,
     of_dtype,
     times,
 )
+from nnj.collecting.states import Merged, Part, Rows, empty
 from nnj.errors import NNJError
 from nnj.recording.placement import placed, whole_state
 from nnj.recording.tensor_parallel import is_distributed
-
-
-class _Part(NamedTuple):
-    """What a group of samples has at a holder.
-
-    Attributes:
-        start: the number of its first sample.
-        samples: how many there are.
-        state: of them.
-    """
-
-    start: int
-    samples: int
-    state: Any
-
-
-class _Merged:
-    """The states that reached one holder, merged: of sums over samples. What no samples have adds
-    nothing, and stands only while there is nothing else.
-    """
-
-    def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
-        self._merge, self._state = merge, None
-        self._of_none = False  # whether the state is one of no samples
-
-    def with_pass(self, found: list[_Part]) -> tuple[Any, bool]:
-        """What `take` is to be given of one pass."""
-        known: list[Any] = [] if self._state is None else [self._state]
-        counted = [part.state for part in found if part.samples]
-        if not counted:
-            return (known or [found[0].state])[0], self._of_none or not known
-        return functools.reduce(self._merge, counted if self._of_none else known + counted), False
-
-    def begin(self, state: Any) -> None:
-        """Take in a state that is all that there is."""
-        self._state = state
-
-    def take(self, given: tuple[Any, bool]) -> None:
-        """Take in the state with one pass more."""
-        self._state, self._of_none = given
-
-    def state(self, samples: int) -> Any:
-        """All of them; None if nothing reached the holder."""
-        return self._state
-
-    @property
-    def shape(self) -> torch.Size | None:
-        """Of what one sample may add."""
-        return None if self._state is None else getattr(self._state, "shape", torch.Size())
-
-
-class _Rows:
-    """The rows of all samples at one holder; they are joined only when somebody asks for them."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._length = 0
-
-    def with_pass(self, found: list[_Part]) -> list[_Part]:
-        """What `take` is to be given of one pass."""
-        return found
-
-    def begin(self, state: Tensor) -> None:
-        """Take in rows that are all that there are."""
-        self.take([_Part(0, len(state), state)])
-
-    def take(self, found: list[_Part]) -> None:
-        """Take in the rows of one pass."""
-        for start, _, rows in found:
-            if rows.untyped_storage().nbytes() != rows.nbytes:
-                rows = rows.clone(memory_format=torch.contiguous_format)  # a view of all columns
-            self._fill(start, rows)
-            self._parts.append(rows)
-            self._length += len(rows)
-
-    def state(self, samples: int) -> Tensor | None:
-        """(samples, ...); None if nothing reached the holder."""
-        if not self._parts:
-            return None
-        self._fill(samples, self._parts[0])
-        if len(self._parts) > 1:
-            self._parts = [torch.cat(self._parts)]
-        return self._parts[0]
-
-    @property
-    def shape(self) -> torch.Size | None:
-        """Of the row of one sample."""
-        return self._parts[0].shape[1:] if self._parts else None
-
-    def _fill(self, length: int, like: Tensor) -> None:
-        """Zeros for the samples before number `length` that did not reach the holder."""
-        if length > self._length:
-            self._parts.append(like.new_zeros((length - self._length, *like.shape[1:])))
-            self._length = length
 
 
 class Accumulator:
@@ -138,6 +46,8 @@ class Accumulator:
         loss_factor: what the loss behind the results is of that which was collected: over W ranks
             it is the mean of theirs.
         group: of the ranks over which sharded models were, if any were.
+        parallel: of sharded parameters that tensor parallelism distributes, too, that of which this
+            rank has its part.
     """
 
     def __init__(self, quantities: Mapping[str, Quantity]):
@@ -145,13 +55,15 @@ class Accumulator:
         self.every_sample: int | None = None
         self.loss_factor = 1.0
         self.group: Any = None
+        self._settled: set[str] = set()
+        self.parallel: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self.exact = ExactColumns()
         self.wrappers: frozenset[nn.Module | None] = frozenset()
         self._quantities = quantities
         self._together: tuple[int, ...] = ()
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # by quantity and holder, which is held weakly: what is collected goes with its parameter
-        self._totals: dict[str, MutableMapping[Holder, _Merged | _Rows]] = {
+        self._totals: dict[str, MutableMapping[Holder, Merged | Rows]] = {
             name: WeakIdKeyDictionary() for name in quantities
         }
 
@@ -179,10 +91,10 @@ class Accumulator:
         ready: list[tuple[Any, Any]] = []
         for name in self._quantities:
             totals = self._expected(name, groups)
-            found: dict[Holder, list[_Part]] = {}
+            found: dict[Holder, list[Part]] = {}
             for start, group in zip(starts, groups, strict=False):
                 for holder, state in group.at(name).items():
-                    found.setdefault(holder, []).append(_Part(start, group.n, state))
+                    found.setdefault(holder, []).append(Part(start, group.n, state))
             for holder, states in found.items():
                 total = totals[holder]
                 ready.append((total, asked(name, total.with_pass, states)))
@@ -205,22 +117,38 @@ class Accumulator:
             mine = self._totals[name]
             for holder, total in other._totals[name].items():
                 if holder not in mine:
-                    mine[holder] = _empty(self._quantities[name])
-                state = total.state(other.samples)
-                if state is not None:
-                    part = _Part(self.samples, other.every_sample or 0, state)
+                    mine[holder] = empty(self._quantities[name])
+                if total.reached:
+                    state = total.state(other.samples)
+                    part = Part(self.samples, other.every_sample or 0, state)
                     given = asked(name, mine[holder].with_pass, [part])
                     mine[holder].take(given)
         self.modules.update(other.modules)
         self.wrappers |= other.wrappers
         self.every_sample = (self.every_sample or 0) + (other.every_sample or 0)
         self.loss_factor, self.exact = other.loss_factor, self.exact.plus(other.exact)
+        self._settled |= other._settled
         self.samples, self.passes = self.samples + other.samples, self.passes + 1
+
+    def settle(self) -> None:
+        """Make sums and rows, place by place, those of the loss behind the results, which then need
+        no tensors of their own.
+        """
+        for name, quantity in self._quantities.items():
+            if name in self._settled or not is_simple(quantity):
+                continue
+            self._settled.add(name)
+            factor = self.loss_factor ** (quantity.degree or 0)
+            for holder in list(self._totals[name]) if factor != 1 else ():
+                state = self.state(name, holder)
+                if state is not None:
+                    self.replace(name, {holder: state * factor})
 
     def let_go(self) -> None:
         """Forget the values, which have been given out, and so all parameters: nobody refers to
         them any more, not even weakly.
         """
+        self.parallel = WeakIdKeyDictionary()
         for name in self._totals:
             self._totals[name] = WeakIdKeyDictionary()
 
@@ -231,14 +159,14 @@ class Accumulator:
             if quantity.per_sample or quantity.quadratic or merges:
                 _check_apart(name, groups)
 
-    def _expected(self, name: str, groups: list[Contribution]) -> Mapping[Holder, _Merged | _Rows]:
+    def _expected(self, name: str, groups: list[Contribution]) -> Mapping[Holder, Merged | Rows]:
         """All that may hold a result of the quantity, reached or not, with what it has so far."""
         quantity, totals = self._quantities[name], self._totals[name]
         known = dict(totals.items())  # in which to look is many times as fast
         for group in groups:
             for holder in (*group.holders, *group.at(name)):
                 if isinstance(holder, quantity.place) and holder not in known:
-                    known[holder] = totals[holder] = _empty(quantity)
+                    known[holder] = totals[holder] = empty(quantity)
         return known
 
     def values(self, name: str) -> list[tuple[Holder, Any]]:
@@ -269,16 +197,21 @@ class Accumulator:
         return None if total is None else total.state(self.samples)
 
     def states(self, name: str) -> dict[Holder, Any]:
-        """Those of all places that were reached."""
-        every = {holder: self.state(name, holder) for holder in self._totals[name]}
+        """Those of all places at which there is one."""
+        every = self.reached(name)
         return {holder: state for holder, state in every.items() if state is not None}
+
+    def reached(self, name: str) -> dict[Holder, Any]:
+        """Those of all places that were reached, None included."""
+        totals = self._totals[name].items()
+        return {holder: total.state(self.samples) for holder, total in totals if total.reached}
 
     def replace(self, name: str, states: Mapping[Holder, Any]) -> None:
         """Take other states in the place of those so far: of sums those over all ranks, of rows
         zeros where nothing has reached this rank.
         """
         for holder, state in states.items():
-            total = _empty(self._quantities[name])
+            total = empty(self._quantities[name])
             total.begin(state)
             self._totals[name][holder] = total
 
@@ -290,7 +223,7 @@ class Accumulator:
 
     def forget(self, name: str, holder: Holder) -> None:
         """That another rank has a state."""
-        self._totals[name][holder] = _empty(self._quantities[name])
+        self._totals[name][holder] = empty(self._quantities[name])
 
     def samples_of(self, name: str) -> int:
         """How many samples a result is of."""
@@ -306,26 +239,28 @@ class Accumulator:
             return {}
         ask, factor = self._quantities[name].totals, loss_factor * self.loss_factor
         states = self.states(name)
-        if any(map(self._has_parts, states)):
-            entrywise = self._quantities[name].entrywise
-            states = {h: whole_state(name, entrywise, h, s) for h, s in states.items()}
+        if any(is_distributed(self._split(holder)) for holder in states):
+            whole = functools.partial(whole_state, name, self._quantities[name].entrywise)
+            states = {h: whole(self._split(h), s) for h, s in states.items()}
         found = asked(name, ask, states, self.samples_of(name))
         return {key: times(value, factor**degree) for key, (value, degree) in found.items()}
 
-    def _value(self, name: str, holder: Holder, total: _Merged | _Rows, factor: float = 1.0) -> Any:
+    def _value(self, name: str, holder: Holder, total: Merged | Rows, factor: float = 1.0) -> Any:
         state = total.state(self.samples)
         if state is None:
             return None
         quantity = self._quantities[name]
-        factor = factor * self.loss_factor ** (quantity.degree or 0)
+        if name not in self._settled:
+            factor = factor * self.loss_factor ** (quantity.degree or 0)
         value = result(name, quantity, holder, state, self.samples_of(name), factor)
-        return placed(name, quantity.entrywise, holder, value) if self._has_parts(holder) else value
+        like = self._split(holder)
+        return placed(name, quantity.entrywise, like, value) if is_distributed(like) else value
 
-    def _has_parts(self, holder: Holder) -> bool:
-        """Whether results are of the parts of a parameter that ranks have; what stands at those of
-        sharded models was shared out.
+    def _split(self, holder: Any) -> Any:
+        """What tensor parallelism distributes of a place, so that ranks have its parts, or those of
+        its rows; what else stands at sharded parameters was shared out.
         """
-        return self.group is None and is_distributed(holder)
+        return holder if self.group is None else self.parallel.get(holder)
 
     def _is_like_parameters(self, name: str) -> bool:
         return self._quantities[name].place is Tensor and all(
@@ -334,18 +269,13 @@ class Accumulator:
             if isinstance(holder, Tensor)
         )
 
-    def _shape(self, name: str, holder: Tensor, total: _Merged | _Rows) -> torch.Size | None:
+    def _shape(self, name: str, holder: Tensor, total: Merged | Rows) -> torch.Size | None:
         """Of a result, or of its row of one sample; None if nothing reached the holder."""
         made = type(self._quantities[name]).finish is not Quantity.finish
-        if total.shape is None or isinstance(total, _Rows) or not made:
+        if total.shape is None or isinstance(total, Rows) or not made:
             return total.shape
         found: torch.Size = getattr(self._value(name, holder, total), "shape", torch.Size())
         return found
-
-
-def _empty(quantity: Quantity) -> _Merged | _Rows:
-    """What a place has before anything reaches it."""
-    return _Rows() if quantity.per_sample else _Merged(quantity.merge)
 
 
 def result(

@@ -140,15 +140,18 @@ class collect(Collection):  # noqa: N801
             Columns walk while two units at most are whole that FSDP had sharded, and sums are
             shared out as they are done: `p.ggn_diag` is a DTensor placed as p is, also under mixed
             precision policies and `set_gradient_divide_factor`; ggn_block and ggn are sharded by
-            rows; kfac, shared out when the pass ends, stands on the modules of one rank each. Rows
-            of samples are of whole parameters. A refusal is raised on all ranks in the same pass.
+            rows; kfac and other results of modules stand on the modules of one rank each, to which
+            they go when the last column has come to a module, or in passes of several losses at
+            their end. Rows of samples are of whole parameters. A refusal is raised on all ranks in
+            the same pass.
 
         Tensor parallelism
             Of linear layers under `ColwiseParallel` and `RowwiseParallel`, between plain tensors,
             each rank walks with its part: `p.ggn_diag` is placed as p is, `p.batch_grad` one axis
             on, and norms are sums over the mesh. Blocks and Kronecker factors are whole on all
             ranks. Name with group= the ranks over which data are split, where they are, too:
-            `group=mesh["dp"].get_group()`.
+            `group=mesh["dp"].get_group()`; not where `fully_shard` splits them, of whose mesh
+            results are, placed over both dimensions.
 
         See nnj/distributed/README.md for what is sent, and how much.
 
@@ -390,6 +393,7 @@ class collect(Collection):  # noqa: N801
         notes = found.add_up(taken, models_of() if not taken else (), self._kept)
         if all(note.models is None for note in notes):
             raise self.nothing()
+        self.accumulator.settle()
 
     def gather(self, quantity: str) -> dict[str, Tensor]:
         """A quantity that has the samples in axis 0, with the rows of all ranks, one rank after the

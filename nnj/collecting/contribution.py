@@ -75,7 +75,8 @@ class Contribution:
         """The states of a quantity, where the loss reached something."""
         return self.states.get(name, {})
 
-    def _reached(self, name: str, holder: Holder) -> bool:
+    def reached(self, name: str, holder: Holder) -> bool:
+        """Whether there is, or was, something of a quantity at a place."""
         return (name, holder) in self.shared or holder in self.at(name)
 
     def of_quantities(self, names: Container[str]) -> Contribution:
@@ -100,7 +101,7 @@ class Contribution:
         self.exact = self.exact.plus(other.exact)
         self.together = same_parameters(self.together, other.together)
         for name, holder in self.shared | other.shared:
-            twice = self._reached(name, holder) and other._reached(name, holder)
+            twice = self.reached(name, holder) and other.reached(name, holder)
             if twice and quantities[name].quadratic:
                 raise two_losses(quantities[name])
         self.shared |= other.shared

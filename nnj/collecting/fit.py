@@ -274,7 +274,7 @@ class _Run:
             leaves = [p for p in self.sharding.sharded if p.requires_grad]
         with self.collection:
             torch.autograd.grad(weight * value, list(leaves), allow_unused=True)
-        if not self.collection.counts:
+        if not self.collection.over_shards.counts:
             return
         rows = self.collection.accumulator.samples - before
         total = loss.total(output, target, n)
@@ -288,11 +288,11 @@ class _Run:
     @contextmanager
     def counting(self, counts: bool) -> Iterator[None]:
         """While passes count, or only those of other ranks do."""
-        self.collection.counts = counts
+        self.collection.over_shards.counts = counts
         try:
             yield
         finally:
-            self.collection.counts = True
+            self.collection.over_shards.counts = True
 
     def add_replayed(
         self, loss: SummedLoss | GivenLoss, passed: Passed, target: Any, n: int

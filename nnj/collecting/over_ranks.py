@@ -1,27 +1,27 @@
-"""What the ranks of a group have collected, as one: sums are added, other states merged by one rank
-each, and rows of samples stay where they are.
+"""What the ranks of a group have collected, as one: what each says of it, and whether it is of the
+same models and quantities.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnj.collecting import quantity_file
 from nnj.collecting.accumulate import Accumulator
-from nnj.collecting.contribution import ExactColumns, asked
-from nnj.collecting.quantity import WHOLE, Holder, Whole, is_sum
+from nnj.collecting.contribution import ExactColumns
+from nnj.collecting.places import Places
 from nnj.collecting.request import Request
-from nnj.distributed.packing import Slot, filled, form_of, slots_of, tensors_of
-from nnj.distributed.ranks import Ranks, count_sent
+from nnj.collecting.states_over_ranks import StatesOverRanks
+from nnj.distributed.packing import form_of
+from nnj.distributed.ranks import Ranks
 from nnj.errors import NNJError
 from nnj.recording.replicas import Print, check_prints, prints
-from nnj.recording.sharded import Sharding, part_of, placed_like, whole_sum
+from nnj.recording.sharded import Sharding
 
 Forms = dict[str, dict[str, Any]]
 
@@ -52,32 +52,6 @@ class Note:
     exact: tuple[float, ...]
     forms: Forms
     more: Any = None
-
-
-class Places:
-    """The parameters and modules of some models by names that are the same on all ranks.
-
-    Args:
-        sharding: of sharded models, whose parameters are the sharded ones.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], sharding: Sharding | None = None):
-        sharded = {} if sharding is None else sharding.sharded
-        self.holders: dict[str, Holder] = {"": WHOLE}
-        for i, model in enumerate(models):
-            self.holders |= {f"{i}.{path}": m for path, m in model.named_modules()}
-            named = model.named_parameters()
-            self.holders |= {f"{i}.{path}": sharded.get(p, p) for path, p in named}
-        self._names = {holder: name for name, holder in self.holders.items()}
-
-    def name(self, holder: Holder) -> str:
-        """Errors: `NNJError` for what belongs to none of the models."""
-        if holder not in self._names:
-            raise NNJError(
-                f"{type(holder).__name__} holds a result and is part of no model that took part, "
-                "so that ranks cannot name it to one another. Extend the model that it is in"
-            )
-        return self._names[holder]
 
 
 def model_facts(model: nn.Module) -> Any:
@@ -114,7 +88,9 @@ class OverRanks:
         spread: bool = True,
     ):
         self.accumulator, self.request, self.ranks, self.mean = accumulator, request, ranks, mean
-        self.sharding, self.spread = sharding, spread
+        self.sharding = sharding
+        quantities = request.quantities
+        self._states = StatesOverRanks(accumulator, quantities, ranks, sharding, spread)
 
     def add_up(
         self,
@@ -153,7 +129,7 @@ class OverRanks:
         divides = len(notes) if self.sharding is None else self.sharding.divides
         self.accumulator.loss_factor = 1 / divides if self.mean else 1.0
         self.accumulator.exact = self._exact(notes)
-        self._reduce(places, notes)
+        self._states.reduce(places, [said.forms for said in notes])
         return notes
 
     def _note(
@@ -170,7 +146,7 @@ class OverRanks:
             if models and self.request.modules is not None:
                 at = [places.name(m) for m in self.request.modules]
             for name in self.request.quantities if error is None else ():
-                states = accumulator.states(name)
+                states = accumulator.reached(name)
                 forms[name] = {places.name(h): form_of(state) for h, state in states.items()}
         except NNJError as refused:
             error = refused
@@ -260,132 +236,8 @@ class OverRanks:
                 if not said.samples:
                     said.forms[name] = {}
             if not self.accumulator.samples:
-                for holder in self.accumulator.states(name):
+                for holder in self.accumulator.reached(name):
                     self.accumulator.forget(name, holder)
-
-    def _reduce(self, places: Places, notes: Sequence[Note]) -> None:
-        sums: dict[str, dict[str, Any]] = {}
-        merged: dict[str, dict[str, Any]] = {}
-        for name, quantity in self.request.quantities.items():
-            forms = [said.forms[name] for said in notes]
-            if quantity.per_sample:
-                self._rows(name, places, forms)
-            elif not quantity.of_rank:
-                kind = sums if is_sum(quantity) else merged
-                kind[name] = dict.fromkeys(key for form in forms for key in form)
-        self._sum(places, notes, sums)
-        self._merge(places, notes, merged)
-
-    def _rows(self, name: str, places: Places, forms: Sequence[Mapping[str, Any]]) -> None:
-        """Zeros for the samples of this rank where only others were reached."""
-        mine = forms[self.ranks.rank]
-        other = {key: slot for form in forms for key, slot in form.items() if key not in mine}
-        found = {}
-        for key, slot in other.items():
-            shape = (self.accumulator.samples, *slot.shape[1:])
-            device = device_of(places.holders[key])
-            found[places.holders[key]] = torch.zeros(shape, dtype=slot.dtype, device=device)
-        self.accumulator.replace(name, found)
-
-    def _sum(self, places: Places, notes: Sequence[Note], wanted: Mapping[str, Any]) -> None:
-        """Of what is added: one reduction of all of it, or of sharded models one for each place."""
-        tensors: list[Tensor] = []
-        known: list[tuple[str, Holder, Any]] = []
-        for name, keys in wanted.items():
-            states = self.accumulator.states(name)
-            for key in keys:
-                forms = [said.forms[name][key] for said in notes if key in said.forms[name]]
-                if any(form != forms[0] for form in forms):
-                    raise NNJError(
-                        f"{name}: what ranks have at '{key.partition('.')[2]}' has other forms, so "
-                        "that it cannot be added. Give all ranks the same model and loss"
-                    )
-                holder = places.holders[key]
-                device, state = device_of(holder), states.get(holder)
-                mine = (
-                    [_zeros(slot, device) for slot in slots_of(forms[0])]
-                    if state is None
-                    else tensors_of(state)
-                )
-                if self.sharding is None:
-                    tensors += mine
-                    known.append((name, holder, forms[0]))
-                    continue
-                part = shared_out(filled(forms[0], mine), self.sharding.like(holder), self.ranks)
-                self.accumulator.replace(name, {holder: part})
-        left = iter(self.ranks.sums(tensors))
-        for name, holder, form in known:
-            self.accumulator.replace(name, {holder: filled(form, left)})
-
-    def _merge(self, places: Places, notes: Sequence[Note], wanted: Mapping[str, Any]) -> None:
-        """Of what merges in a way of its own."""
-        if not any(wanted.values()):
-            return
-        forms = [
-            {f"{name}\n{key}": form for name in wanted for key, form in said.forms[name].items()}
-            for said in notes
-        ]
-        mine = {
-            f"{name}\n{places.name(holder)}": state
-            for name in wanted
-            for holder, state in self.accumulator.states(name).items()
-        }
-
-        def merge(key: str, states: list[Any]) -> Any:
-            name = key.partition("\n")[0]
-            ask = self.request.quantities[name].merge
-            return functools.reduce(lambda a, b: asked(name, ask, a, b), states)
-
-        every = [device_of(holder) for holder in places.holders.values()]
-        device = next((d for d in every if d.type != "cpu"), every[-1])
-        of_owner = set[str]()
-        if self.sharding is not None and self.spread:
-            # what is no parameter's stays with the rank that merges it
-            of_owner = {
-                key
-                for key in (key for form in forms for key in form)
-                if not isinstance(places.holders[key.partition("\n")[2]], Tensor)
-            }
-        found = self.ranks.merged(mine, forms, merge, device, of_owner)
-        for key in dict.fromkeys(key for form in forms for key in form):
-            name, _, place = key.partition("\n")
-            holder = places.holders[place]
-            if key not in found:
-                self.accumulator.forget(name, holder)
-                continue
-            state = _moved(found[key], device_of(holder))
-            if self.sharding is not None and isinstance(holder, Tensor):
-                state = self._sharded(state, holder)
-            self.accumulator.replace(name, {holder: state})
-
-    def _sharded(self, state: Any, holder: Tensor) -> Any:
-        """The state of a sharded parameter: of each tensor of its shape the part of this rank."""
-        tensors = [part_of(t, holder) if t.shape == holder.shape else t for t in tensors_of(state)]
-        return filled(form_of(state), tensors)
-
-
-def shared_out(state: Any, like: Tensor, ranks: Ranks) -> Any:
-    """The sum over ranks of a state, each with a part of it, at a sharded parameter."""
-    mine = tensors_of(state)
-    count_sent(sum((ranks.size - 1) * t.nbytes for t in mine) // ranks.size)
-    parts = [placed_like(t, like) if t.dim() else whole_sum(t, like) for t in mine]
-    return filled(form_of(state), parts)
-
-
-def device_of(holder: Holder) -> torch.device:
-    """Of a parameter, or of the first of a module; the CPU if it has none."""
-    if isinstance(holder, Tensor):
-        return holder.device
-    first = None if isinstance(holder, Whole) else next(holder.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _zeros(slot: Slot, device: torch.device) -> Tensor:
-    return torch.zeros(slot.shape, dtype=slot.dtype, device=device)
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    return filled(form_of(state), [t.to(device) for t in tensors_of(state)])
 
 
 def _taken(left: list[nn.Module], fact: Any) -> nn.Module:

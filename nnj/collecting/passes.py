@@ -18,7 +18,8 @@ from nnj.checks import Refusals
 from nnj.collecting.accumulate import Accumulator
 from nnj.collecting.contribution import Contribution
 from nnj.collecting.request import Request
-from nnj.collecting.sharded_passes import OverShards, ShardedPass
+from nnj.collecting.sharded_passes import ShardedPass
+from nnj.collecting.shares import OverShards
 from nnj.collecting.signed import contribute_signed
 from nnj.errors import NNJError
 from nnj.graph.linearity import check_linear
@@ -44,13 +45,12 @@ class Collection:
     Attributes:
         request: what is asked for.
         accumulator: what has been collected so far.
-        counts: whether passes are taken in; else only what other ranks have of them is.
         over_shards: how passes of sharded models come together.
     """
 
     def __init__(self, request: Request):
         self.request, self.accumulator = request, Accumulator(request.quantities)
-        self.counts, self.over_shards = True, OverShards()
+        self.over_shards = OverShards()
         self._thread: _Thread | None = None  # in which it is open
         self._refused = False
         self._passes_before = 0
@@ -132,7 +132,7 @@ class _Pass:
     def __init__(self, collections: Sequence[Collection]):
         self.collections = list(collections)
         self.calls: list[LossCall] = []
-        self.sharded = ShardedPass({c.request: c.counts for c in collections})
+        self.sharded = ShardedPass({c.request: c.over_shards for c in collections})
         self.found: list[dict[Request, Contribution]] = []
         self.error: Exception | None = None
         self.refusals = Refusals()
@@ -141,13 +141,14 @@ class _Pass:
         """Propagate the columns of one loss now, while every saved tensor is there. An error waits
         for the end of the pass, so that gradients are what they would be.
         """
-        if self.error is not None:
-            return
-        self.calls.append(call)
+        if self.error is None:
+            self.calls.append(call)
         requests = [collection.request for collection in self.collections]
         node = torch._C._current_autograd_node()
         try:
             with self.sharded.whole(call), torch.no_grad(), self.refusals.later():
+                if self.error is not None:
+                    return  # but ranks without an error had to have this one for their units
                 refuse_compiled_step(call.name)
                 refuse_tensor(scale.is_nested, scale.device)
                 with torch.autocast(scale.device.type, enabled=False):
@@ -155,8 +156,10 @@ class _Pass:
                     shares = self.sharded.shares
                     self.found.append(contribute_signed(call, scale, node, requests, shares))
         except NNJError as error:
-            self.error = error
+            self.error = self.error or error
         except Exception as error:
+            if self.error is not None:
+                return
             why = f"the sweep failed with {type(error).__name__}: {error}"
             if under_compile(error, node, {end for end, _ in call.edges}):
                 why = f"{call.name}: {IN_COMPILED} ({why})"
@@ -183,7 +186,7 @@ class _Pass:
 
     def _hand_over(self, collection: Collection) -> None:
         request = collection.request
-        used = not self.error and collection.counts
+        used = not self.error and collection.over_shards.counts
         found = [found[request] for found in self.found] if used else []
         if self.sharded.sharding is None:
             collection.add_pass(found)

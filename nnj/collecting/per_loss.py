@@ -279,7 +279,7 @@ class _Pass:
         if distributed:
             self.columns.mesh = mesh_of(planned.sweep.graph)
         self.columns.ranks |= {
-            source: request.rank(target.found.wrappers)
+            source: request.rank(target.found.wrappers) if shares is None else shares.rank
             for request, target in zip(requests, targets, strict=True)
             for source in request.sources.values()
             if source.drawn_for is not None

@@ -187,7 +187,9 @@ class Quantity:
 
     def merge(self, one: Any, other: Any) -> Any:
         """The state of two backward passes, batches, ranks or files, of other samples: by default
-        tensors are added, and plain values must be equal. Rows of `per_sample` never come here.
+        tensors are added, and plain values must be equal. Rows of `per_sample` never come here. A
+        state that is None, as of samples of which nothing is known, does so only with another one
+        that is not, which by default is an error.
         """
         return added(one, other)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from nnj.collecting.accumulate import Accumulator
@@ -14,41 +13,29 @@ from nnj.collecting.contribution import Contribution
 from nnj.collecting.over_ranks import OverRanks
 from nnj.collecting.quantity import Holder
 from nnj.collecting.request import Request
-from nnj.collecting.shares import Shares
+from nnj.collecting.shares import OverShards, Shares
 from nnj.distributed.ranks import Ranks, same_ranks
 from nnj.distributed.rounds import Rounds
 from nnj.errors import NNJError
 from nnj.graph.traverse import all_marks_behind
+from nnj.recording.placement import check_placed
 from nnj.recording.records import LossCall
 from nnj.recording.sharded import Sharding, sharded_models
 from nnj.recording.units_on_read import UnitsOnRead
-
-
-@dataclass
-class OverShards:
-    """How passes come together.
-
-    Attributes:
-        mean: as of `OverRanks`.
-        spread: whether what modules have stays with one rank each.
-    """
-
-    mean: bool = True
-    spread: bool = True
 
 
 class ShardedPass:
     """What is known of the sharded models of one backward pass.
 
     Args:
-        requests: those of the collections, each with whether what this rank has counts.
+        requests: those of the collections.
 
     Attributes:
         sharding: the units; None while no model is sharded.
         shares: what is shared out before the pass ends.
     """
 
-    def __init__(self, requests: Mapping[Request, bool]) -> None:
+    def __init__(self, requests: Mapping[Request, OverShards]) -> None:
         self._requests = requests
         self.sharding: Sharding | None = None
         self.shares: Shares | None = None
@@ -68,7 +55,7 @@ class ShardedPass:
         with sharding.at_rest():
             units = UnitsOnRead(sharding, lambda unit: rounds.need(unit))
             rounds = Rounds(ranks, units.gather, shares.size, shares.share)
-            shares.begin(sharding, ranks, rounds)
+            shares.begin(call, sharding, ranks, rounds)
             try:
                 for unit in sharding.never_whole():
                     rounds.need(unit)
@@ -97,24 +84,29 @@ class ShardedPass:
         """
         sharding, shares = self.sharding, self.shares
         assert sharding is not None and shares is not None
-        part = Accumulator(request.quantities)
+        part, error = Accumulator(request.quantities), error or shares.error
         if error is None:
             try:
                 _check_group(request, sharding)
-                part.add_pass([_at_sharded(c, sharding) for c in contributions])
+                part.add_pass([_at_sharded(c, sharding, request) for c in contributions])
                 for contribution in contributions:  # what is shared out is not held twice
                     contribution.states = {}
-                for name, states in shares.waiting(request).items():
-                    part.plus(name, states)
+                _add(part, shares.waiting(request))
             except NNJError as refused:
                 error = refused
         ranks = Ranks(sharding.group, "nnj.collect")
         over = OverRanks(part, request, ranks, how.mean, sharding, how.spread)
         over.add_up(sharding.models, (), error)
-        for name, states in shares.shared(request).items():
-            part.plus(name, states)
+        _add(part, shares.shared(request))
+        part.settle()
         accumulator.absorb(part)
         accumulator.group = sharding.group
+        accumulator.parallel.update(sharding.parallel)
+
+
+def _add(part: Accumulator, found: Mapping[str, Mapping[Holder, Any]]) -> None:
+    for name, states in found.items():
+        part.plus(name, states)
 
 
 def _check_group(request: Request, sharding: Sharding) -> None:
@@ -127,10 +119,15 @@ def _check_group(request: Request, sharding: Sharding) -> None:
         )
 
 
-def _at_sharded(contribution: Contribution, sharding: Sharding) -> Contribution:
-    """A contribution at the sharded parameters."""
+def _at_sharded(contribution: Contribution, sharding: Sharding, request: Request) -> Contribution:
+    """A contribution at the sharded parameters.
+
+    Errors: `NNJError` for what may be of a part of a parameter, or of all of it.
+    """
     sharded: dict[Any, Holder] = {**sharding.sharded}
     for name, states in contribution.states.items():
+        for holder, state in states.items():
+            check_placed(name, request.quantities[name].entrywise, holder, state)
         contribution.states[name] = {
             sharded.get(holder, holder): state for holder, state in states.items()
         }

@@ -5,6 +5,7 @@ a chunk become there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,12 +14,14 @@ from nnj.collecting.loss_columns import Part
 from nnj.collecting.quantity import WHOLE, Holder, Quantity, Whole, is_sum_of_chunks
 from nnj.collecting.request import GRADIENT, ColumnSource, Request
 from nnj.collecting.shares import Shares
-from nnj.errors import PluginError, complex_parameter
+from nnj.errors import NNJError, PluginError, complex_parameter
 from nnj.jacobians.factor import DenseFactor, Factor
 from nnj.jacobians.square_sum import SquareSum
 from nnj.matrices.matrix import Matrix
 from nnj.propagation.allocator import give_back
+from nnj.recording.placement import check_placed
 from nnj.recording.scope import Scope
+from nnj.recording.tensor_parallel import is_distributed
 from nnj.registry.manager import manager
 
 Parts = Mapping[ColumnSource, Part]
@@ -58,7 +61,7 @@ class Target:
         self._all: dict[Tensor, Factor] = {}
         # what quantities may keep until the last chunk, and whether it has room
         self._room = request.memory / 3
-        self._seen: dict[tuple[str, Holder], int] = {}  # columns, where sums are shared out
+        self._seen: dict[tuple[str, Holder], _Seen] = {}  # where anything is shared out
         self._has_room: dict[tuple[str, Tensor], bool] = {}
 
     def reach(self, reached: set[Tensor], paths: Mapping[nn.Module, str]) -> None:
@@ -117,7 +120,7 @@ class Target:
                 size = mine.kept(part.total)  # mostly nothing
                 mine.may_keep = not size or self._has_room_for(name, p, size)
                 _add(self.found, name, quantity, p, [mine], [p], part.total)
-                self._share(name, quantity, p, part)
+                self._share(name, quantity, p, part, True)
         if self._joints and p in self.together:
             self._all[p] = factor
         for m in self._owners.get(p, ()) if self._blocks else ():
@@ -141,13 +144,12 @@ class Target:
         factors = {p: DenseFactor(p.detach().new_zeros((1, n, *p.shape))) for p in new}
         found = Contribution()
         for name, quantity, _ in self._points:
-            known = self.found.at(name)
             for p in new:
-                if p not in known:
+                if not self.found.reached(name, p):
                     _add(found, name, quantity, p, [factors[p]], [p], 1)
         for m in dict.fromkeys(m for p in new for m in self._owners.get(p, ())):
             for name, quantity, _ in self._blocks:
-                if m not in self.found.at(name):
+                if not self.found.reached(name, m):
                     mine = [factors.get(p) for p in self.own[m]]
                     _add(found, name, quantity, m, mine, self.own[m], 1)
         for name, quantity, _ in self._joints if factors else ():
@@ -166,8 +168,9 @@ class Target:
         self._all = {}
 
     def _take_module(self, m: nn.Module, factors: dict[Tensor, Factor], parts: Parts) -> None:
+        all_there = len(factors) == self._expected[m] and len({f.k for f in factors.values()}) == 1
         for wanted in self._blocks:
-            self._take_all(wanted, m, self.own[m], factors, parts)
+            self._take_all(wanted, m, self.own[m], factors, parts, all_there)
 
     def _take_all(
         self,
@@ -176,6 +179,7 @@ class Target:
         params: list[nn.Parameter],
         factors: Mapping[Tensor, Factor],
         parts: Parts,
+        all_there: bool = False,
     ) -> None:
         name, quantity, source = wanted
         part = parts.get(source)
@@ -183,21 +187,75 @@ class Target:
             mine = {p: _of_part(part, factor) for p, factor in factors.items()}
             given = [mine.get(p) for p in params]
             _add(self.found, name, quantity, place, given, params, part.total)
-            self._share(name, quantity, place, part)
+            self._share(name, quantity, place, part, all_there)
 
-    def _share(self, name: str, quantity: Quantity, place: Holder, part: Part) -> None:
-        """Give away the state of a place that is a sum, and may be added to others now."""
-        if self._shares is None or not is_sum_of_chunks(quantity):
-            return
-        seen = self._seen.get((name, place), 0) + part.columns.stop - part.columns.start
+    def _share(
+        self, name: str, quantity: Quantity, place: Holder, part: Part, all_there: bool
+    ) -> None:
+        """Give away the state of a place that may come together with those of other ranks now.
+
+        Args:
+            all_there: whether the chunk had columns at all parameters of the place.
+        """
+        if self._shares is None or (not quantity.entrywise and is_distributed(place)):
+            return  # what is of a part of a parameter is added up over the ranks of a model before
+        seen = self._seen.get((name, place), _Seen(0, part.total)).with_chunk(part, all_there)
         self._seen[name, place] = seen
-        state = self.found.states[name][place]
-        is_squares = isinstance(state, SquareSum) and (state.later is None or seen >= part.total)
-        if is_squares or isinstance(state, Tensor):
-            del self.found.states[name][place]
-            self.found.shared.add((name, place))
-            given = asked(name, quantity.end_pass, state)
-            self._shares.take(self.request, name, place, given, self._sign)
+        if is_sum_of_chunks(quantity):
+            state = self.found.states[name][place]
+            squares = isinstance(state, SquareSum) and (state.later is None or seen.every_column)
+            if squares or isinstance(state, Tensor):
+                del state
+                given = self._given_away(name, quantity, place)
+                self._shares.take(self.request, name, place, given, self._sign)
+                del given  # a round may see it off
+                self._shares.offer()
+        elif self.found.n and self._shares.takes_whole(self.request, quantity):
+            if (name, place) in self.found.shared:
+                raise NNJError(
+                    f"{name}: columns have come to {type(place).__name__} behind what was counted "
+                    "as the last of them, and the others are with another rank. Please report it"
+                )
+            if seen.is_last and self.found.states[name][place] is not None:
+                given = self._given_away(name, quantity, place)
+                self._shares.take_whole(self.request, name, place, given)
+                del given
+                self._shares.offer()
+
+    def _given_away(self, name: str, quantity: Quantity, place: Holder) -> Any:
+        """The state of a place, which is not here any more."""
+        state = self.found.states[name].pop(place)
+        self.found.shared.add((name, place))
+        given = asked(name, quantity.end_pass, state)
+        check_placed(name, quantity.entrywise, place, given)
+        return given
+
+
+class _Seen(NamedTuple):
+    """How many columns of a source have come to a place.
+
+    Attributes:
+        total: how many there are, as was said with each.
+        in_order: whether the same was said with all, and all parameters of the place had all.
+    """
+
+    columns: int
+    total: int
+    in_order: bool = True
+
+    def with_chunk(self, part: Part, all_there: bool) -> _Seen:
+        """With those of one chunk more."""
+        count, in_order = part.columns.stop - part.columns.start, self.in_order and all_there
+        return _Seen(self.columns + count, part.total, in_order and part.total == self.total)
+
+    @property
+    def every_column(self) -> bool:
+        return self.columns >= self.total
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is known that no more will come."""
+        return self.every_column and self.in_order
 
 
 def _in_order(scope: Scope) -> dict[nn.Parameter, None]:

@@ -13,8 +13,7 @@ Each call is one, or a few, collectives: all ranks of a group make the same ones
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -111,7 +110,7 @@ class Ranks:
 
     def numbers(self, mine: Sequence[int]) -> list[list[int]]:
         """The whole numbers of each rank, in their order; as many of all."""
-        row = self._carried(torch.tensor(mine))
+        row = self.carried(torch.tensor(mine))
         found = [torch.empty_like(row) for _ in range(self.size)]
         with self.together():
             dist.all_gather(found, row, group=self.group)
@@ -162,7 +161,7 @@ class Ranks:
         for dtype, device in kinds:
             mine = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == (dtype, device)]
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in mine])
-            wide = self._carried(torch.view_as_real(flat).reshape(-1) if dtype.is_complex else flat)
+            wide = self.carried(torch.view_as_real(flat).reshape(-1) if dtype.is_complex else flat)
             if wide.numel():
                 with self.together():
                     dist.all_reduce(wide, group=self.group)
@@ -181,7 +180,6 @@ class Ranks:
         forms: Sequence[Mapping[str, Any]],
         merge: Callable[[str, list[Any]], Any],
         device: torch.device,
-        of_owner: Collection[str] = (),
     ) -> Trees:
         """Of each key what `merge` makes of the trees that ranks have for it, in their order: one
         rank does it, and tells the others, so that the results are the same bits.
@@ -190,12 +188,10 @@ class Ranks:
             mine: the trees of this rank.
             forms: those of each rank, without their numbers.
             device: of the tensors.
-            of_owner: keys of which the rank that merges keeps the result for itself, always the
-                same one while all have the same keys.
 
         Errors: `NNJError`, on all ranks, for one that `merge` raises on any.
         """
-        owners = self._owners(forms, of_owner)
+        owners = self._owners(forms)
         keys = [
             [key for key, owner in owners.items() if owner == rank] for rank in range(self.size)
         ]
@@ -219,8 +215,6 @@ class Ranks:
             made = {key: merge(key, trees) for key, trees in found.items()}
         except NNJError as refused:
             error = refused
-        kept = {key: tree for key, tree in made.items() if key in of_owner}
-        made = {key: tree for key, tree in made.items() if key not in of_owner}
         notes = self.notes((None if error is None else str(error), form_of(made)))
         for rank, (said, _) in enumerate(notes):
             if said is not None:
@@ -231,11 +225,9 @@ class Ranks:
         everything = Trees()
         for (_, form), got in zip(notes, arrived, strict=True):
             everything |= filled(form, got)
-        return {key: everything[key] for key in owners if key in everything} | kept
+        return {key: everything[key] for key in owners if key in everything}
 
-    def _owners(
-        self, forms: Sequence[Mapping[str, Any]], of_owner: Collection[str]
-    ) -> dict[str, int]:
+    def _owners(self, forms: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """Which rank merges what: the largest first, each to the rank that has least so far."""
         sizes: dict[str, int] = {}
         for form in forms:
@@ -243,10 +235,7 @@ class Ranks:
                 sizes[key] = max(sizes.get(key, 0), sum(s.room for s in slots_of(tree)))
         taken, owners = [0] * self.size, {}
         for key in sorted(sizes, key=lambda key: -sizes[key]):
-            owner = min(range(self.size), key=taken.__getitem__)
-            if key in of_owner:  # by its name, which is the same in each pass
-                owner = zlib.crc32(key.encode()) % self.size
-            owners[key] = owner
+            owners[key] = owner = min(range(self.size), key=taken.__getitem__)
             taken[owner] += sizes[key]
         return {key: owners[key] for key in sizes}
 
@@ -271,7 +260,7 @@ class Ranks:
             given: the tensors for each rank.
             slots: the forms of those from each rank.
         """
-        rows = [self._carried(packed(tensors, device)) for tensors in given]
+        rows = [self.carried(packed(tensors, device)) for tensors in given]
         sizes = [sum(slot.room for slot in row) for row in slots]
         out = torch.cat(rows)
         into = torch.empty(sum(sizes), dtype=torch.uint8, device=out.device)
@@ -281,8 +270,8 @@ class Ranks:
         parts = into.to(device).split(sizes)
         return [list(unpacked(part, row)) for part, row in zip(parts, slots, strict=True)]
 
-    def _carried(self, t: Tensor) -> Tensor:
-        """A tensor of our own where the group can take it."""
+    def carried(self, t: Tensor) -> Tensor:
+        """A tensor where the group can take it."""
         kinds = [part.split(":")[0] for part in dist.get_backend_config(self.group).split(",")]
         return t if t.device.type in kinds else t.to(kinds[0])
 

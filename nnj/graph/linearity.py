@@ -16,7 +16,7 @@ from nnj.graph.nodes import leaf_of, node_name
 from nnj.graph.op_names import BILINEAR, LINEAR
 from nnj.graph.traverse import children, reachable, topological
 from nnj.recording.engine import is_engine
-from nnj.recording.records import MARK, RECORD, LossCall
+from nnj.recording.records import LOSS, MARK, RECORD, LossCall
 
 
 def _running() -> tuple[Any, ...]:
@@ -46,6 +46,14 @@ def runs_to_all_leaves() -> bool:
     To ask the engine of one leaf takes as long as a small layer does."""
     given = _running()
     return len(given) > 4 and given[4] == ()
+
+
+def is_only_loss(call: LossCall) -> bool:
+    """Whether the running backward pass is of no other loss; False also where that is not known."""
+    nodes = reachable(backward_roots(), children)
+    keys = ((node, key) for node in nodes for key in node.metadata if isinstance(key, tuple))
+    losses = [node.metadata[key] for node, key in keys if key[0] == LOSS]
+    return [found for found in losses if found.counts] == [call]
 
 
 def check_linear(call: LossCall, loss: Any) -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from nnj.recording.hook import Hook
 from nnj.recording.loss_state import Copies, is_reading, state_of
-from nnj.recording.records import MARK, RECORD, LossCall, edge_of, inert, tensors
+from nnj.recording.records import LOSS, MARK, RECORD, LossCall, edge_of, inert, tensors, write
 from nnj.registry.loss_rules import name_of, signature_of
 
 # Each is called with the call of a loss and the gradient of its value, when that gradient arrives
@@ -200,6 +200,7 @@ def _note(
                 listener(call, scale)
 
     value.register_hook(arrived)
+    write(value.grad_fn, (LOSS, value.output_nr), call)
     return call
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nnj.errors import NNJError
-from nnj.recording.tensor_parallel import is_distributed, settled, shape_here
+from nnj.recording.tensor_parallel import is_distributed, part_on_mesh, settled, shape_here
 
 
 def placed(name: str, entrywise: bool, p: Any, value: Any) -> Any:
@@ -21,8 +21,22 @@ def placed(name: str, entrywise: bool, p: Any, value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: _placed(name, entrywise, p, t), value)
 
 
+def check_placed(name: str, entrywise: bool, p: Any, value: Any) -> None:
+    """Errors: that of `placed`, before anything is placed."""
+    for t in tree_leaves(value) if entrywise and is_distributed(p) else ():
+        if isinstance(t, Tensor) and not any(_fits(t, rows, p) for rows in (0, 1)):
+            raise _unknown(name, p, t)
+
+
+def _fits(t: Tensor, rows: int, p: Any) -> bool:
+    """Whether a tensor has an entry for each of a parameter, or of the part of it on this rank,
+    behind so many axes.
+    """
+    return tuple(t.shape[rows:]) in (tuple(p.shape), shape_here(p))
+
+
 def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     if is_distributed(t) or not entrywise:
         return t
@@ -31,9 +45,7 @@ def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
         placements = [Shard(at.dim + rows) if at.is_shard() else at for at in p.placements]
         shape = torch.Size((*lead, *p.shape))
         if rest == tuple(p.shape):
-            every = [Replicate()] * p.device_mesh.ndim
-            whole = DTensor.from_local(t.contiguous(), p.device_mesh, every, run_check=False)
-            return whole.redistribute(placements=placements)
+            return part_on_mesh(t, p, placements)
         if rest == shape_here(p):
             stride = torch.empty(shape, device="meta").stride()
             return DTensor.from_local(
@@ -44,7 +56,11 @@ def _placed(name: str, entrywise: bool, p: Any, t: Tensor) -> Tensor:
                 shape=shape,
                 stride=stride,
             )
-    raise NNJError(
+    raise _unknown(name, p, t)
+
+
+def _unknown(name: str, p: Any, t: Tensor) -> NNJError:
+    return NNJError(
         f"{name}: a result of shape {tuple(t.shape)} at a parameter {tuple(p.shape)} of which this "
         f"rank has {shape_here(p)} may be one of the part or of all. Say entrywise=False on the "
         "quantity if it is a sum over entries"

@@ -32,6 +32,7 @@ from nnj.registry.claim import Entry
 from nnj.registry.layer_rules import parameters_by_name
 
 MARK = "nnj.call"
+LOSS = "nnj.loss"
 
 
 def storage_of(t: Tensor) -> tuple[Any, ...]:

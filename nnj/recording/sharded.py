@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from nnj.distributed.ranks import there_are_groups
 from nnj.errors import NNJError
 from nnj.recording.scope import modules_of
-from nnj.recording.tensor_parallel import settled
+from nnj.recording.tensor_parallel import (
+    is_distributed,
+    local_of,
+    part_on_mesh,
+    settled,
+    shape_here,
+)
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -46,7 +53,7 @@ class Sharding:
         models: in which some are.
 
     Attributes:
-        group: of the ranks over which data are split.
+        mesh, group: of the ranks over which data are split.
         divides: by what gradients of the sum over ranks are divided.
 
     Errors: `NNJError` for units of several kinds, of which no one loss has the gradients.
@@ -64,7 +71,7 @@ class Sharding:
                 "units of the model are sharded over other meshes, so that it is not known over "
                 "which ranks to add up. Shard all of them over one mesh"
             )
-        self.group = _group_of(meshes[0])
+        self.mesh, self.group = meshes[0], _group_of(meshes[0])
         factors = {_factor_of(group) for group in self.groups}
         if len(factors) > 1:
             raise NNJError(
@@ -73,6 +80,7 @@ class Sharding:
             )
         (factor,) = factors
         self.divides = float(dist.get_world_size(self.group) if factor is None else factor)
+        self._of = {param.sharded_param: param for param in self.params}
         self._asleep: list[Any] = []  # groups that are sharded, while all are at rest
 
     @property
@@ -90,15 +98,47 @@ class Sharding:
         )
         return max(sizes, default=0)
 
-    def like(self, holder: Any) -> Tensor:
-        """A sharded parameter on whose mesh a result is placed."""
-        if isinstance(holder, Tensor):
-            return holder
-        first: Tensor = self.params[0].sharded_param
-        return first
+    @property
+    def parallel(self) -> dict[Tensor, Tensor]:
+        """The parameters that tensor parallelism distributes, too: by the sharded one the one that
+        takes part in the graph, a DTensor of which this rank has its part.
+        """
+        known = self.sharded.items()
+        return {sharded: whole for whole, sharded in known if is_distributed(whole)}
+
+    def whole_of(self, holder: Any) -> Any:
+        """Of a sharded parameter the one that takes part in the graph; None of anything else."""
+        return _whole(self._of[holder]) if holder in self._of else None
+
+    @property
+    def placements(self) -> list[Any]:
+        """How the first parameter is placed on the mesh."""
+        return self.placements_of(self.params[0].sharded_param)
+
+    def placements_of(self, holder: Any) -> list[Any]:
+        """How a sharded parameter is placed on the mesh."""
+        placements = list(holder.placements[: self.mesh.ndim])
+        return [_as_shards(at) for at in placements]
+
+    def placed(self, t: Any, holder: Any) -> Tensor:
+        """A DTensor on the mesh that is the part of a result on this rank as one that is placed as
+        a sharded parameter is.
+        """
+        if holder.device_mesh == self.mesh:
+            return _arrived(t)
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            settled(t.to_local()),
+            holder.device_mesh,
+            holder.placements,
+            run_check=False,
+            shape=holder.shape,
+            stride=holder.stride(),
+        )
 
     def check_covered(self) -> None:
-        """Errors: `NNJError` for parameters that take part in no unit, or in several dimensions."""
+        """Errors: `NNJError` for parameters that take part in no unit, or are of another kind."""
         mine = {p for param in self.params for p in (param.sharded_param, _whole(param))}
         for model in self.models:
             for name, p in model.named_parameters():
@@ -108,10 +148,14 @@ class Sharding:
                         ".grad is of this rank alone. Call fully_shard on the whole model, too"
                     )
         for param in self.params:
-            if type(_whole(param)) is not nn.Parameter:
+            whole = _whole(param)
+            if type(whole) is not nn.Parameter and (
+                not is_distributed(whole) or whole.device_mesh.ndim != 1
+            ):
                 raise NNJError(
-                    "a parameter is sharded by fully_shard and distributed by tensor parallelism, "
-                    "too, which nnj does not take yet. Collect with one of both"
+                    f"a parameter that fully_shard shards is a {type(whole).__name__} while it is "
+                    "whole, which nnj does not take: plain ones, and those that tensor parallelism "
+                    "distributes over one dimension of ranks"
                 )
 
     # -- whole for a while -------------------------------------------------------------------------
@@ -245,29 +289,47 @@ def _group_of(mesh: Any) -> Any:
     )
 
 
-def placed_like(t: Tensor, p: Tensor) -> Tensor:
-    """The sum over ranks of a tensor as a DTensor: placed as a sharded parameter of its shape is,
-    or else by rows.
+def placed_sum(t: Tensor, holder: Any, sharding: Sharding) -> Tensor:
+    """The sum over ranks of a tensor as a DTensor: at a sharded parameter placed as that is, if it
+    has its shape, or else by rows.
     """
-    terms, placements = _terms(t, p)
-    if t.shape != p.shape:
-        placements = [_rows() if at.is_shard() else at for at in placements]
-    return _arrived(terms.redistribute(placements=placements))
+    mine = _local_part(t, holder, sharding)
+    if mine is None:
+        rows = [_rows() if at.is_shard() else at for at in sharding.placements]
+        return _arrived(_terms(t, sharding).redistribute(placements=rows))
+    placements = sharding.placements_of(holder)
+    return sharding.placed(_terms(mine, sharding).redistribute(placements=placements), holder)
 
 
-def whole_sum(t: Tensor, p: Tensor) -> Tensor:
+def whole_sum(t: Tensor, sharding: Sharding) -> Tensor:
     """The sum over ranks of a tensor, on each of them."""
-    found: Tensor = _terms(t, p)[0].full_tensor()
+    found: Tensor = _terms(t, sharding).full_tensor()
     return found
 
 
-def part_of(t: Tensor, p: Tensor) -> Tensor:
-    """A tensor that all ranks have as a DTensor that is placed as a sharded parameter is."""
-    from torch.distributed.tensor import DTensor, Replicate
+def part_of(t: Tensor, holder: Any, sharding: Sharding) -> Tensor:
+    """A tensor that all ranks have, if it has the shape of a sharded parameter as a DTensor that is
+    placed as this is.
+    """
+    mine = _local_part(t, holder, sharding)
+    if mine is None:
+        return t
+    like = SimpleNamespace(device_mesh=sharding.mesh)
+    return sharding.placed(part_on_mesh(mine, like, sharding.placements_of(holder)), holder)
 
-    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-    every = DTensor.from_local(t.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return _arrived(every.redistribute(placements=p.placements))  # type: ignore[attr-defined]
+
+def _local_part(t: Tensor, holder: Any, sharding: Sharding) -> Tensor | None:
+    """Of a tensor of the shape of a parameter that of its part on this rank, where tensor
+    parallelism distributes it; None for tensors of another shape.
+    """
+    whole = sharding.whole_of(holder)
+    if not is_distributed(whole):
+        return t if isinstance(holder, Tensor) and t.shape == holder.shape else None
+    if tuple(t.shape) == shape_here(whole):
+        return t
+    if t.shape != holder.shape:
+        return None
+    return local_of(part_on_mesh(t, whole))
 
 
 def _arrived(t: Any) -> Tensor:
@@ -279,13 +341,19 @@ def _arrived(t: Any) -> Tensor:
     return found
 
 
-def _terms(t: Tensor, p: Tensor) -> tuple[Any, list[Any]]:
-    """A tensor as the term of a sum over the mesh of a sharded parameter, and its placements."""
+def _terms(t: Tensor, sharding: Sharding) -> Any:
+    """A tensor as the term of a sum over the mesh of a sharded model."""
     from torch.distributed.tensor import DTensor, Partial
 
-    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-    terms = DTensor.from_local(t.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
-    return terms, list(p.placements)  # type: ignore[attr-defined]
+    terms = [Partial()] * sharding.mesh.ndim
+    return DTensor.from_local(t.contiguous(), sharding.mesh, terms, run_check=False)
+
+
+def _as_shards(at: Any) -> Any:
+    """A placement among those of the part that a rank has: shards of it alone."""
+    from torch.distributed.tensor import Shard
+
+    return Shard(at.dim) if hasattr(at, "split_factor") else at
 
 
 def _rows() -> Any:

@@ -67,6 +67,19 @@ def local_as(t: Any, like: Any) -> Tensor:
     return local_of(t.redistribute(placements=like.placements))
 
 
+def part_on_mesh(t: Tensor, like: Any, placements: Any = None) -> Tensor:
+    """A tensor that all ranks of a mesh have as a DTensor that is placed as another one is, or
+    otherwise.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = like.device_mesh
+    every = DTensor.from_local(t.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    wanted = like.placements if placements is None else placements
+    found: Tensor = every.redistribute(placements=wanted)
+    return found
+
+
 @dataclass(frozen=True)
 class Parallel:
     """How a layer is distributed.
@@ -248,6 +261,12 @@ def whole_layer(module: nn.Module) -> nn.Module:
         for name, p in module._parameters.items()
     }
     return whole
+
+
+def part_here(t: Any) -> Tensor:
+    """The tensor that a DTensor wraps, without a look at it; any other as it is."""
+    found: Tensor = t._local_tensor if is_distributed(t) else t
+    return found
 
 
 def shape_here(p: Tensor) -> tuple[int, ...]:

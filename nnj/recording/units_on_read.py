@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnj.recording.sharded import Sharding
+from nnj.recording.tensor_parallel import is_distributed, part_here
 
 AT_ONCE = 2  # units, as FSDP has one and the next beside it
 
@@ -45,7 +46,7 @@ class UnitsOnRead(TorchDispatchMode):
         self._busy = False
         self._units: dict[int, int] = {}
         for unit, param in sharding.asleep_params():
-            self._units[_storage(param)] = unit
+            self._units[_storage(part_here(param))] = unit
 
     def gather(self, unit: int, mine: bool) -> None:
         """Make a unit whole, with all ranks; it stays so where this one reads it."""
@@ -100,7 +101,9 @@ class UnitsOnRead(TorchDispatchMode):
 def _tensors(given: Any) -> Iterator[Tensor]:
     for value in given:
         if isinstance(value, Tensor):
-            if torch._C._has_storage(value):
+            if is_distributed(value):
+                yield part_here(value)
+            elif torch._C._has_storage(value):
                 yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)

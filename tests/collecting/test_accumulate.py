@@ -54,6 +54,18 @@ def test_losses_of_the_same_samples_are_added_and_others_come_behind():
     assert {holder for holder, _ in total.values("each")} == {p, q}
 
 
+@pytest.mark.parametrize("first", [None, 1.0])
+def test_what_is_known_of_some_samples_alone_is_not_the_sum_of_all(first):
+    """A state that is None stands for samples of which nothing is known."""
+    p, total = param(0, 0), Accumulator(QUANTITIES)
+    states = [None if known is None else torch.ones(2).double() for known in (first, None, 1.0)]
+    total.add_pass([of(0, 2, {"sums": {p: states[0]}})])
+    with pytest.raises(nnj.NNJError, match="states of two passes have other f"):
+        total.add_pass([of(1, 2, {"sums": {p: states[1 if first else 2]}})])
+    total.add_pass([of(2, 2, {"sums": {p: states[0]}})])
+    assert (total.value("sums", p) is None) == (first is None)
+
+
 def test_zeros_where_a_pass_did_not_come():
     p, q, r = param(0), param(0, 0), param(0)
     total = Accumulator(QUANTITIES)
