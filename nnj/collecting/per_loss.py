@@ -405,7 +405,8 @@ class _Pass:
         if last is not None:
             walks, edge, steps = last.walks, last.edge, steps[len(last.steps) :]
         size = even(walks, at_most, about)
-        cuts = [(a, min(a + size, walks)) for a in range(0, walks, size)]
+        goes = 0 if last is not None and last.is_end else walks
+        cuts = [(a, min(a + size, goes)) for a in range(0, goes, size)]
         packing, sizes, every = stage.packing(selection.counts), [0] * len(cuts), 1
         if stage.behind:
             sizes = packing.sizes(cuts)
@@ -421,8 +422,8 @@ class _Pass:
             sink = ChunkSink(targets, {EXACT: Part(slice(0, len(v)), walks)})
             arrived = stage.run(edge, v, sink.take, steps)
             sink.end()
-            packed = packing.table(*cut, goes_on)
-            for roots in stage.chunks(arrived, packing, packed, even(goes_on, *later)):
+            together = even(goes_on, *later)
+            for roots in stage.chunks(arrived, packing, *cut, goes_on, together):
                 k = len(next(iter(roots.values())))
                 sink = ChunkSink(targets, {EXACT: Part(slice(0, k), total)})
                 stage.whole.run(roots, k, sink.take, stage.behind)

@@ -187,6 +187,11 @@ class LastLayerColumns:
         return bool(self.steps)
 
     @property
+    def is_end(self) -> bool:
+        """Whether nothing that is wanted is behind the last layer, so that no columns walk."""
+        return self.rows is None
+
+    @property
     def k(self) -> int:
         """The number of columns."""
         return self.selection.k if self.selection else self.hessian.rank * self.hessian.places

@@ -63,7 +63,7 @@ class RowPacking:
         """How many columns of samples come of columns start to stop of rows, for some of these."""
         if self.counts is None:
             return [(stop - start) * self.slots for start, stop in cuts]
-        if not len(self.sample):
+        if not len(self.sample) or not cuts:
             return [1] * len(cuts)
         found = torch.stack([self._ends(*cut)[1].max() for cut in cuts])
         return [max(1, size) for size in found.tolist()]

@@ -47,7 +47,7 @@ from nnj.propagation.glue import entries_of
 from nnj.propagation.last_layer import walk_cost
 from nnj.propagation.plan import NOTHING, Route, device_of
 from nnj.propagation.row_index import ARRANGING, arranged, behind, leading
-from nnj.propagation.row_packing import Packed, RowPacking, in_parts
+from nnj.propagation.row_packing import RowPacking, in_parts
 from nnj.propagation.trials import Trials, close
 from nnj.propagation.verification import coarsest, signature
 from nnj.recording.records import Edge
@@ -206,12 +206,20 @@ class RowStage:
         return self.sweep.run({edge: v}, len(v), sink, steps)
 
     def chunks(
-        self, arrived: dict[Edge, Tensor], packing: RowPacking, packed: Packed, size: int
+        self,
+        arrived: dict[Edge, Tensor],
+        packing: RowPacking,
+        start: int,
+        stop: int,
+        total: int,
+        size: int,
     ) -> Iterator[dict[Edge, Tensor]]:
-        """What goes on, as columns of samples, at most `size` at a time."""
+        """What goes on of columns start to stop of rows, as `total` columns of samples, at most
+        `size` at a time.
+        """
         if not arrived:
             return
-        for part in in_parts(packed, size):
+        for part in in_parts(packing.table(start, stop, total), size):
             yield {e: packing.spread(v, self.sweep.rows_of[e], part) for e, v in arrived.items()}
 
 
