@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -171,6 +171,17 @@ class LossHessian:
         number = number.reshape(1, self.rows, self.places, 1)
         (found,) = self.to_outputs(number.expand(1, self.rows, self.places, self.block))
         return found[0]
+
+    def layout(self) -> Hashable:
+        """What `block_index` follows from: two with the same layout have the same. None where it is
+        not known.
+        """
+        own = type(self)
+        if own.block_index is not LossHessian.block_index:
+            return None
+        if own.to_outputs is not LossHessian.to_outputs:
+            return None
+        return self.rows, self.places, self.block, tuple(map(tuple, self.shapes))
 
     def at_rows(self, block: Tensor) -> LossHessian | None:
         """The same blocks, one at each of P rows, with an output of (P, B); None where that is not

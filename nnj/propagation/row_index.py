@@ -111,3 +111,32 @@ def _cuts(shape: Shape) -> dict[int, int]:
 def leading(of: Tensor) -> int:
     """How many axes tell the row of an entry: all others have length one."""
     return max([1, *(axis + 1 for axis, size in enumerate(of.shape) if size > 1)])
+
+
+def view_of(of: Tensor, base: Tensor) -> tuple[object, ...] | None:
+    """How a tensor views the storage of another one: two that do so alike have the same numbers,
+    and nothing need be asked of them. None if it does not.
+    """
+    if of.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+        return None
+    strides = [s for size, s in zip(of.shape, of.stride(), strict=True) if size > 1]
+    return (of.storage_offset(), tuple(of.shape), *strides)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two indices are the same, by what they are views of where that tells."""
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    seen = view_of(one, other)
+    return (seen is not None and seen == view_of(other, other)) or torch.equal(one, other)
+
+
+def in_order(of: Tensor, base: Tensor) -> bool:
+    """Whether an index has the numbers of base, 0, 1, ... in order, one after the other."""
+    if of.numel() != base.numel():
+        return False
+    if view_of(of, base) is not None:  # of as many entries: another order, if it is another view
+        return of.is_contiguous() and of.storage_offset() == base.storage_offset()
+    return torch.equal(of.flatten(), base.flatten())

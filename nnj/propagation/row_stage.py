@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -46,10 +46,18 @@ from nnj.propagation.backward import Cotangents, Sink, Sweep, uses_of
 from nnj.propagation.glue import entries_of
 from nnj.propagation.last_layer import walk_cost
 from nnj.propagation.plan import NOTHING, Route, device_of
-from nnj.propagation.row_index import ARRANGING, arranged, behind, leading
+from nnj.propagation.row_index import (
+    ARRANGING,
+    arranged,
+    behind,
+    in_order,
+    leading,
+    same,
+    view_of,
+)
 from nnj.propagation.row_packing import RowPacking, in_parts
 from nnj.propagation.trials import Trials, close
-from nnj.propagation.verification import coarsest, signature
+from nnj.propagation.verification import KEPT, coarsest, signature
 from nnj.recording.records import Edge
 from nnj.registry.layer_rules import Declined, ask_rule
 
@@ -73,6 +81,7 @@ class RowSweep(Sweep):
         self.n, self.assume, self.shapes = rows, NOTHING, whole.shapes
         self.in_order, self.column_each = SampleIndex(rows), SampleIndex(rows, by_column=True)
         self.rows_of, self.by_column, self.hooks = of, set(), None
+        self._rows = of[start]  # 0, 1, ...
         self._unchecked, self.state = {}, {edge: self._index(edge) for edge in of}
         self.routes = {step: [self._route_to(edge) for edge in step.out] for step in steps}
         self.uses, self.gathers, self._wholes = uses_of(steps), False, {}
@@ -80,10 +89,12 @@ class RowSweep(Sweep):
     def _index(self, edge: Edge) -> SampleIndex:
         """That of cotangents with the leading axes as one."""
         of = self.rows_of[edge]
-        flat = of.flatten()
-        if torch.equal(flat, torch.arange(self.n, device=of.device)):
+        if in_order(of, self._rows):
             return self.in_order
-        return SampleIndex(self.n, flat.reshape(-1, *[1] * (of.dim() - leading(of))))
+        seen = view_of(of, self._rows)
+        key = None if seen is None else (self.n, "rows", *seen)
+        flat = of.reshape(-1, *[1] * (of.dim() - leading(of)))
+        return SampleIndex(self.n, flat, key=key)
 
     def _route_to(self, edge: Edge | None) -> Route | None:
         return None if edge is None else Route(self.state[edge], "together")
@@ -270,6 +281,9 @@ def row_stage(
     return stage if _trusted(stage, owner) else None
 
 
+_rows_of_blocks: dict[Hashable, Tensor | None] = {}  # by layout: nothing is asked twice
+
+
 class _Search:
     """Goes over the steps of a sweep, from the loss on.
 
@@ -311,7 +325,7 @@ class _Search:
         """Go behind the steps that only arrange the outputs of the loss: the index of blocks of H
         there.
         """
-        block = self.hessian.block_index()
+        block = self._blocks = self.hessian.block_index()
         for step in self.graph.steps:
             out = step.out[0] if len(step.out) == 1 else None
             if out is None or step.into != [self.start]:
@@ -337,6 +351,21 @@ class _Search:
         where a block has entries in several rows, or none.
         """
         h, count = self.hessian, math.prod(shape[:lead])
+        seen, layout = view_of(block, self._blocks), h.layout()
+        key = None if seen is None or layout is None else (layout, *seen, shape, lead, block.device)
+        if key is not None and key in _rows_of_blocks:
+            return _rows_of_blocks[key]
+        found = self._asked_row_of_blocks(block, shape, lead, count)
+        if key is not None:
+            if len(_rows_of_blocks) >= KEPT:
+                _rows_of_blocks.clear()
+            _rows_of_blocks[key] = found
+        return found
+
+    def _asked_row_of_blocks(
+        self, block: Tensor, shape: tuple[int, ...], lead: int, count: int
+    ) -> Tensor | None:
+        h = self.hessian
         sizes = zip(shape[lead:], block.shape[lead:], strict=True)
         rest = [there if size > 1 else 1 for there, size in sizes]
         of = block.expand(*shape[:lead], *rest).reshape(count, -1)
@@ -379,7 +408,7 @@ class _Search:
             found[step], there = after
             for edge, of in there.items():
                 known = self.of.setdefault(edge, of)
-                if known.shape != of.shape or not torch.equal(known, of):
+                if not same(known, of):
                     mixed.add(edge)
         return found
 
@@ -413,9 +442,9 @@ class _Search:
                 continue
             of = [self._carried(step, i, into, edge) for into in step.into]
             first = of[0]
-            if first is None or any(o is None or not torch.equal(first, o) for o in of[1:]):
+            if first is None or any(o is None or not same(first, o) for o in of[1:]):
                 return None
-            if edge in there and not torch.equal(there[edge], first):
+            if edge in there and not same(there[edge], first):
                 return None
             there[edge] = first
         return step, there

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
@@ -80,6 +83,41 @@ def test_one_question_once_a_structure_is_known(name: str, quantities: tuple[str
     assert len(first) > 1, "the test counts nothing"  # verification asks
     again = asked(model, loss, data(), torch.randint(0, C, (N,)), *quantities)
     assert len(again) <= 1, "\n".join(again)
+
+
+class EachToken(nn.Module):
+    """A language model, whose loss is over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(WORDS, 8), nn.LayerNorm(8)
+        self.mixed, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.words(x)
+        q, k, v = (a.unflatten(2, (2, 4)).mT for a in self.mixed(self.norm(z)).split(8, -1))
+        mixed = F.scaled_dot_product_attention(*(a.movedim(3, 1) for a in (q, k, v)))
+        result: Tensor = self.head(z + F.gelu(self.out(mixed.mT.flatten(2))))
+        return result
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda z, y: (z.flatten(0, 1), y.flatten()), lambda z, y: (z.transpose(1, 2), y)],
+    ids=["flat", "classes first"],
+)
+def test_a_loss_of_tokens_asks_one_more_how_many_of_them_count(given: Any) -> None:
+    """Behind the mixing a sample needs columns for those of its tokens alone that are not ignored."""
+    torch.manual_seed(0)
+    model, loss = nnj.extend(EachToken()), nnj.extend(nn.CrossEntropyLoss())
+    for _ in range(3):
+        x, y = tokens(), torch.randint(0, C, (N, TOKENS))
+        questions = Questions()
+        with nnj.collect("ggn_diag"):
+            value = loss(*given(model(x), y))
+            with questions, Reads(questions):
+                value.backward()
+    assert len(questions.asked) <= 2, "\n".join(questions.asked)
 
 
 WRONG = {
