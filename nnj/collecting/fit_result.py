@@ -146,11 +146,6 @@ class Fit(Mapping[str, Any]):
         """The quantities that have the samples in axis 0, in the order of the loader."""
         return tuple(name for name in self._quantities if self._kept(name)["per_sample"])
 
-    @property
-    def of_modules(self) -> tuple[str, ...]:
-        """The quantities that belong to modules."""
-        return tuple(n for n in self._quantities if self._kept(n)["place"] == "modules")
-
     def _kept(self, name: str) -> dict[str, Any]:
         quantity = self._quantities[name]
         return quantity if isinstance(quantity, dict) else quantity_file.written(quantity)

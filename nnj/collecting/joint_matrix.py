@@ -46,10 +46,6 @@ class Names:
         }
         return cls(shapes, {path: names for path, names in own.items() if names})
 
-    def own_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
-        """Those of a module's own parameters, by its names for them."""
-        return {name: self.shapes[full] for name, full in self.own[path].items()}
-
 
 def model_and_names(
     took_part: Container[nn.Module], tops: Iterable[nn.Module] | None
