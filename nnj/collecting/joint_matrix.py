@@ -113,8 +113,8 @@ def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names
 def checked_matrix(quantity: str, found: Matrix | None) -> Matrix:
     if found is None:
         raise NNJError(
-            f"{quantity!r} is no matrix over the parameters. ggn_diag, ggn_block, kfac, ekfac and "
-            "ggn are"
+            f"{quantity!r} is no matrix over the parameters. Diagonals, blocks and Kronecker "
+            "factors are, such as ggn_diag, ggn_block and kfac"
         )
     return found
 

@@ -239,8 +239,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         r"^loader is a data set of single samples \(TensorDataset\), expected ",
     ),
     "bare": (
-        dict(loader=[X]),
-        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, ",
+        dict(loader=(X, CLASSES)),
+        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, .*; "
+        r"or, if the data are one batch, give \[\(x, y\)\]$",
     ),
     "one": (dict(loader=[(X,)]), r"^a batch is tuple of 1, expected \(x, \.\.\., y\) or a dict"),
     "keys": (
