@@ -23,6 +23,13 @@ def _options(rule: Callable[..., Any]) -> list[str]:
     return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
 
 
+@functools.cache
+def _needed(rule: Callable[..., Any]) -> list[str]:
+    """Those that have no default."""
+    known = inspect.signature(rule).parameters
+    return [option for option in _options(rule) if known[option].default is inspect.Parameter.empty]
+
+
 def make(wanted: tuple[str | Quantity, ...], options: dict[str, Any]) -> dict[str, Quantity]:
     """Quantities by name: those named with the options that they declare, and those given.
 
@@ -56,6 +63,10 @@ def _installed(name: Any, options: dict[str, Any], declared: set[str]) -> Quanti
         raise NNJError(f"unknown quantity {name!r}{_meant(name, known)}. Known: {', '.join(known)}")
     accepted = _options(entry.rule)
     declared.update(accepted)
+    missing = [option for option in _needed(entry.rule) if option not in options]
+    if missing:
+        said = ", ".join(f"{option}=..." for option in missing)
+        raise NNJError(f"{name} has options that must be given: nnj.collect({name!r}, {said})")
     made = entry.rule(**{k: v for k, v in options.items() if k in accepted})
     if not isinstance(made, Quantity):
         raise PluginError(
