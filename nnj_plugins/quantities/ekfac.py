@@ -152,7 +152,8 @@ class _Moments:
     """The second moments of a product in the eigenvectors of its Kronecker factors.
 
     Args:
-        part: the product in its eigenvectors.
+        matrix: the product in its eigenvectors.
+        seen: which parameters it is over, and how it sees them.
     """
 
     def __init__(self, matrix: nnj.matrices.EigenKronecker, seen: dict[str, nnj.matrices.Seen]):
