@@ -85,13 +85,6 @@ def test_the_command(run):
     ]
 
 
-def test_a_shape_that_is_none(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["torch.nn:Identity", "--input", "4,x"])
-    assert "argument --input: '4,x' is no shape, such as 4,3,32,32" in capsys.readouterr().err
-    assert command.main(["torch.nn:Identity", "--input", "4, 3"]) == 0
-
-
 def test_the_command_and_a_broken_plugin(run):
     fakes, start = run
     fakes.install("nnj-squash", "import squash")
