@@ -5,7 +5,7 @@
 trains a small network on handwritten digits with DistributedDataParallel, fits its curvature with
 each rank reading its own digits, and compares all of it with what one process has that reads
 everything. `--memory sharded` prints the memory of a step of a wide network that fully_shard
-shards, with a `--quantity`, and `--memory one` that of one process.
+shards, with a `--quantity`, and `--memory one` that of one process (--nproc-per-node 1).
 """
 
 import argparse

@@ -111,7 +111,7 @@ def main():
         axes, ("upright (first)", "rotated (second)"), said(free), strict=True
     ):
         axis.axhline(value, color="0.6", lw=1, ls=":", label="no penalty")
-        axis.axvline(1, color="0.8", lw=1)
+        axis.axvline(1, color="0.8", lw=1, label="first task's posterior")
         axis.set(xlabel="strength of the penalty", title=f"accuracy on {task} digits")
     axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(options.out, dpi=110)

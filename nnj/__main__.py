@@ -43,6 +43,14 @@ def table(of: PluginManager) -> str:
     return "\n\n".join(parts)
 
 
+def _shape(given: str) -> list[int]:
+    """Errors: ArgumentTypeError for what is no shape."""
+    parts = given.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{given!r} is no shape, such as 4,3,32,32")
+    return [int(part) for part in parts]
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m nnj", description=__doc__)
     parser.add_argument(
@@ -54,7 +62,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         metavar="SHAPE",
-        type=lambda s: [int(part) for part in s.split(",")],
+        type=_shape,
         help="call the model once with random numbers of this shape, such as 4,3,32,32, and ask "
         "each rule what it says of its call",
     )

@@ -120,7 +120,9 @@ class Accumulator:
                     mine[holder] = empty(self._quantities[name])
                 if total.reached:
                     state = total.state(other.samples)
-                    part = Part(self.samples, other.every_sample or 0, state)
+                    here = self._quantities[name].per_sample  # rows stay on their rank
+                    samples = other.samples if here else other.every_sample or 0
+                    part = Part(self.samples, samples, state)
                     given = asked(name, mine[holder].with_pass, [part])
                     mine[holder].take(given)
         self.modules.update(other.modules)

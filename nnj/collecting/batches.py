@@ -48,9 +48,10 @@ def read(batch: Any, forward: Any, target: str | Callable[[Any], Any] | None) ->
             if isinstance(batch, (tuple, list))
             else type(batch).__name__
         )
+        alone = "; or, if the data are one batch, give [(x, y)]" * isinstance(batch, Tensor)
         raise NNJError(
             f"a batch is {what}, expected (x, ..., y) or a dict. Say forward=lambda model, batch: "
-            "output and target=lambda batch: target"
+            f"output and target=lambda batch: target{alone}"
         )
     return batch[:-1], batch[-1]
 

@@ -477,6 +477,10 @@ class collect(Collection):  # noqa: N801
         if name in totals:
             return totals[name]
         has = f"It has {', '.join(totals)}" if totals else "It has none of such results"
+        quantity = self.request.quantities.get(name)
+        if quantity is not None and quantity.place is not Whole:
+            one = "module" if quantity.place is nn.Module else "parameter"
+            has = f"Results stand on each {one}, as {one}.{name}"
         raise AttributeError(
             f"nnj.collect of {', '.join(self.request.quantities)} has no {name!r}. {has}"
         )

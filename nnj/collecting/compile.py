@@ -168,6 +168,9 @@ class Step:
         self.model, self.request, self._cases = model, request, cases
         self._alone: dict[frozenset[str], PassByPass] = {}
 
+    def __repr__(self) -> str:
+        return f"Step({', '.join(self.request.quantities)}, {self.replays} replays)"
+
     @property
     def reasons(self) -> list[str]:
         return self._cases.reasons
@@ -249,6 +252,9 @@ class Results(Mapping[str, Any]):
         for name in self._request.quantities:
             found |= alone.accumulator.totals(name)
         return found
+
+    def __repr__(self) -> str:
+        return f"Results({', '.join(self)})"
 
     @override
     def __iter__(self) -> Iterator[str]:

@@ -81,7 +81,6 @@ def fit(
         compile: replay the pass of a batch as a graph, as `nnj.compile` does, from the fourth batch
             of a shape on: True, or the name of a backend. It pays where there are many batches of
             few shapes.
-
         group: a process group whose ranks each give a part of the data set: results are those of
             all of it, on all ranks. None: that of DistributedDataParallel, if the model is under
             it; False: this rank's data alone.

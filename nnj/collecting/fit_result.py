@@ -130,8 +130,10 @@ class Fit(Mapping[str, Any]):
             setattr(self, name, facts[name])
 
     def __getitem__(self, quantity: str) -> Any:
-        found = self.values_of.get(quantity)
-        return self.context[quantity] if found is None else found
+        for table in (self.values_of, self.context):
+            if quantity in table:
+                return table[quantity]
+        raise KeyError(self._not_fitted(quantity))
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self.values_of, *self.context]))
@@ -146,11 +148,6 @@ class Fit(Mapping[str, Any]):
         """The quantities that have the samples in axis 0, in the order of the loader."""
         return tuple(name for name in self._quantities if self._kept(name)["per_sample"])
 
-    @property
-    def of_modules(self) -> tuple[str, ...]:
-        """The quantities that belong to modules."""
-        return tuple(n for n in self._quantities if self._kept(n)["place"] == "modules")
-
     def _kept(self, name: str) -> dict[str, Any]:
         quantity = self._quantities[name]
         return quantity if isinstance(quantity, dict) else quantity_file.written(quantity)
@@ -158,11 +155,14 @@ class Fit(Mapping[str, Any]):
     def _quantity(self, name: str) -> Quantity:
         """Errors: `NNJError` for one that was not fitted, or whose class is not there."""
         if name not in self._quantities:
-            raise NNJError(f"{name!r} was not fitted. Fitted: {', '.join(self._quantities)}")
+            raise NNJError(self._not_fitted(name))
         quantity = self._quantities[name]
         if isinstance(quantity, dict):
             quantity = self._quantities[name] = quantity_file.read(name, quantity)
         return quantity
+
+    def _not_fitted(self, name: str) -> str:
+        return f"{name!r} was not fitted. Fitted: {', '.join(self)}"
 
     # -- what is made of it ------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Fit(Mapping[str, Any]):
         Errors: `NNJError` for a quantity that is not in it, or does not belong to parameters.
         """
         if quantity not in self.values_of:
-            raise NNJError(f"{quantity!r} was not fitted. Fitted: {', '.join(self)}")
+            raise NNJError(self._not_fitted(quantity))
         self._check_whole()
         kept = self._kept(quantity)
         if kept["place"] != "parameters":

@@ -46,10 +46,6 @@ class Names:
         }
         return cls(shapes, {path: names for path, names in own.items() if names})
 
-    def own_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
-        """Those of a module's own parameters, by its names for them."""
-        return {name: self.shapes[full] for name, full in self.own[path].items()}
-
 
 def model_and_names(
     took_part: Container[nn.Module], tops: Iterable[nn.Module] | None
@@ -117,8 +113,8 @@ def matrix_of_places(quantity: Quantity, values: Mapping[str, Any], names: Names
 def checked_matrix(quantity: str, found: Matrix | None) -> Matrix:
     if found is None:
         raise NNJError(
-            f"{quantity!r} is no matrix over the parameters. ggn_diag, ggn_block, kfac, ekfac and "
-            "ggn are"
+            f"{quantity!r} is no matrix over the parameters. Diagonals, blocks and Kronecker "
+            "factors are, such as ggn_diag, ggn_block and kfac"
         )
     return found
 

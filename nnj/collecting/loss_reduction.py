@@ -99,9 +99,14 @@ class SummedLoss:
         return 1
 
     def weight(self, output: Any, target: Any, n: int) -> int:
-        """1. Errors: `NNJError` for a target that torch would broadcast, since then a sample meets
-        the targets of others.
+        """1. Errors: `NNJError` for an output of several parts, and for a target that torch would
+        broadcast, since then a sample meets the targets of others.
         """
+        if not isinstance(output, Tensor):
+            raise NNJError(
+                f"{self.name} takes a tensor, and the model gives {type(output).__name__}. Say "
+                "which part it is: forward=lambda model, batch: model(batch[0])['logits'], or such"
+            )
         if isinstance(self.module, _ENTRYWISE) and output.shape != target.shape:
             raise NNJError(
                 f"{self.name}: the output has shape {tuple(output.shape)} and the target "

@@ -41,7 +41,6 @@ from nnj.recording.scope import Paths, Scope, owned_by_several
 
 def contribute(
     call: LossCall,
-    scale: Tensor,
     node: Any,
     requests: Sequence[Request],
     columns: LossColumns,
@@ -52,7 +51,6 @@ def contribute(
 
     Args:
         call: the call of the loss.
-        scale: the gradient that arrived at its value.
         node: autograd's node of the loss.
         columns: those of the loss, or of a part of its Hessian.
         shares: takes in sums of sharded models, `sign` times what is found.
@@ -61,9 +59,9 @@ def contribute(
     """
     firsts = {request: first for request in requests if (first := request.first()) is not None}
     if not firsts:
-        return _contribute(call, scale, node, requests, columns, shares, sign)
+        return _contribute(call, node, requests, columns, shares, sign)
     # what some quantities must know before their columns, of this loss alone
-    found = _contribute(call, scale, node, list(firsts.values()), columns)
+    found = _contribute(call, node, list(firsts.values()), columns)
     try:
         for request, first in firsts.items():
             part = found[first]
@@ -73,7 +71,7 @@ def contribute(
                     for place, state in states.items()
                 }
                 request.quantities[name].given(made)
-        return _contribute(call, scale, node, requests, columns, shares, sign)
+        return _contribute(call, node, requests, columns, shares, sign)
     finally:
         for request, first in firsts.items():
             for name in first.quantities:
@@ -82,7 +80,6 @@ def contribute(
 
 def _contribute(
     call: LossCall,
-    scale: Tensor,
     node: Any,
     requests: Sequence[Request],
     columns: LossColumns,

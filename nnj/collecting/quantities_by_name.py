@@ -23,6 +23,13 @@ def _options(rule: Callable[..., Any]) -> list[str]:
     return [p for p in inspect.signature(rule).parameters if p not in ("args", "kwargs")]
 
 
+@functools.cache
+def _needed(rule: Callable[..., Any]) -> list[str]:
+    """Those that have no default."""
+    known = inspect.signature(rule).parameters
+    return [option for option in _options(rule) if known[option].default is inspect.Parameter.empty]
+
+
 def make(wanted: tuple[str | Quantity, ...], options: dict[str, Any]) -> dict[str, Quantity]:
     """Quantities by name: those named with the options that they declare, and those given.
 
@@ -53,11 +60,13 @@ def _installed(name: Any, options: dict[str, Any], declared: set[str]) -> Quanti
     entry = manager().quantity(name) if isinstance(name, str) else None
     if entry is None:
         known = sorted(e.key for e in manager().entries("quantity"))
-        raise NNJError(
-            f"unknown quantity {name!r}{_close(str(name), known)}. Known: {', '.join(known)}"
-        )
+        raise NNJError(f"unknown quantity {name!r}{_meant(name, known)}. Known: {', '.join(known)}")
     accepted = _options(entry.rule)
     declared.update(accepted)
+    missing = [option for option in _needed(entry.rule) if option not in options]
+    if missing:
+        said = ", ".join(f"{option}=..." for option in missing)
+        raise NNJError(f"{name} has options that must be given: nnj.collect({name!r}, {said})")
     made = entry.rule(**{k: v for k, v in options.items() if k in accepted})
     if not isinstance(made, Quantity):
         raise PluginError(
@@ -92,6 +101,21 @@ def _check_twice(name: str, one: str | Quantity, wanted: tuple[str | Quantity, .
         )
 
 
+def _meant(given: Any, known: list[str]) -> str:
+    """What to give in the place of what is no name."""
+    if isinstance(given, type) and issubclass(given, Quantity):
+        return f" (a class: give its name, or an instance, {given.__name__}(...))"
+    if isinstance(given, (list, tuple, set, frozenset)):
+        return " (several names are arguments of their own: 'ggn_diag', 'batch_grad')"
+    return _close(str(given), known)
+
+
 def _close(word: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    match = max(known, key=lambda name: _likeness(word.lower(), name), default="")
+    return f" (did you mean {match!r}?)" if _likeness(word.lower(), match) >= 0.6 else ""
+
+
+def _likeness(word: str, name: str) -> float:
+    """From 0 to 1. Other tools have the same words in another order: diag_ggn, grad_batch."""
+    in_order = ["_".join(sorted(words.split("_"))) for words in (word, name)]
+    return max(difflib.SequenceMatcher(None, *both).ratio() for both in ((word, name), in_order))

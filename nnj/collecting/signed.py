@@ -41,9 +41,9 @@ def contribute_signed(
     if convex:
         curvature = any(s is not GRADIENT for r in requests for s in r.sources.values())
         columns = LossColumns(call, scale, node, curvature=curvature)
-        found = contribute(call, scale, node, convex, columns, shares)
+        found = contribute(call, node, convex, columns, shares)
     for sign, columns in _parts(call, scale, node).items() if signed else ():
-        for request, part in contribute(call, scale, node, signed, columns, shares, sign).items():
+        for request, part in contribute(call, node, signed, columns, shares, sign).items():
             mine = found.setdefault(request, Contribution(part.calls, part.n))
             mine.absorb(part, request.quantities, sign)
     return found

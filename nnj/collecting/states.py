@@ -77,7 +77,17 @@ class Rows:
         self._length = 0
 
     def with_pass(self, found: list[Part]) -> list[Part]:
-        """What `take` is to be given of one pass."""
+        """What `take` is to be given of one pass.
+
+        Errors: ValueError for what has not a row for each sample.
+        """
+        for _, samples, rows in found:
+            shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            if not isinstance(shape, tuple) or shape[:1] != (samples,):
+                raise ValueError(
+                    f"results that are per_sample have a row for each sample, ({samples}, ...), "
+                    f"and here is {shape}"
+                )
         return found
 
     def begin(self, state: Tensor) -> None:

@@ -57,6 +57,11 @@ class LossHessian:
         self.block, self.rank, self.places = block, rank, sum(self.sizes) // max(block, 1)
         self.dtype, self.device = like.dtype, like.device
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.columns is LossHessian.columns:
+            raise TypeError(f"{cls.__name__} must define columns")
+
     # -- must be defined ---------------------------------------------------------------------------
 
     def columns(self, start: int, stop: int) -> Tensor:

@@ -257,8 +257,18 @@ class Matrix:
     def on_columns(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """A function of (P, k), of a vector (P,) or of a matrix (P, k).
 
-        Errors: `NNJError` for another length.
+        Errors: `NNJError` for what is no tensor, or of another length, dtype or device.
         """
+        if not isinstance(v, Tensor):
+            raise NNJError(
+                f"{type(v).__name__} is no vector of this matrix. Put what stands at parameters "
+                "into one tensor (P,), as torch.nn.utils.parameters_to_vector does"
+            )
+        if wide_dtype(v.dtype) != wide_dtype(self.dtype) or v.device != self.device:
+            raise NNJError(
+                f"a vector is {v.dtype} on {v.device}, and the matrix {self.dtype} on "
+                f"{self.device}. Convert one of them, as by matrix.to(...)"
+            )
         if v.dim() not in (1, 2) or len(v) != self.layout.size:
             raise NNJError(
                 f"a tensor of {tuple(v.shape)} is no vector of this matrix. Give (P,) or (P, k) "

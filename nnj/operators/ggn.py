@@ -56,6 +56,7 @@ class GGN(DataOperator):
 
     @override
     def diagonal(self) -> Tensor:
+        """diag(A), (P,), exact: by `nnj.fit(..., "ggn_diag")`, in one reading of the data."""
         reduction, forward, target = self.how
         return fit(
             self.model,

@@ -59,6 +59,10 @@ class Linearized:
         names = {p: name for name, p in at.module.named_parameters()}
         self._names: dict[Tensor, str] = {p: names[p] for p in at.params}
 
+    def __repr__(self) -> str:
+        at = self._at
+        return f"Linearized({at.n} samples, {at.out} outputs of each, {at.size} parameters)"
+
     @property
     def y(self) -> Tensor:
         return self._at.y

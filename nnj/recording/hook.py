@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import FrameType
+from typing import Protocol, TypeVar
+
 from nnj.errors import NNJError
 
 
@@ -21,3 +24,30 @@ class Hook:
             "Take them away first (nnj.retract of the model, or of the loss), script, and extend "
             "it again"
         )
+
+
+class Frame(Protocol):
+    """A call that is going on.
+
+    Attributes:
+        python: the frame of Python that made the call.
+    """
+
+    python: FrameType
+
+
+F = TypeVar("F", bound=Frame)
+
+
+def drop_finished(frames: list[F], python: FrameType) -> None:
+    """Forget calls that ended without their hook being called (they raised, or were interrupted by
+    the keyboard): those whose frame is not among the callers of `python`.
+    """
+    while frames:
+        caller: FrameType | None = python
+        last = frames[-1].python
+        while caller is not None and caller is not last:
+            caller = caller.f_back
+        if caller is not None:
+            return
+        frames.pop()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten
 
-from nnj.recording.hook import Hook
+from nnj.recording.hook import Hook, drop_finished
 from nnj.recording.loss_state import Copies, is_reading, state_of
 from nnj.recording.records import LOSS, MARK, RECORD, LossCall, edge_of, inert, tensors, write
 from nnj.registry.loss_rules import name_of, signature_of
@@ -224,19 +224,9 @@ def _ended(module: nn.Module) -> _Frame | None:
 
 
 def _drop_finished(python: FrameType) -> None:
-    """Forget calls that ended without their hook being called, since they raised: those whose
-    frame is not among the callers of `python`.
-    """
-    if torch.compiler.is_compiling():
-        return  # to older torch the frames are without end
-    frames = _frames.open
-    while frames:
-        caller: FrameType | None = python
-        while caller is not None and caller is not frames[-1].python:
-            caller = caller.f_back
-        if caller is not None:
-            return
-        frames.pop()
+    """Forget the calls of losses that raised."""
+    if not torch.compiler.is_compiling():  # to older torch the frames are without end
+        drop_finished(_frames.open, python)
 
 
 def _arguments(

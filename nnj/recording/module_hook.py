@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from nnj.recording import loss_hook
 from nnj.recording.called_with import CalledWith, PartCalls, is_plain
-from nnj.recording.hook import Hook
+from nnj.recording.hook import Hook, drop_finished
 from nnj.recording.records import (
     MARK,
     CallMark,
@@ -108,7 +108,7 @@ class BeforeCall(Hook):
         if inert():
             return
         frames, python = _calls.frames, sys._getframe(1)
-        _drop_finished(frames, python)
+        drop_finished(frames, python)
         if (
             self.loss
             and (not frames or self.loss == "always")
@@ -219,7 +219,7 @@ class AfterLeafCall(AfterCall):
             return
         frames = _calls.frames
         if frames:
-            _drop_finished(frames, sys._getframe(1))
+            drop_finished(frames, sys._getframe(1))
         given = [*args, *kwargs.values()] if kwargs else args
         x = given[0] if len(given) == 1 else None
         # In place after all, since `inplace` was set later, or `forward` replaced: autograd's nodes
@@ -274,17 +274,3 @@ def has_known_part(module: nn.Module) -> bool:
         if (known and next(part.parameters(), None) is not None) or has_known_part(part):
             return True
     return False
-
-
-def _drop_finished(frames: list[_Frame], python: FrameType) -> None:
-    """Forget calls that ended without their hook being called (an interrupt by the keyboard):
-    those whose frame is not among the callers of `python`.
-    """
-    while frames:
-        caller: FrameType | None = python
-        last = frames[-1].python
-        while caller is not None and caller is not last:
-            caller = caller.f_back
-        if caller is not None:
-            return
-        frames.pop()

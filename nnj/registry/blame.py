@@ -39,4 +39,10 @@ def blame(entry: Entry, module: nn.Module, path: str) -> str:
 def rule_failed(who: str, entry: Entry, error: BaseException) -> PluginError:
     """The error for a rule that raised what no rule should; `who` is its subject."""
     what = f"{type(error).__name__}: {error}"
+    kept_back = sorted({"x", "y"} - {*entry.uses})
+    if kept_back and "meta" in what:
+        what += (
+            f" (it was registered with uses={entry.uses!r}, so that it gets the shape alone of "
+            f"{' and '.join(kept_back)})"
+        )
     return PluginError(f"{who}: the rule failed with {what}{at_work(entry.source)}")

@@ -169,7 +169,7 @@ def ask_rule(
         known = {parameters[slot] for slot in jacobians if slot != "input"}  # under another name
         unknown = [name for name, p in parameters.items() if p.requires_grad and p not in known]
         if unknown:
-            return Declined(f"its rule does not know {', '.join(unknown)}")
+            return Declined(f"its rule gives no Jacobian in {', '.join(unknown)}")
     return Described(jacobians, parameters)
 
 

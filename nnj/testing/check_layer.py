@@ -71,7 +71,7 @@ def check_layer(module: nn.Module, x: Tensor, *, fallback: bool = False) -> None
         point = x.clone()
         y = module(point)
         if "x" in entry.uses:
-            point = x.clone()
+            point = x.clone()  # the module may have overwritten the other one
         said = ask_rule(entry, module, point, y.clone())
         assert not isinstance(said, Declined), (
             f"{type(module).__name__}: its rule declines it: {said.reason}"

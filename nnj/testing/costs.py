@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from nnj.errors import NNJError
 from nnj.graph.builder import Graph
 from nnj.jacobians.kron import KronSize
 from nnj.matrices.matrix import BLOCK_LIMIT
@@ -67,9 +69,16 @@ def costs_of(model: nn.Module, x: Any = None) -> Costs:
     Args:
         x: an input, a tuple of arguments, or a dict of named ones: the model is called once.
             Without it nothing is known of columns, of samples, and of Kronecker factors.
+
+    Errors: `NNJError` for lazy layers that were not called yet.
     """
     own = _own(model)
     named = {p: name for name, params in own.items() for p in params.values()}
+    if any(map(is_lazy, named)):
+        raise NNJError(
+            "a lazy layer has parameters without a shape until it is called, so what quantities "
+            "take is not known. Give an input (--input), or call the model before"
+        )
     first = next(iter(named), torch.empty(0))
     sizes = {name: sum(p.numel() for p in params.values()) for name, params in own.items()}
     found = Costs(first.element_size(), sum(p.numel() for p in named), blocks=sizes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import nnj
-from nnj_plugins.quantities.kfac import KFAC, Rest, exact_part
+from nnj_plugins.quantities.kfac import KFAC, Rest, exact_part, form_of
 
 
 class EKFAC(nnj.Quantity):
@@ -118,7 +118,9 @@ class EKFAC(nnj.Quantity):
 
     @override
     def merge(self, one: Any, other: Any) -> Any:
-        facts = [(kept["shapes"], [_form(part) for part in kept["parts"]]) for kept in (one, other)]
+        facts = [
+            (kept["shapes"], [form_of(part) for part in kept["parts"]]) for kept in (one, other)
+        ]
         pairs = list(zip(one["parts"], other["parts"], strict=False))
         if facts[0] != facts[1] or not all(_same_basis(a, b) for a, b in pairs):
             raise nnj.NNJError(
@@ -150,7 +152,8 @@ class _Moments:
     """The second moments of a product in the eigenvectors of its Kronecker factors.
 
     Args:
-        part: the product in its eigenvectors.
+        matrix: the product in its eigenvectors.
+        seen: which parameters it is over, and how it sees them.
     """
 
     def __init__(self, matrix: nnj.matrices.EigenKronecker, seen: dict[str, nnj.matrices.Seen]):
@@ -228,14 +231,6 @@ def _part(kept: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nnj.ma
     sides = kept["left"], kept["right"]
     matrix = nnj.matrices.EigenKronecker(kept["own"], *sides, kept["values"])
     return nnj.matrices.Part(matrix, seen)
-
-
-def _form(part: dict[str, Any]) -> dict[str, Any]:
-    """A part without its numbers."""
-    return {
-        key: tuple(value.shape) if isinstance(value, Tensor) else value
-        for key, value in part.items()
-    }
 
 
 def _same_basis(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -307,7 +307,7 @@ def _rows(view: Any) -> tuple[int, int] | None:
 
 def _merged(one: Any, other: Any, same_places: bool) -> Any:
     """S of both added, and the mean of A over both, or that of either if places are the same."""
-    facts = [(kept["shapes"], [_form(part) for part in kept["parts"]]) for kept in (one, other)]
+    facts = [(kept["shapes"], [form_of(part) for part in kept["parts"]]) for kept in (one, other)]
     if facts[0] != facts[1]:
         raise nnj.NNJError(
             "kfac: a module was used as other matrix products in another pass, so that their "
@@ -330,7 +330,7 @@ def _same(one: Any, other: Any) -> Any:
     return one
 
 
-def _form(part: dict[str, Any]) -> dict[str, Any]:
+def form_of(part: dict[str, Any]) -> dict[str, Any]:
     """A part without its numbers."""
     return {
         key: tuple(value.shape) if isinstance(value, Tensor) else value

@@ -525,3 +525,12 @@ def test_a_loss_that_the_model_computes_itself():
     ):
         model(torch.randn(5, 3), torch.randint(4, (5,)))["loss"].backward()
     assert model.head.weight.grad is not None
+
+
+def test_the_context_says_where_results_stand():
+    model, loss = nnj.extend(nn.Linear(4, 3)), nnj.extend(nn.CrossEntropyLoss())
+    with nnj.collect("ggn_diag", "kfac") as context:
+        loss(model(torch.randn(5, 4)), torch.zeros(5, dtype=torch.long)).backward()
+    for name, holder in (("ggn_diag", "parameter"), ("kfac", "module")):
+        with pytest.raises(AttributeError, match=rf"stand on each {holder}, as {holder}\.{name}$"):
+            getattr(context, name)

@@ -136,7 +136,9 @@ def test_gradients_add_up_and_results_do_not():
     step(*given)
     once = [p.grad.clone() for p in model.parameters()]
     diag = [p.ggn_diag.clone() for p in model.parameters()]
-    step(*given)
+    _, results = step(*given)
+    assert repr(step) == "Step(ggn_diag, ggn_block, batch_grad, 2 replays)"
+    assert repr(results) == "Results(ggn_diag, ggn_block, batch_grad)"
     for p, g, d in zip(model.parameters(), once, diag, strict=True):
         torch.testing.assert_close(p.grad, 2 * g)
         assert torch.equal(p.ggn_diag, d) and len(p.batch_grad) == N

@@ -210,6 +210,13 @@ def test_a_quantity_that_cannot_be_divided(odd):
     agree(mean["odd"], {name: t / N**2 for name, t in fit["odd"].items()})
 
 
+class Parts(nn.Linear):
+    """A model whose output has parts."""
+
+    def forward(self, x):
+        return {"scores": super().forward(x)}
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "empty": (
         dict(loader=[]),
@@ -239,8 +246,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         r"^loader is a data set of single samples \(TensorDataset\), expected ",
     ),
     "bare": (
-        dict(loader=[X]),
-        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, ",
+        dict(loader=(X, CLASSES)),
+        r"^a batch is Tensor, expected \(x, \.\.\., y\) or a dict\. Say forward=lambda model, .*; "
+        r"or, if the data are one batch, give \[\(x, y\)\]$",
     ),
     "one": (dict(loader=[(X,)]), r"^a batch is tuple of 1, expected \(x, \.\.\., y\) or a dict"),
     "keys": (
@@ -258,6 +266,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no tensor": (
         dict(loader=[("x", CLASSES)]),
         r"^a batch has no tensor with a batch axis for the model",
+    ),
+    "several outputs": (
+        dict(model=Parts(X.shape[1], 3).double()),
+        r"^CrossEntropyLoss takes a tensor, and the model gives dict\. Say which part it is: ",
     ),
     "unknown": (
         dict(quantities=["ggn_dig"]),

@@ -48,6 +48,9 @@ def test_the_result(tmp_path):
         match=r"^'ggn_diag_mc' was not fitted\. Fitted: ggn_diag, ggn_block, batch_grad$",
     ):
         fit.vector("ggn_diag_mc")
+    with pytest.raises(KeyError, match=r"'kfac' was not fitted\. Fitted: ggn_diag, ggn_block"):
+        fit["kfac"]
+    assert "kfac" not in fit and fit.get("kfac") is None
     with pytest.raises(
         nnj.NNJError,
         match=r"^'ggn_block' belongs to modules, and has no vector of parameters\. Use fit\[",

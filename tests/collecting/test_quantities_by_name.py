@@ -56,8 +56,27 @@ def test_a_name_that_cannot_be(name):
 def test_neither_a_name_nor_a_quantity():
     with pytest.raises(nnj.NNJError, match=r"^unknown quantity 3\. Known: "):
         nnj.collect(3)
-    with pytest.raises(nnj.NNJError, match=r"^unknown quantity <class .*Squares'>"):
+    with pytest.raises(nnj.NNJError, match=r"Squares'> \(a class: .*, Squares\(\.\.\.\)\)\. Known"):
         nnj.collect(Squares)
+    with pytest.raises(
+        nnj.NNJError, match=r"\['kfac'\] \(several names are arguments of their own"
+    ):
+        nnj.collect(["kfac"])
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("diag_ggn", "ggn_diag"),
+        ("diag_ggn_exact", "ggn_diag"),
+        ("diag_ggn_mc", "ggn_diag_mc"),
+        ("grad_batch", "batch_grad"),
+        ("KFAC", "kfac"),
+    ],
+)
+def test_names_of_other_tools(theirs, ours):
+    with pytest.raises(nnj.NNJError, match=rf"'{theirs}' \(did you mean '{ours}'\?\)\. Known"):
+        nnj.collect(theirs)
 
 
 def test_attributes_of_an_object_go_as_those_of_a_name():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nnj
-from nnj.registry.manager import manager, use
+from nnj.registry.manager import PluginManager, manager, use
 from tests.support import fitting
 from tests.support.collecting import X, Y, pair
 from tests.support.quantities import JointBlock, LargestGradient, Squares
@@ -116,6 +116,51 @@ def test_a_quantity_that_would_end_the_program(strange):
     message = r"^the quantity 'leaves', of plugin 'strange', failed with SystemExit: 3$"
     with pytest.raises(nnj.NNJError, match=message), nnj.collect("leaves"):
         loss(model(X), Y).backward()
+
+
+@pytest.mark.parametrize("form, shown", [("sums", r"\(3, 4\)"), ("number", "float")])
+def test_rows_that_are_none(form, shown):
+    """Fewer rows than samples would be taken for those of the first ones."""
+
+    class Rows(nnj.Quantity):
+        per_sample = True
+
+        def parameter(self, factor, total_columns):
+            found = factor.square_sum()
+            return found if form == "sums" else float(found.sum())
+
+    model, loss = nnj.extend(nn.Linear(4, 3)), nnj.extend(nn.CrossEntropyLoss())
+    message = (
+        r"^the quantity 'rows' failed with ValueError: results that are per_sample have a row for "
+        rf"each sample, \(5, \.\.\.\), and here is {shown}$"
+    )
+    with pytest.raises(nnj.NNJError, match=message), nnj.collect(Rows()):
+        loss(model(torch.randn(5, 4)), torch.zeros(5, dtype=torch.long)).backward()
+    assert model.weight.grad is not None
+
+
+def test_an_option_without_a_default():
+    former = use(mine := PluginManager())
+
+    class Needs(nnj.Quantity):
+        def __init__(self, k: int):
+            self.k = k
+
+        def parameter(self, factor, total_columns):
+            return self.k * factor.square_sum()
+
+    class Plugin:
+        @nnj.hookimpl
+        def nnj_register_quantities(self, register):
+            register("needs", Needs)
+
+    mine.register(Plugin(), "needing")
+    try:
+        with pytest.raises(nnj.NNJError, match=r"be given: nnj\.collect\('needs', k=\.\.\.\)$"):
+            nnj.collect("needs")
+        assert nnj.collect("needs", k=2).request.quantities["needs"].k == 2
+    finally:
+        use(former)
 
 
 # -- quantities that are given themselves ----------------------------------------------------------

@@ -219,3 +219,8 @@ def test_no_rows(make: Callable[[], nnj.LossHessian]) -> None:
     assert c.gram_through(normal(6, 3)).shape == (0, 3, 3)
     assert torch.cat(list(c.columns_through(normal(6, 3), 2))).shape[1:] == (0, 3)
     assert c.flat_factor().shape == (c.rank * c.places, 0, 6)
+
+
+def test_a_subclass_without_its_columns() -> None:
+    with pytest.raises(TypeError, match="^Nothing must define columns$"):
+        type("Nothing", (nnj.LossHessian,), {})

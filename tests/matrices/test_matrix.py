@@ -26,6 +26,15 @@ def test_vectors_of_another_length(v: Any) -> None:
             ask(v)
 
 
+@pytest.mark.parametrize("m", [EYE, Diagonal({"a": (3,)}, torch.ones(3))])
+def test_what_is_no_vector_of_its_dtype(m: Any) -> None:
+    for ask in (m.__matmul__, m.solve):
+        with pytest.raises(NNJError, match=r"^list is no vector.*parameters_to_vector does$"):
+            ask([torch.ones(3)])
+        with pytest.raises(NNJError, match=r"^a vector is torch.float64 on cpu, and the matrix to"):
+            ask(torch.ones(3).double())
+
+
 @pytest.mark.parametrize("c", [-1, float("nan"), True, "2"])
 def test_numbers_that_make_it_indefinite(c: Any) -> None:
     with pytest.raises(NNJError, match="is not positive semi-definite. Multiply"):

@@ -182,6 +182,11 @@ def test_a_kernel_between_other_inputs():
         nnj.linearize(model, x).kernel(nnj.linearize(Conv().double(), other))
 
 
+def test_what_it_says_it_is():
+    at = nnj.linearize(nn.Linear(3, 5), some(N, 2, 3).float())
+    assert repr(at) == "Linearized(4 samples, 10 outputs of each, 20 parameters)"
+
+
 def test_a_tuple_and_logits():
     class Two(nn.Module):
         def __init__(self):

@@ -260,7 +260,9 @@ def test_a_rule_that_declines(rules):
 def test_a_rule_that_leaves_out_a_parameter_is_not_taken(rules):
     rules(nn.Linear, twice)
     module, x = nn.Linear(4, 3), torch.randn(5, 4)
-    assert isinstance(ask_rule(find_rule(module), module, x, module(x)), Declined)
+    declined = ask_rule(find_rule(module), module, x, module(x))
+    assert isinstance(declined, Declined)
+    assert declined.reason == "its rule gives no Jacobian in bias"
     module.bias.requires_grad_(False)
     assert isinstance(ask_rule(find_rule(module), module, x, module(x)), Described)
 
@@ -271,6 +273,15 @@ def test_a_rule_sees_what_it_uses(rules):
     module, x = Squash(), torch.randn(5, 4)
     ask_rule(find_rule(module), module, x, module(x))
     assert seen == [("meta", "cpu")]
+
+
+def test_a_rule_that_reads_more_than_it_says(rules):
+    rules(Squash, lambda m, x, y: {"input": nnj.Diagonal(x + y)}, uses="y")
+    message = (
+        r"failed with .* \(it was registered with uses='y', so that .* the shape alone of x\)$"
+    )
+    with pytest.raises(nnj.PluginError, match=message):
+        check_layer(Squash(), torch.randn(5, 4))
 
 
 # -- what was known of a module at its last call ---------------------------------------------------

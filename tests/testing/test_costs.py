@@ -124,3 +124,11 @@ def test_what_is_said():
 
 def test_a_model_without_parameters():
     assert costs_of(nn.Tanh(), torch.randn(3, 4)).parameters == 0
+
+
+def test_a_lazy_layer_that_was_not_called() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(nnj.NNJError, match="^a lazy layer has parameters without a shape until"):
+        costs_of(model)
+    model(torch.randn(2, 4))
+    assert costs_of(model).parameters == 15

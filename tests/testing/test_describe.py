@@ -268,7 +268,7 @@ made = net()
         (["mine:pair"], "declined: the mask of this call is known to autograd's node alone", 0),
         (["mine:two"], "linear    nnj-linear", 0),
         (["mine:absent"], "mine:absent is not there", 1),
-        (["mine:net", "--input", "some"], "argument --input: invalid", 2),
+        (["mine:net", "--input", "some"], "argument --input: 'some' is no shape, such as 4,3", 2),
     ],
 )
 def test_the_command(arguments, mask, status, tmp_path):
