@@ -95,9 +95,9 @@ class EachToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.words(x)
-        q, k, v = (a.unflatten(2, (2, 4)).mT for a in self.mixed(self.norm(z)).split(8, -1))
-        mixed = F.scaled_dot_product_attention(*(a.movedim(3, 1) for a in (q, k, v)))
-        result: Tensor = self.head(z + F.gelu(self.out(mixed.mT.flatten(2))))
+        heads = [a.unflatten(2, (2, 4)) for a in self.mixed(self.norm(z)).split(8, -1)]
+        mixed = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in heads))
+        result: Tensor = self.head(z + F.gelu(self.out(mixed.transpose(1, 2).flatten(2))))
         return result
 
 
@@ -107,7 +107,7 @@ class EachToken(nn.Module):
     ids=["flat", "classes first"],
 )
 def test_a_loss_of_tokens_asks_one_more_how_many_of_them_count(given: Any) -> None:
-    """Behind the mixing a sample needs columns for those of its tokens alone that are not ignored."""
+    """Behind the mixing a sample needs columns for its tokens that are not ignored."""
     torch.manual_seed(0)
     model, loss = nnj.extend(EachToken()), nnj.extend(nn.CrossEntropyLoss())
     for _ in range(3):
