@@ -112,10 +112,14 @@ class PackedColumns(ColumnSelection):
         columns = torch.arange(rank, device=order.device)
         return (order[:, :blocks, None] * rank + columns).flatten(1).mT
 
+    def _by_size(self) -> tuple[Tensor, Tensor]:
+        """The square sums of each sample's columns, the largest first, and which these are."""
+        size = self._by_sample(self.hessian.norms().movedim(0, -1).double())  # of (R, D, rank)
+        return size.sort(dim=1, descending=True, stable=True)
+
     def _largest(self, tol: float) -> Tensor:
         """The index of the largest columns of each sample, so many that at most `tol` is lost."""
-        size = self._by_sample(self.hessian.norms().movedim(0, -1).double())  # of (R, D, rank)
-        size, order = size.sort(dim=1, descending=True, stable=True)
+        size, order = self._by_size()
         # what is lost without packed column k and those after it
         tail = size.sum(0).flip(0).cumsum(0).flip(0)
         self.trace = float(tail[0]) if len(tail) else 0.0
@@ -157,20 +161,28 @@ class RaggedColumns(PackedColumns):
 
     def __init__(self, hessian: LossHessian, tol: float):
         super().__init__(hessian, torch.arange(hessian.rows, device=hessian.device), tol)
+        self.k = max(1, int(self.counts.max())) if len(self.counts) else 0
 
     def _largest(self, tol: float) -> Tensor:
-        index = super()._largest(tol)
-        self.packed = index.shape[0]
-        size = self._by_sample(self.hessian.norms().movedim(0, -1).double())
-        size, order = size.sort(dim=1, descending=True, stable=True)
+        size, order = self._by_size()
+        lost = size.sum(0).flip(0).cumsum(0).flip(0)
+        self.trace = float(lost[0]) if len(lost) else 0.0
+        self.packed = min(len(lost), max(1, int((lost > tol * self.trace).sum())))
+        self._lost = float(lost[self.packed]) if self.packed < len(lost) else 0.0
         flat, place = size.flatten().sort(descending=True, stable=True)
         tail = flat.flip(0).cumsum(0).flip(0)  # what is lost without an entry and all smaller ones
         kept = int((tail > tol * self.trace).sum())
         self.dropped = float(tail[kept]) if kept < len(tail) else 0.0
-        mine = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, place[:kept], True)
-        counts = mine.view_as(size).sum(1)
+        counts = torch.bincount(place[:kept] // max(1, size.shape[1]), minlength=len(size))
         self.counts = counts[: self.hessian.rows]
-        return order[:, : max(1, int(counts.max()))].mT
+        return order[:, : max(self.packed, int(counts.max()))].mT.clone()
+
+    def as_packed(self) -> PackedColumns:
+        """As many columns for all samples, within the same tolerance."""
+        other = PackedColumns.__new__(PackedColumns)
+        other.__dict__.update(vars(self))
+        other.k, other.dropped, other.counts = self.packed, self._lost, None
+        return other
 
     def columns(self, start: int, stop: int) -> Tensor:
         number = torch.arange(start, stop, device=self.counts.device)

@@ -174,10 +174,11 @@ class RowStage:
             return PackedColumns(self.of_loss, self.row, tol)
         if not tol:
             return AllColumns(self.by_row)
-        packed = PackedColumns(self.by_row, torch.arange(self.sweep.n, device=self.row.device), tol)
         if not self.behind or being_traced():
-            return packed
+            number = torch.arange(self.sweep.n, device=self.row.device)
+            return PackedColumns(self.by_row, number, tol)
         ragged = RaggedColumns(self.by_row, tol)
+        packed = ragged.as_packed()
         return ragged if self._cost(ragged) < self._cost(packed) else packed
 
     def _cost(self, selection: ColumnSelection) -> float:
