@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import nnj
-from nnj.collecting import per_loss
+from nnj.collecting import column_pass
 from nnj.graph import attention
 from nnj.jacobians.outer_product import OuterProduct
 from nnj.propagation import allocator
@@ -42,7 +42,7 @@ def lengths(monkeypatch, model: nn.Module, x: torch.Tensor, memory: int) -> list
         return take(sweep, memory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(per_loss, "columns_at_once", noting)
+        patch.setattr(column_pass, "columns_at_once", noting)
         with nnj.collect("ggn_diag", memory=memory):
             nnj.extend(nn.MSELoss())(nnj.extend(model)(x), x.new_zeros(len(x), 6)).backward()
     return seen

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nnj
-from nnj.collecting import per_loss
+from nnj.collecting import column_pass
 from nnj.loss_hessian.column_selection import RaggedColumns
 from nnj.propagation.row_stage import RowStage, row_stage
 from nnj.registry.loss_rules import ask_loss_rule
@@ -106,7 +106,7 @@ def seen(monkeypatch: Any) -> list[RowStage | None]:
         stages.append(row_stage(*args))
         return stages[-1]
 
-    monkeypatch.setattr(per_loss, "row_stage", noting)
+    monkeypatch.setattr(column_pass, "row_stage", noting)
     return stages
 
 
