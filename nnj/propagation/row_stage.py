@@ -11,9 +11,9 @@ it holds whole blocks of H. So a sweep has two stages:
               entries of all other rows
 
 Which steps keep rows apart (`row_search`) is told by the names of autograd's nodes, and by the rule
-of a layer: it is asked for the same call with rows in the place of samples. Both are tried on random
-numbers, once for each structure, before they are believed (`_keeps_apart`); where they are not
-right, all steps are in the second stage. How columns go on from the first is in `row_packing`.
+of a layer: it is asked for the same call with rows in the place of samples. Both are tried on
+random numbers, once for each structure, before they are believed (`_keeps_apart`); where they are
+not right, all steps are in the second stage. How columns go on from the first is in `row_packing`.
 """
 
 from __future__ import annotations
