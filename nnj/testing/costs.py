@@ -1,17 +1,18 @@
 """What each quantity of a model would take, before any of them is asked for: bytes of results, and
-of one column on its way.
+of one column on its way, and about how long all exact columns would take.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nnj.errors import NNJError
@@ -35,6 +36,7 @@ class Costs:
         kronecker: by the name of each module, the entries of its Kronecker factors; a module that
             is not in it has its exact block in their place, or beyond `BLOCK_LIMIT` its diagonal.
         column: the most that one column, and what a step makes of it, has on its way.
+        backward: seconds that a backward pass of the call took.
     """
 
     size: int
@@ -44,6 +46,7 @@ class Costs:
     blocks: dict[str, int] = field(default_factory=dict)
     kronecker: dict[str, int] = field(default_factory=dict)
     column: int = 0
+    backward: float = 0.0
 
     @property
     def kfac(self) -> int:
@@ -94,6 +97,7 @@ def costs_of(model: nn.Module, x: Any = None) -> Costs:
             found.samples = outputs[0].shape[0]
             found.outputs = sum(t.numel() for t in outputs) // max(1, found.samples)
         found.column = _widest(graph)
+        found.backward = min(_seconds(outputs, list(named)) for _ in range(2))
         found.kronecker = _kronecker(graph, own, named)
     return found
 
@@ -109,6 +113,18 @@ def _own(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         if params:
             found[path] = params
     return found
+
+
+def _seconds(outputs: Sequence[Tensor], params: Sequence[nn.Parameter]) -> float:
+    """How long a backward pass takes, until a device has done it."""
+    ends = [t for t in outputs if edge_of(t) is not None]
+    start = time.perf_counter()
+    ones = [torch.ones_like(t) for t in ends]
+    grads = torch.autograd.grad(ends, params, ones, retain_graph=True, allow_unused=True)
+    last = next((g for g in grads if g is not None), None)
+    if last is not None and last.numel():
+        last.flatten()[0].item()  # of the first layers, and so what is done last
+    return time.perf_counter() - start
 
 
 def _widest(graph: Graph) -> int:
@@ -189,6 +205,14 @@ def text(costs: Costs) -> str:
             (
                 f"a column ({costs.outputs} outputs of a sample)",
                 f"{_bytes(costs.column * size)} at most",
+            )
+        )
+        exactly = costs.outputs * costs.backward
+        rows.append(
+            (
+                f"{costs.outputs} columns, exactly",
+                f"about {exactly:.2g} s at most, as a backward pass takes {costs.backward:.1g} s; "
+                "tol= and ggn_diag_mc need fewer",
             )
         )
     width = max(len(name) for name, _ in rows)

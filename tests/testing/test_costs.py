@@ -132,3 +132,12 @@ def test_a_lazy_layer_that_was_not_called() -> None:
         costs_of(model)
     model(torch.randn(2, 4))
     assert costs_of(model).parameters == 15
+
+
+def test_how_long_all_exact_columns_take_is_said_beforehand() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 30))
+    found = costs_of(model, torch.randn(6, 4))
+    assert 0 < found.backward < 10 and all(p.grad is None for p in model.parameters())
+    found.backward = 0.5
+    assert "30 columns, exactly" in text(found)
+    assert "about 15 s at most, as a backward pass takes 0.5 s" in text(found)
