@@ -47,6 +47,8 @@ BATCHED = dict.fromkeys(
     ),
     0,
 ) | {"Addmm": 1}
+# What they give their operand is memory of its own, which nothing else uses.
+NEW = _names("Convolution MaxPool2DWithIndices")
 # The names of torch's fused attention begin with this.
 ATTENTION = "ScaledDotProduct"
 # They leave the entries in their flat order, and change only the axes.

@@ -39,12 +39,15 @@ class Jacobian:
         entrywise: whether each entry of an output depends on that of the input at its place alone.
         spreads: whether the output has one entry for each channel (axis 0 of a row), and depends
             in it on the input's entries of that channel alone, as a global pooling does.
+        makes_new: whether each entry of what `vjp` gives stands in memory once, and nothing else
+            uses that memory, so that it may be written over.
     """
 
     same_for_rows: bool = False
     places: int = 1
     entrywise: bool = False
     spreads: bool = False
+    makes_new: bool = False
 
     @property
     def kron_size(self) -> KronSize | None:
@@ -83,6 +86,10 @@ class Jacobian:
         """
         out = u.reshape(*u.shape[:2], -1).transpose(0, 1) @ self.dense()
         return out.transpose(0, 1).reshape(*u.shape[:2], *self.inputs)
+
+    def vjp_over(self, u: Tensor) -> Tensor:
+        """`vjp` of a u that nobody needs afterwards, and that may be written over."""
+        return self.vjp(u)
 
     # -- may be overridden: J as a matrix ----------------------------------------------------------
 
@@ -173,6 +180,8 @@ class Diagonal(Jacobian):
         like: a tensor of d's shape and dtype, if d is made.
     """
 
+    makes_new = True
+
     def __init__(self, d: Tensor | Callable[[], Tensor], like: Tensor | None = None):
         if like is None:
             if not isinstance(d, Tensor):
@@ -194,6 +203,10 @@ class Diagonal(Jacobian):
 
     def vjp(self, u: Tensor) -> Tensor:
         return u * self.d
+
+    def vjp_over(self, u: Tensor) -> Tensor:
+        d = self.d
+        return u.mul_(d) if u.dtype == d.dtype else u * d
 
     def square(self) -> Jacobian:
         return Diagonal(lambda: self.d.square(), self.like)
@@ -234,6 +247,7 @@ class LinearMap(Jacobian):
         matrix: of (out, in), where the map is given by one that stands in memory.
         per_row: the maps differ from row to row and take (K, N, ...) as it is.
         by_channel: no channel (axis 0 of a row) depends on another one.
+        makes_new: the adjoint's result is memory of its own, which may be written over.
     """
 
     def __init__(
@@ -248,11 +262,12 @@ class LinearMap(Jacobian):
         matrix: Tensor | None = None,
         per_row: bool = False,
         by_channel: bool = False,
+        makes_new: bool = False,
     ):
         super().__init__(inputs, outputs, like)
         self.spreads = by_channel and self.outputs == (self.inputs[0], *[1] * (len(outputs) - 1))
         self.forward, self.adjoint, self.squared, self.per_row = forward, adjoint, squared, per_row
-        self.matrix = matrix
+        self.matrix, self.makes_new = matrix, makes_new
         self.same_for_rows = not per_row
 
     def jvp(self, v: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Kron:
     Of several chunks of columns S adds up, while A and the count, in which no column is, are those
     of any of them. A place is alive if some column, of all chunks, is not zero there.
 
-    Must define all methods but `takes` and `forget_columns`.
+    Must define all methods but `takes`, `forget_columns` and `mean_u`.
 
     Attributes:
         inputs_first: whether A stands on the left, A (x) S, as of a table, of which a row is an
@@ -145,6 +145,10 @@ class Kron:
             ones: whether u has a one at its end, as a joint bias wants it: (G, I + 1, I + 1).
         """
         raise NotImplementedError(f"{type(self).__name__} must define outer_u")
+
+    def mean_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
+        """A, divided by the count: a tensor of its own. The arguments are those of `outer_u`."""
+        return self.outer_u(alive, ones).div_(self.count(alive).clamp(min=1))
 
     def count(self, alive: Tensor | None = None) -> Tensor:
         """How many terms A is a sum of, ()."""

@@ -13,8 +13,9 @@ from nnj.jacobians.patches import Patches
 BLOCK = 192  # rows of a product that is symmetric
 
 
-def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
-    """The sum of x x^T over parts x of (B, G, I, L), and over B, (G, I, I); None of no parts.
+def sum_of_squares(parts: Iterable[Tensor], scale: float = 1) -> Tensor | None:
+    """The sum of x x^T over parts x of (B, G, I, L), and over B, (G, I, I), times a number; None of
+    no parts.
 
     Where L is long each of B is a product of its own, so that x is not copied. Else, on a CPU, what
     is below the blocks of the diagonal is copied, where half of the products is worth more than one
@@ -25,15 +26,19 @@ def sum_of_squares(parts: Iterable[Tensor]) -> Tensor | None:
         b, g, i, l = x.shape
         if l >= 2 * i and b > 1:
             found = (x @ x.mT).sum(0)
+            found = found if scale == 1 else found.mul_(scale)
             total = found if total is None else total.add_(found)
             continue
         flat = x.permute(1, 2, 0, 3).reshape(g, i, -1)
         if total is None:
             halved = x.device.type == "cpu" and i > 2 * BLOCK and b * l > 2 * i
-            total = flat.new_zeros(g, i, i) if halved else flat @ flat.mT
+            total = flat.new_zeros(g, i, i) if halved else _scaled(flat, scale)
             if not halved:
                 continue
-        _add_above(total, flat) if halved else total.baddbmm_(flat, flat.mT)
+        if halved:
+            _add_above(total, flat, scale)
+        else:
+            total.baddbmm_(flat, flat.mT, alpha=scale)
     if total is not None and halved:
         for a in range(0, total.shape[1], BLOCK):
             total[:, a + BLOCK :, a : a + BLOCK] = total[:, a : a + BLOCK, a + BLOCK :].mT
@@ -47,11 +52,19 @@ def square(x: Tensor) -> Tensor:
     return found[0]
 
 
-def _add_above(total: Tensor, x: Tensor) -> None:
-    """Add x x^T in the blocks of the diagonal, and above them."""
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """x x^T times a number, without a pass over the result."""
+    if scale == 1:
+        return x @ x.mT
+    # with beta=0 what is given first is not read
+    return torch.baddbmm(x.new_empty(1, 1, 1), x, x.mT, beta=0, alpha=scale)
+
+
+def _add_above(total: Tensor, x: Tensor, scale: float) -> None:
+    """Add x x^T times a number in the blocks of the diagonal, and above them."""
     for one, rows in zip(total, x, strict=True):
         for a in range(0, len(rows), BLOCK):
-            one[a : a + BLOCK, a:].addmm_(rows[a : a + BLOCK], rows[a:].mT)
+            one[a : a + BLOCK, a:].addmm_(rows[a : a + BLOCK], rows[a:].mT, alpha=scale)
 
 
 class OuterKron(Kron):
@@ -93,10 +106,23 @@ class OuterKron(Kron):
         return self.like.new_zeros(g, o, o) if found is None else found
 
     def outer_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
+        return self._outer_u(alive, ones, 1)
+
+    def mean_u(self, alive: Tensor | None = None, ones: bool = False) -> Tensor:
+        if alive is not None:
+            return super().mean_u(alive, ones)
+        return self._outer_u(None, ones, 1 / max(1, self._terms))
+
+    @property
+    def _terms(self) -> int:
+        """The count where all places are in it."""
+        return self.patches.n * (1 if self.reduce else self.form[2])
+
+    def _outer_u(self, alive: Tensor | None, ones: bool, scale: float) -> Tensor:
         g, _, l = self.form
         i = self.patches.inputs + ones
         parts = self.patches.parts(g * i * l)
-        found = sum_of_squares(self._inputs(rows, alive, ones) for rows in parts)
+        found = sum_of_squares((self._inputs(rows, alive, ones) for rows in parts), scale)
         return self.like.new_zeros(g, i, i) if found is None else found
 
     def _inputs(self, rows: slice, alive: Tensor | None, ones: bool) -> Tensor:
@@ -120,8 +146,7 @@ class OuterKron(Kron):
     def count(self, alive: Tensor | None = None) -> Tensor:
         if alive is not None:
             return (alive.any(-1) if self.reduce else alive).sum().to(self.like.dtype)
-        terms = self.patches.n * (1 if self.reduce else self.form[2])
-        return self.like.new_full((), terms)
+        return self.like.new_full((), self._terms)
 
     def alive(self) -> Tensor:
         found: Tensor = (self.v() != 0).flatten(2, 3).any(2).any(0)

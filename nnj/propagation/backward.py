@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nnj.checks import ask_now
+from nnj.checks import ask_now, being_traced
 from nnj.errors import Coupled, NNJError
 from nnj.graph.builder import Graph
 from nnj.graph.matmul import product_backward
 from nnj.graph.node_vjp import call_node
 from nnj.graph.nodes import own_task, signed, sum_to
+from nnj.graph.op_names import NEW
 from nnj.graph.step import Step, describe
 from nnj.jacobians.factor import DenseFactor, Factor, merge_uses
 from nnj.jacobians.jacobian import Jacobian
 from nnj.jacobians.sample_index import SampleIndex
-from nnj.jacobians.separable import note
+from nnj.jacobians.separable import note, separable
 from nnj.propagation.hooks import Hooks
 from nnj.propagation.plan import NOTHING, Assumptions, Plan, device_of
 from nnj.propagation.probe import Probe
@@ -33,19 +34,25 @@ Sink = Callable[[Tensor, Factor], None]
 
 
 class Cotangents(dict[Edge, Tensor]):
-    """Cotangents by edge, (K, *shape). Sums are tensors of our own, to which more is added in
-    place.
+    """Cotangents by edge, (K, *shape). Sums, and what a layer has made anew, are tensors of our
+    own, to which more is added in place.
+
+    Attributes:
+        took_own: whether what was taken last is our own, so that it may be written over.
     """
 
     def __init__(self, *args: dict[Edge, Tensor]):
         super().__init__(*args)
         self._own: set[Edge] = set()
+        self.took_own = False
 
-    def add(self, edge: Edge, v: Tensor) -> None:
-        """One more share."""
+    def add(self, edge: Edge, v: Tensor, is_new: bool = False) -> None:
+        """One more share. Args: is_new: whether v is memory that nothing else uses."""
         there = self.get(edge)
         if there is None:
             self[edge] = v
+            if is_new:
+                self._own.add(edge)
         elif edge in self._own:
             there += v
         else:
@@ -64,6 +71,7 @@ class Cotangents(dict[Edge, Tensor]):
 
     def take(self, edge: Edge) -> Tensor:
         """What arrived, which goes on."""
+        self.took_own = edge in self._own
         self._own.discard(edge)
         return self.pop(edge)
 
@@ -326,12 +334,18 @@ class Sweep(Plan):
             self._parameters(step, edge, v, use)
         if step.out[0] is not None:
             j = self.operator(step, "input")
-            back, shape = j.vjp(v), (v.shape[0], *self.input_shape(step))
+            over = use is not None and values.took_own and self._nobody_sees(step, v)
+            back, shape = j.vjp_over(v) if over else j.vjp(v), (len(v), *self.input_shape(step))
             if not isinstance(back, Tensor) or back.shape != shape:
                 checked("vjp of 'input'", back, shape, self._who(record))
             if j.spreads or j.entrywise:
                 note(j, v, back)
-            self._send(step, 0, back, values)
+            self._send(step, 0, back, values, j.makes_new)
+
+    def _nobody_sees(self, step: Step, v: Tensor) -> bool:
+        """Whether nobody reads columns after they have gone through a layer."""
+        seen = step.params or step in self.by_column or self.hooks is not None
+        return not seen and separable(v) is None and not being_traced()
 
     def input_shape(self, step: Step) -> tuple[int, ...]:
         """Of what a layer was given, as columns have it."""
@@ -406,7 +420,7 @@ class Sweep(Plan):
                 share = self._summed(step, edge, arrived, back[:k])
             else:
                 share = sum_to(back[k:] if route.way == "split" else back[:k], self.shapes[edge], 1)
-            self._send(step, i, share, values)
+            self._send(step, i, share, values, route.way != "summed" and step.name in NEW)
 
     def _summed(self, step: Step, edge: Edge, arrived: dict[Edge, Tensor], back: Tensor) -> Tensor:
         """At an operand that is broadcast along the samples each sample's share of the node's
@@ -446,16 +460,20 @@ class Sweep(Plan):
         )
         return True
 
-    def _send(self, step: Step, i: int, v: Tensor, values: Cotangents) -> None:
+    def _send(
+        self, step: Step, i: int, v: Tensor, values: Cotangents, is_new: bool = False
+    ) -> None:
         """Columns for operand i go to its edge, in the dtype and the way in which they stand
-        there.
+        there. Args: is_new: whether v is memory that nothing else uses.
         """
         edge = step.out[i]
         assert edge is not None
         v, there, sample_index = v.to(self.graph.dtypes[edge]), self.state[edge], None
         if there is not None and there.by_column:
             sample_index = self.split_at(step, i)
-        values.add(edge, v if sample_index is None else sample_index.to_columns(v))
+        if sample_index is not None:
+            v, is_new = sample_index.to_columns(v), False
+        values.add(edge, v, is_new)
 
 
 def uses_of(steps: list[Step]) -> dict[Tensor, int]:

@@ -101,14 +101,16 @@ class SweepOfSome(Sweep):
         return step.out[0] not in self._edges and super()._select(step, arrived, values)
 
     @override
-    def _send(self, step: Step, i: int, v: Tensor, values: Cotangents) -> None:
+    def _send(
+        self, step: Step, i: int, v: Tensor, values: Cotangents, is_new: bool = False
+    ) -> None:
         edge, come = step.out[i], self._from is not None
         assert edge is not None
         if edge in self._edges and not come:
             v = v.index_select(1, self.of)
         elif come and edge not in self._edges:
-            v = self._spread(edge, v)
-        super()._send(step, i, v, values)
+            v, is_new = self._spread(edge, v), False
+        super()._send(step, i, v, values, is_new)
 
 
 def _through(sweep: Sweep, step: Step, v: Tensor, of: Tensor) -> list[Tensor | None] | None:

@@ -140,7 +140,16 @@ def _check_products(entry_layer: str, slot: str, j: Jacobian, dense: Tensor) -> 
 
 
 def _check_claims(who: str, j: Jacobian, dense: Tensor) -> None:
-    """What it says of which entries depend on which."""
+    """What it says of which entries depend on which, and of whose memory a result is."""
+    if j.makes_new:
+        u = torch.randn(2, dense.shape[0], *j.outputs, dtype=dense.dtype).to(dense)
+        kept, found = u.clone(), j.vjp(u)
+        expected = found.clone()
+        found += 1
+        same(f"{who}: makes_new, the cotangent", u, kept)
+        same(f"{who}: makes_new, its entries", found, expected + 1)
+        same(f"{who}: makes_new, called again", j.vjp(u), expected)
+        same(f"{who}: vjp_over", j.vjp_over(u), expected)
     if j.entrywise:
         same(f"{who}: entrywise", torch.diag_embed(dense.diagonal(dim1=1, dim2=2)), dense)
     if j.spreads:

@@ -87,7 +87,9 @@ def through(m: nn.Conv2d, w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
     # With other modes a copied entry meets several weights, and the square of a sum is not the sum
     # of squares.
     squared = (lambda: through(m, w.square(), x, y)) if mode == "zeros" else None
-    return nnj.LinearMap(forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared)
+    return nnj.LinearMap(
+        forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared, makes_new=True
+    )
 
 
 def conv(m: nn.Conv2d, x: Tensor, y: Tensor) -> dict[str, nnj.Jacobian]:

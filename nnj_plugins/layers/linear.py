@@ -17,6 +17,7 @@ def through(w: Tensor, x: Tensor, y: Tensor) -> nnj.Jacobian:
         x,
         squared=lambda: through(w.square(), x, y),
         matrix=w if y.dim() == 2 else None,
+        makes_new=True,
     )
 
 

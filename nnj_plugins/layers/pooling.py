@@ -48,7 +48,14 @@ def largest(x: Tensor, y: Tensor, where: Callable[[], Tensor]) -> dict[str, nnj.
     squared = lambda: largest(x, y, where)["input"]
     return {
         "input": nnj.LinearMap(
-            forward, adjoint, x.shape[1:], y.shape[1:], x, squared=squared, per_row=True
+            forward,
+            adjoint,
+            x.shape[1:],
+            y.shape[1:],
+            x,
+            squared=squared,
+            per_row=True,
+            makes_new=True,
         )
     }
 

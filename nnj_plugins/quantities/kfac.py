@@ -209,8 +209,7 @@ class _Product:
 
     def kept(self, scale: float, forward: bool) -> dict[str, Any]:
         count = self.kron.count(self.alive)
-        # a tensor of its own, and often the largest of all
-        right = self.kron.outer_u(self.alive, ones=self.bias is not None).div_(count.clamp(min=1))
+        right = self.kron.mean_u(self.alive, ones=self.bias is not None)
         left = self.left if scale == 1 else self.left * scale
         if forward:
             left = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) * count

@@ -41,6 +41,9 @@ def test_symmetric_products_in_each_way(
     found = outer_kron.sum_of_squares(x.split(-(-40 // parts)))
     torch.testing.assert_close(found, (x @ x.mT).sum(0), rtol=1e-11, atol=1e-11)
     assert found is not None and (places == 30 or torch.equal(found, found.mT))
+    mean = outer_kron.sum_of_squares(x.split(-(-40 // parts)), 1 / 40)
+    torch.testing.assert_close(mean, (x @ x.mT).mean(0), rtol=1e-11, atol=1e-11)
+    assert mean is not None and (places == 30 or torch.equal(mean, mean.mT))
     torch.testing.assert_close(outer_kron.square(x[0, 0]), x[0, 0] @ x[0, 0].mT)
     assert outer_kron.sum_of_squares([]) is None
 
@@ -57,6 +60,8 @@ def test_sums_over_places(approx: Any, ones: bool) -> None:
     there = (v != 0).any(0).any(1).any(1)  # (N, L)
     assert torch.equal(kron.alive(), there)
     for alive in (None, there):
+        mean = kron.outer_u(alive, ones) / kron.count(alive)
+        torch.testing.assert_close(kron.mean_u(alive, ones), mean, rtol=1e-13, atol=1e-13)
         counts = torch.ones(N, L, dtype=torch.bool) if alive is None else alive
         s, a, count = torch.zeros(G, O, O), torch.zeros(G, I + ones, I + ones), 0
         s, a = s.double(), a.double()

@@ -341,3 +341,13 @@ def test_channels_that_are_said_to_be_apart_and_are_not(rules):
     rules(Averages, rule)
     with pytest.raises(AssertionError, match="spreads, channel by channel"):
         check_layer(Averages(), torch.randn(3, 5, 7))
+
+
+def test_check_layer_finds_a_result_that_is_not_memory_of_its_own(rules):
+    def rule(m, x, y):
+        shapes = x.shape[1:], y.shape[1:]
+        return {"input": nnj.LinearMap(lambda v: v, lambda u: u, *shapes, x, makes_new=True)}
+
+    rules(nn.Identity, rule)
+    with pytest.raises(AssertionError, match="makes_new, the cotangent"):
+        check_layer(nn.Identity(), torch.randn(3, 4))
