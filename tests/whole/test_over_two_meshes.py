@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 import torch
 
 from tests.support.over_ranks import SHARDS
@@ -21,6 +23,7 @@ def is_owned(key: str) -> bool:
     return key.split()[0] in OWNED
 
 
+@pytest.mark.slow
 def test_results_over_two_dimensions_of_ranks_are_those_of_one_process():
     ranks = together("tests.support.over_two_meshes:of_four", size=4)
     said = [f"rank {i}: {w}" for i, found in enumerate(ranks) for w in _wrong_on_rank(found)]
