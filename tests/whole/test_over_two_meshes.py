@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import torch
 
 from tests.support.over_ranks import SHARDS
